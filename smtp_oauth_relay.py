@@ -29,8 +29,8 @@ Contents (search for the number; each section uses only those above it)
     §5   Credentials                what a user name means
     §6   Messages                   who gets it is the envelope, no one else
     §7   Microsoft's answers        which answer is which reply
-    §8   Log                        one line for an event
-    §9   HTTP                       HttpPool                     <- I/O starts here
+    §8   Log                        one line for an event        <- I/O starts here
+    §9   HTTP                       HttpPool
     §10  Tokens                     Tokens: one request for all who need the same
     §11  Graph                      Graph: sendMail, 4 at once for a mailbox
     §12  TLS                        the relay's own certificate
@@ -101,7 +101,7 @@ T = TypeVar("T")
 # Every error that a client hears of is a RelayError, raised where the fact is known and
 # with the final text. It is turned into bytes in one place, Reply.__bytes__.
 
-MAX_REPLY_TEXT = 480        # octets; with code and CRLF below 512, RFC 5321 section 4.5.3.1.5
+MAX_REPLY_TEXT = 480        # octets; a line has 512 at most, RFC 5321 section 4.5.3.1.5
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _ciphers(text: str) -> str:
     if text:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
-        except ssl.SSLError:
+        except (ssl.SSLError, UnicodeError):
             raise ValueError("an OpenSSL cipher list that names a known cipher") from None
     return text
 
@@ -300,18 +300,17 @@ def _tls_source(text: str) -> str:
 
 def _endpoint(text: str) -> str:
     """Read the URL of a Microsoft service; secrets go there, so it must be https."""
-    accepted = "an https:// URL (http:// for this machine only, as 127.0.0.1)"
-    parts = urllib.parse.urlsplit(text if "://" in text else f"https://{text}")
     try:
+        parts = urllib.parse.urlsplit(text if "://" in text else f"https://{text}")
         port_is_good = parts.port != 0
     except ValueError:
-        port_is_good = False
+        parts, port_is_good = urllib.parse.urlsplit(""), False
     if not (port_is_good and re.fullmatch(r"[A-Za-z0-9.:-]+", parts.hostname or "")
             and re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path)
             and not (parts.query or parts.fragment or "@" in parts.netloc)
             and (parts.scheme == "https"
                  or parts.scheme == "http" and is_loopback(parts.hostname or ""))):
-        raise ValueError(accepted)
+        raise ValueError("an https:// URL (http:// for this machine only, as 127.0.0.1)")
     return parts.geturl().rstrip("/")
 
 
@@ -367,7 +366,8 @@ class Config:
 
     # Signing in and sending
     username_delimiter: str = setting(
-        _choice("@", ":", "|"), "@", "What stands between tenant and client in a user name.")
+        _choice("@", ":", "|"), "@",
+        "What stands between tenant and client in a user name.")
     azure_authority_host: str = setting(
         _endpoint, "https://login.microsoftonline.com", "Where tokens come from.")
     graph_endpoint: str = setting(
@@ -402,10 +402,11 @@ class Config:
                 values[name.lower()] = declared.parse(text or declared.default)
             except ValueError as error:
                 faults.append(f"{name}={_shown(text)}: must be {error}")
+        config = cls(**values)      # with defaults for what is faulty, so leave these out
+        faults += [fault for fault in config.check_together()
+                   if {name.lower() for name in re.findall("[A-Z_]+(?==)", fault)}
+                   <= values.keys()]
         faults += _check_lookup(environ) + _check_proxy(environ)
-        if not faults:
-            config = cls(**values)
-            faults = config.check_together()
         if faults:
             raise ConfigError("\n".join(faults))
         return config
@@ -428,8 +429,8 @@ class Config:
 
 
 def _shown(text: str) -> str:
-    """Quote a faulty value; a password in a URL is not shown."""
-    return repr(re.sub(r"(?<=//)[^/@]*@", "***@", text))
+    """Quote a faulty value; what may be a password in a URL is not shown."""
+    return repr(re.sub(r"(?s)^(\w+://)?.*@|[?#].*", r"\1***", text))
 
 
 def _check_lookup(environ: Mapping[str, str]) -> list[str]:
@@ -441,16 +442,18 @@ def _check_lookup(environ: Mapping[str, str]) -> list[str]:
 
 
 def _check_proxy(environ: Mapping[str, str]) -> list[str]:
-    for name in ("https_proxy", "HTTPS_PROXY"):
-        url = environ.get(name, "").strip()
-        try:
-            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-            if not url or parts.scheme == "http" and parts.hostname and parts.port != 0:
-                continue
-        except ValueError:
-            pass
-        return [f"{name}: must be http://host:port, or http://user:password@host:port"]
-    return []
+    return [f"{name}: must be http://host:port, or http://user:password@host:port"
+            for name in ("https_proxy", "HTTPS_PROXY")
+            if not _is_http_proxy(environ.get(name, "").strip())]
+
+
+def _is_http_proxy(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        return not url or (parts.scheme == "http" and bool(parts.hostname)
+                           and parts.port != 0)
+    except ValueError:
+        return False
 
 
 def settings() -> dict[str, Setting]:
@@ -482,7 +485,8 @@ def settings_table() -> str:
 # devices make both mistakes and every server forgives them: white space may follow
 # "FROM:" and "TO:", and a path may lack its angle brackets.
 
-_UTF8 = "\u0080-\ud7ff\ue000-\U0010ffff"                # not the surrogates: no UTF-8
+# Not C1 controls, line separators, bidirectional overrides; surrogates are no UTF-8.
+_UTF8 = "\u00a1-\u2027\u202f-\ud7ff\ue000-\U0010ffff"
 _ATOM = rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~{_UTF8}-]+"
 _DOT_STRING = rf"{_ATOM}(?:\.{_ATOM})*"
 _QUOTED_STRING = rf'"(?:[ !#-\[\]-~{_UTF8}]|\\[ -~])*"'
@@ -520,7 +524,7 @@ def parse_path(argument: str, keyword: str) -> tuple[str, dict[str, str | None]]
 def _check_literal(literal: str, status: str) -> None:
     """Check an address literal, RFC 5321 section 4.1.3."""
     try:
-        if literal[:5].upper() == "IPV6:":
+        if literal[:5].upper() == "IPV6:" and "%" not in literal:
             ipaddress.IPv6Address(literal[5:])
         else:
             ipaddress.IPv4Address(literal)
@@ -532,7 +536,9 @@ def _check_literal(literal: str, status: str) -> None:
 def _parse_parameters(text: str) -> dict[str, str | None]:
     """Read the parameters of MAIL or RCPT, RFC 5321 section 4.1.2."""
     parameters: dict[str, str | None] = {}
-    for word in text.split():
+    for word in text.split(" "):
+        if not word:
+            continue
         match = _PARAMETER.fullmatch(word)
         if match is None:
             raise ProtocolError("A parameter is malformed")
@@ -571,6 +577,7 @@ def decode_base64(text: str) -> bytes:
 
 MAX_COMMAND = 2048              # octets with CRLF; RFC 5321 section 4.5.3.1.4 wants 512
 MAX_AUTH = 12288                # octets with CRLF, RFC 4954 section 4
+TOO_LONG = {MAX_COMMAND: "5.5.2", MAX_AUTH: "5.5.6"}    # the enhanced status code
 MAX_ERRORS = 10                 # in a row
 MAX_FAILED_LOGINS = 3           # in a session
 PROGRESS = 65536                # octets of a message that count as one command
@@ -637,7 +644,7 @@ class Session:
     """
 
     def __init__(self, config: Config, name: str, *, secure: bool = False,
-                 trace: Callable[[str, str], None] | None = None) -> None:
+                 trace: Callable[[str, object], None] | None = None) -> None:
         self._config = config
         self._name = name
         self.secure = secure
@@ -648,7 +655,7 @@ class Session:
         self._event: Event | None = None
         self._buffer = bytearray()      # received, not yet worked on
         self._scanned = 0               # octets of it known to hold no end of line
-        self._overlong = False          # whether the line at its start lost octets
+        self._overlong = ""             # status if the line at its start lost octets
         self._eof = False
         self._output: list[bytes] = []
         self._commands = 0
@@ -694,9 +701,14 @@ class Session:
         return self._commands + self._octets // PROGRESS
 
     @property
-    def is_idle(self) -> bool:
-        """Whether no message is lost by closing now."""
-        return self._read in (self._read_command, self._read_auth)
+    def is_in_content(self) -> bool:
+        """Whether a message is being received."""
+        return self._read == self._read_content
+
+    @property
+    def holds_message(self) -> bool:
+        """Whether a message is being received, or waits for an answer."""
+        return self.is_in_content or self._phase is Phase.RCPT and self._read == self._wait
 
     def end(self, reply: Reply, reason: str) -> None:
         """Let a reply be the last word, whatever the client was doing."""
@@ -711,7 +723,7 @@ class Session:
         self.logged_in = False
         self._phase = Phase.CONNECTED
         self._buffer.clear()
-        self._scanned, self._overlong = 0, False
+        self._scanned, self._overlong = 0, ""
         self._resume()
 
     def authenticated(self) -> None:
@@ -727,7 +739,7 @@ class Session:
         """Go on after a login or a message that was not accepted."""
         self._failed_logins += reply.code == 535
         self._resume(reply)
-        if self._failed_logins >= MAX_FAILED_LOGINS:
+        if self._failed_logins >= MAX_FAILED_LOGINS and self._event is None:
             self.end(Reply(421, "4.7.0", "Too many failed logins"), "failed logins")
 
     # Readers: work on a piece of the input; False if there is no whole one.
@@ -740,7 +752,7 @@ class Session:
             self._close("the client speaks TLS from the first octet: set it to STARTTLS, "
                         "or to the port that SMTPS_PORT opens")
             return False
-        is_auth = bytes(self._buffer[:5]).upper() == b"AUTH "
+        is_auth = not self._overlong and bytes(self._buffer[:5]).upper() == b"AUTH "
         return self._read_line(self._command, MAX_AUTH if is_auth else MAX_COMMAND)
 
     def _read_auth(self) -> bool:
@@ -754,18 +766,19 @@ class Session:
             return False
         line = bytes(self._buffer[:end])
         del self._buffer[:end + 2]
-        overlong, self._overlong = self._overlong or end + 2 > limit, False
+        overlong, self._overlong = self._overlong, ""
+        if end + 2 > limit:
+            overlong = overlong or TOO_LONG[limit]
         self._scanned = 0
         self._commands += 1
         try:
             if overlong:
-                status = "5.5.6" if limit == MAX_AUTH else "5.5.2"
-                raise ProtocolError("The line is too long", 500, status)
+                raise ProtocolError("The line is too long", 500, overlong)
             reply = obey(_decode_line(line))
         except RelayError as error:
             if self._read == self._read_auth:       # it ends the exchange
                 self._read = self._read_command
-            self._trace("!", str(error.reply))
+            self._complain(error.reply)
             reply = error.reply
         if reply:
             self._answer(reply)
@@ -774,7 +787,7 @@ class Session:
     def _miss_end_of_line(self, limit: int) -> None:
         self._scanned = max(0, len(self._buffer) - 1)       # the last may be a CR
         if len(self._buffer) > limit:
-            self._overlong = True
+            self._overlong = self._overlong or TOO_LONG[limit]
             del self._buffer[:-1]
             self._scanned = 0
         if self._eof:
@@ -818,7 +831,7 @@ class Session:
                 self._ask(Deliver(self._envelope))
                 return
         reply = _too_large(self._config.max_message_size).reply
-        self._trace("!", str(reply))
+        self._complain(reply)
         self._resume(reply)
 
     # Commands, in the order of RFC 5321 section 4.1.1.
@@ -1005,8 +1018,13 @@ class Session:
         return self.secure or not self._config.require_tls
 
     def _send(self, reply: Reply) -> None:
-        self._trace(">", str(reply))
+        self._trace(">", reply)
         self._output.append(bytes(reply))
+
+    def _complain(self, reply: Reply) -> None:
+        """Let the log know of a mistake, but not of each of many."""
+        if not self._errors:
+            self._trace("!", reply)
 
     def _answer(self, reply: Reply) -> None:
         """Send the reply to a command; too many errors in a row end the session."""
@@ -1014,7 +1032,7 @@ class Session:
         if reply.close:
             self._close(str(reply))
             return
-        if reply.code < 400:
+        if reply.code < 300:
             self._errors = 0
         self._errors += reply.code >= 500
         if self._errors >= MAX_ERRORS:
@@ -1051,7 +1069,9 @@ def comparable(mailbox: str) -> str:
     local_part, _, domain = mailbox.rpartition("@")
     if local_part.startswith('"'):
         local_part = re.sub(r"\\(.)", r"\1", local_part[1:-1], flags=re.S)
-    return f"{local_part}@{domain}".lower()
+    # Of octets, so of ASCII only: beyond it, lower() makes different letters the same.
+    octets = f"{local_part}@{domain}".encode("utf-8", "surrogateescape")
+    return octets.lower().decode("utf-8", "surrogateescape")
 
 
 def _decode_line(line: bytes) -> str:
@@ -1130,7 +1150,8 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.I)
 _SHORT_UUID = re.compile("([A-Za-z0-9_-]{22})(?:==)?")
-_DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*", re.I)
+_DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*",
+                          re.I | re.A)
 
 
 @dataclass(frozen=True)
@@ -1163,7 +1184,9 @@ def decode_uuid(text: str) -> str | None:
     if _UUID.fullmatch(text):
         return text.lower()
     short = _SHORT_UUID.fullmatch(text)
-    return str(uuid.UUID(bytes=base64.urlsafe_b64decode(short[1] + "=="))) if short else None
+    if short is None:
+        return None
+    return str(uuid.UUID(bytes=base64.urlsafe_b64decode(short[1] + "==")))
 
 
 # ---------------------------------------------------------------------------
@@ -1187,14 +1210,22 @@ def decode_uuid(text: str) -> str | None:
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
 _FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\[\]\\]|\\.)*\]|\s+|[^\s<>@,;:."\[\]()\\]+|.',
-                    re.S)
+# Each alternative takes something wherever it begins, so that no text is read twice.
+_TOKEN = re.compile(r"""
+      "  (?: [^"\\]  | \\.? )*  (?: "  | (?P<open>\Z) )     # quoted-string
+    | \[ (?: [^\]\\] | \\.? )*  (?: \] | (?P<open2>\Z) )    # domain-literal
+    | [ \t\r\n]+
+    | [^ \t\r\n<>@,;:."\[\]()\\]+                           # atom
+    | .""", re.S | re.X)
 _IN_COMMENT = re.compile(r"[^()\\]+|\\.|.", re.S)
 _NOT_IN_NAME = frozenset('<>@()\\"')
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_HEADER_MAILBOX = re.compile(rf'(?:{_DOT_STRING}|"(?:[^"\\]|\\.)*")@(?:{_DOMAIN}|\[[^\[\]\\]*\])',
-                             re.S)
+_HEADER_MAILBOX = re.compile(
+    rf'(?:{_DOT_STRING}|"(?:[^"\\]|\\.)*")@(?:{_DOMAIN}|\[[^\[\]\\]*\])', re.S)
 _HEADER_ROUTE = re.compile(_ROUTE)
+
+MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
+MAX_WORDS = 200                 # of one mailbox
 
 
 class Field(NamedTuple):
@@ -1210,10 +1241,11 @@ class Field(NamedTuple):
 
 
 class Address(NamedTuple):
-    """An address of a field: in comparable form, and as it stands there with its name."""
+    """An address of a field."""
 
-    key: str
-    text: str
+    key: str                # in comparable form
+    mailbox: str            # as it stands there
+    text: str               # with its name and comments
 
 
 class Doubtful(Exception):
@@ -1242,17 +1274,20 @@ def parse_addresses(value: str) -> list[Address]:
     """Read an address list, RFC 5322 section 3.4; ";" counts as ",". Raises Doubtful."""
     if _NO_TEXT.search(value):
         raise Doubtful
-    addresses, in_group = [], False
+    addresses: list[Address] = []
+    group_at = -1                       # how many addresses there were before the group
     for text, words, separator in _elements(value):
         if separator == ":":
-            if in_group or not words or _NOT_IN_NAME.intersection(words):
+            if group_at >= 0 or not words or not _is_name(words):
                 raise Doubtful
-            in_group = True
+            group_at = len(addresses)
             continue
         if words:
-            addresses.append(Address(_mailbox_key(words), text.strip()))
-        in_group = in_group and separator != ";"
-    if in_group:
+            mailbox = _read_mailbox(words)
+            addresses.append(Address(comparable(mailbox), mailbox, text.strip(" \t\r\n")))
+        if separator == ";":
+            group_at = -1
+    if 0 <= group_at < len(addresses):  # an empty group may lack its end
         raise Doubtful
     return addresses
 
@@ -1265,60 +1300,75 @@ def _elements(value: str) -> Iterator[tuple[str, list[str], str]]:
         if token in ",;:" and not in_angle:
             yield value[start:position], words, token
             words, start = [], position + 1
-        elif not token.isspace():
+        elif token[0] not in " \t\r\n":
             in_angle = token == "<" or in_angle and token != ">"
             words.append(token)
     yield value[start:], words, ""
 
 
 def _tokens(value: str) -> Iterator[tuple[int, str]]:
-    """Yield the tokens of an address list but comments, each with its position."""
+    """Yield the tokens of an address list, each with its position."""
     position = 0
     while position < len(value):
         if value[position] == "(":
-            position = _comment_end(value, position)
-            continue
-        match = _TOKEN.match(value, position)
-        assert match is not None        # the last alternative takes anything
-        yield position, match[0]
-        position = match.end()
+            end = _comment_end(value, position)
+        else:
+            match = _TOKEN.match(value, position)
+            assert match is not None    # the last alternative takes anything
+            if match["open"] is not None or match["open2"] is not None:
+                raise Doubtful
+            end = match.end()
+        yield position, value[position:end]
+        position = end
 
 
 def _comment_end(value: str, start: int) -> int:
     depth = 0
     for match in _IN_COMMENT.finditer(value, start):
         depth += (match[0] == "(") - (match[0] == ")")
-        if depth == 0 and "@" not in value[start:match.end()]:
-            return match.end()
         if depth == 0:
-            break
+            return match.end()
     raise Doubtful
 
 
-def _mailbox_key(words: list[str]) -> str:
-    """Read the words of one element, RFC 5322 sections 3.4 and 4.4. Raises Doubtful."""
-    name: list[str] = []
+def _is_name(words: list[str]) -> bool:
+    """Whether words can be a name, and nobody can read an address in them."""
+    return not _NOT_IN_NAME.intersection("".join(w for w in words if w[0] != '"'))
+
+
+def _read_mailbox(words: list[str]) -> str:
+    """Read the words of one element, RFC 5322 sections 3.4 and 4.4. Raises Doubtful.
+
+    Names and comments may hold an address only if it is the same.
+    """
+    others = [word[1:-1].strip() for word in words if word[0] == "(" and "@" in word]
+    words = [word for word in words if word[0] != "("]
     if "<" in words:
         opening = words.index("<")
         name, words = words[:opening], words[opening + 1:]
         if not words or words.pop() != ">":
             raise Doubtful
+        if not _is_name(name):
+            others.append("".join(name))
+    if len(words) > MAX_WORDS:
+        raise Doubtful
     text = ""
     for before, word in zip([".", *words], words):      # "a b@c" is not "ab@c"
         text += word if before in ".@,:" or word in ".@,:" else f" {word}"
-    text = _HEADER_ROUTE.sub("", text, 1) if text.startswith("@") else text
-    if not _HEADER_MAILBOX.fullmatch(text):
+    route = _HEADER_ROUTE.match(text)
+    mailbox = text[route.end():] if route else text
+    if not _HEADER_MAILBOX.fullmatch(mailbox):
         raise Doubtful
-    key = comparable(text)
-    if _NOT_IN_NAME.intersection(name) and "".join(name).lower() != key:
+    if any(comparable(other) != comparable(mailbox) for other in others):
         raise Doubtful
-    return key
+    return mailbox
 
 
 def name_recipients(message: bytes, recipients: Mapping[str, str]) -> bytes:
     """Make To, Cc and Bcc name these recipients, by comparable form, and nobody else."""
     header, rest = split_header(message)
-    read = [_read_addresses(one) for one in header]
+    size = sum(len(one.octets) for one in header if one.name in _ADDRESS_FIELDS)
+    read = [_read_addresses(one, is_sane=size <= MAX_ADDRESSES) for one in header]
     named = {address.key for addresses in read for address in addresses or ()}
     if named == recipients.keys() and None not in read:
         return message
@@ -1331,16 +1381,20 @@ def name_recipients(message: bytes, recipients: Mapping[str, str]) -> bytes:
                   if address.key in recipients]
         for index in bcc:
             lines[index] = b""
-        lines.insert(bcc[0] if bcc else len(lines), _address_field(b"Bcc", hidden + missing))
+        # Before all others: a reader may end the header at a malformed line.
+        folded = bool(header) and header[0].octets[:1] in b" \t"
+        lines.insert(int(folded), _address_field(b"Bcc", hidden + missing))
     if not rest.startswith(b"\r\n") and (rest or not header):
         lines.append(b"\r\n")
     return b"".join([*lines, rest])
 
 
-def _read_addresses(one: Field) -> list[Address] | None:
+def _read_addresses(one: Field, *, is_sane: bool) -> list[Address] | None:
     """Read a field's addresses, none if it is another field; None: they are doubtful."""
+    if one.name not in _ADDRESS_FIELDS:
+        return []
     try:
-        return parse_addresses(one.value) if one.name in _ADDRESS_FIELDS else []
+        return parse_addresses(one.value) if is_sane else None
     except Doubtful:
         return None
 
@@ -1372,8 +1426,8 @@ def author(message: bytes) -> str:
     for one in split_header(message)[0]:
         if one.name == b"from":
             with contextlib.suppress(Doubtful):
-                for address in parse_addresses(one.value):
-                    return address.key
+                for address in parse_addresses(one.value[:MAX_ADDRESSES]):
+                    return address.mailbox
             break
     raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send from",
                         550, "5.1.7")
@@ -1471,11 +1525,13 @@ def read_token(response: HttpResponse, secret: str) -> Token:
     if response.status == 200 and isinstance(token, str) and re.fullmatch("[!-~]+", token):
         life = _number(answer.get("expires_in")) - EXPIRES_EARLY
         return Token(token, min(max(life, 0.0), MAX_TOKEN_LIFE))
-    code, error, text = _entra_error(answer)
+    codes, error, text = _entra_error(answer)
+    code = codes[0] if codes else 0
     facts = {"status": response.status, "aadsts": code or None, "error": error or None,
              "said": text.replace(secret, "***") or None}
     if (400 <= response.status < 500 and response.status != 429 and error
-            and error not in TRANSIENT_ENTRA_ERRORS and code not in TRANSIENT_AADSTS):
+            and error not in TRANSIENT_ENTRA_ERRORS
+            and TRANSIENT_AADSTS.isdisjoint(codes)):
         remedy = AADSTS_REMEDIES.get(code, "Entra refuses this application; see the log")
         raise AuthError(f"AADSTS{code}: {remedy}" if code else f"{error}: {remedy}",
                         facts=facts, level=logging.WARNING)
@@ -1491,17 +1547,16 @@ def _number(value: object) -> float:
     return number if math.isfinite(number) else 0.0
 
 
-def _entra_error(answer: Mapping[str, Any]) -> tuple[int, str, str]:
-    """Find AADSTS number, error and text in Entra's answer; 0 and "" if missing."""
+def _entra_error(answer: Mapping[str, Any]) -> tuple[list[int], str, str]:
+    """Find AADSTS numbers, error and text in Entra's answer; empty if missing."""
     error, text = answer.get("error"), answer.get("error_description")
     error = error if isinstance(error, str) else ""
     text = text if isinstance(text, str) else ""
     codes = answer.get("error_codes")
-    for code in codes if isinstance(codes, list) else ():
-        if isinstance(code, int) and not isinstance(code, bool):
-            return code, error, text
+    found = [code for code in codes if type(code) is int and 0 < code < 10 ** 9] \
+        if isinstance(codes, list) else []
     match = re.match("AADSTS([0-9]{1,9})", text)
-    return int(match[1]) if match else 0, error, text
+    return found or [int(match[1])] if match else found, error, text
 
 
 class Refusal(NamedTuple):
@@ -1522,7 +1577,8 @@ _FAILING = Refusal(451, "4.3.0", "Microsoft 365 has a problem; try again later")
 _BUSY = Refusal(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try again "
                               "later")
 
-# Graph's code decides first, in answers 400 to 499 but 401 and 429; then the status.
+# Graph's code decides first, in answers 400 to 499 but 401 and 429, and two codes in
+# those above too; then the status.
 GRAPH_CODES: Mapping[str, Refusal] = {
     "erroraccessdenied": _NO_RIGHT,
     "errorsendasdenied": Refusal(550, "5.7.60", "The From field names a mailbox that "
@@ -1537,6 +1593,7 @@ GRAPH_CODES: Mapping[str, Refusal] = {
     "errormessagesizeexceeded": _TOO_LARGE,
     "errorquotaexceeded": _FULL,
 }
+GRAPH_CODES_OF_ANY_STATUS = frozenset({"errormessagesizeexceeded", "errorquotaexceeded"})
 GRAPH_STATUSES: Mapping[int, Refusal] = {
     401: Refusal(451, "4.7.0", "Microsoft 365 does not accept its own token; try again "
                                "later"),
@@ -1554,11 +1611,11 @@ _NOT_SENT = Refusal(554, "5.3.0", "Microsoft 365 gave an unknown answer; the mes
 def graph_error(response: HttpResponse, mailbox: str) -> RelayError:
     """Make the error for an answer of Graph to sendMail that is not 202."""
     status, code = response.status, _graph_code(response)
-    refusal = GRAPH_STATUSES.get(status)
-    if 400 <= status < 500 and status not in (401, 429):
-        refusal = GRAPH_CODES.get(code.lower(), refusal or _REFUSED)
-    elif refusal is None:
-        refusal = _FAILING if status >= 500 else _NOT_SENT
+    refusal = GRAPH_STATUSES.get(status, _FAILING if status >= 500 else
+                                 _REFUSED if status >= 400 else _NOT_SENT)
+    if status >= 400 and status not in (401, 429) and (
+            status < 500 or code.lower() in GRAPH_CODES_OF_ANY_STATUS):
+        refusal = GRAPH_CODES.get(code.lower(), refusal)
     facts = {"status": status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
     kind = TemporaryError if refusal.code < 500 else DeliveryError
@@ -1604,12 +1661,22 @@ def escaped(value: object) -> str:
 
 
 class LogQueue(logging.handlers.QueueHandler):
-    """Hands lines to a thread: the loop does not wait for a full pipe, and drops lines."""
+    """Hands lines to a thread, as the loop must not wait for a full pipe.
+
+    When too many lines wait, more are dropped, and counted.
+    """
+
+    dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Queue a line, unless too many wait already."""
-        with contextlib.suppress(queue.Full):
+        """Queue a line; the first one that fits again tells how many did not."""
+        if self.dropped:
+            record.msg = f"{record.msg} (lines lost before this one: {self.dropped})"
+        try:
             self.queue.put_nowait(record)
+            self.dropped = 0
+        except queue.Full:
+            self.dropped += 1
 
 
 @contextlib.contextmanager
@@ -1622,7 +1689,7 @@ def logging_to_stderr(level: str) -> Iterator[None]:
     handler = LogQueue(lines)
     root = logging.getLogger()
     root.addHandler(handler)
-    root.setLevel("WARNING")            # asyncio's own
+    logging.getLogger("asyncio").setLevel("ERROR")      # it warns of clients' mistakes
     log.setLevel(level)
     listener.start()
     try:
@@ -1633,6 +1700,8 @@ def logging_to_stderr(level: str) -> Iterator[None]:
         stopper = threading.Thread(target=listener.stop, daemon=True)
         stopper.start()
         stopper.join(2)
+        if stopper.is_alive():
+            os._exit(0)         # nobody reads it, and Python itself would wait for ever
 
 
 # ---------------------------------------------------------------------------
@@ -1648,7 +1717,7 @@ KEEP = 60.0                     # seconds an idle connection is kept: firewalls 
 KEPT_CONNECTIONS = 100          # for one host
 REFUSED_PAUSES = (0.2, 1.0)     # seconds before another try when a connection is refused
 GRACE = 2.0                     # seconds for a thread to end after its socket was shut
-REST_OF_202 = 2.0               # seconds for what follows the header of a 202
+REST_OF_ANSWER = 2.0            # seconds for what is not needed: all bodies but of 200
 
 
 class NoAnswer(TemporaryError):
@@ -1681,6 +1750,9 @@ class _Response(http.client.HTTPResponse):
         """Read status line and header; a broken header behind a 202 is no header."""
         try:
             super().begin()
+            while self.status < 200:    # 103 and the like: another one follows
+                self.headers = None     # type: ignore[assignment]
+                super().begin()
         except (OSError, http.client.HTTPException, ValueError):
             if self.status != 202:
                 raise
@@ -1696,7 +1768,8 @@ class Origin(NamedTuple):
     port: int
     proxy: str
 
-    def connect(self, context: ssl.SSLContext, timeout: float) -> http.client.HTTPConnection:
+    def connect(self, context: ssl.SSLContext,
+                timeout: float) -> http.client.HTTPConnection:
         """Make a connection, not yet open."""
         if self.scheme == "http":
             plain = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
@@ -1838,29 +1911,25 @@ class Exchange:
                       error: OSError) -> HttpResponse:
         """Read why a request was not taken whole, such as 413."""
         try:
-            answer = self._answer(connection)
+            return self._answer(connection)
         except (OSError, http.client.HTTPException, ValueError):
             raise NotSent from error
-        if answer.status < 400:
-            raise NotSent from error
-        return answer
 
     def _answer(self, connection: http.client.HTTPConnection) -> HttpResponse:
         sock = connection.sock
         response = connection.getresponse()
+        if self._is_cut_off and response.status != 202:
+            raise TimeoutError("time is up")    # the header may have lost its end
         headers = {name.lower(): value for name, value in response.getheaders()}
+        if response.status != 200:
+            sock.settimeout(REST_OF_ANSWER)
         body = b""
-        if response.status == 202:
-            sock.settimeout(min(self._time_left(), REST_OF_202))
-        try:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             while len(body) < MAX_ANSWER and not response.isclosed():
                 part = response.read(MAX_ANSWER - len(body))
                 if not part:
                     break
                 body += part
-        except (OSError, http.client.HTTPException, ValueError):
-            if response.status != 202:
-                raise
         if not response.isclosed():
             connection.close()
         return HttpResponse(response.status, headers, body)
@@ -1953,6 +2022,12 @@ class HttpPool:
         if self._closer is None:
             self._close_old()
 
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        for kept in self._kept.values():
+            while kept:
+                kept.pop()[0].close()
+
     def _close_old(self) -> None:
         """Close what has been idle for long, and look again as long as there is more."""
         for kept in self._kept.values():
@@ -1994,9 +2069,11 @@ class Tokens:
     another, and no secret stays here.
     """
 
-    def __init__(self, config: Config, pool: HttpPool) -> None:
+    def __init__(self, config: Config, pool: HttpPool,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._pool = pool
+        self._clock = clock             # for what is kept; deadlines are time.monotonic()
         self._hash_key = secrets.token_bytes(32)
         self._tokens: dict[Key, tuple[str, float]] = {}             # and its end
         self._refusals: dict[Key, tuple[AuthError, float]] = {}     # and its end
@@ -2004,19 +2081,20 @@ class Tokens:
 
     async def get(self, application: Application, deadline: float) -> str:
         """Return a token that lasts a while. Raises AuthError and TemporaryError."""
-        key, now = self._key(application), time.monotonic()
+        key, now = self._key(application), self._clock()
         token, ends_at = self._tokens.get(key, ("", now))
         if now < ends_at:
             return token
-        refusal = self._refusals.get(key)
-        if refusal and now < refusal[1]:
-            raise refusal[0]
+        refusal, ends_at = self._refusals.get(key, (None, now))
+        if refusal and now < ends_at:
+            raise _fresh(refusal)
+        self._refusals.pop(key, None)
         fetch = self._fetches.get(key)
         if fetch is None:
             fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
             self._fetches[key] = fetch
             fetch.add_done_callback(functools.partial(self._fetched, key))
-        await asyncio.wait({fetch}, timeout=max(0.0, deadline + GRACE - now))
+        await asyncio.wait({fetch}, timeout=max(0.0, deadline + GRACE - time.monotonic()))
         if not fetch.done():
             raise NoAnswer("time is up")
         return fetch.result()
@@ -2041,9 +2119,9 @@ class Tokens:
         try:
             token = read_token(response, application.secret)
         except AuthError as error:
-            _remember(self._refusals, key, error, REFUSALS_LAST)
+            _remember(self._refusals, key, _fresh(error), self._clock() + REFUSALS_LAST)
             raise
-        _remember(self._tokens, key, token.value, token.life)
+        _remember(self._tokens, key, token.value, self._clock() + token.life)
         return token.value
 
     def _fetched(self, key: Key, fetch: asyncio.Task[str]) -> None:
@@ -2056,10 +2134,16 @@ class Tokens:
         return application.tenant, application.client, digest
 
 
-def _remember(cache: dict[Key, tuple[T, float]], key: Key, value: T, life: float) -> None:
+def _fresh(error: AuthError) -> AuthError:
+    """Copy an error without its traceback, which holds the frames, and these the secret."""
+    return AuthError(error.reply.text, facts=error.facts, level=error.level)
+
+
+def _remember(cache: dict[Key, tuple[T, float]], key: Key, value: T,
+              ends_at: float) -> None:
     """Put a value into a cache; the one that was put there first makes room."""
     cache.pop(key, None)
-    cache[key] = value, time.monotonic() + life
+    cache[key] = value, ends_at
     if len(cache) > MAX_CACHED:
         del cache[next(iter(cache))]
 
@@ -2080,6 +2164,7 @@ def _remember(cache: dict[Key, tuple[T, float]], key: Key, value: T, life: float
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
+LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a turn to be of use
 
 
 class Turns:
@@ -2092,7 +2177,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def turn(self, key: object, deadline: float) -> AsyncIterator[None]:
-        """Wait for a turn, and have it. Raises TemporaryError at the deadline."""
+        """Wait for a turn, and have it. Raises TemporaryError if none comes in time."""
         await self._wait(key, deadline)
         try:
             yield
@@ -2148,7 +2233,9 @@ class Graph:
                    ident: str, deadline: float) -> HttpResponse:
         """Send a message; returns the 202. Raises RelayError for anything else."""
         key = application.tenant, application.client, message.mailbox.lower()
-        async with self._turns.turn(key, deadline):
+        # A request that is soon cut off may have been obeyed, and nobody would know.
+        latest = deadline - LEAST_TIME * self._config.upstream_timeout
+        async with self._turns.turn(key, latest):
             return await self._send(application, message, ident, deadline)
 
     async def _send(self, application: Application, message: Outgoing,
@@ -2238,7 +2325,7 @@ def make_tls_context(config: Config) -> ssl.SSLContext:
     if ciphers:
         context.set_ciphers(ciphers)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)     # TLS 1.0 is; so is the device
+        warnings.simplefilter("ignore", DeprecationWarning)     # so is the device
         context.minimum_version = TLS_VERSIONS[config.tls_min_version]
     _load_certificate(context, config.tls_cert_filepath, config.tls_key_filepath)
     if _is_expired(context, config.tls_cert_filepath):
@@ -2253,20 +2340,24 @@ def _load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str) ->
             with open(path, "rb") as file:
                 file.read(1)
         except OSError as error:
-            raise StartError(f"{name}={path}: cannot be read: {error.strerror}") from None
+            raise StartError(f"{name}={path!r}: cannot be read: {error.strerror}") from None
 
     def ask_password() -> str:
-        raise StartError(f"TLS_KEY_FILEPATH={key_path}: the key is encrypted; give it "
+        raise StartError(f"TLS_KEY_FILEPATH={key_path!r}: the key is encrypted; give it "
                          "without a passphrase")
 
     try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert_path)
+    except ssl.SSLError as error:
+        raise StartError(f"TLS_CERT_FILEPATH={cert_path!r}: holds no PEM certificate that "
+                         f"can be used: {error.reason or error}") from None
+    try:
         context.load_cert_chain(cert_path, key_path, ask_password)
     except ssl.SSLError as error:
-        problem = ("the key does not belong to the certificate"
+        problem = ("does not belong to the certificate"
                    if error.reason == "KEY_VALUES_MISMATCH"
-                   else f"they cannot be used: {error.reason or error}")
-        raise StartError(f"TLS_CERT_FILEPATH={cert_path} and TLS_KEY_FILEPATH={key_path}: "
-                         f"{problem}") from None
+                   else f"holds no PEM key that can be used: {error.reason or error}")
+        raise StartError(f"TLS_KEY_FILEPATH={key_path!r}: {problem}") from None
 
 
 def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
@@ -2293,10 +2384,15 @@ def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
 # §13  Server
 # ---------------------------------------------------------------------------
 
-READ_SIZE = 65536               # octets
+READ_COMMANDS = 4096            # octets worked on before others have their turn
+READ_CONTENT = 65536            # octets
 HANDSHAKE_TIMEOUT = 30          # seconds
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
+
+# Handled always: as PID 1 of a container the relay has no default action. Not with the
+# loop's add_signal_handler(), which Windows lacks.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _TIMED_OUT = Reply(421, "4.4.2", "Waited too long for you; goodbye")
 _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
@@ -2309,12 +2405,17 @@ class Relay:
     def __init__(self, config: Config) -> None:
         pool = HttpPool([config.azure_authority_host, config.graph_endpoint])
         self.config = config
+        self._pool = pool
         self._tokens = Tokens(config, pool)
         self._graph = Graph(config, pool, self._tokens)
 
+    def close(self) -> None:
+        """Close what is open to Microsoft."""
+        self._pool.close()
+
     async def log_in(self, login: Authenticate, ident: str) -> Application:
         """Check a login with Entra. Raises AuthError and TemporaryError."""
-        user = f"{login.username[:3]}***"       # malformed, it may be a secret
+        user = f"*** ({len(login.username)} characters)"    # malformed, it may be a secret
         try:
             tenant, client = parse_username(login.username, self.config.username_delimiter)
             user = login.username
@@ -2376,8 +2477,7 @@ class Connection:
         self._timeout = relay.config.client_timeout
         self._progress = 0
         self._deadline = 0.0            # for the command under way
-        self._is_waiting = False        # for the client
-        self._last_word: tuple[Reply, str] | None = None
+        self._is_timed_out = False
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
@@ -2401,8 +2501,8 @@ class Connection:
     def stop(self) -> None:
         """Leave as soon as no message is lost by it."""
         self.is_stopping = True
-        if self._session.is_idle:
-            self._interrupt(_STOPPING, "the relay stops")
+        if self.task and not self._session.holds_message:
+            self.task.cancel()
 
     async def _converse(self) -> str:
         """Do what the session asks for; returns the reason of its end."""
@@ -2417,7 +2517,7 @@ class Connection:
                 return event.reason
             if event is not None:
                 await self._answer(event)
-            elif self.is_stopping and self._session.is_idle:
+            elif self.is_stopping and not self._session.holds_message:
                 self._session.end(_STOPPING, "the relay stops")
             else:
                 await self._read()
@@ -2441,29 +2541,28 @@ class Connection:
     async def _read(self) -> None:
         """Give the session what the client sends, unless it takes too long."""
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(max(0.0, self._deadline - time.monotonic()),
-                                self._interrupt, _TIMED_OUT, "timed out")
-        self._is_waiting = True
+        timer = loop.call_later(max(0.0, self._deadline - time.monotonic()), self._time_out)
+        size = READ_CONTENT if self._session.is_in_content else READ_COMMANDS
         try:
-            octets = await self._reader.read(READ_SIZE)
+            await asyncio.sleep(0)      # what came already would be read without a pause
+            octets = await self._reader.read(size)
         except asyncio.CancelledError:
-            if self._last_word is None:
+            if not self._is_timed_out:
                 raise
-            self._session.end(*self._last_word)
+            self._session.end(_TIMED_OUT, "timed out")
             return
         finally:
-            self._is_waiting = False
             timer.cancel()
         if octets:
             self._session.receive(octets)
         else:
             self._session.receive_eof()
 
-    def _interrupt(self, last_word: Reply, reason: str) -> None:
-        """End the wait for the client, if there is one, with a reply."""
-        if self._is_waiting and self._last_word is None and self.task:
-            self._last_word = last_word, reason
-            self.task.cancel()
+    def _time_out(self) -> None:
+        """End the wait in _read."""
+        assert self.task is not None
+        self._is_timed_out = True
+        self.task.cancel()
 
     def _renew_deadline(self) -> None:
         self._deadline = time.monotonic() + self._timeout
@@ -2493,9 +2592,13 @@ class Connection:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport = await loop.start_tls(
-            self._writer.transport, protocol, self._context, server_side=True,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
+        try:
+            transport = await loop.start_tls(
+                self._writer.transport, protocol, self._context, server_side=True,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
+        except BaseException:
+            self._writer.transport.abort()      # nobody tells its protocol of the end
+            raise
         assert transport is not None
         protocol.connection_made(transport)
         self._reader = reader
@@ -2506,18 +2609,18 @@ class Connection:
                   cipher=self._writer.get_extra_info("cipher")[0])
 
     async def _hang_up(self) -> None:
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(LINGER, self._writer.transport.abort)
+        if self._writer.transport.is_closing():
+            return                      # there is nobody who could hear a last word
         self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
-        timer.cancel()
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._writer.wait_closed(), LINGER)
+        self._writer.transport.abort()
 
-    def _trace(self, mark: str, text: str) -> None:
+    def _trace(self, mark: str, what: object) -> None:
         if mark == "!":
-            log_event(logging.INFO, self.ident, "refused", reply=text)
-        else:
-            log.debug("%s %s %s", self.ident, mark, escaped(text))
+            log_event(logging.INFO, self.ident, "refused", reply=what)
+        elif log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %s %s", self.ident, mark, escaped(what))
 
 
 class Server:
@@ -2532,7 +2635,7 @@ class Server:
 
     async def run(self, sockets: Iterable[tuple[socket.socket, bool]],
                   stop: asyncio.Event) -> None:
-        """Serve on bound sockets, each with whether it is for implicit TLS, until `stop`."""
+        """Serve until `stop` on bound sockets, each with whether it is for implicit TLS."""
         servers = []
         for sock, implicit_tls in sockets:
             accept = functools.partial(self._accept, implicit_tls)
@@ -2653,8 +2756,12 @@ def _bind_socket(family: int, kind: int, protocol: int,
 
 def become(user: str) -> None:
     """Give up root's rights, its groups too. Raises StartError."""
-    if not user or os.geteuid() != 0:
-        return                          # whoever starts as another user has none to give up
+    if not user:
+        return
+    if os.geteuid() != 0:
+        log_event(logging.INFO, "-", "stays", run_as=user,
+                  reason="only root can become another user")
+        return
     entry = pwd.getpwnam(user)
     try:
         os.initgroups(user, entry.pw_gid)
@@ -2680,6 +2787,8 @@ def allow_open_files(config: Config) -> None:
 def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises StartError."""
     allow_open_files(config)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _leave)
     context = make_tls_context(config) if config.tls_source == "file" else None
     relay = Relay(config)
     sockets = bind(config)
@@ -2689,6 +2798,11 @@ def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     asyncio.run(_run(relay, context, sockets))
 
 
+def _leave(number: int, frame: object) -> None:
+    """End before there is anything to end."""
+    raise SystemExit(0)
+
+
 async def _run(relay: Relay, context: ssl.SSLContext | None,
                sockets: list[tuple[socket.socket, bool]]) -> None:
     loop = asyncio.get_running_loop()
@@ -2696,13 +2810,15 @@ async def _run(relay: Relay, context: ssl.SSLContext | None,
     stop = asyncio.Event()
 
     def request_stop(number: int, frame: object) -> None:
-        loop.call_soon_threadsafe(stop.set)
+        with contextlib.suppress(RuntimeError):         # the loop has ended already
+            loop.call_soon_threadsafe(stop.set)
 
-    # As PID 1 of a container there is no default action; and add_signal_handler() is not
-    # to be had on Windows.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, request_stop)
-    await Server(relay, context).run(sockets, stop)
+    try:
+        await Server(relay, context).run(sockets, stop)
+    finally:
+        relay.close()
     log_event(logging.INFO, "-", "stopped")
 
 
@@ -2768,11 +2884,12 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
 
 def demo(environ: Mapping[str, str]) -> None:
-    """Run the relay in front of a stand-in for Microsoft. Raises ConfigError, StartError."""
+    """Run in front of a stand-in for Microsoft. Raises ConfigError, StartError."""
     try:
         StandIn.outbox.mkdir(exist_ok=True)
     except OSError as error:
-        raise StartError(f"the folder outbox cannot be made here: {error.strerror}") from None
+        raise StartError("the folder outbox cannot be made here: "
+                         f"{error.strerror}") from None
     stand_in = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     url = f"http://127.0.0.1:{stand_in.server_address[1]}"
     config = Config.from_environ({

@@ -1,0 +1,3275 @@
+#!/usr/bin/env python3
+"""Tests of smtp_oauth_relay.py:  python3 test_relay.py
+
+They need nothing but Python. The section numbers are those of the program. The protocol is
+tested with bytes, whole and an octet at a time; everything else through real sockets, with
+smtplib on the one side and FakeMicrosoft, which plays Entra ID and Graph, on the other.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import base64
+import collections
+import contextlib
+import dataclasses
+import email
+import email.utils
+import io
+import itertools
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import smtplib
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unittest
+import urllib.parse
+import warnings
+from typing import Any, Callable, Iterator, NamedTuple
+
+import smtp_oauth_relay as relay
+
+HERE = pathlib.Path(__file__).resolve().parent
+PROGRAM = HERE / "smtp_oauth_relay.py"
+PATIENCE = 20.0         # seconds until a test that waits for something has failed
+
+TENANT = "11111111-1111-4111-8111-111111111111"
+CLIENT = "22222222-2222-4222-8222-222222222222"
+USER = f"{TENANT}@{CLIENT}"
+SENDER = "scanner@example.com"
+
+
+# ---------------------------------------------------------------------------
+# Certificates: for localhost, made for these tests and used nowhere else
+# ---------------------------------------------------------------------------
+
+CA_CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIBizCCATGgAwIBAgIUepMSlR3LL23PUrYmc8sDe2sTZzcwCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHVGVzdCBDQTAgFw0yNjExMjMxOTUxMzNaGA8yMTI2MTAzMDE5
+NTEzM1owEjEQMA4GA1UEAwwHVGVzdCBDQTBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABF479oT+23Lg4eERdQ4ZwOTNL80BTSqyHeL4XhKowrZciWJyiGATrcW9XqBW
+KMlr8PS2lO2rcXjHqhVL2V9mUkKjYzBhMB0GA1UdDgQWBBRwRkNz9XZyf4AnIsPs
+CwVlGA+wbjAfBgNVHSMEGDAWgBRwRkNz9XZyf4AnIsPsCwVlGA+wbjAPBgNVHRMB
+Af8EBTADAQH/MA4GA1UdDwEB/wQEAwICBDAKBggqhkjOPQQDAgNIADBFAiEA13k1
+ovjUqIAzz1gbWYUzFL11edi8sz/WlYj0ez+lLxsCIDC0JHHTZKP9LNelhi/dFZLJ
+mseijZ7FUxq/k/MuPCbp
+-----END CERTIFICATE-----
+"""
+
+SERVER_CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIBkDCCATagAwIBAgIBATAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MCAXDTI2MTEyMzE5NTEzM1oYDzIxMjYxMDMwMTk1MTMzWjAUMRIwEAYDVQQDDAls
+b2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAQqkPPocq5vwWcFMdhu
+mWpYbsQg0MlS/yHXIAmGLEmWAw0RxjVyFOEiqGANUyJDhPOy49CK/1O7i2wM5Efn
+3xFco3kwdzAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwDAYDVR0TAQH/BAIw
+ADALBgNVHQ8EBAMCB4AwHwYDVR0jBBgwFoAUcEZDc/V2cn+AJyLD7AsFZRgPsG4w
+HQYDVR0OBBYEFKwE795TWtvmBxcEBnotneitf9ORMAoGCCqGSM49BAMCA0gAMEUC
+IQCXx+ALZO7tEWSmdrNWoRjzftzgb3EOphyZfIOo1HZFTAIgT06wminEx1qnHaP2
+8kqWZvE61BCAx4Lc4l1TSRcOQoA=
+-----END CERTIFICATE-----
+"""
+
+EXPIRED_CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIBjzCCATSgAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MB4XDTIwMDEwMTAwMDAwMFoXDTIwMDEzMTAwMDAwMFowFDESMBAGA1UEAwwJbG9j
+YWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEKpDz6HKub8FnBTHYbplq
+WG7EINDJUv8h1yAJhixJlgMNEcY1chThIqhgDVMiQ4TzsuPQiv9Tu4tsDORH598R
+XKN5MHcwGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAwGA1UdEwEB/wQCMAAw
+CwYDVR0PBAQDAgeAMB8GA1UdIwQYMBaAFHBGQ3P1dnJ/gCciw+wLBWUYD7BuMB0G
+A1UdDgQWBBSsBO/eU1rb5gcXBAZ6LZ3orX/TkTAKBggqhkjOPQQDAgNJADBGAiEA
+0O+YmP79Vhm016OS5Z0viLfNMEPFMKkb6w0Urt7XP5cCIQC5RHqRmIXtgrd/lyXt
+0Or0zgXJjcmoPoC5VQnBn6JwoQ==
+-----END CERTIFICATE-----
+"""
+
+SERVER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgXeCohDPY3Sc2Ns4M
+qlzh7PQ5BJnOIAALt/2H3IrCkOahRANCAAQqkPPocq5vwWcFMdhumWpYbsQg0MlS
+/yHXIAmGLEmWAw0RxjVyFOEiqGANUyJDhPOy49CK/1O7i2wM5Efn3xFc
+-----END PRIVATE KEY-----
+"""
+
+OTHER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQggJw0buhhKXZG5Uff
+l38iGS2aNdvG5DGLn6Nuutb9fpOhRANCAAQZTk1BrlwOnEwX7UXj20eaOX+zjebp
+KxklAPfNTsoGzpvpvC/QIr8H8ga6v4Ep7g8h7idxS83OoWPRQt/9tQhj
+-----END PRIVATE KEY-----
+"""
+
+ENCRYPTED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiSPxydPHotLAICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEBEnR4g7T+b1xlGGRwXv+ZsEgZAk
+vU1lnyIag3k9ApwwTPKdLMuURetSmH2M4BBCaM9rGuz7KdPge4vgSURW04+sYtLx
+A7028WCSLmQiwOoBgQD4tGM4dw1EuVLX+AvtJMx+Xc1274BfEykWxQBEkd8tcJIy
+yyMvoFcZ2Vo0TjDAzvQjcZDSPt0fiv+gTf5XedNA1ldayrnrkMHK89PN+jX2Cd0=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+
+
+class Files:
+    """A temporary folder with the certificates."""
+
+    def __init__(self) -> None:
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="relay-test-"))
+        for name, text in (("ca.pem", CA_CERT), ("cert.pem", SERVER_CERT),
+                           ("expired.pem", EXPIRED_CERT), ("key.pem", SERVER_KEY),
+                           ("other.pem", OTHER_KEY), ("encrypted.pem", ENCRYPTED_KEY)):
+            self.write(name, text)
+
+    def write(self, name: str, text: str) -> str:
+        """Write a file; returns its path."""
+        path = self.folder / name
+        path.write_text(text)
+        return str(path)
+
+    def __getitem__(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+FILES: Files
+
+
+def setUpModule() -> None:
+    """Make the files; the log stays silent, tests that read it say so."""
+    global FILES
+    FILES = Files()
+    relay.log.addHandler(logging.NullHandler())
+    relay.log.setLevel("DEBUG")         # so that its formatting is tested too
+    relay.log.propagate = False
+
+
+def tearDownModule() -> None:
+    """Remove the files."""
+    shutil.rmtree(FILES.folder)
+
+
+def make_config(**values: str) -> relay.Config:
+    """Settings for tests: no TLS unless said otherwise."""
+    return relay.Config.from_environ({"TLS_SOURCE": "off", "REQUIRE_TLS": "false",
+                                      "LISTEN_ADDRESS": "127.0.0.1", **values})
+
+
+def tls_config(**values: str) -> relay.Config:
+    """Settings for tests, with TLS."""
+    return make_config(**{"TLS_SOURCE": "file", "REQUIRE_TLS": "true",
+                          "TLS_CERT_FILEPATH": FILES["cert.pem"],
+                          "TLS_KEY_FILEPATH": FILES["key.pem"], **values})
+
+
+def plain(user: str = USER, password: str = "secret", authorize: str = "") -> bytes:
+    """The one answer of AUTH PLAIN."""
+    return base64.b64encode(f"{authorize}\0{user}\0{password}".encode())
+
+
+# ---------------------------------------------------------------------------
+# §1  Replies and errors
+# ---------------------------------------------------------------------------
+
+class ReplyTests(unittest.TestCase):
+    """A reply is what RFC 5321 section 4.2 and RFC 2034 want."""
+
+    def test_enhanced_status_stands_on_every_line(self) -> None:
+        self.assertEqual(bytes(relay.Reply(250, "2.0.0", "one\ntwo")),
+                         b"250-2.0.0 one\r\n250 2.0.0 two\r\n")
+
+    def test_no_status_where_none_is_wanted(self) -> None:
+        self.assertEqual(bytes(relay.Reply(334, "", "")), b"334 \r\n")
+
+    def test_control_characters_of_others_do_no_harm(self) -> None:
+        self.assertEqual(bytes(relay.Reply(550, "5.1.8", "no\r250 x\x1b[1m\x00\xe9")),
+                         b"550 5.1.8 no?250 x?[1m??\r\n")
+
+    def test_a_long_text_is_cut_below_512_octets(self) -> None:
+        self.assertLess(len(bytes(relay.Reply(550, "5.1.8", "x" * 5000))), 512)
+
+
+class SecretTests(unittest.TestCase):
+    """No class that holds a secret shows it."""
+
+    def test_repr_hides_secrets(self) -> None:
+        for value in (relay.Application(TENANT, CLIENT, "hidden"),
+                      relay.Authenticate(USER, "hidden"),
+                      relay.Envelope("a@b.c", {}, b"hidden"),
+                      relay.Token("hidden", 1.0),
+                      relay.HttpResponse(200, {}, b"hidden"),
+                      relay.HttpRequest("https://x", {"Authorization": "hidden"}, b"hidden")):
+            with self.subTest(type(value).__name__):
+                self.assertNotIn("hidden", repr(value))
+                self.assertNotIn("hidden", str(value))
+
+
+# ---------------------------------------------------------------------------
+# §2  Configuration
+# ---------------------------------------------------------------------------
+
+class SettingTests(unittest.TestCase):
+    """Settings are read from variables; faults are reported at once and in words."""
+
+    def assertFaults(self, environ: dict[str, str], *names: str) -> str:
+        with self.assertRaises(relay.ConfigError) as caught:
+            relay.Config.from_environ(environ)
+        lines = str(caught.exception).splitlines()
+        self.assertEqual([re.match("[A-Za-z_]+", line)[0] for line in lines],  # type: ignore
+                         list(names))
+        return str(caught.exception)
+
+    def test_defaults_are_those_of_the_contract(self) -> None:
+        config = relay.Config.from_environ({})
+        self.assertEqual(dataclasses.asdict(config), {
+            "listen_address": "", "smtp_port": 8025, "smtps_port": 0, "server_name": "",
+            "server_greeting": "Microsoft Graph SMTP OAuth Relay", "run_as": "",
+            "log_level": "INFO", "tls_source": "file",
+            "tls_cert_filepath": "certs/cert.pem", "tls_key_filepath": "certs/key.pem",
+            "tls_min_version": "1.2", "tls_cipher_suite": "", "require_tls": True,
+            "username_delimiter": "@",
+            "azure_authority_host": "https://login.microsoftonline.com",
+            "graph_endpoint": "https://graph.microsoft.com",
+            "max_message_size": 3_145_000, "max_recipients": 500, "max_connections": 1000,
+            "max_connections_per_client": 100, "client_timeout": 300.0,
+            "upstream_timeout": 60.0, "shutdown_timeout": 25.0})
+
+    def test_case_and_white_space_are_forgiven(self) -> None:
+        config = relay.Config.from_environ({
+            "LOG_LEVEL": " debug ", "TLS_SOURCE": "OFF", "REQUIRE_TLS": "False\n",
+            "USERNAME_DELIMITER": " | ", "SMTP_PORT": " 2525 ", "SERVER_GREETING": " "})
+        self.assertEqual((config.log_level, config.tls_source, config.require_tls,
+                          config.username_delimiter, config.smtp_port),
+                         ("DEBUG", "off", False, "|", 2525))
+        self.assertEqual(config.server_greeting, "Microsoft Graph SMTP OAuth Relay")
+
+    def test_each_bad_value_is_a_fault(self) -> None:
+        for name, *values in (
+                ("LOG_LEVEL", "LOUD"), ("SERVER_GREETING", "a\tb", "gr\xfc\xdf"),
+                ("USERNAME_DELIMITER", "#", "@@"), ("TLS_SOURCE", "none", "keyvault"),
+                ("REQUIRE_TLS", "yes please"), ("SMTP_PORT", "x", "-1", "65536", "\u0663"),
+                ("SMTPS_PORT", "70000"), ("SERVER_NAME", "a b", "-a", "x" * 254),
+                ("LISTEN_ADDRESS", "printer", "1.2.3.4.5"),
+                ("TLS_MIN_VERSION", "1.4", "3"), ("TLS_CIPHER_SUITE", "NONSENSE"),
+                ("AZURE_AUTHORITY_HOST", "http://login.microsoftonline.com", "ftp://x",
+                 "https://", "https://u:p@x", "https://x:99999", "https://x/?q"),
+                ("GRAPH_ENDPOINT", "http://10.0.0.1", "http://localhost.evil.example"),
+                ("MAX_MESSAGE_SIZE", "10M", "0", "3145729"), ("MAX_RECIPIENTS", "0"),
+                ("MAX_CONNECTIONS", "-5"), ("MAX_CONNECTIONS_PER_CLIENT", "1.5"),
+                ("CLIENT_TIMEOUT", "0", "forever"), ("UPSTREAM_TIMEOUT", "nan"),
+                ("SHUTDOWN_TIMEOUT", "1e9"), ("RUN_AS", "no-such-user-here")):
+            for value in values:
+                with self.subTest(name, value=value):
+                    text = self.assertFaults({name: value}, name)
+                    self.assertIn(": must be ", text)
+
+    def test_all_faults_are_reported_at_once_with_name_and_value(self) -> None:
+        text = self.assertFaults({"SMTP_PORT": "abc", "LOG_LEVEL": "LOUD",
+                                  "CLIENT_TIMEOUT": "-1"},
+                                 "SMTP_PORT", "LOG_LEVEL", "CLIENT_TIMEOUT")
+        self.assertIn("SMTP_PORT='abc': must be a whole number from 0 to 65535", text)
+
+    def test_a_password_in_a_url_is_not_shown(self) -> None:
+        for url in ("https://user:hidden@x", "user:hidden@x.y", "https://u:p@hidden/x@y.z",
+                    "https://x.y/?sig=hidden", "https://x.y/#hidden", "https://[hidden@"):
+            text = self.assertFaults({"GRAPH_ENDPOINT": url}, "GRAPH_ENDPOINT")
+            self.assertNotIn("hidden", text)
+            self.assertIn("must be an https:// URL", text)
+        text = self.assertFaults({"HTTPS_PROXY": "socks5://user:hidden@x"}, "HTTPS_PROXY")
+        self.assertNotIn("hidden", text)
+
+    def test_without_tls_nobody_could_log_in_and_both_ways_out_are_named(self) -> None:
+        text = self.assertFaults({"TLS_SOURCE": "off"}, "TLS_SOURCE")
+        self.assertIn("TLS_SOURCE=file", text)
+        self.assertIn("REQUIRE_TLS=false", text)
+        text = self.assertFaults({"TLS_SOURCE": "off", "REQUIRE_TLS": "false",
+                                  "SMTPS_PORT": "465"}, "TLS_SOURCE")
+        self.assertIn("SMTPS_PORT=0", text)
+        self.assertIn("TLS_SOURCE=file", text)
+        self.assertFaults({"TLS_SOURCE": "off", "SMTPS_PORT": "465", "LOG_LEVEL": "x"},
+                          "LOG_LEVEL", "TLS_SOURCE", "TLS_SOURCE")
+        self.assertFaults({"TLS_SOURCE": "off", "REQUIRE_TLS": "x"}, "REQUIRE_TLS")
+
+    def test_one_port_for_two_things_is_a_fault(self) -> None:
+        self.assertFaults({"SMTP_PORT": "465", "SMTPS_PORT": "465"}, "SMTP_PORT")
+
+    def test_an_allow_list_that_cannot_be_kept_is_refused(self) -> None:
+        self.assertFaults({"AZURE_TABLES_FORCE_USAGE": "True"}, "AZURE_TABLES_FORCE_USAGE")
+        relay.Config.from_environ({"AZURE_TABLES_FORCE_USAGE": "false"})
+
+    def test_endpoints(self) -> None:
+        for text, wanted in (("https://login.microsoftonline.us/",
+                              "https://login.microsoftonline.us"),
+                             ("login.microsoftonline.us", "https://login.microsoftonline.us"),
+                             ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
+                             ("http://localhost:1/graph/", "http://localhost:1/graph"),
+                             ("http://[::1]:80", "http://[::1]:80")):
+            with self.subTest(text):
+                config = relay.Config.from_environ({"GRAPH_ENDPOINT": text})
+                self.assertEqual(config.graph_endpoint, wanted)
+
+    def test_every_setting_is_explained(self) -> None:
+        for name, one in relay.settings().items():
+            with self.subTest(name):
+                self.assertRegex(one.help, r"^[A-Z].*\.$")
+                self.assertIn(f"  {name} (default: {one.default or 'empty'})\n"
+                              f"      {one.help}", relay.settings_help())
+
+    def test_the_readme_has_the_table_of_settings(self) -> None:
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        self.assertIn(f"\n{relay.settings_table()}\n", readme)
+
+
+# ---------------------------------------------------------------------------
+# §3  SMTP grammar
+# ---------------------------------------------------------------------------
+
+class PathTests(unittest.TestCase):
+    """Paths and parameters, RFC 5321 section 4.1.2."""
+
+    def test_good_paths(self) -> None:
+        for text, mailbox, parameters in (
+                ("FROM:<>", "", {}),
+                ("FROM:<a@b.c>", "a@b.c", {}),
+                ("from:<A.b+c@D.e>", "A.b+c@D.e", {}),
+                ("FROM:<a@b>", "a@b", {}),
+                ('FROM:<"a b\\"@"@c.d>', '"a b\\"@"@c.d', {}),
+                ('FROM:<"\\ "@c>', '"\\ "@c', {}),
+                ("FROM:<@x.y,@z:a@b.c>", "a@b.c", {}),                  # source route
+                ("FROM:<a@[127.0.0.1]>", "a@[127.0.0.1]", {}),
+                ("FROM:<a@[IPv6:::1]>", "a@[IPv6:::1]", {}),
+                ("FROM:<\u00fc@\u00fc.de>", "\u00fc@\u00fc.de", {}),
+                ("FROM:<a@b.c> SIZE=12 BODY=8BITMIME", "a@b.c",
+                 {"SIZE": "12", "BODY": "8BITMIME"}),
+                ("FROM:<a@b.c> smtputf8", "a@b.c", {"SMTPUTF8": None}),
+                ("FROM:<> AUTH=<>", "", {"AUTH": "<>"}),                # RFC 4954
+                ("FROM: <a@b.c>", "a@b.c", {}),                         # devices do this
+                ("FROM:a@b.c SIZE=1", "a@b.c", {"SIZE": "1"})):         # and this
+            with self.subTest(text):
+                self.assertEqual(relay.parse_path(text, "FROM:"), (mailbox, parameters))
+
+    def test_bad_paths(self) -> None:
+        for text in ("", "FROM", "FROM:", "FROM <a@b.c>", "TO:<a@b.c>", "FROM:<a@b.c",
+                     "FROM:a@b.c>", "FROM:<a>", "FROM:<@>", "FROM:<a@>", "FROM:<@b.c>",
+                     "FROM:<a b@c.d>", "FROM:<a@b c>", "FROM:<a..b@c.d>", "FROM:<.a@b.c>",
+                     "FROM:<a.@b.c>", "FROM:<a@b..c>", "FROM:<a@-b.c>", "FROM:<a@b-.c>",
+                     "FROM:<a@b_c.d>", "FROM:<a@b.c.>", "FROM:<a@b@c>", 'FROM:<"a@b.c>',
+                     'FROM:<a"b"@c.d>', "FROM:<a,b@c.d>", "FROM:<(x)a@b.c>",
+                     "FROM:<boss@t.com/sendMail?x=>", "FROM:<guest#EXT#@t@x>",
+                     "FROM:<a@[300.1.1.1]>", "FROM:<a@[IPv6:fe80::1%eth0]>",
+                     "FROM:<a\u0085@b.c>", "FROM:<a@b\u2028.c>", "FROM:<a@[IPv6:12345::]>", "FROM:<a@[]>",
+                     "FROM:<a@[x:y]>", "FROM:<a@[1.2.3.4>", "FROM:<a@b.c>SIZE=1",
+                     "FROM:<a@b.c> SIZE=1 SIZE=1", "FROM:<a@b.c> size=1 SIZE=2",
+                     "FROM:<a@b.c> SIZE=", "FROM:<a@b.c> =1", "FROM:<a@b.c> A==B",
+                     "FROM:<a@b.c> \u00fc=1", "FROM:<a\udcff@b.c>"):
+            with self.subTest(text), self.assertRaises(relay.ProtocolError) as caught:
+                relay.parse_path(text, "FROM:")
+            with self.subTest(text):
+                self.assertEqual(caught.exception.reply.code, 501)
+
+    def test_base64_is_strict(self) -> None:
+        for text, octets in (("", b""), ("QQ==", b"A"), ("QUI=", b"AB"), ("QUJD", b"ABC"),
+                             ("+/+/", b"\xfb\xff\xbf")):
+            self.assertEqual(relay.decode_base64(text), octets)
+        for text in ("Q", "QQ", "QQ=", "QQ===", "=", "==", "QQ==QQ==", "Q Q=", "QQ==\n",
+                     "Q-__", "*", "\u00fcQQQ"):
+            with self.subTest(text), self.assertRaises(relay.ProtocolError):
+                relay.decode_base64(text)
+
+
+# ---------------------------------------------------------------------------
+# §4  SMTP session
+# ---------------------------------------------------------------------------
+
+def accept(session: relay.Session, event: relay.Event) -> None:
+    """Answer an event with yes."""
+    if isinstance(event, relay.StartTls):
+        session.tls_started()
+    elif isinstance(event, relay.Authenticate):
+        session.authenticated()
+    elif isinstance(event, relay.Deliver):
+        session.delivered("id 1")
+
+
+class Dialogue:
+    """A session that is fed octets; replies and events are kept."""
+
+    def __init__(self, config: relay.Config, *, secure: bool = False,
+                 answer: Callable[[relay.Session, relay.Event], None] = accept) -> None:
+        self.log: list[tuple[str, object]] = []
+        self.session = relay.Session(config, "relay.test", secure=secure,
+                                     trace=lambda mark, text: self.log.append((mark, text)))
+        self.answer = answer
+        self.events: list[relay.Event] = []
+        self.said = b""
+
+    def feed(self, *pieces: bytes) -> bytes:
+        """Feed octets; returns what the session says to them."""
+        before = len(self.said)
+        for piece in pieces:
+            self.session.receive(piece)
+            self.work()
+        return self.said[before:]
+
+    def work(self) -> None:
+        """Let the session work until it wants more."""
+        while not self.closed:
+            event = self.session.next_event()
+            self.said += self.session.output()
+            if event is None:
+                return
+            # An envelope is reset later; keep it as it is now.
+            self.events.append(relay.Deliver(dataclasses.replace(event.envelope))
+                               if isinstance(event, relay.Deliver) else event)
+            self.answer(self.session, event)
+            self.said += self.session.output()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has ended."""
+        return bool(self.events) and isinstance(self.events[-1], relay.Close)
+
+    @property
+    def messages(self) -> list[bytes]:
+        """The messages that were handed over."""
+        return [event.envelope.message for event in self.events
+                if isinstance(event, relay.Deliver)]
+
+
+def split_octets(octets: bytes) -> list[bytes]:
+    """Single octets, as a slow client sends them."""
+    return [octets[index:index + 1] for index in range(len(octets))]
+
+
+def codes(replies: bytes) -> list[int]:
+    """The codes of replies; raises ValueError if one is malformed."""
+    found = []
+    for line in replies.splitlines(keepends=True):
+        match = re.fullmatch(rb"([2-5]\d\d)([ -])([ -~]*)\r\n", line)
+        if match is None:
+            raise ValueError(f"malformed reply {line!r}")
+        if match[2] == b" ":
+            found.append(int(match[1]))
+    return found
+
+
+LOGIN = b"AUTH PLAIN " + plain() + b"\r\n"
+MAIL = b"MAIL FROM:<a@b.c>\r\n"
+RCPT = b"RCPT TO:<d@e.f>\r\n"
+
+
+class SessionCase(unittest.TestCase):
+    """Sessions that are fed whole and an octet at a time, with the same outcome."""
+
+    def start(self, prelude: bytes = b"", *, secure: bool = False,
+              answer: Callable[[relay.Session, relay.Event], None] = accept,
+              **settings: str) -> Dialogue:
+        dialogue = Dialogue(tls_config(**settings), secure=secure, answer=answer)
+        dialogue.feed(prelude)
+        return dialogue
+
+    def converse(self, octets: bytes, prelude: bytes = b"EHLO x\r\n" + LOGIN, *,
+                 secure: bool = True,
+                 answer: Callable[[relay.Session, relay.Event], None] = accept,
+                 **settings: str) -> Dialogue:
+        """Feed octets after a prelude, in both ways; `said` is what they are answered."""
+        outcomes = []
+        for pieces in ([octets], split_octets(octets)):
+            dialogue = self.start(prelude, secure=secure, answer=answer, **settings)
+            dialogue.events, dialogue.said = [], b""
+            dialogue.feed(*pieces)
+            outcomes.append(dialogue)
+        whole, slow = outcomes
+        self.assertEqual(whole.said, slow.said, "whole and octet by octet differ")
+        self.assertEqual(whole.events, slow.events)
+        return whole
+
+    def assertSays(self, octets: bytes, *wanted: int, **options: Any) -> Dialogue:
+        dialogue = self.converse(octets, **options)
+        self.assertEqual(codes(dialogue.said), list(wanted), dialogue.said)
+        return dialogue
+
+
+SITUATIONS: dict[str, tuple[bytes, bool]] = {
+    "cold": (b"", False),
+    "plain": (b"EHLO x\r\n", False),
+    "tls": (b"EHLO x\r\n", True),
+    "login": (b"EHLO x\r\n" + LOGIN, True),
+    "mail": (b"EHLO x\r\n" + LOGIN + MAIL, True),
+    "rcpt": (b"EHLO x\r\n" + LOGIN + MAIL + RCPT, True),
+}
+
+# What each command is answered in each situation, with TLS on offer and REQUIRE_TLS=true.
+MATRIX = """
+                            cold   plain  tls    login  mail   rcpt
+    EHLO x                  250    250    250    250    250    250
+    EHLO                    501    501    501    501    501    501
+    HELO x                  250    250    250    250    250    250
+    HELO                    501    501    501    501    501    501
+    STARTTLS                503    220    503    503    503    503
+    STARTTLS now            503    501    501    501    503    503
+    AUTH PLAIN {plain}      530    530    235    503    503    503
+    AUTH LOGIN              530    530    334    503    503    503
+    AUTH                    530    530    501    501    503    503
+    AUTH CRAM-MD5           530    530    504    503    503    503
+    MAIL FROM:<a@b.c>       530    530    530    250    503    503
+    MAIL                    530    530    530    501    503    503
+    RCPT TO:<d@e.f>         503    503    503    503    250    250
+    RCPT                    503    503    503    503    501    501
+    DATA                    503    503    503    503    503    354
+    DATA now                503    503    503    503    503    501
+    RSET                    250    250    250    250    250    250
+    RSET now                501    501    501    501    501    501
+    VRFY someone            252    252    252    252    252    252
+    VRFY                    501    501    501    501    501    501
+    EXPN list               502    502    502    502    502    502
+    HELP                    214    214    214    214    214    214
+    HELP MAIL               214    214    214    214    214    214
+    NOOP                    250    250    250    250    250    250
+    NOOP anything           250    250    250    250    250    250
+    QUIT                    221    221    221    221    221    221
+    QUIT now                501    501    501    501    501    501
+    BDAT 5                  500    500    500    500    500    500
+    ETRN x                  500    500    500    500    500    500
+    {empty}                 500    500    500    500    500    500
+"""
+
+
+class SequenceTests(SessionCase):
+    """Every command in every situation: RFC 5321 section 4.1.4, 3207, 4954."""
+
+    def test_matrix(self) -> None:
+        titles, *rows = [re.split(r"  +", line.strip())
+                         for line in MATRIX.strip("\n").splitlines()]
+        for command, *wanted in rows:
+            command = command.format(plain=plain().decode(), empty="")
+            for situation, code in zip(titles, wanted):
+                with self.subTest(command, situation=situation):
+                    prelude, secure = SITUATIONS[situation]
+                    octets = command.encode() + b"\r\n"
+                    for spelt in (octets, octets.lower() if "PLAIN" not in command
+                                  else octets, octets.replace(b"\r\n", b" \r\n")):
+                        self.assertSays(spelt, int(code), prelude=prelude, secure=secure)
+
+    def test_every_reply_but_three_kinds_has_an_enhanced_status_code(self) -> None:
+        octets = (b"NOPE\r\nNOOP\r\nRSET\r\nHELP\r\nVRFY x\r\nEXPN x\r\nMAIL FROM:<a@b.c>\r\n"
+                  b"RCPT TO:<x>\r\nRCPT TO:<a@b.c>\r\nDATA\r\nhi\r\n.\r\nQUIT\r\n")
+        for line in self.converse(octets).said.splitlines():
+            if not line.startswith(b"354"):
+                self.assertRegex(line, rb"^([245])\d\d[ -]\1\.\d\.\d+ ")
+
+    def test_ehlo_tells_what_there_is(self) -> None:
+        def extensions(**options: Any) -> list[str]:
+            return self.converse(b"EHLO x\r\n", **options).said.decode().splitlines()
+        always = ["250-relay.test", "250-SIZE 3145000", "250-PIPELINING", "250-8BITMIME",
+                  "250-SMTPUTF8", "250-ENHANCEDSTATUSCODES"]
+        self.assertEqual(extensions(prelude=b"", secure=False),
+                         [*always, "250-STARTTLS", "250 HELP"])
+        self.assertEqual(extensions(prelude=b"", secure=True),
+                         [*always, "250-AUTH PLAIN LOGIN", "250 HELP"])
+        self.assertEqual(extensions(prelude=b"", secure=False, REQUIRE_TLS="false"),
+                         [*always, "250-STARTTLS", "250-AUTH PLAIN LOGIN", "250 HELP"])
+        self.assertEqual(extensions(prelude=b"", secure=False, REQUIRE_TLS="false",
+                                    TLS_SOURCE="off", MAX_MESSAGE_SIZE="5000"),
+                         [always[0], "250-SIZE 5000", *always[2:], "250-AUTH PLAIN LOGIN",
+                          "250 HELP"])
+
+    def test_ehlo_takes_any_name_that_a_device_has(self) -> None:
+        for name in (b"my printer", b"scan_2", b"[192.168.1", b"B\xfcro-PC", b"-"):
+            with self.subTest(name):
+                self.assertSays(b"EHLO " + name + b"\r\n", 250)
+
+    def test_ehlo_ends_a_transaction(self) -> None:
+        self.assertSays(b"EHLO x\r\n" + RCPT, 250, 503, prelude=SITUATIONS["rcpt"][0])
+
+    def test_rset_forgets_the_recipients(self) -> None:
+        dialogue = self.converse(b"RSET\r\n" + MAIL + b"RCPT TO:<x@y.z>\r\nDATA\r\n.\r\n",
+                                 prelude=SITUATIONS["rcpt"][0])
+        self.assertEqual(list(dialogue.events[0].envelope.recipients.values()),  # type: ignore
+                         ["x@y.z"])
+
+    def test_the_greeting_names_the_domain_first(self) -> None:
+        session = relay.Session(make_config(SERVER_GREETING="Hello there"), "relay.test")
+        session.greet()
+        self.assertEqual(session.output(), b"220 relay.test ESMTP Hello there\r\n")
+
+    def test_starttls_without_tls_is_no_command_here(self) -> None:
+        self.assertSays(b"STARTTLS\r\n", 502, prelude=b"EHLO x\r\n", secure=False,
+                        TLS_SOURCE="off", REQUIRE_TLS="false")
+
+
+class PipeliningTests(SessionCase):
+    """RFC 2920: replies to a group of commands leave together."""
+
+    def test_a_group_is_answered_at_once_and_in_order(self) -> None:
+        dialogue = self.start(*SITUATIONS["login"][:1], secure=True)
+        dialogue.session.receive(MAIL + RCPT + b"RCPT TO:<x>\r\nDATA\r\n")
+        self.assertIsNone(dialogue.session.next_event())
+        self.assertEqual(codes(dialogue.session.output()), [250, 250, 501, 354])
+
+    def test_commands_behind_a_message_wait_for_its_outcome(self) -> None:
+        dialogue = self.start(SITUATIONS["rcpt"][0], secure=True)
+        dialogue.answer = lambda session, event: None
+        self.assertEqual(codes(dialogue.feed(b"DATA\r\nhi\r\n.\r\nNOOP\r\nQUIT\r\n")), [354])
+        dialogue.session.delivered("id 1")
+        dialogue.work()
+        self.assertEqual(codes(dialogue.said[-200:].split(b"end it", 1)[1].split(
+            b"\r\n", 1)[1]), [250, 250, 221])
+
+    def test_a_hundred_thousand_commands_in_one_packet(self) -> None:
+        dialogue = self.start(b"EHLO x\r\n")
+        said = dialogue.feed(b"NOOP\r\n" * 100_000)
+        self.assertEqual(said.count(b"250 2.0.0 Ok\r\n"), 100_000)
+
+
+class CommandLineInSessionTests(SessionCase):
+    """A command ends in CRLF and in nothing else, and is of bounded length."""
+
+    def test_lone_cr_and_lf_never_make_a_second_command(self) -> None:
+        for octets in (b"NOOP\nQUIT\r\n", b"NOOP\rQUIT\r\n", b"NOOP\n\r\n", b"NOOP\r\r\n",
+                       b"NOOP x\ny\r\n", b"\nNOOP\r\n", b"NO\0OP\r\n", b"NOOP \0\r\n",
+                       b"NOOP \x1b[1m\r\n", b"NOOP \x7f\r\n"):
+            with self.subTest(octets):
+                self.assertSays(octets, 500)
+
+    def test_a_recipient_cannot_smuggle_a_command(self) -> None:
+        dialogue = self.assertSays(b"RCPT TO:<a@b.c>\nRCPT TO:<evil@b.c>\r\n", 500,
+                                   prelude=SITUATIONS["mail"][0])
+        self.assertEqual(dialogue.events, [])
+
+    def test_lengths(self) -> None:
+        for octets, code in ((b"NOOP " + b"x" * 2041 + b"\r\n", 250),
+                             (b"NOOP " + b"x" * 2042 + b"\r\n", 500),
+                             (b"NOOP " + b"x" * 100_000 + b"\r\n", 500)):
+            with self.subTest(len(octets)):
+                self.assertSays(octets + b"RSET\r\n", code, 250)
+
+    def test_a_long_line_takes_no_memory(self) -> None:
+        dialogue = self.start(b"EHLO x\r\n")
+        for _ in range(100):
+            dialogue.feed(b"x" * 65536)
+            self.assertLess(len(dialogue.session._buffer), 70_000)
+        self.assertEqual(codes(dialogue.feed(b"\r")), [])
+        self.assertEqual(codes(dialogue.feed(b"\nNOOP\r\n")), [500, 250])
+
+    def test_lengths_of_auth(self) -> None:
+        prelude = SITUATIONS["tls"][0]
+        word = base64.b64encode(b"\0u\0" + b"p" * 9000)
+        self.assertSays(b"AUTH PLAIN " + word + b"\r\n", 235, prelude=prelude)
+        self.assertSays(b"AUTH PLAIN " + b"A" * 12300 + b"\r\nNOOP\r\n", 500, 250,
+                        prelude=prelude)
+        self.assertSays(b"AUTH PLAIN\r\n" + word + b"\r\n", 334, 235, prelude=prelude)
+        dialogue = self.assertSays(b"AUTH PLAIN\r\n" + b"A" * 12300 + b"\r\nNOOP\r\n",
+                                   334, 500, 250, prelude=prelude)
+        self.assertIn(b"500 5.5.6 ", dialogue.said)
+
+    def test_replies_do_not_repeat_what_the_client_said(self) -> None:
+        said = self.converse(b"MAIL FROM:<\x85\xff@b.c>\r\nNOSUCH x\r\n").said
+        self.assertTrue(said.isascii())
+        self.assertNotIn(b"NOSUCH", said)
+
+    def test_an_http_verb_closes_at_once(self) -> None:
+        for verb in (b"GET / HTTP/1.1", b"post /x HTTP/1.0", b"CONNECT x:25 HTTP/1.1",
+                     b"OPTIONS *"):
+            with self.subTest(verb):
+                dialogue = self.assertSays(verb + b"\r\nNOOP\r\n", 421, prelude=b"")
+                self.assertTrue(dialogue.closed)
+
+    def test_a_client_hello_on_the_plain_port_is_recognised(self) -> None:
+        dialogue = self.assertSays(b"\x16\x03\x01\x02\x00\x01\r\n", prelude=b"",
+                                   secure=False)
+        self.assertTrue(dialogue.closed)
+        self.assertIn("SMTPS_PORT", dialogue.events[-1].reason)     # type: ignore
+        self.assertIn("STARTTLS", dialogue.events[-1].reason)       # type: ignore
+
+    def test_ten_errors_in_a_row_end_the_session(self) -> None:
+        dialogue = self.assertSays(b"NOPE\r\n" * 11, *[500] * 10, 421)
+        self.assertTrue(dialogue.closed)
+        self.assertSays((b"NOPE\r\n" * 9 + b"NOOP\r\n") * 3, *([500] * 9 + [250]) * 3)
+
+    def test_end_of_file_in_every_situation_is_a_close(self) -> None:
+        for situation, (prelude, secure) in SITUATIONS.items():
+            for begun in (b"", b"NOO", b"AUTH LOGIN\r\n", b"DATA\r\nhalf a mess"):
+                with self.subTest(situation, begun=begun):
+                    dialogue = self.start(prelude, secure=secure)
+                    dialogue.feed(begun)
+                    dialogue.session.receive_eof()
+                    dialogue.work()
+                    self.assertTrue(dialogue.closed)
+                    self.assertEqual(dialogue.messages, [])
+
+
+class ParameterTests(SessionCase):
+    """The parameters of MAIL and RCPT."""
+
+    def test_mail_parameters(self) -> None:
+        for parameters, code, status in (
+                ("SIZE=1000", 250, "2.1.0"), ("size=3145000", 250, "2.1.0"),
+                ("SIZE=0", 250, "2.1.0"), ("SIZE=3145001", 552, "5.3.4"),
+                ("SIZE=99999999999999999999", 552, "5.3.4"),
+                ("SIZE=999999999999999999999", 501, "5.5.4"),
+                ("SIZE=-1", 501, "5.5.4"), ("SIZE=+1", 501, "5.5.4"),
+                ("SIZE=1_0", 501, "5.5.4"), ("SIZE=\u0661", 501, "5.5.4"),
+                ("SIZE", 501, "5.5.4"), ("SIZE=1 SIZE=1", 501, "5.5.4"),
+                ("BODY=7BIT", 250, "2.1.0"), ("BODY=8bitmime", 250, "2.1.0"),
+                ("BODY=BINARYMIME", 501, "5.5.4"), ("BODY", 501, "5.5.4"),
+                ("SMTPUTF8", 250, "2.1.0"), ("SMTPUTF8=1", 501, "5.5.4"),
+                ("AUTH=a@b.c", 250, "2.1.0"), ("AUTH=+3C+3E", 250, "2.1.0"),
+                ("AUTH", 501, "5.5.4"), ("RET=HDRS", 555, "5.5.4"),
+                ("SIZE=1 BODY=8BITMIME SMTPUTF8 AUTH=x", 250, "2.1.0")):
+            with self.subTest(parameters):
+                dialogue = self.assertSays(f"MAIL FROM:<a@b.c> {parameters}\r\n".encode(),
+                                           code)
+                self.assertTrue(dialogue.said.startswith(f"{code} {status} ".encode()))
+
+    def test_rcpt_has_no_parameters(self) -> None:
+        self.assertSays(b"RCPT TO:<a@b.c> NOTIFY=NEVER\r\n", 555,
+                        prelude=SITUATIONS["mail"][0])
+
+    def test_addresses_beyond_ascii_need_smtputf8(self) -> None:
+        address = "<\u00fc@b.c>".encode()
+        self.assertSays(b"MAIL FROM:" + address + b"\r\n", 553)
+        dialogue = self.assertSays(b"MAIL FROM:" + address + b" SMTPUTF8\r\nRCPT TO:" + address
+                                   + b"\r\nDATA\r\n.\r\n", 250, 250, 354, 250)
+        self.assertEqual(dialogue.events[0].envelope.reverse_path, "\u00fc@b.c")  # type: ignore
+        self.assertSays(MAIL + b"RCPT TO:" + address + b"\r\n", 250, 553)
+        self.assertSays(b"MAIL FROM:<\xfc@b.c> SMTPUTF8\r\n", 501)      # Latin-1
+
+    def test_the_null_recipient_does_not_exist(self) -> None:
+        self.assertSays(b"RCPT TO:<>\r\n", 501, prelude=SITUATIONS["mail"][0])
+
+    def test_too_many_recipients(self) -> None:
+        dialogue = self.assertSays(
+            MAIL + b"RCPT TO:<a@b.c>\r\nRCPT TO:<b@b.c>\r\nRCPT TO:<A@B.c>\r\n"
+            b"RCPT TO:<c@b.c>\r\nDATA\r\n.\r\n", 250, 250, 250, 250, 452, 354, 250,
+            MAX_RECIPIENTS="2")
+        self.assertIn(b"452 4.5.3 ", dialogue.said)
+        self.assertEqual(list(dialogue.events[0].envelope.recipients.values()),  # type: ignore
+                         ["a@b.c", "b@b.c"])
+
+    def test_many_refused_recipients_do_not_end_the_session(self) -> None:
+        self.assertSays(MAIL + RCPT + b"".join(b"RCPT TO:<u%d@b.c>\r\n" % number
+                                               for number in range(20)) + b"DATA\r\n.\r\n",
+                        250, 250, *[452] * 20, 354, 250, MAX_RECIPIENTS="1")
+
+
+class DataTests(SessionCase):
+    """What becomes of the octets of a message."""
+
+    def receive(self, content: bytes, **settings: str) -> Dialogue:
+        return self.converse(b"DATA\r\n" + content, prelude=SITUATIONS["rcpt"][0], **settings)
+
+    def test_content_is_kept_and_lines_end_in_crlf(self) -> None:
+        for content, message in (
+                (b".\r\n", b""),
+                (b"\r\n.\r\n", b"\r\n"),
+                (b"a\r\n.\r\n", b"a\r\n"),
+                (b"..\r\n.\r\n", b".\r\n"),                         # dot-stuffing
+                (b"...a\r\n..b\r\n.\r\n", b"..a\r\n.b\r\n"),
+                (b".a\r\n.\r\n", b"a\r\n"),                         # RFC 5321 4.5.2
+                (b"a\r\n\r\n.\r\n", b"a\r\n\r\n"),
+                (b"a\nb\rc\r\n.\r\n", b"a\r\nb\r\nc\r\n"),          # lone LF and CR
+                (b"a\r\r\nb\n\r\n.\r\n", b"a\r\n\r\nb\r\n\r\n"),
+                (b"a\0b\xff\r\n.\r\n", b"a\0b\xff\r\n"),            # NUL and 8 bit
+                (b"x" * 100_000 + b"\r\n.\r\n", b"x" * 100_000 + b"\r\n"),
+                (b"a.\r\nb.\r\n.\r\n", b"a.\r\nb.\r\n")):
+            with self.subTest(content[:40]):
+                self.assertEqual(self.receive(content).messages, [message])
+
+    def test_only_crlf_dot_crlf_ends_a_message(self) -> None:
+        """SMTP smuggling: CVE-2023-51764, CVE-2024-27305 and their kin."""
+        for end in (b"\n.\n", b"\n.\r\n", b"\r.\r\n", b"\r\n.\n", b"\r\n.\r", b"\r.\r",
+                    b"\n.\r", b"\r\n\0.\r\n", b"\r\n.\0\r\n", b"\r\r\n.\n", b"\r\n.\n\r\n",
+                    b"\r\n.\r\r\n", b"\r\n .\r\n", b"\r\n. \r\n", b"\r\n.\r\n"[:4]):
+            with self.subTest(end):
+                dialogue = self.receive(b"a" + end + b"MAIL FROM:<evil@b.c>\r\n.\r\n")
+                self.assertEqual(len(dialogue.messages), 1)
+                self.assertIn(b"evil", dialogue.messages[0])
+                self.assertEqual(codes(dialogue.said), [354, 250])
+
+    def test_every_cut_of_the_input_gives_the_same_message(self) -> None:
+        content = b"DATA\r\n.a\r\n..\r\n\r\n...b\r\r\n.\n.\r\n.\r\nNOOP\r\n"
+        outcomes = set()
+        for first in range(len(content)):
+            for second in range(first, len(content)):
+                dialogue = self.start(SITUATIONS["rcpt"][0], secure=True)
+                said = dialogue.feed(content[:first], content[first:second],
+                                     content[second:])
+                outcomes.add((said, *dialogue.messages))
+        self.assertEqual(len(outcomes), 1)
+        self.assertEqual(outcomes.pop()[1:], (b"a\r\n.\r\n\r\n..b\r\n\r\n\r\n.\r\n",))
+
+    def test_too_large_a_message_is_read_to_its_end_and_kept_nowhere(self) -> None:
+        dialogue = self.start(SITUATIONS["rcpt"][0], secure=True, MAX_MESSAGE_SIZE="5000")
+        dialogue.feed(b"DATA\r\n")
+        for _ in range(100):
+            dialogue.feed(b"x" * 98 + b"\r\n")
+        self.assertIsNone(dialogue.session._content)
+        self.assertLess(len(dialogue.session._buffer), 200)
+        said = dialogue.feed(b".\r\n" + MAIL + RCPT + b"DATA\r\nsmall\r\n.\r\n")
+        self.assertEqual(codes(said), [552, 250, 250, 354, 250])
+        self.assertIn(b"552 5.3.4 ", said)
+        self.assertEqual(dialogue.messages, [b"small\r\n"])
+
+    def test_the_limit_is_exact(self) -> None:
+        for size, code in ((5000, 250), (5001, 552)):
+            for content in (b"x" * (size - 2) + b"\r\n", b"..\r\n" + b"x" * (size - 5) + b"\r\n",
+                            b"\n" + b"x" * (size - 4) + b"\r\n"):
+                with self.subTest(size, content=content[:5]):
+                    dialogue = self.receive(content + b".\r\n", MAX_MESSAGE_SIZE="5000")
+                    self.assertEqual(codes(dialogue.said), [354, code])
+
+    def test_a_message_after_a_refused_one_does_not_mix_with_it(self) -> None:
+        def refuse(session: relay.Session, event: relay.Event) -> None:
+            if isinstance(event, relay.Deliver) and event.envelope.reverse_path == "a@b.c":
+                session.refuse(relay.Reply(550, "5.7.1", "no"))
+            else:
+                accept(session, event)
+        dialogue = self.assertSays(
+            b"DATA\r\nfirst\r\n.\r\nDATA\r\nMAIL FROM:<x@b.c>\r\nRCPT TO:<y@b.c>\r\n"
+            b"DATA\r\nsecond\r\n.\r\n", 354, 550, 503, 250, 250, 354, 250,
+            prelude=SITUATIONS["rcpt"][0], answer=refuse)
+        envelope = dialogue.events[-1].envelope         # type: ignore
+        self.assertEqual((envelope.reverse_path, list(envelope.recipients), envelope.message),
+                         ("x@b.c", ["y@b.c"], b"second\r\n"))
+
+
+class StartTlsTests(SessionCase):
+    """RFC 3207 section 4.2: what was said in the clear is forgotten."""
+
+    def test_octets_behind_starttls_are_never_obeyed(self) -> None:
+        dialogue = self.start(b"EHLO x\r\n", answer=lambda session, event: None)
+        dialogue.feed(b"STARTTLS\r\nEHLO injected\r\nNOOP\r\n")
+        self.assertEqual(dialogue.events, [relay.StartTls()])
+        self.assertTrue(dialogue.said.endswith(b"220 2.0.0 Ready to start TLS\r\n"))
+        dialogue.session.receive(b"NOOP\r\n")
+        dialogue.session.tls_started()
+        self.assertIsNone(dialogue.session.next_event())
+        self.assertEqual(dialogue.session.output(), b"")
+        self.assertEqual(codes(dialogue.feed(b"MAIL FROM:<a@b.c>\r\nEHLO real\r\n")),
+                         [530, 250])
+
+    def test_a_half_command_before_is_forgotten_too(self) -> None:
+        dialogue = self.start(b"EHLO x\r\n", answer=lambda session, event: None)
+        dialogue.feed(b"STARTTLS\r\n", b"x" * 3000)
+        dialogue.session.tls_started()
+        self.assertEqual(codes(dialogue.feed(b"EHLO real\r\n")), [250])
+
+    def test_login_and_transaction_are_forgotten(self) -> None:
+        dialogue = self.start(b"EHLO x\r\n" + LOGIN, REQUIRE_TLS="false")
+        self.assertTrue(dialogue.session.logged_in)
+        dialogue.feed(b"STARTTLS\r\n")
+        self.assertFalse(dialogue.session.logged_in)
+        self.assertEqual(codes(dialogue.feed(b"STARTTLS\r\nEHLO x\r\n" + MAIL)),
+                         [503, 250, 530])
+
+
+class AuthTests(SessionCase):
+    """RFC 4954 and 4616; LOGIN as devices know it."""
+
+    def login(self, octets: bytes, *wanted: int, **options: Any) -> Dialogue:
+        return self.assertSays(octets, *wanted, prelude=SITUATIONS["tls"][0], **options)
+
+    def test_every_way_to_log_in(self) -> None:
+        user, password = base64.b64encode(USER.encode()), base64.b64encode(b"p\xc3\xa4ss")
+        both = base64.b64encode(f"\0{USER}\0p\u00e4ss".encode())
+        same = base64.b64encode(f"{USER}\0{USER}\0p\u00e4ss".encode())
+        for octets, replies in (
+                (b"AUTH PLAIN " + both + b"\r\n", [235]),
+                (b"auth plain " + both + b"\r\n", [235]),
+                (b"AUTH PLAIN\r\n" + both + b"\r\n", [334, 235]),
+                (b"AUTH PLAIN " + same + b"\r\n", [235]),
+                (b"AUTH LOGIN\r\n" + user + b"\r\n" + password + b"\r\n", [334, 334, 235]),
+                (b"Auth Login " + user + b"\r\n" + password + b"\r\n", [334, 235])):
+            with self.subTest(octets[:12]):
+                dialogue = self.login(octets, *replies)
+                self.assertEqual(dialogue.events, [relay.Authenticate(USER, "p\u00e4ss")])
+
+    def test_challenges_are_what_devices_compare_with(self) -> None:
+        said = self.login(b"AUTH LOGIN\r\nQQ==\r\nQQ==\r\nQUIT\r\n", 334, 334, 235, 221).said
+        self.assertTrue(said.startswith(b"334 VXNlcm5hbWU6\r\n334 UGFzc3dvcmQ6\r\n235 2.7.0 "))
+        self.assertEqual(self.login(b"AUTH PLAIN\r\n", 334).said, b"334 \r\n")
+
+    def test_what_cannot_be_read(self) -> None:
+        for octets, *replies in (
+                (b"AUTH PLAIN *\r\n", 501), (b"AUTH PLAIN\r\n*\r\n", 334, 501),
+                (b"AUTH LOGIN\r\nQQ==\r\n*\r\n", 334, 334, 501),
+                (b"AUTH PLAIN QQ\r\n", 501), (b"AUTH PLAIN ====\r\n", 501),
+                (b"AUTH PLAIN Q!==\r\n", 501), (b"AUTH PLAIN =\r\n", 501),
+                (b"AUTH PLAIN\r\n\r\n", 334, 501), (b"AUTH PLAIN\r\n=\r\n", 334, 501),
+                (b"AUTH PLAIN " + base64.b64encode(b"\0a") + b"\r\n", 501),
+                (b"AUTH PLAIN " + base64.b64encode(b"\0a\0b\0c") + b"\r\n", 501),
+                (b"AUTH PLAIN " + base64.b64encode(b"\0\xff\0b") + b"\r\n", 501),
+                (b"AUTH PLAIN " + base64.b64encode(b"x\0a\0b") + b"\r\n", 501),
+                (b"AUTH PLAIN QQ== QQ==\r\n", 501), (b"AUTH LOGIN\r\nQQ\0==\r\n", 334, 500)):
+            with self.subTest(octets):
+                dialogue = self.login(octets + b"NOOP\r\n", *replies, 250)
+                self.assertEqual(dialogue.events, [])
+
+    def test_an_empty_initial_response(self) -> None:
+        dialogue = self.login(b"AUTH LOGIN =\r\nQQ==\r\n", 334, 235)
+        self.assertEqual(dialogue.events, [relay.Authenticate("", "A")])
+
+    def test_three_failed_logins_end_the_session(self) -> None:
+        def refuse(session: relay.Session, event: relay.Event) -> None:
+            if isinstance(event, relay.Authenticate):
+                session.refuse(relay.Reply(535, "5.7.8", "no"))
+        dialogue = self.login(LOGIN * 4, 535, 535, 535, 421, answer=refuse)
+        self.assertTrue(dialogue.closed)
+
+    def test_a_login_that_could_not_be_checked_does_not_count(self) -> None:
+        def refuse(session: relay.Session, event: relay.Event) -> None:
+            session.refuse(relay.Reply(454, "4.7.0", "later"))
+        self.login(LOGIN * 20, *[454] * 20, answer=refuse)
+
+    def test_the_log_never_shows_what_belongs_to_auth(self) -> None:
+        prelude = SITUATIONS["tls"][0]
+        secret = base64.b64encode(b"\0user\0hidden")
+        word = base64.b64encode(b"hidden")
+        for octets in (b"AUTH PLAIN " + secret, b"AUTH PLAIN\r\n" + secret,
+                       b"AUTH LOGIN\r\n" + word + b"\r\n" + word, b"AUTH LOGIN " + word,
+                       b"auth\tPLAIN " + secret, word, b"AUTHPLAIN " + secret,
+                       b"AUTH CRAM-MD5\r\n" + word):
+            with self.subTest(octets[:20]):
+                dialogue = self.start(prelude, secure=True)
+                dialogue.feed(octets + b"\r\n")
+                shown = repr(dialogue.log)
+                for hidden in ("hidden", secret.decode(), word.decode()):
+                    self.assertNotIn(hidden, shown)
+
+
+class PropertyTests(SessionCase):
+    """Whatever comes, the session stays a session."""
+
+    def test_random_dialogues(self) -> None:
+        """No exception, well-formed replies, and the same for every cut of the input."""
+        words = [b"EHLO x\r\n", LOGIN, MAIL, RCPT, b"DATA\r\n", b".\r\n", b"\r\n.\r\n", b"\r\n",
+                 b"..x\r\n", b"RSET\r\n", b"NOOP\r\n", b"AUTH LOGIN\r\n", b"QQ==\r\n", b"*\r\n",
+                 b"AUTH PLAIN\r\n", b"\n", b"\r", b"\0", b".", b"x" * 300, b"\xff", b"VRFY a\r\n",
+                 b"MAIL FROM:<> SIZE=9\r\n", b"RCPT TO:<\"a b\"@c>\r\n", b"HELP\r\n", b" "]
+        chance = random.Random(20261123)
+        for number in range(400):
+            octets = b"".join(chance.choices(words, k=chance.randrange(1, 40)))
+            cuts = sorted(chance.choices(range(len(octets) + 1), k=chance.randrange(8)))
+            pieces = [octets[begin:end] for begin, end in zip([0, *cuts],
+                                                              [*cuts, len(octets)])]
+            with self.subTest(number, octets=octets):
+                whole, cut = (self.start(secure=True) for _ in range(2))
+                whole.feed(octets)
+                cut.feed(*pieces)
+                self.assertEqual((whole.said, whole.events), (cut.said, cut.events))
+                codes(whole.said)
+                for message in whole.messages:
+                    self.assertNotRegex(message, rb"(?<!\r)\n|\r(?!\n)")
+
+
+# ---------------------------------------------------------------------------
+# §5  Credentials
+# ---------------------------------------------------------------------------
+
+SHORT_TENANT = base64.urlsafe_b64encode(bytes.fromhex(TENANT.replace("-", ""))).decode()[:22]
+SHORT_CLIENT = base64.urlsafe_b64encode(bytes.fromhex(CLIENT.replace("-", ""))).decode()[:22]
+
+
+class UsernameTests(unittest.TestCase):
+    """What a user name means."""
+
+    def test_good_names(self) -> None:
+        for name in (USER, USER.upper(), f"{SHORT_TENANT}@{SHORT_CLIENT}",
+                     f"{TENANT}@{SHORT_CLIENT}", f"{SHORT_TENANT}==@{CLIENT}",
+                     f"{USER}.local", f"{USER}.example.com", f"{USER}.a@b"):
+            with self.subTest(name):
+                self.assertEqual(relay.parse_username(name, "@"), (TENANT, CLIENT))
+        self.assertEqual(relay.parse_username(f"Contoso.com@{CLIENT}.local", "@"),
+                         ("contoso.com", CLIENT))
+        for delimiter in ":|":
+            self.assertEqual(relay.parse_username(f"{TENANT}{delimiter}{CLIENT}", delimiter),
+                             (TENANT, CLIENT))
+
+    def test_bad_names(self) -> None:
+        for name in ("", "scan", "@", TENANT, f"{TENANT}@", f"@{CLIENT}", f"{TENANT}:{CLIENT}",
+                     f"{TENANT}@contoso.com", f"{TENANT} @{CLIENT}", f"{TENANT}@{CLIENT}x",
+                     f"{TENANT}@{SHORT_CLIENT[:-1]}", f"contoso@{CLIENT}", f"a..b@{CLIENT}",
+                     f"-a.b@{CLIENT}", f"../x.y@{CLIENT}", f"{TENANT}@@{CLIENT}",
+                     f"{TENANT}@{CLIENT}\n", "id@lookup", f"a.b/c@{CLIENT}"):
+            with self.subTest(name), self.assertRaises(relay.AuthError) as caught:
+                relay.parse_username(name, "@")
+            with self.subTest(name):
+                self.assertEqual(str(caught.exception.reply)[:9], "535 5.7.8")
+                self.assertIn("TENANT@CLIENT", caught.exception.reply.text)
+
+
+# ---------------------------------------------------------------------------
+# §6  Messages
+# ---------------------------------------------------------------------------
+
+def named_by(message: bytes) -> collections.Counter[str]:
+    """Whom a message names in To, Cc and Bcc, as the standard library reads them."""
+    header = email.message_from_bytes(message)
+    values = [str(value) for name in ("to", "cc", "bcc")
+              for value in header.get_all(name, [])]
+    return collections.Counter(address.lower() for _, address in email.utils.getaddresses(values)
+                               if address)
+
+
+def deliver_to(header: str, *recipients: str, body: str = "\r\nText\r\n") -> str:
+    """What becomes of a message for these recipients."""
+    envelope = {relay.comparable(address): address for address in recipients}
+    message = (header + body).encode("utf-8", "surrogateescape")
+    return relay.name_recipients(message, envelope).decode("utf-8", "surrogateescape")
+
+
+class RecipientTests(unittest.TestCase):
+    """Who gets it is the envelope, no one else."""
+
+    def test_a_message_that_names_the_envelope_stays_as_it_is(self) -> None:
+        for header in (
+                "To: a@x.y, b@x.y\r\n",
+                "To: a@x.y\r\nCc: b@x.y\r\n",
+                "To: a@x.y\r\nBcc: b@x.y\r\n",
+                "TO:A@X.Y,\r\n\tB@x.Y\r\n",
+                "To: Ann <a@x.y>, \"B, the second\" <b@x.y>\r\n",
+                "To: a@x.y (Ann (the first)), (Bob)b@x.y\r\n",
+                "To: Team: a@x.y, Bob <b@x.y>;\r\n",
+                "To: undisclosed-recipients:;\r\nBcc: a@x.y, b@x.y\r\n",
+                "To: a@x.y; b@x.y;\r\n",
+                "To: a@x.y,, b@x.y,\r\n",
+                "To: =?utf-8?Q?M=C3=BCller?= <a@x.y>, =?utf-8?B?w7w=?= <b@x.y>\r\n",
+                "To: M\udcfcller <a@x.y>, b@x.y\r\n",
+                "To: <@route.example,@other.example:a@x.y>, b@x.y\r\n",
+                "To: \"a\"@x.y, b@x.y\r\n",
+                "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\r\n",
+                "To: a@x.y (A@x.y), [Team] Bob (b@x.y) <b@x.y>\r\n",
+                "To: undisclosed-recipients:\r\nBcc: a@x.y, b@x.y\r\n",
+                "To: a @ x . y, b@x.y\r\n",
+                "To : a@x.y\r\ncC\t: b@x.y\r\n",
+                "To: a@x.y\r\nTo: b@x.y\r\n",
+                "To: a@x.y\r\nno field at all\r\nCc: b@x.y\r\n",
+                "To: a@x.y, b@x.y, a@x.y\r\nCc: b@x.y\r\n",
+                "Subject: x\r\n To: c@x.y\r\nTo: a@x.y, b@x.y\r\n"):
+            with self.subTest(header):
+                self.assertEqual(deliver_to(header, "a@x.y", "b@X.y"), header + "\r\nText\r\n")
+
+    def test_edits(self) -> None:
+        for header, recipients, wanted in (
+                # Whom no field names gets into one Bcc.
+                ("To: a@x.y\r\n", "a@x.y h@x.y", "Bcc: h@x.y\r\nTo: a@x.y\r\n"),
+                ("Subject: x\r\n", "a@x.y b@x.y", "Bcc: a@x.y,\r\n b@x.y\r\nSubject: x\r\n"),
+                ("To: a@x.y\r\nBcc: \"B\" <b@x.y>\r\nX: y\r\nBcc: c@x.y\r\n",
+                 "a@x.y b@x.y c@x.y h@x.y",
+                 "Bcc: \"B\" <b@x.y>,\r\n c@x.y,\r\n h@x.y\r\nTo: a@x.y\r\nX: y\r\n"),
+                # Whom the envelope does not name is taken out, and kept readable.
+                ("To: a@x.y, Other One <o@x.y>\r\n", "a@x.y",
+                 "To: a@x.y\r\nX-Original-To: Other One <o@x.y>\r\n"),
+                ("Cc: o@x.y\r\nSubject: x\r\nTo: a@x.y\r\n", "a@x.y",
+                 "X-Original-Cc: o@x.y\r\nSubject: x\r\nTo: a@x.y\r\n"),
+                ("To: o@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
+                ("To: a@x.y\r\nBcc: o@x.y\r\n", "a@x.y", "To: a@x.y\r\n"),
+                ("To: a@x.y\r\nBcc: o@x.y, b@x.y\r\n", "a@x.y b@x.y",
+                 "To: a@x.y\r\nBcc: b@x.y\r\n"),
+                ("To: Team: a@x.y, o@x.y;\r\n", "a@x.y",
+                 "To: a@x.y\r\nX-Original-To: o@x.y\r\n"),
+                ("to: \"O, P\" <o@x.y>,\r\n  Ann (x)\r\n <a@x.y>\r\n", "a@x.y",
+                 "to: Ann (x)\r\n <a@x.y>\r\nX-Original-to: \"O, P\" <o@x.y>\r\n"),
+                # The customer is public, the device writes to the developer only.
+                ("To: customer@public.com\r\n", "dev@t.com",
+                 "Bcc: dev@t.com\r\nX-Original-To: customer@public.com\r\n"),
+                # What cannot be read beyond doubt names nobody.
+                ("To: a@x.y b@x.y\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: a@x.y b@x.y\r\n"),
+                ("To: o@x.y <a@x.y>\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: o@x.y <a@x.y>\r\n"),
+                ("To: a@x.y (o@x.y)\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: a@x.y (o@x.y)\r\n"),
+                ("To: \"a@x.y\r\nBcc: a@x.y (\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: \"a@x.y\r\n"),
+                ("Cc: <a@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-Cc: <a@x.y\r\n"),
+                ("To: a@x.y\0\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: a@x.y\0\r\n"),
+                ("To: [o@x.y] <a@x.y>\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: [o@x.y] <a@x.y>\r\n"),
+                ("To: [o@x.y]g:;\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: [o@x.y]g:;\r\n"),
+                ("To: a@x.y\u00a0\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: a@x.y\u00a0\r\n"),
+                ("To: g: a@x.y\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: g: a@x.y\r\n"),
+                (" x\r\nTo: o@x.y\r\n", "a@x.y",
+                 " x\r\nBcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
+                # U+212A is no k, though lower() says so.
+                ("To: \u212a@x.y\r\n", "k@x.y",
+                 "Bcc: k@x.y\r\nX-Original-To: \u212a@x.y\r\n"),
+                # Quoted local parts.
+                ("To: \"a b\"@x.y\r\n", "\"a b\"@x.y", "To: \"a b\"@x.y\r\n"),
+                ("To: \"a\\ b\"@x.y\r\n", "\"A b\"@x.y c@x.y",
+                 "Bcc: c@x.y\r\nTo: \"a\\ b\"@x.y\r\n"),
+                ("Subject: x\r\n", "\u00fc@x.y", "Bcc: \u00fc@x.y\r\nSubject: x\r\n"),
+                # Malformed lines end nothing; text behind the last field is text.
+                ("oops\r\nTo: o@x.y\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\noops\r\nX-Original-To: o@x.y\r\n"),
+                ("To: o@x.y\r\nHello there\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n\r\nHello there\r\n")):
+            with self.subTest(header):
+                self.assertEqual(deliver_to(header, *re.findall(r'(?:"[^"]*"|[^ "])+', recipients)),
+                                 wanted + "\r\nText\r\n")
+
+    def test_messages_without_a_header_or_a_body(self) -> None:
+        for message, wanted in (
+                ("", "Bcc: a@x.y\r\n\r\n"),
+                ("\r\n", "Bcc: a@x.y\r\n\r\n"),
+                ("\r\nTo: o@x.y\r\n", "Bcc: a@x.y\r\n\r\nTo: o@x.y\r\n"),
+                ("Just text\r\n", "Bcc: a@x.y\r\n\r\nJust text\r\n"),
+                ("Just text\r\n\r\nTo: o@x.y\r\n",
+                 "Bcc: a@x.y\r\n\r\nJust text\r\n\r\nTo: o@x.y\r\n"),
+                ("Subject: x\r\n", "Bcc: a@x.y\r\nSubject: x\r\n"),
+                (" folded\r\n\r\nText\r\n", "Bcc: a@x.y\r\n\r\n folded\r\n\r\nText\r\n")):
+            with self.subTest(message):
+                self.assertEqual(deliver_to(message, "a@x.y", body=""), wanted)
+
+    def test_the_body_is_not_touched(self) -> None:
+        body = bytes(range(256)).replace(b"\r", b"").replace(b"\n", b"") * 50
+        message = b"To: o@x.y\r\n\r\n" + body + b"\r\nTo: o@x.y\r\nBcc: z@x.y\r\n\r\n"
+        self.assertTrue(relay.name_recipients(message, {"a@x.y": "a@x.y"}).endswith(
+            message.partition(b"\r\n\r\n")[2]))
+
+    def test_the_author_of_a_message_from_nobody(self) -> None:
+        for header, mailbox in (("From: Me <M@x.Y>\r\n", "M@x.Y"),
+                                ("From: \"Q X\"@x.y\r\n", "\"Q X\"@x.y"),
+                                ("Subject: x\r\nFROM : m@x.y, n@x.y\r\n", "m@x.y")):
+            envelope = relay.Envelope("", {"a@x.y": "a@x.y"}, header.encode() + b"\r\n")
+            self.assertEqual(relay.make_outgoing(envelope).mailbox, mailbox)
+        for header in ("", "Subject: x\r\n", "From: \r\n", "From: me\r\n",
+                       "From: a@x.y <b@x.y>\r\n"):
+            with self.subTest(header), self.assertRaises(relay.DeliveryError) as caught:
+                relay.make_outgoing(relay.Envelope("", {}, header.encode() + b"\r\n"))
+            self.assertEqual(str(caught.exception.reply)[:9], "550 5.1.7")
+
+    def test_random_headers(self) -> None:
+        """No exception; the envelope and nobody else is named; the body stays."""
+        people = ["a@x.y", "b@x.y", "\"q r\"@x.y", "A@X.Y", "o@x.y", "p@x.y"]
+        pieces = [*people, "Name <{}>", "\"N, m\" <{}>", "{} (c)", "G: {}, {};", ",", ";", ":",
+                  "<", ">", "(", ")", "\"", "\\", "@", " ", "\r\n ", "=?utf-8?Q?a=40b?=", "[",
+                  "]", "\udcff", "\u00fc", ".", "undisclosed-recipients:;", "\0"]
+        chance = random.Random(1123)
+        for number in range(3000):
+            header = ""
+            for _ in range(chance.randrange(5)):
+                words = "".join(chance.choices(pieces, k=chance.randrange(6))).replace("{}", "%s")
+                words = re.sub("%s", lambda match: chance.choice(people), words)
+                name = chance.choice(["To", "Cc", "Bcc", "BCC", "to ", "Subject", "X-To"])
+                header += chance.choice([f"{name}: {words}\r\n"] * 9 + ["junk\r\n"])
+            envelope = chance.sample(people[:3], chance.randrange(1, 4))
+            with self.subTest(number, header=header, envelope=envelope):
+                outcome = deliver_to(header, *envelope)
+                self.assertTrue(outcome.endswith("\r\nText\r\n"))
+                fields, _ = relay.split_header(outcome.encode("utf-8", "surrogateescape"))
+                keys = {address.key for one in fields if one.name in (b"to", b"cc", b"bcc")
+                        for address in relay.parse_addresses(one.value)}
+                self.assertEqual(keys, {relay.comparable(one) for one in envelope})
+
+    def test_a_huge_header_takes_no_quadratic_time(self) -> None:
+        """Each shape grows by 4; ten times the time would be more than linear."""
+        for shape in ("a@x.y, ", "(", "((a))", "\"", "[", "<", "a ", "\\", "\r\n ", ":;",
+                      "x\r\n", "T: x\r\n", "G:a@x.y;", "\\\"", "\\[", "<@a", "@a,", ".", "@",
+                      "a.", "\" \"", "To: a@x.y\r\n"):
+            times = []
+            for size in (60_000, 240_000):
+                for opening in ("", "<", "\"", "[", "("):
+                    header = f"To: {opening}{shape * (size // len(shape))}\r\n"
+                    begun = time.process_time()
+                    deliver_to(header, "a@x.y")
+                    times.append(time.process_time() - begun)
+            times = [max(times[:5]), max(times[5:])]
+            with self.subTest(shape):
+                self.assertLess(times[1], 10 * times[0] + 0.5)
+
+
+# ---------------------------------------------------------------------------
+# §7  Microsoft's answers
+# ---------------------------------------------------------------------------
+
+def response(status: int, body: Any = b"", **headers: str) -> relay.HttpResponse:
+    """An answer; a body that is no octets is sent as JSON."""
+    octets = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return relay.HttpResponse(status, {name.replace("_", "-"): value
+                                       for name, value in headers.items()}, octets)
+
+
+def aadsts(code: int, error: str, text: str = "Something is wrong.") -> dict[str, Any]:
+    """The body of an error of Entra, as its documentation has it."""
+    return {"error": error, "error_codes": [code], "timestamp": "2026-01-09 02:02:12Z",
+            "error_description": f"AADSTS{code}: {text} Trace ID: 0000aaaa-11bb-cccc-dd22-"
+            "eeeeee333333 Correlation ID: aaaa0000-bb11-2222-33cc-444444dddddd Timestamp: "
+            "2026-01-09 02:02:12Z",
+            "trace_id": "0000aaaa-11bb-cccc-dd22-eeeeee333333",
+            "error_uri": f"https://login.microsoftonline.com/error?code={code}"}
+
+
+# AADSTS number, HTTP status, error, a word of the remedy.
+REFUSALS = (
+    (7000215, 401, "invalid_client", "value, not its ID"),
+    (7000222, 401, "invalid_client", "expired"),
+    (7000216, 401, "invalid_client", "password"),
+    (7000218, 400, "invalid_client", "password"),
+    (700016, 400, "unauthorized_client", "client ID"),
+    (90002, 400, "invalid_request", "tenant ID"),
+    (90002, 400, "invalid_tenant", "tenant ID"),
+    (900023, 400, "invalid_request", "tenant ID"),
+    (7000112, 400, "unauthorized_client", "disabled"),
+    (53003, 400, "invalid_grant", "Conditional Access"),
+    (70011, 400, "invalid_scope", "GRAPH_ENDPOINT"),
+    (500011, 400, "invalid_resource", "GRAPH_ENDPOINT"),
+    (90038, 400, "invalid_request", "AZURE_AUTHORITY_HOST"),
+    (1234567, 400, "something_new", "see the log"),
+    (-3, 400, "something_new", "something_new: "),
+    (10 ** 4000, 400, "something_new", "something_new: "),
+)
+# What says nothing of the password.
+TRANSIENT = (
+    response(429, b"Too Many Requests", retry_after="60"),
+    response(429, aadsts(90055, "temporarily_unavailable")),
+    response(503, aadsts(90033, "temporarily_unavailable")),
+    response(500, b"<html>Internal Server Error</html>"),
+    response(502), response(504, aadsts(7000215, "invalid_client")),
+    response(400, aadsts(50196, "invalid_grant")), response(400, aadsts(90055, "x")),
+    response(400, {**aadsts(53003, "invalid_grant"), "error_codes": [53003, 90033]}),
+    response(400, aadsts(1, "server_error")), response(401, b""), response(401, b"<html>"),
+    response(400, b'{"error":"invalid_cl'), response(400, {"error": {"code": "x"}}),
+    response(400, {"error": None}), response(400, []), response(403, b"null"),
+    response(200, b""), response(200, {}), response(200, {"access_token": ""}),
+    response(200, {"access_token": None}), response(200, {"access_token": 5}),
+    response(200, {"access_token": "a b"}), response(200, {"access_token": "a\r\nX: y"}),
+    response(200, b'{"access_token": "abc'), response(200, b"[" * 100_000),
+    response(200, b"\xff\xfe"), response(201, {"access_token": "abc"}),
+    response(302, b"", location="https://elsewhere.example"),
+)
+
+
+class EntraAnswerTests(unittest.TestCase):
+    """What Entra's answers mean, facts 1.2 to 1.5."""
+
+    def test_tokens(self) -> None:
+        for expires_in, life in ((3599, 3299), ("3599", 3299), (300, 0), (301, 1), (0, 0),
+                                 (-5, 0), (None, 0), ("soon", 0), ([], 0), ("nan", 0),
+                                 ("inf", 0), (10 ** 400, 0), (1e9, 86400)):
+            with self.subTest(expires_in):
+                token = relay.read_token(response(200, {
+                    "token_type": "Bearer", "expires_in": expires_in, "access_token": "eyJ"}), "s")
+                self.assertEqual((token.value, token.life), ("eyJ", life))
+        self.assertEqual(relay.read_token(response(200, {"access_token": "e"}), "s").life, 0)
+
+    def test_refusals_say_the_number_and_what_to_do(self) -> None:
+        for code, status, error, word in REFUSALS:
+            answer = aadsts(code, error)
+            if not 0 < code < 10 ** 9:
+                answer["error_description"] = "odd"
+            with self.subTest(word), self.assertRaises(relay.AuthError) as caught:
+                relay.read_token(response(status, answer), "secret")
+            with self.subTest(word):
+                reply = caught.exception.reply
+                self.assertEqual((reply.code, reply.status), (535, "5.7.8"))
+                self.assertIn(word, reply.text)
+                if 0 < code < 10 ** 9:
+                    self.assertTrue(reply.text.startswith(f"AADSTS{code}: "))
+                    self.assertEqual(caught.exception.facts["aadsts"], code)
+
+    def test_what_says_nothing_of_the_password_is_passing(self) -> None:
+        for answer in TRANSIENT:
+            with self.subTest(f"{answer.status} {answer.body[:60]!r}"), \
+                    self.assertRaises(relay.TemporaryError):
+                relay.read_token(answer, "secret")
+
+    def test_the_secret_is_never_repeated(self) -> None:
+        with self.assertRaises(relay.AuthError) as caught:
+            relay.read_token(response(401, aadsts(7000215, "invalid_client", "no hidden!")),
+                             "hidden")
+        self.assertNotIn("hidden", repr(caught.exception.facts))
+
+
+class GraphAnswerTests(unittest.TestCase):
+    """Which answer is which reply: the table of the contract."""
+
+    TABLE = (
+        (401, "InvalidAuthenticationToken", "451 4.7.0"),
+        (403, "ErrorAccessDenied", "550 5.7.1"),
+        (403, "ErrorSendAsDenied", "550 5.7.60"),
+        (403, "erroraccessdenied", "550 5.7.1"),
+        (404, "ErrorInvalidUser", "550 5.1.8"),
+        (404, "ResourceNotFound", "550 5.1.8"),
+        (404, "ErrorNonExistentMailbox", "550 5.1.8"),
+        (404, "MailboxNotEnabledForRESTAPI", "550 5.1.8"),
+        (400, "MailboxNotHostedInExchangeOnline", "550 5.1.8"),
+        (400, "ErrorInvalidRecipients", "550 5.1.3"),
+        (413, "", "552 5.3.4"),
+        (413, "RequestEntityTooLarge", "552 5.3.4"),
+        (400, "ErrorMessageSizeExceeded", "552 5.3.4"),
+        (403, "ErrorQuotaExceeded", "452 4.2.2"),
+        (507, "", "452 4.2.2"),
+        (429, "ApplicationThrottled", "451 4.4.5"),
+        (429, "ErrorAccessDenied", "451 4.4.5"),
+        (500, "ErrorInternalServerError", "451 4.3.0"),
+        (500, "ErrorAccessDenied", "451 4.3.0"),
+        (500, "ErrorQuotaExceeded", "452 4.2.2"), (503, "ErrorMessageSizeExceeded", "552 5.3.4"),
+        (502, "", "451 4.3.0"), (503, "ErrorServerBusy", "451 4.3.0"),
+        (504, "UnknownError", "451 4.3.0"), (509, "", "451 4.3.0"), (599, "", "451 4.3.0"),
+        (403, "SomethingNew", "550 5.7.1"), (403, "", "550 5.7.1"),
+        (404, "SomethingNew", "550 5.1.8"), (404, "", "550 5.1.8"),
+        (400, "ErrorMimeContentInvalidBase64String", "554 5.6.0"),
+        (400, "", "554 5.6.0"), (405, "", "554 5.6.0"), (411, "", "554 5.6.0"),
+        (415, "", "554 5.6.0"), (409, "Odd", "554 5.6.0"),
+        (200, "", "554 5.3.0"), (201, "", "554 5.3.0"), (204, "", "554 5.3.0"),
+        (302, "", "554 5.3.0"), (200, "ErrorAccessDenied", "554 5.3.0"),
+    )
+
+    def test_table(self) -> None:
+        for status, code, wanted in self.TABLE:
+            with self.subTest(f"{status} {code}"):
+                body = {"error": {"code": code, "message": "m"}} if code else b"<html>"
+                error = relay.graph_error(response(status, body, request_id="r1"), SENDER)
+                self.assertEqual(str(error.reply)[:len(wanted) + 1], wanted + " ")
+                self.assertEqual(error.facts["request_id"], "r1")
+                if wanted in ("550 5.7.1", "550 5.1.8"):
+                    self.assertIn(SENDER, error.reply.text)
+        self.assertIn("Mail.Send", relay.graph_error(response(403), SENDER).reply.text)
+
+    def test_not_sent_is_an_error_and_the_rest_are_warnings(self) -> None:
+        self.assertEqual(relay.graph_error(response(200), "a@b").level, logging.ERROR)
+        self.assertEqual(relay.graph_error(response(403), "a@b").level, logging.WARNING)
+
+    def test_garbage(self) -> None:
+        for body in (b"", b"null", b"5", b"[]", b'{"error": 5}', b'{"error": {"code": []}}',
+                     b'{"error": {}}', b"\xff", b"[" * 100_000, b'{"error": {"code": "Err'):
+            with self.subTest(body[:20]):
+                self.assertEqual(relay.graph_error(response(403, body), SENDER).reply.status,
+                                 "5.7.1")
+
+    def test_retry_after(self) -> None:
+        now = 1_800_000_000.0
+        for text, seconds in (("0", 0), ("7", 7), (" 7 ", 7), ("2.128", 2.128), ("", None),
+                              ("-1", None), ("soon", None), ("nan", None), ("inf", None),
+                              ("1e3", None), ("\u0663", None), ("9" * 20, None),
+                              (email.utils.formatdate(now + 9, usegmt=True), 9),
+                              (email.utils.formatdate(now - 9, usegmt=True), 0),
+                              (email.utils.formatdate(now + 9, localtime=False), 9),
+                              ("Tue, 32 Foo 2026 10:00:00 GMT", None),
+                              ("Mon, 01 Jan 99999 00:00:00 GMT", None)):
+            with self.subTest(text):
+                self.assertEqual(response(429, retry_after=text).retry_after(now), seconds)
+
+
+# ---------------------------------------------------------------------------
+# §8  Log
+# ---------------------------------------------------------------------------
+
+class KeptLog(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line, with its traceback."""
+        text = record.getMessage()
+        if record.exc_info:
+            text += logging.Formatter().formatException(record.exc_info)
+        self.lines.append((record.levelname, text))
+
+    def find(self, word: str) -> list[tuple[str, str]]:
+        """Lines with a word."""
+        return [line for line in self.lines if word in line[1].split()]
+
+
+@contextlib.contextmanager
+def kept_log() -> Iterator[KeptLog]:
+    """Keep the log for a while."""
+    handler = KeptLog()
+    relay.log.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        relay.log.removeHandler(handler)
+
+
+class LogTests(unittest.TestCase):
+    """One line for an event, whatever is in it."""
+
+    def test_values_are_escaped(self) -> None:
+        for value, wanted in (("plain@x.y", "plain@x.y"), ("a b", '"a b"'), ("", '""'),
+                              ("a\r\nERROR b", '"a\\r\\nERROR b"'), ('a"b', '"a\\"b"'),
+                              ("\x1b[1m", '"\\x1b[1m"'), ("\u202e\u00fc", '"\\u202e\\xfc"'),
+                              ("\udcff", '"\\udcff"'), ("a=b", '"a=b"'), (5, "5"),
+                              (0.12345, "0.123"), ("a\\b", '"a\\\\b"')):
+            with self.subTest(value):
+                self.assertEqual(relay.escaped(value), wanted)
+        self.assertLess(len(relay.escaped("x" * 100_000)), 1100)
+
+    def test_facts_follow_the_id_and_none_is_left_out(self) -> None:
+        with kept_log() as kept:
+            relay.log_event(logging.INFO, "id", "sent", request_id="r", size=5, other=None)
+        self.assertEqual(kept.lines, [("INFO", "id sent request-id=r size=5")])
+
+    def test_the_log_is_written_by_a_thread_and_a_full_pipe_blocks_nobody(self) -> None:
+        code = ("import smtp_oauth_relay as r, logging, sys\n"
+                "with r.logging_to_stderr('INFO'):\n"
+                "    for n in range(30000): r.log_event(logging.INFO, 'id', 'x' * 50)\n"
+                "    print('done', flush=True)\n")
+        with start_python("-c", code) as process:
+            assert process.stdout is not None
+            self.assertEqual(process.stdout.readline(), "done\n")
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+
+# ---------------------------------------------------------------------------
+# FakeMicrosoft: Entra ID and Graph, from section 11 of our notes on what they send
+# ---------------------------------------------------------------------------
+
+class Request(NamedTuple):
+    """What was asked of the fake."""
+
+    kind: str               # "token", "send" or "other"
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    connection: int         # number of the connection that it came on
+
+
+class Delivered(NamedTuple):
+    """A message that the fake has taken."""
+
+    mailbox: str
+    message: bytes
+    recipients: list[str]   # whom Graph would mail: To, Cc and Bcc
+
+
+# An action answers a request on a socket; it returns whether the connection goes on.
+Action = Callable[[socket.socket, Request], bool]
+
+
+def say(status: int, body: Any = b"", **headers: str) -> Action:
+    """Answer with a status, a body (JSON unless octets) and headers."""
+    octets = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status} Some Reason", f"Content-Length: {len(octets)}",
+             "request-id: graph-request-1",
+             *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+
+    def action(sock: socket.socket, request: Request) -> bool:
+        sock.sendall("\r\n".join([*lines, "", ""]).encode() + octets)
+        return True
+    return action
+
+
+def graph_says(status: int, code: str, **headers: str) -> Action:
+    """Answer with an error as Graph does."""
+    return say(status, {"error": {"code": code, "message": "Some message."}}, **headers)
+
+
+def utter(octets: bytes, *, reset: bool = False) -> Action:
+    """Send octets as they are, and close."""
+    def action(sock: socket.socket, request: Request) -> bool:
+        sock.sendall(octets)
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        return False
+    return action
+
+
+def trickle(head: bytes, tail: bytes) -> Action:
+    """Send octets, then one at a time, each within any time-out, for ever."""
+    def action(sock: socket.socket, request: Request) -> bool:
+        sock.sendall(head)
+        pause = threading.Event()
+        with contextlib.suppress(OSError):
+            for octet in itertools.cycle(split_octets(tail)):
+                sock.sendall(octet)
+                pause.wait(0.02)
+        return False
+    return action
+
+
+class FakeMicrosoft:
+    """Plays Entra ID and Graph on a loopback port; what it is to do can be scripted."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self._context = context
+        self._lock = threading.Lock()
+        self._script: dict[str, collections.deque[Action]] = collections.defaultdict(
+            collections.deque)
+        self._tokens: dict[str, tuple[str, str]] = {}
+        self._busy: collections.Counter[str] = collections.Counter()
+        self.most_busy = 0
+        self.requests: list[Request] = []
+        self.delivered: list[Delivered] = []
+        self.complaints: list[str] = []
+        self.release = threading.Event()        # ends what hangs
+        self.arrived = threading.Semaphore(0)   # counts requests that hang
+        self._sockets: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+        port = self._listener.getsockname()[1]
+        self.url = f"https://localhost:{port}" if context else f"http://127.0.0.1:{port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop."""
+        self.release.set()
+        self._listener.close()
+        self.drop_connections()
+
+    def drop_connections(self) -> None:
+        """Close what is open, as front ends do with what is idle."""
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def will(self, kind: str, *actions: Action) -> None:
+        """Script the next answers to requests for a "token" or to "send"."""
+        self._script[kind].extend(actions)
+
+    def reset(self) -> None:
+        """Forget script and records."""
+        self._script.clear()
+        self.requests, self.delivered, self.complaints = [], [], []
+        self.most_busy = 0
+        self.release.set()
+        self.release = threading.Event()
+
+    def asked(self, kind: str) -> list[Request]:
+        """The requests of a kind."""
+        return [request for request in self.requests if request.kind == kind]
+
+    def hang(self, sock: socket.socket, request: Request) -> bool:
+        """Action: answer nothing until `release`, then close."""
+        self.arrived.release()
+        self.release.wait(PATIENCE)
+        return False
+
+    def hang_then(self, action: Action) -> Action:
+        """Do an action when `release` is set."""
+        def late(sock: socket.socket, request: Request) -> bool:
+            self.hang(sock, request)
+            return action(sock, request)
+        return late
+
+    def expire(self, sock: socket.socket, request: Request) -> bool:
+        """Action: forget the token, and say so."""
+        self._tokens.pop(request.headers["authorization"].partition(" ")[2], None)
+        return graph_says(401, "InvalidAuthenticationToken")(sock, request)
+
+    def accept(self, sock: socket.socket, request: Request) -> bool:
+        """Action: do what Microsoft does when all is well."""
+        return (self._give_token if request.kind == "token" else self._send_mail)(sock, request)
+
+    # One thread for a connection.
+
+    def _accept(self) -> None:
+        for number in itertools.count():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock, number), daemon=True).start()
+
+    def _serve(self, sock: socket.socket, number: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if self._context:
+                sock = self._context.wrap_socket(sock, server_side=True)
+            self._sockets.add(sock)
+            stream = sock.makefile("rb")
+            while self._serve_one(sock, stream, number):
+                pass
+            stream.close()
+        self._sockets.discard(sock)
+        sock.close()
+
+    def _serve_one(self, sock: socket.socket, stream: Any, number: int) -> bool:
+        line = stream.readline().decode()
+        if not line:
+            return False
+        headers = {}
+        for header in iter(stream.readline, b"\r\n"):
+            name, _, value = header.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        path = line.split()[1]
+        kind = ("token" if path.endswith("/oauth2/v2.0/token") else
+                "send" if path.endswith("/sendMail") else "other")
+        with self._lock:
+            script = self._script[kind]
+            action = script.popleft() if script else self.accept
+        if isinstance(action, BeforeBody):
+            body = b""
+        else:
+            body = stream.read(int(headers.get("content-length", 0)))
+        request = Request(kind, path, headers, body, number)
+        with self._lock:
+            self.requests.append(request)
+            self._busy[path] += 1
+            if kind == "send":
+                self.most_busy = max(self.most_busy, self._busy[path])
+        try:
+            return action(sock, request)
+        finally:
+            with self._lock:
+                self._busy[path] -= 1
+
+    def _give_token(self, sock: socket.socket, request: Request) -> bool:
+        form = urllib.parse.parse_qs(request.body.decode(), strict_parsing=True)
+        wanted = {"grant_type": ["client_credentials"], "scope": [f"{self.url}/.default"]}
+        if ({name: form.get(name) for name in wanted} != wanted
+                or request.headers["content-type"] != "application/x-www-form-urlencoded"
+                or set(form) != {*wanted, "client_id", "client_secret"}):
+            self.complaints.append(f"bad token request {form}")
+        with self._lock:
+            token = f"token-{len(self._tokens)}"
+            self._tokens[token] = (request.path.split("/")[1], form["client_id"][0])
+        return say(200, {"token_type": "Bearer", "expires_in": 3599, "ext_expires_in": 3599,
+                         "access_token": token}, content_type="application/json")(sock, request)
+
+    def _send_mail(self, sock: socket.socket, request: Request) -> bool:
+        bearer, _, token = request.headers["authorization"].partition(" ")
+        if bearer != "Bearer" or token not in self._tokens:
+            return graph_says(401, "InvalidAuthenticationToken")(sock, request)
+        if len(request.body) > 4_194_304:
+            return say(413)(sock, request)
+        try:
+            message = base64.b64decode(request.body, validate=True)
+        except ValueError:
+            return graph_says(400, "ErrorMimeContentInvalidBase64String")(sock, request)
+        if request.headers["content-type"] != "text/plain":
+            self.complaints.append("not text/plain")
+        if re.search(rb"(?<!\r)\n|\r(?!\n)", message):
+            self.complaints.append("a lone CR or LF, of which Exchange eats text")
+        recipients = sorted(named_by(message))
+        if not recipients:
+            return graph_says(400, "ErrorInvalidRecipients")(sock, request)
+        mailbox = urllib.parse.unquote(request.path.split("/")[3])
+        self.delivered.append(Delivered(mailbox, message, recipients))
+        return say(202, client_request_id=request.headers["client-request-id"])(sock, request)
+
+
+class BeforeBody:
+    """An action that is done before the body of the request is read."""
+
+    def __init__(self, action: Action) -> None:
+        self._action = action
+
+    def __call__(self, sock: socket.socket, request: Request) -> bool:
+        return self._action(sock, request)
+
+
+class Running:
+    """A relay that serves on loopback ports, in a thread with a loop of its own."""
+
+    def __init__(self, config: relay.Config) -> None:
+        self._config = config
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        if not self._started.wait(PATIENCE):
+            raise AssertionError("the relay did not start")
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        context = (relay.make_tls_context(self._config)
+                   if self._config.tls_source == "file" else None)
+        sockets = relay.bind(self._config)
+        self.port = sockets[0][0].getsockname()[1]
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self.loop_errors: list[dict[str, Any]] = []
+        self._loop.set_exception_handler(lambda loop, context: self.loop_errors.append(context))
+        joined = relay.Relay(self._config)
+        self.server = relay.Server(joined, context)
+        self._loop.call_soon(self._started.set)
+        await self.server.run(sockets, self._stop)
+        joined.close()
+
+    def ask(self, question: Callable[[], Any]) -> Any:
+        """Ask something in the thread of the loop."""
+        async def answer() -> Any:
+            return question()
+        return asyncio.run_coroutine_threadsafe(answer(), self._loop).result(PATIENCE)
+
+    def begin_stop(self) -> None:
+        """Do what SIGTERM does."""
+        with contextlib.suppress(RuntimeError):         # it has ended
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            raise AssertionError("the relay does not stop")
+
+    def stop(self) -> None:
+        """Stop it."""
+        self.begin_stop()
+        self.wait()
+
+
+class Client(smtplib.SMTP):
+    """smtplib, which is not ours, with the replies as text."""
+
+    def __init__(self, port: int, **options: Any) -> None:
+        super().__init__("127.0.0.1", port, timeout=PATIENCE, local_hostname="test", **options)
+
+    def say(self, line: str) -> str:
+        """Send a command; returns the reply, code and text."""
+        code, text = self.docmd(line)
+        return f"{code} {text.decode()}"
+
+    def log_in(self, user: str = USER, password: str = "secret") -> str:
+        """Say AUTH PLAIN; returns the reply."""
+        return self.say(f"AUTH PLAIN {plain(user, password).decode()}")
+
+    def post(self, message: bytes = b"To: a@x.y\r\nSubject: s\r\n\r\nText\r\n",
+             sender: str = SENDER, recipients: tuple[str, ...] = ("a@x.y",)) -> str:
+        """Send a message; returns the reply to its end, or to what was refused before."""
+        for line in (f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{one}>" for one in recipients)):
+            reply = self.say(line)
+            if not reply.startswith("250"):
+                return reply
+        code, text = self.data(message)
+        return f"{code} {text.decode()}"
+
+    def next_reply(self) -> str:
+        """Read a reply that was not asked for; "" at the end of the connection."""
+        try:
+            code, text = self.getreply()
+        except (smtplib.SMTPServerDisconnected, OSError):
+            return ""
+        return f"{code} {text.decode()}"
+
+
+def trusting() -> ssl.SSLContext:
+    """What a client knows that trusts the CA of the tests."""
+    return ssl.create_default_context(cafile=FILES["ca.pem"])
+
+
+class RelayCase(unittest.TestCase):
+    """A relay without TLS in front of FakeMicrosoft; each test has a password of its own,
+    so that no token of another test is in the cache."""
+
+    settings: dict[str, str] = {}
+    fake: FakeMicrosoft
+    relay: Running
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Start both."""
+        cls.fake = FakeMicrosoft()
+        cls.relay = Running(cls.config(**{"UPSTREAM_TIMEOUT": "5", "CLIENT_TIMEOUT": "20",
+                                          **cls.settings}))
+
+    @classmethod
+    def config(cls, **settings: str) -> relay.Config:
+        """Settings for a relay in front of the fake."""
+        return make_config(**{"SMTP_PORT": "0", "AZURE_AUTHORITY_HOST": cls.fake.url,
+                              "GRAPH_ENDPOINT": cls.fake.url, "SERVER_NAME": "relay.test",
+                              **settings})
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        """Stop both; nothing may be left behind."""
+        cls.fake.reset()
+        cls.relay.stop()
+        cls.fake.close()
+        assert not cls.relay.loop_errors, cls.relay.loop_errors
+        assert not cls.relay.server._connections, "connections are left"
+        assert not cls.relay.server._clients, "clients are left"
+
+    def setUp(self) -> None:
+        """Begin with a clean fake, and without the clients of other tests."""
+        self.fake.reset()
+        wait_for(lambda: not self.relay.ask(lambda: len(self.relay.server._connections)))
+        self.password = f"secret of {self.id()}"
+        self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
+
+    def connect(self, running: Running | None = None) -> Client:
+        """Connect and say EHLO."""
+        client = Client((running or self.relay).port)
+        self.addCleanup(client.close)
+        client.ehlo()
+        return client
+
+    def logged_in(self) -> Client:
+        """Connect and log in."""
+        client = self.connect()
+        self.assertIn("235 2.7.0", client.log_in(password=self.password))
+        return client
+
+    def assertReply(self, reply: str, wanted: str) -> str:
+        self.assertTrue(reply.startswith(wanted + " "), f"{reply!r} is not {wanted}")
+        return reply
+
+
+# ---------------------------------------------------------------------------
+# §9  HTTP, §10  Tokens
+# ---------------------------------------------------------------------------
+
+class SignInTests(RelayCase):
+    """A login is a request for a token."""
+
+    def log_in(self, user: str = USER, password: str = "") -> str:
+        return self.connect().log_in(user, password or self.password)
+
+    def test_a_good_login(self) -> None:
+        self.password = "s&c=r+t~% \u00fc"
+        self.assertReply(self.log_in(), "235 2.7.0")
+        request, = self.fake.asked("token")
+        self.assertEqual(request.path, f"/{TENANT}/oauth2/v2.0/token")
+        form = dict(urllib.parse.parse_qsl(request.body.decode()))
+        self.assertEqual(form["client_secret"], self.password)
+        self.assertEqual(form["client_id"], CLIENT)
+
+    def test_a_tenant_may_be_a_domain(self) -> None:
+        self.assertReply(self.log_in(f"Contoso.com@{SHORT_CLIENT}.local"), "235 2.7.0")
+        self.assertEqual(self.fake.requests[0].path, "/contoso.com/oauth2/v2.0/token")
+
+    def test_login_with_login(self) -> None:
+        client = self.connect()
+        client.user, client.password = USER, self.password
+        self.assertEqual(client.auth("LOGIN", client.auth_login)[0], 235)
+
+    def test_a_malformed_name_is_refused_without_asking(self) -> None:
+        for user, password in (("scanner", "x"), (f"{TENANT}@lookup", "x"), ("", "x")):
+            self.assertReply(self.log_in(user, password), "535 5.7.8")
+        client = self.connect()
+        self.assertReply(client.say(f"AUTH PLAIN {plain(USER, '').decode()}"), "535 5.7.8")
+        self.assertEqual(self.fake.requests, [])
+
+    def test_each_refusal_of_entra(self) -> None:
+        for number, (code, status, error, word) in enumerate(REFUSALS):
+            if not 0 < code < 10 ** 9:
+                continue
+            with self.subTest(code):
+                self.fake.will("token", say(status, aadsts(code, error)))
+                reply = self.log_in(password=f"{self.password} {number}")
+                self.assertIn(word, self.assertReply(reply, "535 5.7.8"))
+                self.assertIn(f"AADSTS{code}", reply)
+
+    def test_each_passing_failure_of_entra(self) -> None:
+        for answer in TRANSIENT:
+            with self.subTest(f"{answer.status} {answer.body[:60]!r}"):
+                self.fake.will("token", say(answer.status, answer.body, **{
+                    name.replace("-", "_"): value for name, value in answer.headers.items()}))
+                self.assertReply(self.log_in(), "454 4.7.0")
+
+    def test_each_broken_answer_of_entra(self) -> None:
+        for octets in (b"", b"HTTP/1.1", b"nonsense\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n",
+                       b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{\"acc",
+                       b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+                       b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+                       b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+                       b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"[" * 100_000,
+                       b"\x16\x03\x01\0\0"):
+            with self.subTest(octets[:60]):
+                self.fake.will("token", utter(octets))
+                self.assertReply(self.log_in(), "454 4.7.0")
+
+    def test_one_request_serves_all_who_need_the_same(self) -> None:
+        self.fake.will("token", self.fake.hang_then(self.fake.accept))
+        clients = [self.connect() for _ in range(5)]
+        with kept_log() as kept:
+            for client in clients:
+                client.putcmd(f"AUTH PLAIN {plain(USER, self.password).decode()}")
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+            self.fake.release.set()
+            for client in clients:
+                self.assertEqual(client.getreply()[0], 235)
+        self.assertReply(self.log_in(), "235 2.7.0")
+        self.assertEqual(len(self.fake.asked("token")), 1)
+        self.assertEqual(len(kept.find("result=ok")), 5)
+
+    def test_a_wrong_secret_never_meets_the_token_of_another(self) -> None:
+        self.assertReply(self.log_in(), "235 2.7.0")
+        self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
+        self.assertReply(self.log_in(password=self.password + "x"), "535 5.7.8")
+        self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}"), "235 2.7.0")
+        self.assertReply(self.log_in(f"{TENANT}@{TENANT}"), "235 2.7.0")
+        self.assertEqual(len(self.fake.asked("token")), 4)
+
+    def test_a_refusal_is_remembered_and_a_passing_failure_is_not(self) -> None:
+        self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
+        for _ in range(3):
+            self.assertReply(self.log_in(), "535 5.7.8")
+        self.assertEqual(len(self.fake.asked("token")), 1)
+        self.fake.will("token", say(503))
+        self.assertReply(self.log_in(password="other " + self.password), "454 4.7.0")
+        self.assertReply(self.log_in(password="other " + self.password), "235 2.7.0")
+
+    def test_the_log_of_a_login(self) -> None:
+        with kept_log() as kept:
+            self.fake.will("token", say(401, aadsts(7000222, "invalid_client", "It expired.")))
+            self.log_in()
+            self.log_in(password=self.password + "2")
+            self.log_in("my secret\r\n", "x")
+        refused, fine, malformed = kept.find("auth")
+        self.assertEqual(refused[0], "WARNING")
+        for word in ("result=refused", "aadsts=7000222", f"user={USER}", "It expired.",
+                     "535 5.7.8"):
+            self.assertIn(word, refused[1])
+        self.assertEqual((fine[0], fine[1][8:]), ("INFO", f" auth user={USER} result=ok"))
+        self.assertEqual(malformed[0], "INFO")
+        self.assertNotIn("secret", malformed[1])
+        shown = repr(kept.lines)
+        for hidden in (self.password, plain(USER, self.password).decode(), "token-"):
+            self.assertNotIn(hidden, shown)
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class CacheTests(RelayCase):
+    """Tokens and refusals are kept for their time, and not too many of them."""
+
+    def tokens(self) -> tuple[relay.Tokens, Clock]:
+        clock = Clock()
+        config = self.config()
+        return relay.Tokens(config, relay.HttpPool([self.fake.url]), clock), clock
+
+    def get(self, tokens: relay.Tokens, secret: str) -> str:
+        async def get() -> str:
+            return await tokens.get(relay.Application(TENANT, CLIENT, secret),
+                                    time.monotonic() + PATIENCE)
+        return asyncio.run(get())
+
+    def test_a_token_is_used_until_five_minutes_before_its_end(self) -> None:
+        tokens, clock = self.tokens()
+        first = self.get(tokens, "s")
+        clock.now += 3599 - 300 - 1
+        self.assertEqual(self.get(tokens, "s"), first)
+        clock.now += 1
+        self.assertNotEqual(self.get(tokens, "s"), first)
+
+    def test_a_refusal_is_remembered_for_30_seconds(self) -> None:
+        tokens, clock = self.tokens()
+        self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
+        for step in (0.0, 29.9):
+            clock.now += step
+            with self.assertRaises(relay.AuthError):
+                self.get(tokens, "s")
+        clock.now += 0.1
+        self.assertTrue(self.get(tokens, "s"))
+        self.assertEqual(len(self.fake.asked("token")), 2)
+
+    def test_a_remembered_refusal_holds_no_secret(self) -> None:
+        tokens, _ = self.tokens()
+        self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
+        for _ in range(3):
+            with self.assertRaises(relay.AuthError):
+                self.get(tokens, "s")
+        (refusal, _), = tokens._refusals.values()
+        self.assertIsNone(refusal.__traceback__)
+        self.assertIsNone(refusal.__context__)
+
+    def test_the_caches_are_bounded(self) -> None:
+        tokens, _ = self.tokens()
+        for number in range(relay.MAX_CACHED + 10):
+            relay._remember(tokens._tokens, ("t", str(number), b""), "x", 9.0)
+        self.assertEqual(len(tokens._tokens), relay.MAX_CACHED)
+        self.assertNotIn(("t", "0", b""), tokens._tokens)
+
+
+# ---------------------------------------------------------------------------
+# §11  Graph
+# ---------------------------------------------------------------------------
+
+class SendTests(RelayCase):
+    """250 means that Graph said 202, and nothing else does."""
+
+    def test_a_message_goes_out_as_it_came(self) -> None:
+        message = (b"From: Scan <scanner@example.com>\r\nTo: a@x.y\r\nSubject:  odd \t x\r\n"
+                   b"\r\n.dot\r\n..\r\nna\xefve\0\r\n" + b"x" * 5000 + b"\r\n")
+        with kept_log() as kept:
+            reply = self.assertReply(self.logged_in().post(message), "250 2.0.0")
+        request, = self.fake.asked("send")
+        delivered, = self.fake.delivered
+        self.assertEqual(delivered, Delivered(SENDER, message, ["a@x.y"]))
+        self.assertEqual(request.path, "/v1.0/users/scanner%40example.com/sendMail")
+        self.assertNotIn(b"\n", request.body)
+        ident = request.headers["client-request-id"]
+        self.assertEqual(reply, f"250 2.0.0 Accepted by Microsoft 365, id {ident}")
+        (level, line), = kept.find("sent")
+        self.assertEqual(level, "INFO")
+        self.assertRegex(line, rf"^{ident} sent session=[0-9a-f]{{8}} sender={SENDER} "
+                               rf"recipients=1 size={len(message)} "
+                               r"request-id=graph-request-1 seconds=\d+\.\d{3}$")
+
+    def test_the_mailbox_is_encoded_whole(self) -> None:
+        client = self.logged_in()
+        for sender, path in (("a/b?c#d@x.y", "a%2Fb%3Fc%23d%40x.y"),
+                             ("g#EXT#@x.y", "g%23EXT%23%40x.y"),
+                             ('"a b"@x.y', "%22a%20b%22%40x.y"), ("$a@x.y", "%24a%40x.y")):
+            with self.subTest(sender):
+                self.assertReply(client.post(sender=sender), "250 2.0.0")
+                self.assertEqual(self.fake.asked("send")[-1].path,
+                                 f"/v1.0/users/{path}/sendMail")
+
+    def test_the_null_reverse_path(self) -> None:
+        client = self.logged_in()
+        self.assertReply(client.post(b"From: Me <me@x.y>\r\nTo: a@x.y\r\n\r\n", sender=""),
+                         "250 2.0.0")
+        self.assertEqual(self.fake.delivered[-1].mailbox, "me@x.y")
+        self.assertReply(client.post(sender=""), "550 5.1.7")
+        self.assertEqual(len(self.fake.asked("send")), 1)
+
+    def test_each_answer_of_graph(self) -> None:
+        client = self.logged_in()
+        for status, code, wanted in GraphAnswerTests.TABLE:
+            if status == 401:
+                continue
+            with self.subTest(f"{status} {code}"):
+                self.fake.will("send", graph_says(status, code) if code else
+                               say(status, b"" if status == 204 else b"<html>oops"))
+                reply = self.assertReply(client.post(), wanted)
+                ident = self.fake.asked("send")[-1].headers["client-request-id"]
+                self.assertTrue(reply.endswith(f", id {ident}"))
+        self.assertEqual(self.fake.delivered, [])
+        self.assertReply(client.post(), "250 2.0.0")
+
+    def test_the_log_of_a_refused_message(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", graph_says(403, "ErrorAccessDenied"), say(200))
+        with kept_log() as kept:
+            client.post()
+            client.post()
+        for (level, line), wanted in zip(kept.find("refused"), ("WARNING", "ERROR")):
+            self.assertEqual(level, wanted)
+            for word in ("reply=", "request-id=graph-request-1", f"sender={SENDER}",
+                         "recipients=1", "size=", "seconds=", "session="):
+                self.assertIn(word, line)
+        self.assertIn("graph=ErrorAccessDenied", kept.find("refused")[0][1])
+
+    def test_a_broken_answer(self) -> None:
+        client = self.logged_in()
+        for octets in (b"", b"HTTP/1.1", b"nonsense\r\n\r\n", b"HTTP/1.1 20 OK\r\n\r\n",
+                       b"HTTP/1.1 103 Early\r\n\r\n",
+                       b"HTTP/1.1 403 No\r\nX: " + b"y" * 70_000,
+                       b"HTTP/1.1 403 No\r\n" + b"X: y\r\n" * 200 + b"\r\n"):
+            with self.subTest(octets[:60]):
+                self.fake.will("send", utter(octets))
+                self.assertReply(client.post(), "451 4.4.1")
+        self.assertEqual(len(self.fake.asked("send")), 7)
+
+    def test_a_status_counts_whatever_becomes_of_the_body(self) -> None:
+        client = self.logged_in()
+        for status, wanted in ((413, "552 5.3.4"), (403, "550 5.7.1"), (500, "451 4.3.0")):
+            for rest in (b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+                         b"Content-Length: 50\r\n\r\n{", b"Connection: close\r\n\r\n<html>"):
+                with self.subTest(status, rest=rest):
+                    self.fake.will("send", utter(b"HTTP/1.1 %d No\r\n%b" % (status, rest)))
+                    self.assertReply(client.post(), wanted)
+
+    def test_the_status_line_of_202_is_enough(self) -> None:
+        client = self.logged_in()
+        for octets in (b"HTTP/1.1 202 Accepted\r\n", b"HTTP/1.1 202\r\n",
+                       b"HTTP/1.1 202 Accepted\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+                       b"HTTP/1.1 202 Accepted\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+                       b"HTTP/1.1 202 Accepted\r\nContent-Length: 50\r\n\r\nabc",
+                       b"HTTP/1.1 202 Accepted\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+                       b"HTTP/1.1 202 Accepted\r\nContent-Length: -5\r\n\r\n",
+                       b"HTTP/1.1 202 Accepted\r\n\x00\xff broken\r\n\r\n",
+                       b"HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\nHTTP/1.1 202 Accepted\r\n",
+                       b"HTTP/1.1 202 Accepted\r\nRetry-After: 9\r\n\r\n"):
+            for reset in (False, True):
+                with self.subTest(octets[:60], reset=reset):
+                    self.fake.will("send", utter(octets, reset=reset))
+                    reply = client.post()
+                    # A reset may take the status line with it, before it is read.
+                    if not reset or not reply.startswith("451 4.4.1"):
+                        self.assertReply(reply, "250 2.0.0")
+
+    def test_a_202_of_which_the_rest_hangs(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", trickle(b"HTTP/1.1 202 Accepted\r\nContent-Length: 9999\r\n\r\n",
+                                       b"x"))
+        self.assertReply(client.post(), "250 2.0.0")
+
+    def test_401_renews_the_token_once(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", self.fake.expire)
+        self.assertReply(client.post(), "250 2.0.0")
+        self.assertEqual(len(self.fake.asked("token")), 2)
+        self.assertEqual(len(self.fake.asked("send")), 2)
+
+    def test_401_always_is_tried_again_once(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", *[graph_says(401, "InvalidAuthenticationToken")] * 5)
+        self.assertReply(client.post(), "451 4.7.0")
+        self.assertEqual(len(self.fake.asked("token")), 2)
+        self.assertEqual(len(self.fake.asked("send")), 2)
+
+    def test_a_renewal_that_fails_for_now(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", self.fake.expire)
+        self.fake.will("token", say(503))
+        self.assertReply(client.post(), "451 4.7.0")
+        self.assertReply(client.post(), "250 2.0.0")
+
+    def test_a_renewal_that_is_refused_ends_the_session(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", self.fake.expire)
+        self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
+        self.assertReply(client.post(), "421 4.7.0")
+        self.assertEqual(client.next_reply(), "")
+        self.assertIn("AADSTS7000222", self.assertReply(
+            self.connect().log_in(password=self.password), "535 5.7.8"))
+
+    def test_a_session_outlives_its_token(self) -> None:
+        self.fake.will("token", say(200, {"access_token": "short", "expires_in": 300}))
+        client = self.logged_in()
+        self.assertReply(client.post(), "250 2.0.0")
+        self.assertEqual(len(self.fake.asked("token")), 2)
+
+    def test_429_and_503_with_retry_after_are_tried_again(self) -> None:
+        client = self.logged_in()
+        date = email.utils.formatdate(time.time() + 1, usegmt=True)
+        for status, retry_after in ((429, "0"), (503, "0.2"), (429, date)):
+            with self.subTest(retry_after):
+                self.fake.will("send", graph_says(status, "X", retry_after=retry_after))
+                begun = time.monotonic()
+                self.assertReply(client.post(), "250 2.0.0")
+                self.assertGreaterEqual(time.monotonic() - begun, 0.2)
+        self.assertEqual(len(self.fake.delivered), 3)
+
+    def test_what_is_not_tried_again(self) -> None:
+        client = self.logged_in()
+        for action, wanted in ((graph_says(429, "X"), "451 4.4.5"),
+                               (graph_says(503, "X"), "451 4.3.0"),
+                               (graph_says(429, "X", retry_after="9"), "451 4.4.5"),
+                               (graph_says(503, "X", retry_after="9"), "451 4.3.0"),
+                               (graph_says(500, "X", retry_after="0"), "451 4.3.0"),
+                               (graph_says(504, "X", retry_after="0"), "451 4.3.0"),
+                               (utter(b""), "451 4.4.1")):
+            before = len(self.fake.asked("send"))
+            self.fake.will("send", action)
+            begun = time.monotonic()
+            self.assertReply(client.post(), wanted)
+            self.assertLess(time.monotonic() - begun, 4)
+            self.assertEqual(len(self.fake.asked("send")), before + 1)
+
+    def test_connections_are_kept(self) -> None:
+        client = self.logged_in()
+        for _ in range(3):
+            self.assertReply(client.post(), "250 2.0.0")
+        self.assertEqual(len({request.connection for request in self.fake.requests}), 1)
+
+    def test_a_kept_connection_that_was_closed_is_noticed_before_it_is_used(self) -> None:
+        client = self.logged_in()
+        for _ in range(3):
+            self.fake.drop_connections()
+            self.assertReply(client.post(), "250 2.0.0")
+        self.assertEqual(len(self.fake.asked("send")), 3)
+        self.assertEqual(len(self.fake.delivered), 3)
+
+    def test_an_early_413_is_heard_although_the_request_is_not_taken(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", BeforeBody(utter(
+            b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")))
+        reply = client.post(b"To: a@x.y\r\n\r\n" + b"x" * 3_000_000 + b"\r\n")
+        # The kernel may throw the answer away when it resets the connection.
+        if not reply.startswith("451 4.4.1"):
+            self.assertReply(reply, "552 5.3.4")
+
+    def test_an_early_202_is_a_202(self) -> None:
+        """Even when the rest of the request is not taken; there is no second request."""
+        client = self.logged_in()
+        self.assertReply(client.post(), "250 2.0.0")        # so that one is kept
+        self.fake.will("send", BeforeBody(utter(
+            b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")))
+        reply = client.post(b"To: a@x.y\r\n\r\n" + b"x" * 3_000_000 + b"\r\n")
+        if reply.startswith("451 4.4.1"):
+            self.skipTest("the kernel threw the answer away")
+        self.assertReply(reply, "250 2.0.0")
+        self.assertEqual(len(self.fake.asked("send")), 2)
+
+    def test_four_at_once_for_a_mailbox_and_the_others_wait(self) -> None:
+        clients = [self.logged_in() for _ in range(10)]
+        self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 4)
+        for client in clients:
+            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+                client.docmd(line)
+            client.send(b"\r\n.\r\n")
+        for _ in range(4):
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        # Another mailbox does not wait.
+        self.assertReply(self.logged_in().post(sender="other@example.com"), "250 2.0.0")
+        self.assertEqual(len(self.fake.asked("send")), 5)
+        self.fake.release.set()
+        for client in clients:
+            self.assertEqual(client.getreply()[0], 250)
+        self.assertEqual(self.fake.most_busy, 4)
+
+    def test_the_envelope_decides_who_gets_it(self) -> None:
+        client = self.logged_in()
+        for header, recipients in (
+                ("To: a@x.y, b@x.y", ("a@x.y", "b@x.y")),
+                ("To: Ann <a@x.y>", ("a@x.y", "hidden@x.y")),
+                ("To: a@x.y", ("hidden@x.y",)), ("Subject: x", ("a@x.y",)),
+                ("To: a@x.y\r\nBcc: h@x.y", ("a@x.y", "h@x.y")),
+                ("To: a@x.y, other@x.y\r\nCc: more@x.y", ("a@x.y",)),
+                ("To: =?utf-8?B?w7w=?= <a@x.y>\r\n ,\r\n o@x.y", ("A@X.Y",)),
+                ("To: \xfc\xff <a@x.y>, o@x.y", ("a@x.y",))):
+            with self.subTest(header):
+                reply = client.post(header.encode("latin-1") + b"\r\n\r\nText\r\n",
+                                    recipients=recipients)
+                self.assertReply(reply, "250 2.0.0")
+                self.assertEqual(self.fake.delivered[-1].recipients,
+                                 sorted(one.lower() for one in recipients))
+
+    def test_what_comes_after_a_refused_message_is_another(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", graph_says(404, "ErrorInvalidUser"))
+        self.assertReply(client.post(b"\r\nfirst\r\n", "b@x.y", ("b@x.y",)), "550 5.1.8")
+        self.assertReply(client.post(b"\r\nsecond\r\n"), "250 2.0.0")
+        self.assertEqual(self.fake.delivered, [Delivered(
+            SENDER, b"Bcc: a@x.y\r\n\r\nsecond\r\n", ["a@x.y"])])
+
+    def test_a_client_that_left_does_not_stop_its_message(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", self.fake.hang_then(self.fake.accept))
+        with kept_log() as kept:
+            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+                client.docmd(line)
+            client.send(b"\r\n.\r\n")
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+            client.close()
+            self.fake.release.set()
+            wait_for(lambda: kept.find("sent"))
+        self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_message_content_is_never_logged(self) -> None:
+        with kept_log() as kept:
+            self.logged_in().post(b"Subject: privately\r\n\r\nconfidential\r\n")
+        shown = repr(kept.lines)
+        for hidden in ("privately", "confidential", self.password, "token-"):
+            self.assertNotIn(hidden, shown)
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    """Wait until something is so, that no socket tells."""
+    pause, end = threading.Event(), time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("it never came")
+        pause.wait(0.005)
+
+
+class DeadlineTests(RelayCase):
+    """UPSTREAM_TIMEOUT is the whole of what a login or a message may take."""
+
+    settings = {"UPSTREAM_TIMEOUT": "0.7"}
+
+    def assertTimely(self, begun: float) -> None:
+        self.assertLess(time.monotonic() - begun, 0.7 + relay.GRACE + 2)
+
+    def test_a_server_that_hangs_or_trickles(self) -> None:
+        for kind, wanted in (("token", "454 4.7.0"), ("send", "451 4.4.1")):
+            # Of a 403 the status is enough, once its header is whole.
+            known = wanted if kind == "token" else "550 5.7.1"
+            for name, action in (
+                    ("no answer", self.fake.hang),
+                    ("half of the request", BeforeBody(self.fake.hang)),
+                    ("status line", trickle(b"HTTP/1.1", b" ")),
+                    ("header", trickle(b"HTTP/1.1 403 No\r\n", b"X-Slow: x\r\n")),
+                    ("body", trickle(b"HTTP/1.1 403 No\r\nContent-Length: 9999\r\n\r\n", b"x")),
+                    ("chunks", trickle(b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\n",
+                                       b"1\r\nx\r\n"))):
+                with self.subTest(kind, hangs=name):
+                    client = self.connect()
+                    password = f"{self.password} {kind} {name}"
+                    if kind == "send":
+                        self.assertReply(client.log_in(password=password), "235 2.7.0")
+                    self.fake.will(kind, action)
+                    begun = time.monotonic()
+                    big = b"To: a@x.y\r\n\r\n" + b"x" * 3_000_000 + b"\r\n"
+                    reply = (client.log_in(password=password) if kind == "token" else
+                             client.post(big if name.startswith("half") else b"\r\n"))
+                    self.assertReply(reply, known if name in ("body", "chunks") else wanted)
+                    self.assertTimely(begun)
+                    self.fake.reset()
+
+    def test_202_whose_header_never_ends_is_still_a_202(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", trickle(b"HTTP/1.1 202 Accepted\r\n", b"X-Slow: x\r\n"))
+        begun = time.monotonic()
+        self.assertReply(client.post(), "250 2.0.0")
+        self.assertTimely(begun)
+
+    def test_others_notice_nothing(self) -> None:
+        """While the token endpoint and sendMail hang, another client is served."""
+        hung = self.logged_in()
+        self.fake.will("send", self.fake.hang)
+        for line in ("MAIL FROM:<hung@example.com>", "RCPT TO:<a@x.y>", "DATA"):
+            hung.docmd(line)
+        hung.send(b"\r\n.\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        self.fake.will("token", self.fake.hang)
+        other = self.connect()
+        other.putcmd(f"AUTH PLAIN {plain(USER, self.password + '2').decode()}")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        self.assertReply(self.logged_in().post(), "250 2.0.0")
+        self.assertEqual(hung.getreply()[0], 451)
+        self.assertEqual(other.getreply()[0], 454)
+
+
+class UnreachableTests(RelayCase):
+    """Microsoft cannot be reached."""
+
+    def test_a_refused_connection(self) -> None:
+        probe = socket.create_server(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        config = make_config(AZURE_AUTHORITY_HOST=f"http://127.0.0.1:{port}",
+                             GRAPH_ENDPOINT=self.fake.url, SMTP_PORT="0")
+        running = Running(config)
+        self.addCleanup(running.stop)
+        with kept_log() as kept:
+            begun = time.monotonic()
+            self.assertReply(self.connect(running).log_in(), "454 4.7.0")
+            self.assertGreaterEqual(time.monotonic() - begun, sum(relay.REFUSED_PAUSES))
+        self.assertIn("problem=", kept.find("auth")[0][1])
+
+    def test_a_connection_that_is_refused_at_first(self) -> None:
+        probe = socket.create_server(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        pool = relay.HttpPool([f"http://127.0.0.1:{port}"])
+        answered = []
+
+        def listen() -> None:
+            with socket.create_server(("127.0.0.1", port)) as listener:
+                sock, _ = listener.accept()
+                sock.recv(65536)
+                sock.sendall(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
+                sock.close()
+
+        async def post() -> None:
+            request = relay.HttpRequest(f"http://127.0.0.1:{port}/x", {}, b"")
+            task = asyncio.ensure_future(pool.post(f"http://127.0.0.1:{port}", request,
+                                                   time.monotonic() + PATIENCE))
+            await asyncio.wait({task}, timeout=0.1)
+            threading.Thread(target=listen, daemon=True).start()
+            answered.append((await task).status)
+        asyncio.run(post())
+        self.assertEqual(answered, [202])
+
+    def test_a_look_up_that_hangs_takes_no_place_and_sends_nothing_later(self) -> None:
+        """The thread comes back after the deadline: it must not send."""
+        exchange = relay.Exchange(relay.find_origin(self.fake.url), relay.HttpRequest(
+            f"{self.fake.url}/v1.0/users/x/sendMail", {}, b""),
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), None, time.monotonic() + PATIENCE)
+        exchange.cut_off()
+        with self.assertRaises(TimeoutError):
+            exchange.run()
+        self.assertEqual(self.fake.requests, [])
+
+
+class Proxy:
+    """A proxy that understands CONNECT, and wants a user and a password."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += sock.recv(1)
+        _, target, _ = head.split(b" ", 2)
+        match = re.search(rb"(?i)Proxy-Authorization: (.*)\r\n", head)
+        self.asked.append((target.decode(), match[1].decode() if match else ""))
+        if not match:
+            sock.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+            sock.close()
+            return
+        host, _, port = target.decode().rpartition(":")
+        upstream = socket.create_connection((host, int(port)))
+        sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        threading.Thread(target=self._copy, args=(sock, upstream), daemon=True).start()
+        self._copy(upstream, sock)
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while octets := source.recv(65536):
+                sink.sendall(octets)
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+class HttpsTests(RelayCase):
+    """Microsoft over TLS: verified, kept, and through a proxy."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Trust the CA of the tests as an admin would: SSL_CERT_FILE."""
+        cls.environ = dict(os.environ)
+        for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "HTTP_PROXY",
+                     "http_proxy", "SSL_CERT_DIR"):
+            os.environ.pop(name, None)
+        os.environ["SSL_CERT_FILE"] = FILES["ca.pem"]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(FILES["cert.pem"], FILES["key.pem"])
+        cls.fake = FakeMicrosoft(context)
+        cls.relay = Running(cls.config(UPSTREAM_TIMEOUT="3"))
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        """Restore the environment."""
+        super().tearDownClass()
+        os.environ.clear()
+        os.environ.update(cls.environ)
+
+    def with_environ(self, **variables: str) -> Client:
+        os.environ.update(variables)
+        try:
+            running = Running(self.config(UPSTREAM_TIMEOUT="3"))
+        finally:
+            for name in variables:
+                del os.environ[name]
+        self.addCleanup(running.stop)
+        return self.connect(running)
+
+    def test_a_message_over_https_on_one_connection(self) -> None:
+        client = self.logged_in()
+        for _ in range(3):
+            self.assertReply(client.post(), "250 2.0.0")
+        self.assertEqual(len({request.connection for request in self.fake.requests}), 1)
+        self.fake.drop_connections()
+        self.assertReply(client.post(), "250 2.0.0")
+
+    def test_a_certificate_that_is_not_trusted(self) -> None:
+        os.environ["SSL_CERT_FILE"] = FILES["expired.pem"]
+        try:
+            client = self.connect()
+            running = Running(self.config())
+        finally:
+            os.environ["SSL_CERT_FILE"] = FILES["ca.pem"]
+        self.addCleanup(running.stop)
+        with kept_log() as kept:
+            self.assertReply(self.connect(running).log_in(), "454 4.7.0")
+        self.assertIn("CERTIFICATE_VERIFY_FAILED", kept.find("auth")[0][1])
+        self.assertEqual(self.fake.requests, [])
+        client.close()
+
+    def test_a_server_that_hangs_in_the_handshake_or_trickles(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", trickle(b"HTTP/1.1 403 No\r\n", b"X-Slow: x\r\n"))
+        begun = time.monotonic()
+        self.assertReply(client.post(), "451 4.4.1")
+        self.assertLess(time.monotonic() - begun, 3 + relay.GRACE + 2)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+            running = Running(self.config(UPSTREAM_TIMEOUT="0.5", AZURE_AUTHORITY_HOST=url))
+            self.addCleanup(running.stop)
+            self.assertReply(self.connect(running).log_in(), "454 4.7.0")
+
+    def test_the_proxy_is_used_with_its_credentials(self) -> None:
+        proxy = Proxy()
+        self.addCleanup(proxy.close)
+        target = self.fake.url.partition("//")[2]
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            with self.subTest(name):
+                client = self.with_environ(**{name: f"http://me:p%40ss@{proxy.address}"})
+                self.assertReply(client.log_in(), "235 2.7.0")
+                self.assertReply(client.post(), "250 2.0.0")
+                self.assertEqual(proxy.asked.pop(), (
+                    target, f"Basic {base64.b64encode(b'me:p@ss').decode()}"))
+                self.assertEqual(proxy.asked, [])       # the connection was kept
+
+    def test_a_proxy_that_wants_credentials(self) -> None:
+        proxy = Proxy()
+        self.addCleanup(proxy.close)
+        client = self.with_environ(HTTPS_PROXY=proxy.address)
+        with kept_log() as kept:
+            self.assertReply(client.log_in(), "454 4.7.0")
+        self.assertIn("407", kept.find("auth")[0][1])
+
+    def test_no_proxy(self) -> None:
+        client = self.with_environ(HTTPS_PROXY="http://127.0.0.1:9", NO_PROXY="localhost")
+        self.assertReply(client.log_in(), "235 2.7.0")
+
+    def test_this_machine_over_http_needs_no_proxy(self) -> None:
+        os.environ["http_proxy"] = "http://127.0.0.1:9"
+        try:
+            self.assertEqual(relay.find_origin("http://127.0.0.1:80").proxy, "")
+        finally:
+            del os.environ["http_proxy"]
+
+
+class TurnsTests(unittest.TestCase):
+    """So many at once for a key; no turn is lost, and none is made up."""
+
+    def test_no_turn_in_time(self) -> None:
+        async def play() -> None:
+            turns = relay.Turns(1)
+            async with turns.turn("key", time.monotonic() + PATIENCE):
+                async with turns.turn("other", time.monotonic() + PATIENCE):
+                    pass
+                with self.assertRaises(relay.TemporaryError) as caught:
+                    async with turns.turn("key", time.monotonic() + 0.05):
+                        self.fail("two at once")
+                self.assertEqual(str(caught.exception.reply)[:9], "451 4.4.5")
+            async with turns.turn("key", time.monotonic()):
+                pass
+        asyncio.run(play())
+
+    def test_turns_under_cancellation_and_time_outs(self) -> None:
+        async def play() -> int:
+            turns, busy, most = relay.Turns(2), 0, 0
+            chance = random.Random(7)
+
+            async def worker() -> None:
+                nonlocal busy, most
+                with contextlib.suppress(relay.TemporaryError, asyncio.CancelledError):
+                    async with turns.turn("key", time.monotonic() + chance.random() / 50):
+                        busy += 1
+                        most = max(most, busy)
+                        try:
+                            await asyncio.sleep(chance.random() / 200)
+                        finally:
+                            busy -= 1
+
+            for _ in range(30):
+                tasks = [asyncio.ensure_future(worker()) for _ in range(20)]
+                await asyncio.sleep(chance.random() / 100)
+                for task in chance.sample(tasks, 6):
+                    task.cancel()
+                await asyncio.wait(tasks)
+            self.assertEqual((busy, dict(turns._busy), dict(turns._waiting)), (0, {}, {}))
+            return most
+        self.assertEqual(asyncio.run(play()), 2)
+
+
+# ---------------------------------------------------------------------------
+# §12  TLS, §13  Server
+# ---------------------------------------------------------------------------
+
+class TlsCase(RelayCase):
+    """A relay with TLS, on both kinds of port."""
+
+    @classmethod
+    def config(cls, **settings: str) -> relay.Config:
+        """Settings for a relay with TLS in front of the fake."""
+        probe = socket.create_server(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        return super().config(**{
+            "TLS_SOURCE": "file", "REQUIRE_TLS": "true", "SMTPS_PORT": str(port),
+            "TLS_CERT_FILEPATH": FILES["cert.pem"], "TLS_KEY_FILEPATH": FILES["key.pem"],
+            **settings})
+
+    def raw(self, *, smtps: bool = False) -> socket.socket:
+        """Connect without a word."""
+        port = self.relay._config.smtps_port if smtps else self.relay.port
+        sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.addCleanup(sock.close)
+        return sock
+
+    def read(self, sock: socket.socket) -> bytes:
+        """Read to the end of the connection."""
+        octets = b""
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while part := sock.recv(65536):
+                octets += part
+        return octets
+
+    def read_until(self, sock: socket.socket, end: bytes) -> bytes:
+        """Read until something has come."""
+        octets = b""
+        while end not in octets:
+            part = sock.recv(65536)
+            self.assertTrue(part, f"{octets!r} ended before {end!r}")
+            octets += part
+        return octets
+
+
+class ShellTests(TlsCase):
+    """The session over real sockets and real TLS."""
+
+    def test_starttls_login_and_a_message(self) -> None:
+        client = self.connect()
+        self.assertNotIn("auth", client.esmtp_features)
+        self.assertReply(client.say("AUTH LOGIN"), "530 5.7.0")
+        self.assertReply(client.say(f"MAIL FROM:<{SENDER}>"), "530 5.7.0")
+        with kept_log() as kept:
+            self.assertEqual(client.starttls(context=trusting())[0], 220)
+            client.ehlo()
+        self.assertIn("version=TLSv1.3", kept.find("tls")[0][1])
+        self.assertIn("auth", client.esmtp_features)
+        self.assertReply(client.say(f"MAIL FROM:<{SENDER}>"), "530 5.7.0")
+        client.login(USER, self.password)
+        self.assertReply(client.log_in(), "503 5.5.1")
+        for number in range(3):
+            self.assertReply(client.post(b"Subject: %d\r\n\r\n" % number), "250 2.0.0")
+        self.assertEqual(client.quit()[0], 221)
+
+    def test_implicit_tls(self) -> None:
+        with smtplib.SMTP_SSL("localhost", self.relay._config.smtps_port, timeout=PATIENCE,
+                              context=trusting()) as client:
+            client.ehlo()
+            self.assertNotIn("starttls", client.esmtp_features)
+            client.login(USER, self.password)
+            client.sendmail(SENDER, "a@x.y", "Subject: s\n\nText")
+        self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_octets_in_the_clear_behind_starttls_are_never_obeyed(self) -> None:
+        """CVE-2011-0411, CVE-2024-34083: in one packet, or in the next before the 220."""
+        for injected in (b"EHLO injected\r\n", b"MAIL FROM:<evil@x.y>\r\nNOOP\r\n" * 20_000):
+            with self.subTest(len(injected)):
+                sock = self.raw()
+                self.read_until(sock, b"\r\n")
+                sock.sendall(b"EHLO x\r\n")
+                self.read_until(sock, b"HELP\r\n")
+                sock.sendall(b"STARTTLS\r\n" + injected)
+                said = self.read_until(sock, b"220 2.0.0")
+                try:
+                    secure = trusting().wrap_socket(sock, server_hostname="localhost")
+                except OSError:
+                    continue            # what was injected is no handshake: fine as well
+                secure.sendall(b"EHLO real\r\nQUIT\r\n")
+                said = self.read(secure)
+                secure.close()
+                self.assertEqual(said.count(b"STARTTLS"), 0)
+                self.assertEqual(codes(said), [250, 221])
+
+    def test_a_client_hello_on_the_plain_port_is_explained(self) -> None:
+        with kept_log() as kept:
+            sock = self.raw()
+            with self.assertRaises(OSError):
+                trusting().wrap_socket(sock, server_hostname="localhost")
+            wait_for(lambda: kept.find("disconnected"))
+        self.assertIn("SMTPS_PORT", kept.find("disconnected")[0][1])
+
+    def test_plain_smtp_on_the_tls_port_is_explained(self) -> None:
+        with kept_log() as kept:
+            sock = self.raw(smtps=True)
+            sock.sendall(b"EHLO x\r\n")
+            self.read(sock)
+            wait_for(lambda: kept.find("disconnected"))
+        self.assertIn("does not speak TLS here", kept.find("disconnected")[0][1])
+
+    def test_a_client_that_does_not_trust_the_certificate_is_explained(self) -> None:
+        with kept_log() as kept:
+            client = self.connect()
+            with self.assertRaises(ssl.SSLError):
+                client.starttls(context=ssl.create_default_context(
+                    cafile=FILES["expired.pem"]))
+            client.close()
+            wait_for(lambda: kept.find("disconnected"))
+        self.assertIn("does not trust", kept.find("disconnected")[0][1])
+
+    def test_a_client_that_is_gone_in_any_state_leaves_nothing(self) -> None:
+        for said in (b"", b"EHLO", b"EHLO x\r\n", b"EHLO x\r\nSTARTTLS\r\n",
+                     b"EHLO x\r\nSTARTTLS\r\n\x16\x03\x01\x02", b"\x16", b"QUIT\r\n"):
+            for reset in (False, True):
+                sock = self.raw()
+                self.read_until(sock, b"\r\n")
+                sock.sendall(said)
+                if reset:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + b"\0" * 7)
+                sock.close()
+        wait_for(lambda: not self.relay.ask(lambda: len(self.relay.server._connections)))
+
+    def test_a_handshake_that_fails_leaves_nothing(self) -> None:
+        for smtps in (False, True):
+            for octets in (b"", b"EHLO x\r\n", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\0\2xx"):
+                with self.subTest(octets, smtps=smtps):
+                    sock = self.raw(smtps=smtps)
+                    if not smtps:
+                        sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
+                        self.read_until(sock, b"220 2.0.0")
+                    sock.sendall(octets)
+                    sock.close()
+                    wait_for(lambda: not self.relay.ask(
+                        lambda: len(self.relay.server._connections)))
+
+    def test_a_flood_of_commands_holds_up_nobody(self) -> None:
+        """The flood has its turn in small pieces; another client comes in between."""
+        flood, other = self.raw(), self.connect()
+        threading.Thread(target=lambda: self.read(flood), daemon=True).start()
+        with kept_log() as kept:
+            flood.sendall(b"EHLO x\r\n" * 6000)
+            self.assertReply(other.say("NOOP"), "250 2.0.0")
+            flood.shutdown(socket.SHUT_WR)
+            wait_for(lambda: kept.find("disconnected"))
+        lines = [line for _, line in kept.lines if "EHLO" in line or "NOOP" in line]
+        self.assertTrue(any("NOOP" in line for line in lines))
+
+    def test_an_http_client_is_closed_at_once(self) -> None:
+        sock = self.raw()
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        said = self.read(sock)
+        self.assertTrue(said.startswith(b"220 ") and b"\r\n421 4.7.0 " in said, said)
+
+    def test_pipelined_replies_leave_together(self) -> None:
+        client = self.connect()
+        client.starttls(context=trusting())
+        client.ehlo()
+        client.log_in(password=self.password)
+        client.send(MAIL + RCPT + RCPT + b"DATA\r\n")
+        self.assertEqual([client.getreply()[0] for _ in range(4)], [250, 250, 250, 354])
+        client.send(b"one\r\n.\r\n" + MAIL + RCPT + b"DATA\r\ntwo\r\n.\r\nQUIT\r\n")
+        self.assertEqual([client.getreply()[0] for _ in range(6)],
+                         [250, 250, 250, 354, 250, 221])
+        self.assertEqual(len(self.fake.delivered), 2)
+
+    def test_a_large_message_and_one_that_is_too_large(self) -> None:
+        client = self.connect()
+        client.starttls(context=trusting())
+        client.ehlo()
+        client.log_in(password=self.password)
+        line = b"x" * 998 + b"\r\n"
+        head = b"To: a@x.y\r\n\r\n"
+        message = head + line * ((3_145_000 - len(head)) // len(line))
+        self.assertReply(client.post(message), "250 2.0.0")
+        self.assertEqual(self.fake.delivered[0].message, message)
+        self.assertReply(client.post(message + line), "552 5.3.4")
+        self.assertReply(client.say(f"MAIL FROM:<{SENDER}> SIZE=3145001"), "552 5.3.4")
+        self.assertReply(client.post(), "250 2.0.0")
+
+    def test_the_log_of_a_session(self) -> None:
+        with kept_log() as kept:
+            client = self.connect()
+            client.say("NOSUCH\tthing")
+            client.quit()
+            wait_for(lambda: kept.find("disconnected"))
+        events = [line.split()[1] for level, line in kept.lines if level == "INFO"]
+        self.assertEqual(events, ["connected", "refused", "disconnected"])
+        self.assertEqual(len({line.split()[0] for _, line in kept.lines}), 1)
+        self.assertIn("client=127.0.0.1", kept.find("connected")[0][1])
+        self.assertIn("reason=quit", kept.find("disconnected")[0][1])
+
+
+class OldTlsTests(TlsCase):
+    """TLS 1.0 and 1.1 really work for old printers, and are off otherwise."""
+
+    settings = {"TLS_MIN_VERSION": "1.0"}
+
+    @staticmethod
+    def old_client(version: str) -> ssl.SSLContext:
+        context = trusting()
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = context.maximum_version = relay.TLS_VERSIONS[version]
+        return context
+
+    def greet(self, running: Running, version: str) -> str:
+        with Client(running.port) as client:
+            client.starttls(context=self.old_client(version))
+            return str(client.sock.version())       # type: ignore[union-attr]
+
+    def test_all_versions(self) -> None:
+        for version, name in (("1.0", "TLSv1"), ("1.1", "TLSv1.1"), ("1.2", "TLSv1.2"),
+                              ("1.3", "TLSv1.3")):
+            with self.subTest(version):
+                self.assertEqual(self.greet(self.relay, version), name)
+
+    def test_the_least_version_is_kept(self) -> None:
+        for least, refused, fine in (("1.2", "1.1", "1.2"), ("1.3", "1.2", "1.3"),
+                                     ("1.1", "1.0", "1.1")):
+            with self.subTest(least):
+                running = Running(self.config(TLS_MIN_VERSION=least))
+                self.addCleanup(running.stop)
+                with kept_log() as kept:
+                    with self.assertRaises(OSError):
+                        self.greet(running, refused)
+                    wait_for(lambda kept=kept: kept.find("disconnected"))
+                self.assertIn("TLS_MIN_VERSION", kept.find("disconnected")[0][1])
+                self.greet(running, fine)
+
+    def test_ciphers(self) -> None:
+        running = Running(self.config(TLS_CIPHER_SUITE="ECDHE-ECDSA-AES128-GCM-SHA256"))
+        self.addCleanup(running.stop)
+        with Client(running.port) as client:
+            client.starttls(context=self.old_client("1.2"))
+            assert isinstance(client.sock, ssl.SSLSocket)
+            self.assertEqual(client.sock.cipher()[0],       # type: ignore[index]
+                             "ECDHE-ECDSA-AES128-GCM-SHA256")
+
+
+class LimitTests(TlsCase):
+    """Limits of connections and of time."""
+
+    settings = {"MAX_CONNECTIONS": "6", "MAX_CONNECTIONS_PER_CLIENT": "3",
+                "CLIENT_TIMEOUT": "0.6", "REQUIRE_TLS": "false"}
+
+    def tearDown(self) -> None:
+        """Wait until the connections of a test are gone."""
+        self.doCleanups()
+        wait_for(lambda: not self.relay.ask(lambda: len(self.relay.server._connections)))
+
+    def test_connections_of_one_client(self) -> None:
+        held = [self.raw() for _ in range(3)]
+        for sock in held:
+            self.assertTrue(self.read_until(sock, b"\r\n").startswith(b"220 "))
+        with kept_log() as kept:
+            said = self.read(self.raw())
+        self.assertTrue(said.startswith(b"421 4.7.0 Too many connections from your"), said)
+        self.assertEqual(kept.find("turned-away")[0][0], "WARNING")
+        self.assertEqual(self.read(self.raw(smtps=True)), b"")
+        held[0].close()
+        wait_for(lambda: self.relay.ask(lambda: len(self.relay.server._connections)) < 3)
+        self.assertTrue(self.read_until(self.raw(), b"\r\n").startswith(b"220 "))
+
+    @unittest.skipUnless(sys.platform == "linux", "needs 127.0.0.2")
+    def test_connections_of_all(self) -> None:
+        for address in ("127.0.0.1", "127.0.0.2"):
+            for _ in range(3):
+                sock = socket.create_connection(("127.0.0.1", self.relay.port), PATIENCE,
+                                                (address, 0))
+                self.addCleanup(sock.close)
+                self.read_until(sock, b"220 ")
+        sock = socket.create_connection(("127.0.0.1", self.relay.port), PATIENCE,
+                                        ("127.0.0.3", 0))
+        self.addCleanup(sock.close)
+        self.assertTrue(self.read(sock).startswith(b"421 4.7.0 Too many connections;"))
+
+    def test_an_idle_client(self) -> None:
+        client = self.connect()
+        self.assertReply(client.next_reply(), "421 4.4.2")
+        self.assertEqual(client.next_reply(), "")
+
+    def assertEndsSlow(self, sock: socket.socket, octets: bytes) -> None:
+        """Send an octet at a time, each well within the time-out."""
+        begun = time.monotonic()
+        sock.settimeout(0.05)
+        said = b""
+        try:
+            for octet in itertools.cycle(split_octets(octets)):
+                sock.sendall(octet)
+                with contextlib.suppress(socket.timeout):
+                    said += sock.recv(1000)
+                if b"421 4.4.2" in said:
+                    break
+                self.assertLess(time.monotonic() - begun, PATIENCE, said)
+        except ConnectionError:
+            self.fail(f"no 421 in {said!r}")
+        self.assertGreaterEqual(time.monotonic() - begun, 0.5)
+
+    def test_a_client_that_sends_an_octet_at_a_time(self) -> None:
+        self.assertEndsSlow(self.raw(), b"x")
+
+    def test_a_client_that_sends_a_message_an_octet_at_a_time(self) -> None:
+        client = self.connect()
+        client.log_in(password=self.password)
+        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+            client.docmd(line)
+        assert client.sock is not None
+        self.assertEndsSlow(client.sock, b"x\r\n")
+
+    def test_each_command_has_its_own_time(self) -> None:
+        client = self.connect()
+        begun = time.monotonic()
+        while time.monotonic() - begun < 1.5:
+            self.assertReply(client.say("NOOP"), "250 2.0.0")
+
+    def test_a_client_that_never_reads(self) -> None:
+        sock = self.raw()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(PATIENCE)
+        with self.assertRaises(OSError):
+            while True:
+                sock.sendall(b"HELP\r\n" * 10_000)
+
+    def test_a_handshake_that_stops_holds_up_nobody(self) -> None:
+        sock = self.raw()
+        self.read_until(sock, b"220 ")
+        sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
+        self.read_until(sock, b"Ready")
+        sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+        self.assertReply(self.connect().say("NOOP"), "250 2.0.0")
+
+
+class ShutdownTests(RelayCase):
+    """SIGTERM: messages in flight end, idle clients hear 421."""
+
+    def start(self, **settings: str) -> Running:
+        running = Running(self.config(**settings))
+        self.addCleanup(running.stop)
+        return running
+
+    def begin(self, running: Running) -> Client:
+        """A client whose message is in flight."""
+        client = self.connect(running)
+        client.log_in(password=self.password)
+        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+            client.docmd(line)
+        return client
+
+    def test_a_message_in_flight_ends_and_idle_clients_hear_421(self) -> None:
+        running = self.start()
+        self.fake.will("send", self.fake.hang_then(self.fake.accept))
+        idle, busy, writing = self.connect(running), self.begin(running), self.begin(running)
+        busy.send(b"one\r\n.\r\n")
+        writing.send(b"half")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        running.begin_stop()
+        self.assertReply(idle.next_reply(), "421 4.3.2")
+        self.assertEqual(idle.next_reply(), "")
+        with self.assertRaises(OSError):
+            Client(running.port)
+        writing.send(b" two\r\n.\r\n")
+        self.assertReply(writing.next_reply(), "250 2.0.0")
+        self.assertReply(writing.next_reply(), "421 4.3.2")
+        self.fake.release.set()
+        self.assertReply(busy.next_reply(), "250 2.0.0")
+        self.assertReply(busy.next_reply(), "421 4.3.2")
+        running.wait()
+        self.assertEqual(len(self.fake.delivered), 2)
+
+    def test_who_has_no_message_does_not_hold_it_up(self) -> None:
+        """A login under way, and a client that does not read its replies."""
+        running = self.start(SHUTDOWN_TIMEOUT="60")
+        self.fake.will("token", self.fake.hang)
+        client, deaf = self.connect(running), self.connect(running)
+        client.putcmd(f"AUTH PLAIN {plain(USER, self.password).decode()}")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        assert deaf.sock is not None
+        deaf.sock.settimeout(0.3)
+        with contextlib.suppress(OSError):
+            while True:
+                deaf.sock.sendall(b"HELP\r\n" * 10_000)
+        running.stop()
+        self.assertReply(client.next_reply(), "421 4.3.2")
+
+    def test_what_takes_too_long_is_cut(self) -> None:
+        running = self.start(SHUTDOWN_TIMEOUT="0.2")
+        self.fake.will("send", self.fake.hang)
+        client = self.begin(running)
+        client.send(b"one\r\n.\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        running.stop()
+        self.assertReply(client.next_reply(), "421 4.3.2")
+
+
+# ---------------------------------------------------------------------------
+# §14  Demo, §15  Command line: the program as a process
+# ---------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def start_python(*arguments: str, folder: str = "", **environ: str) -> Iterator[
+        subprocess.Popen[str]]:
+    """Run Python in an environment without settings; kill it in the end."""
+    names = {*relay.settings(), "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=folder or str(HERE), env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **environ})
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def start_program(*arguments: str, folder: str = "", **environ: str) -> Any:
+    """Run the program."""
+    return start_python(str(PROGRAM), *arguments, folder=folder, **environ)
+
+
+class CommandLineTests(unittest.TestCase):
+    """What the program says and how it ends."""
+
+    def outcome(self, *arguments: str, **environ: str) -> tuple[int, str, str]:
+        with start_program(*arguments, **environ) as process:
+            out, err = process.communicate(timeout=PATIENCE)
+        self.assertNotIn("Traceback", err)
+        return process.returncode, out, err
+
+    def test_help_lists_every_variable(self) -> None:
+        status, out, _ = self.outcome("--help")
+        self.assertEqual(status, 0)
+        for name, one in relay.settings().items():
+            self.assertIn(f"{name} (default: {one.default or 'empty'})", out)
+
+    def test_version(self) -> None:
+        self.assertEqual(self.outcome("--version")[:2],
+                         (0, f"smtp_oauth_relay.py {relay.__version__}\n"))
+
+    def test_an_unknown_command(self) -> None:
+        self.assertEqual(self.outcome("frobnicate")[0], 2)
+
+    def test_bad_settings_end_with_2(self) -> None:
+        for command in ((), ("serve",), ("demo",)):
+            status, _, err = self.outcome(*command, SMTP_PORT="x", LOG_LEVEL="loud")
+            self.assertEqual(status, 2)
+            self.assertIn("SMTP_PORT='x'", err)
+            self.assertIn("LOG_LEVEL='loud'", err)
+
+    def test_what_cannot_be_had_ends_with_1_and_one_line(self) -> None:
+        files = {"TLS_CERT_FILEPATH": FILES["cert.pem"], "TLS_KEY_FILEPATH": FILES["key.pem"],
+                 "SMTP_PORT": "0"}
+        busy = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(busy.close)
+        port = str(busy.getsockname()[1])
+        text = FILES.write("text.pem", "no certificate\n")
+        for changed, *words in (
+                ({"TLS_CERT_FILEPATH": "/no/such"}, "TLS_CERT_FILEPATH='/no/such'", "No such"),
+                ({"TLS_KEY_FILEPATH": FILES["."]}, "TLS_KEY_FILEPATH=", "directory"),
+                ({"TLS_KEY_FILEPATH": FILES["other.pem"]}, "does not belong"),
+                ({"TLS_KEY_FILEPATH": FILES["encrypted.pem"]}, "encrypted"),
+                ({"TLS_CERT_FILEPATH": text}, "TLS_CERT_FILEPATH", "no PEM certificate"),
+                ({"TLS_KEY_FILEPATH": text}, "TLS_KEY_FILEPATH", "no PEM key"),
+                ({"SMTP_PORT": port, "LISTEN_ADDRESS": "127.0.0.1"},
+                 f"SMTP_PORT={port}", "in use"),
+                ({"SMTPS_PORT": port}, f"SMTPS_PORT={port}", "in use"),
+                ({"LISTEN_ADDRESS": "192.0.2.1"}, "192.0.2.1", "assign")):
+            with self.subTest(changed):
+                status, _, err = self.outcome(**{**files, **changed})
+                self.assertEqual(status, 1)
+                self.assertEqual(err.count("\n"), 1, err)
+                for word in words:
+                    self.assertIn(word, err)
+
+    @unittest.skipIf(os.name == "nt" or hasattr(os, "geteuid") and os.geteuid() == 0,
+                     "root reads every file")
+    def test_a_key_that_may_not_be_read(self) -> None:
+        os.chmod(FILES["other.pem"], 0)
+        self.addCleanup(os.chmod, FILES["other.pem"], 0o600)
+        status, _, err = self.outcome(TLS_CERT_FILEPATH=FILES["cert.pem"],
+                                      TLS_KEY_FILEPATH=FILES["other.pem"])
+        self.assertEqual(status, 1)
+        self.assertIn("Permission denied", err)
+
+
+class ServeTests(unittest.TestCase):
+    """The program serves, and stops when it is told to."""
+
+    def serve(self, **environ: str) -> Any:
+        return start_program(**{"SMTP_PORT": "0", "LISTEN_ADDRESS": "127.0.0.1",
+                                "TLS_CERT_FILEPATH": FILES["cert.pem"],
+                                "TLS_KEY_FILEPATH": FILES["key.pem"], **environ})
+
+    def port(self, process: subprocess.Popen[str], lines: list[str] | None = None) -> int:
+        """Read the log until it names the port."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            if lines is not None:
+                lines.append(line)
+            match = re.search(r"listening .*port=(\d+)", line)
+            if match:
+                return int(match[1])
+        raise AssertionError("it does not listen")
+
+    def test_signals_end_it_with_0(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number), self.serve() as process:
+                client = Client(self.port(process))
+                client.ehlo()
+                process.send_signal(number)
+                self.assertTrue(client.next_reply().startswith("421 4.3.2"))
+                client.close()
+                self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_an_expired_certificate_is_warned_about(self) -> None:
+        lines: list[str] = []
+        with self.serve(TLS_CERT_FILEPATH=FILES["expired.pem"]) as process:
+            port = self.port(process, lines)
+            with Client(port) as client:
+                client.starttls(context=ssl._create_unverified_context())
+        self.assertIn("WARNING - tls problem=\"the certificate has expired", lines[0])
+
+    def test_both_families_listen_on_one_port(self) -> None:
+        with self.serve(LISTEN_ADDRESS="") as process:
+            port = self.port(process)
+            Client(port).close()
+            if socket.has_ipv6:
+                with contextlib.suppress(OSError):      # a machine may have none
+                    probe = socket.create_server(("::1", 0), family=socket.AF_INET6)
+                    probe.close()
+                    self.assertEqual(self.port(process), port)
+                    smtplib.SMTP("::1", port, timeout=PATIENCE).close()
+
+    @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs root")
+    def test_root_becomes_run_as_after_reading_the_key(self) -> None:
+        FILES.folder.chmod(0o700)
+        with self.serve(RUN_AS="nobody") as process:
+            self.port(process)
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+        nobody = relay.pwd.getpwnam("nobody")
+        self.assertRegex(status, rf"Uid:(\t{nobody.pw_uid}){{4}}\n")
+        self.assertRegex(status, rf"Gid:(\t{nobody.pw_gid}){{4}}\n")
+        groups = re.search(r"Groups:\t(.*)\n", status)
+        assert groups is not None
+        self.assertNotIn("0", groups[1].split())
+
+    def test_a_sender_reaches_microsoft_without_any_setting_but_the_endpoints(self) -> None:
+        fake = FakeMicrosoft()
+        self.addCleanup(fake.close)
+        with self.serve(AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url,
+                        LOG_LEVEL="debug") as process:
+            with Client(self.port(process)) as client:
+                client.starttls(context=trusting())
+                client.ehlo()
+                client.login(USER, "top-hidden")
+                self.assertTrue(client.post(b"Subject: privately\r\n\r\n").startswith("250 "))
+            process.send_signal(signal.SIGTERM)
+            log = process.stderr.read()     # type: ignore[union-attr]
+        self.assertEqual(len(fake.delivered), 1)
+        self.assertIn("DEBUG", log)
+        for hidden in ("top-hidden", plain(USER, "top-hidden").decode(), "privately", "token-"):
+            self.assertNotIn(hidden, log)
+
+
+class DemoTests(unittest.TestCase):
+    """The demo works as printed, on a bare machine."""
+
+    def test_the_printed_commands_send_a_message(self) -> None:
+        folder = tempfile.mkdtemp(dir=FILES.folder)
+        with start_program("demo", folder=folder, SMTP_PORT="0") as process:
+            assert process.stdout is not None
+            text = ""
+            while "Ctrl-C" not in text:
+                text += process.stdout.readline()
+            commands = [re.sub(r"\\\n\s*", "", block) for block in
+                        re.findall(r"(?m)^  (?=printf|python3)((?:.*\\\n)*.*)\n", text)]
+            self.assertEqual(len(commands), 2, text)
+            sent = 0
+            for command in commands:
+                if "curl" in command and (not shutil.which("curl") or os.name == "nt"):
+                    continue
+                command = command.replace("python3 -c", f'"{sys.executable}" -c')
+                subprocess.run(command, shell=True, check=True, timeout=PATIENCE,
+                               capture_output=True)
+                line = "\n"
+                while line == "\n":
+                    line = process.stdout.readline()
+                path, _, rest = line.partition(": ")
+                self.assertEqual(rest, "51 octets from scanner@example.com\n"
+                                 if sent or "curl" not in command else
+                                 "53 octets from scanner@example.com\n")
+                self.assertRegex(path, r"^outbox/\d{8}-\d{6}-[0-9a-f-]{36}\.eml$")
+                self.assertIn(b"Bcc: you@example.com\r\nSubject: Hello\r\n\r\nIt works.",
+                              (pathlib.Path(folder) / path).read_bytes())
+                sent += 1
+            self.assertGreater(sent, 0)
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_a_malformed_user_name_is_refused_in_the_demo_too(self) -> None:
+        folder = tempfile.mkdtemp(dir=FILES.folder)
+        with start_program("demo", folder=folder, SMTP_PORT="0") as process:
+            assert process.stdout is not None
+            port = int(re.search(r"port (\d+)", process.stdout.readline())[1])  # type: ignore
+            with Client(port) as client:
+                client.ehlo()
+                self.assertTrue(client.log_in("scanner", "x").startswith("535 5.7.8"))
+
+    def test_an_outbox_that_cannot_be_made(self) -> None:
+        folder = tempfile.mkdtemp(dir=FILES.folder)
+        (pathlib.Path(folder) / "outbox").write_text("in the way")
+        with start_program("demo", folder=folder, SMTP_PORT="0") as process:
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("outbox", err)
+
+
+# ---------------------------------------------------------------------------
+# The layout of the program
+# ---------------------------------------------------------------------------
+
+class LayoutTests(unittest.TestCase):
+    """The file can be read from the top: each section uses only those above it."""
+
+    PURE = range(1, 8)      # sections without I/O
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Read the program."""
+        cls.text = PROGRAM.read_text(encoding="utf-8")
+        cls.tree = ast.parse(cls.text)
+        cls.starts = {int(number): cls.text[:match.start()].count("\n") + 1
+                      for match in re.finditer(r"(?m)^# §(\d+)  .*$", cls.text)
+                      for number in [match[1]]}
+
+    def section(self, line: int) -> int:
+        return max((number for number, start in self.starts.items() if start <= line),
+                   default=0)
+
+    def test_the_contents_are_the_banners(self) -> None:
+        banners = re.findall(r"(?m)^# §(\d+)  (.*)$", self.text)
+        contents = re.findall(r"(?m)^    §(\d+) +(.+?)(?:  .*)?$", ast.get_docstring(self.tree)
+                              or "")
+        self.assertEqual(contents, banners)
+        self.assertEqual([number for number, _ in banners],
+                         [str(index + 1) for index in range(len(banners))])
+
+    def test_no_section_uses_a_lower_one(self) -> None:
+        defined = {}
+        for node in self.tree.body:
+            names = ([node.name] if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef,
+                                                      ast.ClassDef)) else
+                     [target.id for target in ast.walk(node) if isinstance(target, ast.Name)
+                      and isinstance(target.ctx, ast.Store)])
+            for name in names:
+                defined.setdefault(name, self.section(node.lineno))
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Name) and node.id in defined:
+                self.assertLessEqual(defined[node.id], self.section(node.lineno),
+                                     f"{node.id} is used in line {node.lineno}")
+
+    def test_pure_sections_do_no_io(self) -> None:
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Name) and self.section(node.lineno) in self.PURE:
+                self.assertNotIn(node.id, {"asyncio", "socket", "open", "os", "time",
+                                           "subprocess"}, f"line {node.lineno}")
+
+    def test_no_function_is_longer_than_40_lines(self) -> None:
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.assertLessEqual((node.end_lineno or 0) - node.lineno + 1, 40, node.name)
+
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
+    def test_only_the_standard_library_is_imported(self) -> None:
+        for path in (PROGRAM, HERE / "test_relay.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                         else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+                for name in names:
+                    self.assertIn(name.split(".")[0],
+                                  {*sys.stdlib_module_names, "smtp_oauth_relay"})
+
+    def test_no_line_is_longer_than_92_columns(self) -> None:
+        for number, line in enumerate(self.text.splitlines(), 1):
+            self.assertLessEqual(len(line), 92, f"line {number}")
+
+
+if __name__ == "__main__":
+    unittest.main()
