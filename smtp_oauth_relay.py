@@ -53,7 +53,6 @@ import email.utils
 import enum
 import errno
 import functools
-import hashlib
 import hmac
 import http.client
 import http.server
@@ -309,7 +308,7 @@ def _endpoint(text: str) -> str:
             and re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path)
             and not (parts.query or parts.fragment or "@" in parts.netloc)
             and (parts.scheme == "https"
-                 or parts.scheme == "http" and is_loopback(parts.hostname or ""))):
+                 or (parts.scheme == "http" and is_loopback(parts.hostname or "")))):
         raise ValueError("an https:// URL (http:// for this machine only, as 127.0.0.1)")
     return parts.geturl().rstrip("/")
 
@@ -585,7 +584,8 @@ PROGRESS = 65536                # octets of a message that count as one command
 _END_OF_DATA = b"\r\n.\r\n"
 _CLIENT_HELLO = b"\x16\x03"     # a TLS record: handshake, version 3.x
 _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-HTTP_VERBS = frozenset("CONNECT DELETE GET HEAD OPTIONS PATCH POST PUT TRACE".split())
+HTTP_VERBS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT",
+                        "TRACE"})
 
 
 class Phase(enum.Enum):
@@ -708,7 +708,7 @@ class Session:
     @property
     def holds_message(self) -> bool:
         """Whether a message is being received, or waits for an answer."""
-        return self.is_in_content or self._phase is Phase.RCPT and self._read == self._wait
+        return self.is_in_content or (self._phase is Phase.RCPT and self._read == self._wait)
 
     def end(self, reply: Reply, reason: str) -> None:
         """Let a reply be the last word, whatever the client was doing."""
@@ -1301,7 +1301,7 @@ def _elements(value: str) -> Iterator[tuple[str, list[str], str]]:
             yield value[start:position], words, token
             words, start = [], position + 1
         elif token[0] not in " \t\r\n":
-            in_angle = token == "<" or in_angle and token != ">"
+            in_angle = token == "<" or (in_angle and token != ">")
             words.append(token)
     yield value[start:], words, ""
 
@@ -1497,7 +1497,8 @@ class HttpResponse:
 
     def retry_after(self, now: float) -> float | None:
         """Seconds to wait, or None; a fraction, a whole number or a date (RFC 9110
-        section 10.2.3, and Graph's fractions). `now` is Unix time."""
+        section 10.2.3, and Graph's fractions). `now` is Unix time.
+        """
         text = self.headers.get("retry-after", "").strip()
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
             return float(text)
@@ -1833,13 +1834,14 @@ def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
         result, error = None, None
         try:
             result = call()
-        except BaseException as caught:
+        except BaseException as caught:     # noqa: BLE001 - for who awaits the future
             error = caught
         with contextlib.suppress(RuntimeError):         # the loop has ended meanwhile
             loop.call_soon_threadsafe(settle, result, error)
+        error = None            # its traceback has this frame, and with it the secret
 
     try:
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work, name="relay-call", daemon=True).start()
     except RuntimeError as error:                       # the system has no more threads
         settle(None, TemporaryError(f"The relay is too busy: {error}"))
     return future
@@ -1874,12 +1876,14 @@ class Exchange:
 
     def run(self) -> HttpResponse:
         """Send the request, on a new connection if the kept one turns out closed."""
+        is_done = False
         try:
-            return self._run()
-        except BaseException:
-            if self.connection is not None:
+            response = self._run()
+            is_done = not self._is_cut_off
+            return response
+        finally:
+            if self.connection is not None and not is_done:
                 self.connection.close()
-            raise
 
     def _run(self) -> HttpResponse:
         if self.connection is not None:
@@ -1990,7 +1994,7 @@ class HttpPool:
                     raise NoAnswer(error) from None
                 await asyncio.sleep(pause)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                raise NoAnswer(error or type(error).__name__) from None
+                raise NoAnswer(str(error) or type(error).__name__) from None
         raise AssertionError("the last pause is None")
 
     async def _exchange(self, origin: Origin, request: HttpRequest,
@@ -2386,7 +2390,7 @@ def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
 
 READ_COMMANDS = 4096            # octets worked on before others have their turn
 READ_CONTENT = 65536            # octets
-HANDSHAKE_TIMEOUT = 30          # seconds
+HANDSHAKE_TIMEOUT = 30.0        # seconds
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 
@@ -2508,6 +2512,8 @@ class Connection:
         """Do what the session asks for; returns the reason of its end."""
         self._renew_deadline()
         while True:
+            if self.is_stopping and not self._session.holds_message:
+                self._session.end(_STOPPING, "the relay stops")
             event = self._session.next_event()
             if isinstance(event, StartTls):
                 # What comes behind the 220 is for the handshake.
@@ -2515,12 +2521,10 @@ class Connection:
             await self._flush()
             if isinstance(event, Close):
                 return event.reason
-            if event is not None:
-                await self._answer(event)
-            elif self.is_stopping and not self._session.holds_message:
-                self._session.end(_STOPPING, "the relay stops")
-            else:
+            if event is None:
                 await self._read()
+            else:
+                await self._answer(event)
 
     async def _answer(self, event: StartTls | Authenticate | Deliver) -> None:
         try:
@@ -2572,7 +2576,10 @@ class Connection:
         if self._session.progress != self._progress:
             self._progress = self._session.progress
             self._renew_deadline()
-        self._writer.write(self._session.output())
+        replies = self._session.output()
+        if not replies:
+            return
+        self._writer.write(replies)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._timeout, self._writer.transport.abort)
         try:
