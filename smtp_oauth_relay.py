@@ -1210,12 +1210,13 @@ def decode_uuid(text: str) -> str | None:
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
 _FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
-# Each alternative takes something wherever it begins, so that no text is read twice.
+# A quoted-string or domain-literal that is not closed goes on to the end: each
+# alternative takes something wherever it begins, so that no text is read twice.
 _TOKEN = re.compile(r"""
-      "  (?: [^"\\]  | \\.? )*  (?: "  | (?P<open>\Z) )     # quoted-string
-    | \[ (?: [^\]\\] | \\.? )*  (?: \] | (?P<open2>\Z) )    # domain-literal
+      "  (?: [^"\\]  | \\.? )*  (?: "  | \Z )      # quoted-string
+    | \[ (?: [^\]\\] | \\.? )*  (?: \] | \Z )      # domain-literal
     | [ \t\r\n]+
-    | [^ \t\r\n<>@,;:."\[\]()\\]+                           # atom
+    | [^ \t\r\n<>@,;:."\[\]()\\]+                  # atom
     | .""", re.S | re.X)
 _IN_COMMENT = re.compile(r"[^()\\]+|\\.|.", re.S)
 _NOT_IN_NAME = frozenset('<>@()\\"')
@@ -1315,8 +1316,6 @@ def _tokens(value: str) -> Iterator[tuple[int, str]]:
         else:
             match = _TOKEN.match(value, position)
             assert match is not None    # the last alternative takes anything
-            if match["open"] is not None or match["open2"] is not None:
-                raise Doubtful
             end = match.end()
         yield position, value[position:end]
         position = end
@@ -1376,14 +1375,12 @@ def name_recipients(message: bytes, recipients: Mapping[str, str]) -> bytes:
              for one, addresses in zip(header, read)]
     missing = [mailbox for key, mailbox in recipients.items() if key not in named]
     if missing:
-        bcc = [index for index, one in enumerate(header) if one.name == b"bcc"]
-        hidden = [address.text for index in bcc for address in read[index] or ()
-                  if address.key in recipients]
-        for index in bcc:
-            lines[index] = b""
+        hidden = [address.text for one, addresses in zip(header, read) if one.name == b"bcc"
+                  for address in addresses or () if address.key in recipients]
+        lines = [b"" if one.name == b"bcc" else line for one, line in zip(header, lines)]
         # Before all others: a reader may end the header at a malformed line.
-        folded = bool(header) and header[0].octets[:1] in b" \t"
-        lines.insert(int(folded), _address_field(b"Bcc", hidden + missing))
+        is_folded = bool(header) and header[0].octets[:1] in b" \t"
+        lines.insert(int(is_folded), _address_field(b"Bcc", hidden + missing))
     if not rest.startswith(b"\r\n") and (rest or not header):
         lines.append(b"\r\n")
     return b"".join([*lines, rest])
@@ -1423,12 +1420,9 @@ def _address_field(name: bytes, texts: list[str]) -> bytes:
 
 def author(message: bytes) -> str:
     """Find the first mailbox of the From field. Raises DeliveryError if there is none."""
-    for one in split_header(message)[0]:
-        if one.name == b"from":
-            with contextlib.suppress(Doubtful):
-                for address in parse_addresses(one.value[:MAX_ADDRESSES]):
-                    return address.mailbox
-            break
+    found = [one.value for one in split_header(message)[0] if one.name == b"from"]
+    with contextlib.suppress(Doubtful, IndexError):
+        return parse_addresses(found[0][:MAX_ADDRESSES])[0].mailbox
     raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send from",
                         550, "5.1.7")
 
