@@ -584,8 +584,8 @@ PROGRESS = 65536                # octets of a message that count as one command
 _END_OF_DATA = b"\r\n.\r\n"
 _CLIENT_HELLO = b"\x16\x03"     # a TLS record: handshake, version 3.x
 _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-HTTP_VERBS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT",
-                        "TRACE"})
+HTTP_VERBS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST",
+                        "PUT", "TRACE"})
 
 
 class Phase(enum.Enum):
@@ -708,7 +708,8 @@ class Session:
     @property
     def holds_message(self) -> bool:
         """Whether a message is being received, or waits for an answer."""
-        return self.is_in_content or (self._phase is Phase.RCPT and self._read == self._wait)
+        is_waiting = self._phase is Phase.RCPT and self._read == self._wait
+        return self.is_in_content or is_waiting
 
     def end(self, reply: Reply, reason: str) -> None:
         """Let a reply be the last word, whatever the client was doing."""

@@ -1954,8 +1954,9 @@ class CacheTests(RelayCase):
 
     def tokens(self) -> tuple[relay.Tokens, Clock]:
         clock = Clock()
-        config = self.config()
-        return relay.Tokens(config, relay.HttpPool([self.fake.url]), clock), clock
+        pool = relay.HttpPool([self.fake.url])
+        self.addCleanup(pool.close)
+        return relay.Tokens(self.config(), pool, clock), clock
 
     def get(self, tokens: relay.Tokens, secret: str) -> str:
         async def get() -> str:
@@ -2388,6 +2389,7 @@ class UnreachableTests(RelayCase):
             threading.Thread(target=listen, daemon=True).start()
             answered.append((await task).status)
         asyncio.run(post())
+        pool.close()
         self.assertEqual(answered, [202])
 
     def test_whether_a_kept_connection_can_be_used(self) -> None:
@@ -2449,7 +2451,8 @@ class Proxy:
         upstream = socket.create_connection((host, int(port)))
         sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
         threading.Thread(target=self._copy, args=(sock, upstream), daemon=True).start()
-        self._copy(upstream, sock)
+        with sock, upstream:
+            self._copy(upstream, sock)
 
     @staticmethod
     def _copy(source: socket.socket, sink: socket.socket) -> None:
