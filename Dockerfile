@@ -11,6 +11,6 @@ EXPOSE 8025
 
 # Says EHLO and QUIT to the listener: a process that does not answer is not healthy.
 HEALTHCHECK --interval=60s --timeout=10s --start-period=10s \
-    CMD ["python", "-c", "import os, smtplib; s = smtplib.SMTP(os.environ.get('LISTEN_ADDRESS') or 'localhost', int(os.environ.get('SMTP_PORT') or 8025), timeout=8); s.ehlo_or_helo_if_needed(); s.quit()"]
+    CMD ["python", "-c", "import os, smtplib; s = smtplib.SMTP(os.environ.get('LISTEN_ADDRESS') or 'localhost', int(os.environ.get('SMTP_PORT') or 8025), local_hostname='localhost', timeout=8); s.ehlo_or_helo_if_needed(); s.quit()"]
 
 CMD ["python", "smtp_oauth_relay.py"]

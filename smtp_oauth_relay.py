@@ -205,6 +205,7 @@ class StartError(Exception):
 # checks are made from it. Defaults are text, so they are parsed like any other value.
 
 GRAPH_MESSAGE_LIMIT = 3_145_728     # octets: 4 MiB of request, of which base64 leaves 3/4
+PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY")
 
 
 class Setting(NamedTuple):
@@ -400,50 +401,46 @@ class Config:
             try:
                 values[name.lower()] = declared.parse(text or declared.default)
             except ValueError as error:
-                faults.append(f"{name}={_shown(text)}: must be {error}")
+                shown = _masked(text) if declared.parse is _endpoint else text
+                faults.append(f"{name}={shown!r}: must be {error}")
         config = cls(**values)      # with defaults for what is faulty, so leave these out
-        faults += [fault for fault in config.check_together()
-                   if {name.lower() for name in re.findall("[A-Z_]+(?==)", fault)}
-                   <= values.keys()]
-        faults += _check_lookup(environ) + _check_proxy(environ)
+        faults += [text for names, text in config.contradictions()
+                   if names <= values.keys()]
+        faults += _check_lookup(environ) + config.check_proxy(environ)
         if faults:
             raise ConfigError("\n".join(faults))
         return config
 
-    def check_together(self) -> list[str]:
-        """Find the settings that contradict each other."""
-        faults = []
+    def contradictions(self) -> Iterator[tuple[set[str], str]]:
+        """Find settings that contradict each other: their fields, and the text."""
         if self.tls_source == "off" and self.require_tls:
-            faults.append("TLS_SOURCE=off with REQUIRE_TLS=true: nobody could log in; "
-                          "set TLS_SOURCE=file and give a certificate, or set "
-                          "REQUIRE_TLS=false (passwords then cross the network readable)")
+            yield {"tls_source", "require_tls"}, (
+                "TLS_SOURCE=off with REQUIRE_TLS=true: nobody could log in; set "
+                "TLS_SOURCE=file and give a certificate, or set REQUIRE_TLS=false "
+                "(passwords then cross the network readable)")
         if self.tls_source == "off" and self.smtps_port:
-            faults.append(f"TLS_SOURCE=off with SMTPS_PORT={self.smtps_port}: that port "
-                          "needs TLS; set TLS_SOURCE=file and give a certificate, or set "
-                          "SMTPS_PORT=0")
+            yield {"tls_source", "smtps_port"}, (
+                f"TLS_SOURCE=off with SMTPS_PORT={self.smtps_port}: that port needs TLS; "
+                "set TLS_SOURCE=file and give a certificate, or set SMTPS_PORT=0")
         if self.smtp_port and self.smtp_port == self.smtps_port:
-            faults.append(f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: "
-                          "must be different ports")
-        return faults
+            yield {"smtp_port", "smtps_port"}, (
+                f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: must be "
+                "different ports")
+
+    def check_proxy(self, environ: Mapping[str, str]) -> list[str]:
+        """Find proxies that are needed and cannot be used."""
+        endpoints = (self.azure_authority_host, self.graph_endpoint)
+        if not any(url.startswith("https:") for url in endpoints):
+            return []
+        values = {name: environ.get(name, "").strip() for name in PROXY_VARIABLES}
+        return [f"{name}={_masked(value)!r}: must be http://host:port, or "
+                "http://user:password@host:port"
+                for name, value in values.items() if not _is_http_proxy(value)]
 
 
-def _shown(text: str) -> str:
-    """Quote a faulty value; what may be a password in a URL is not shown."""
-    return repr(re.sub(r"(?s)^(\w+://)?.*@|[?#].*", r"\1***", text))
-
-
-def _check_lookup(environ: Mapping[str, str]) -> list[str]:
-    """Refuse the reference's allow-list: to ignore it would let everybody send."""
-    if environ.get("AZURE_TABLES_FORCE_USAGE", "").strip().lower() in ("", "false"):
-        return []
-    return ["AZURE_TABLES_FORCE_USAGE: must be false; this version has no Azure Tables, "
-            "so it cannot keep out users that are not in the table"]
-
-
-def _check_proxy(environ: Mapping[str, str]) -> list[str]:
-    return [f"{name}: must be http://host:port, or http://user:password@host:port"
-            for name in ("https_proxy", "HTTPS_PROXY")
-            if not _is_http_proxy(environ.get(name, "").strip())]
+def _masked(url: str) -> str:
+    """Hide what may be a password in a URL."""
+    return re.sub(r"(?s)^(\w+://)?.*@|[?#].*", r"\1***", url)
 
 
 def _is_http_proxy(url: str) -> bool:
@@ -453,6 +450,15 @@ def _is_http_proxy(url: str) -> bool:
                            and parts.port != 0)
     except ValueError:
         return False
+
+
+def _check_lookup(environ: Mapping[str, str]) -> list[str]:
+    """Refuse the reference's allow-list: to ignore it would let everybody send."""
+    value = environ.get("AZURE_TABLES_FORCE_USAGE", "").strip()
+    if value.lower() in ("", "false"):
+        return []
+    return [f"AZURE_TABLES_FORCE_USAGE={value!r}: must be false; this version has no Azure "
+            "Tables, so it cannot keep out users that are not in the table"]
 
 
 def settings() -> dict[str, Setting]:
@@ -480,9 +486,9 @@ def settings_table() -> str:
 # §3  SMTP grammar
 # ---------------------------------------------------------------------------
 #
-# RFC 5321 section 4.1.2, with the UTF-8 of RFC 6531 section 3.3. Two departures, as
-# devices make both mistakes and every server forgives them: white space may follow
-# "FROM:" and "TO:", and a path may lack its angle brackets.
+# RFC 5321 section 4.1.2, with the UTF-8 of RFC 6531 section 3.3. Departures, as devices
+# make these mistakes and every server forgives them: white space may follow "FROM:" and
+# "TO:", a path may lack its angle brackets, and the argument of EHLO may be anything.
 
 # Not C1 controls, line separators, bidirectional overrides; surrogates are no UTF-8.
 _UTF8 = "\u00a1-\u2027\u202f-\ud7ff\ue000-\U0010ffff"
@@ -643,11 +649,11 @@ class Session:
     4954 AUTH, 6152 8BITMIME, 6531 SMTPUTF8.
     """
 
-    def __init__(self, config: Config, name: str, *, secure: bool = False,
+    def __init__(self, config: Config, name: str,
                  trace: Callable[[str, object], None] | None = None) -> None:
         self._config = config
         self._name = name
-        self.secure = secure
+        self.secure = False
         self.logged_in = False
         self._trace = trace or (lambda mark, text: None)
         self._phase = Phase.CONNECTED
@@ -661,6 +667,7 @@ class Session:
         self._commands = 0
         self._octets = 0                # of messages
         self._errors = 0                # in a row
+        self._complaint: Reply | None = None            # the last that the log knows of
         self._failed_logins = 0
         self._envelope = Envelope("")
         self._allow_utf8 = False
@@ -1023,8 +1030,9 @@ class Session:
         self._output.append(bytes(reply))
 
     def _complain(self, reply: Reply) -> None:
-        """Let the log know of a mistake, but not of each of many."""
-        if not self._errors:
+        """Let the log know of a mistake, but not of one again and again."""
+        if reply != self._complaint:
+            self._complaint = reply
             self._trace("!", reply)
 
     def _answer(self, reply: Reply) -> None:
@@ -1045,8 +1053,7 @@ class Session:
 
     def _resume(self, reply: Reply | None = None) -> None:
         self._read = self._read_command
-        if self._phase is Phase.RCPT:
-            self._reset()
+        self._reset()
         if reply:
             self._answer(reply)
 
@@ -1523,6 +1530,8 @@ def read_token(response: HttpResponse, secret: str) -> Token:
         return Token(token, min(max(life, 0.0), MAX_TOKEN_LIFE))
     codes, error, text = _entra_error(answer)
     code = codes[0] if codes else 0
+    if response.status != 200 and not error:    # in a 200 there may be half of a token
+        text = response.body.decode("utf-8", "replace")
     facts = {"status": response.status, "aadsts": code or None, "error": error or None,
              "said": text.replace(secret, "***") or None}
     if (400 <= response.status < 500 and response.status != 429 and error
@@ -1555,43 +1564,36 @@ def _entra_error(answer: Mapping[str, Any]) -> tuple[list[int], str, str]:
     return found or [int(match[1])] if match else found, error, text
 
 
-class Refusal(NamedTuple):
-    """What a client is told; {mailbox} is filled in."""
-
-    code: int
-    status: str
-    text: str
-
-
-_NO_RIGHT = Refusal(550, "5.7.1", "The application may not send as {mailbox}: it needs the "
+# {mailbox} is filled in.
+_NO_RIGHT = Reply(550, "5.7.1", "The application may not send as {mailbox}: it needs the "
                                   "right Mail.Send for this mailbox (a new right takes up "
                                   "to 2 hours)")
-_NO_MAILBOX = Refusal(550, "5.1.8", "Microsoft 365 has no mailbox {mailbox} to send from")
-_TOO_LARGE = Refusal(552, "5.3.4", "Microsoft 365 says that the message is too large")
-_FULL = Refusal(452, "4.2.2", "The mailbox {mailbox} is full")
-_FAILING = Refusal(451, "4.3.0", "Microsoft 365 has a problem; try again later")
-_BUSY = Refusal(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try again "
+_NO_MAILBOX = Reply(550, "5.1.8", "Microsoft 365 has no mailbox {mailbox} to send from")
+_TOO_LARGE = Reply(552, "5.3.4", "Microsoft 365 says that the message is too large")
+_FULL = Reply(452, "4.2.2", "The mailbox {mailbox} is full")
+_FAILING = Reply(451, "4.3.0", "Microsoft 365 has a problem; try again later")
+_BUSY = Reply(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try again "
                               "later")
 
 # Graph's code decides first, in answers 400 to 499 but 401 and 429, and two codes in
 # those above too; then the status.
-GRAPH_CODES: Mapping[str, Refusal] = {
+GRAPH_CODES: Mapping[str, Reply] = {
     "erroraccessdenied": _NO_RIGHT,
-    "errorsendasdenied": Refusal(550, "5.7.60", "The From field names a mailbox that "
+    "errorsendasdenied": Reply(550, "5.7.60", "The From field names a mailbox that "
                                                 "{mailbox} may not send as"),
     "errorinvaliduser": _NO_MAILBOX,
     "resourcenotfound": _NO_MAILBOX,
     "errornonexistentmailbox": _NO_MAILBOX,
     "mailboxnotenabledforrestapi": _NO_MAILBOX,
     "mailboxnothostedinexchangeonline": _NO_MAILBOX,
-    "errorinvalidrecipients": Refusal(550, "5.1.3", "Microsoft 365 does not accept a "
+    "errorinvalidrecipients": Reply(550, "5.1.3", "Microsoft 365 does not accept a "
                                                     "recipient"),
     "errormessagesizeexceeded": _TOO_LARGE,
     "errorquotaexceeded": _FULL,
 }
 GRAPH_CODES_OF_ANY_STATUS = frozenset({"errormessagesizeexceeded", "errorquotaexceeded"})
-GRAPH_STATUSES: Mapping[int, Refusal] = {
-    401: Refusal(451, "4.7.0", "Microsoft 365 does not accept its own token; try again "
+GRAPH_STATUSES: Mapping[int, Reply] = {
+    401: Reply(451, "4.7.0", "Microsoft 365 does not accept its own token; try again "
                                "later"),
     403: _NO_RIGHT,
     404: _NO_MAILBOX,
@@ -1599,25 +1601,25 @@ GRAPH_STATUSES: Mapping[int, Refusal] = {
     429: _BUSY,
     507: _FULL,
 }
-_REFUSED = Refusal(554, "5.6.0", "Microsoft 365 does not accept the message")
-_NOT_SENT = Refusal(554, "5.3.0", "Microsoft 365 gave an unknown answer; the message was "
+_REFUSED = Reply(554, "5.6.0", "Microsoft 365 does not accept the message")
+_NOT_SENT = Reply(554, "5.3.0", "Microsoft 365 gave an unknown answer; the message was "
                                   "not accepted")
 
 
 def graph_error(response: HttpResponse, mailbox: str) -> RelayError:
     """Make the error for an answer of Graph to sendMail that is not 202."""
     status, code = response.status, _graph_code(response)
-    refusal = GRAPH_STATUSES.get(status, _FAILING if status >= 500 else
-                                 _REFUSED if status >= 400 else _NOT_SENT)
+    reply = GRAPH_STATUSES.get(status, _FAILING if status >= 500 else
+                               _REFUSED if status >= 400 else _NOT_SENT)
     if status >= 400 and status not in (401, 429) and (
             status < 500 or code.lower() in GRAPH_CODES_OF_ANY_STATUS):
-        refusal = GRAPH_CODES.get(code.lower(), refusal)
+        reply = GRAPH_CODES.get(code.lower(), reply)
     facts = {"status": status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
-    kind = TemporaryError if refusal.code < 500 else DeliveryError
-    level = logging.ERROR if refusal is _NOT_SENT else logging.WARNING
-    return kind(refusal.text.format(mailbox=mailbox), refusal.code, refusal.status,
-                facts=facts, level=level)
+    kind = TemporaryError if reply.code < 500 else DeliveryError
+    level = logging.ERROR if reply is _NOT_SENT else logging.WARNING
+    return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
+                level=level)
 
 
 def _graph_code(response: HttpResponse) -> str:
@@ -1713,7 +1715,7 @@ KEEP = 60.0                     # seconds an idle connection is kept: firewalls 
 KEPT_CONNECTIONS = 100          # for one host
 REFUSED_PAUSES = (0.2, 1.0)     # seconds before another try when a connection is refused
 GRACE = 2.0                     # seconds for a thread to end after its socket was shut
-REST_OF_ANSWER = 2.0            # seconds for what is not needed: all bodies but of 200
+REST_OF_202 = 2.0               # seconds for its body, which says nothing
 
 
 class NoAnswer(TemporaryError):
@@ -1842,7 +1844,7 @@ def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
     return future
 
 
-class Exchange:
+class HttpExchange:
     """One request and its answer, in a worker thread; the loop may cut it off."""
 
     def __init__(self, origin: Origin, request: HttpRequest, context: ssl.SSLContext,
@@ -1920,8 +1922,8 @@ class Exchange:
         if self._is_cut_off and response.status != 202:
             raise TimeoutError("time is up")    # the header may have lost its end
         headers = {name.lower(): value for name, value in response.getheaders()}
-        if response.status != 200:
-            sock.settimeout(REST_OF_ANSWER)
+        if response.status == 202:
+            sock.settimeout(REST_OF_202)
         body = b""
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             while len(body) < MAX_ANSWER and not response.isclosed():
@@ -1994,7 +1996,7 @@ class HttpPool:
 
     async def _exchange(self, origin: Origin, request: HttpRequest,
                         deadline: float) -> HttpResponse:
-        exchange = Exchange(origin, request, self._context, self._take(origin), deadline)
+        exchange = HttpExchange(origin, request, self._context, self._take(origin), deadline)
         future = in_thread(exchange.run)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(deadline - time.monotonic(), _cut_off, exchange, future)
@@ -2037,7 +2039,8 @@ class HttpPool:
             self._closer = asyncio.get_running_loop().call_later(KEEP, self._close_old)
 
 
-def _cut_off(exchange: Exchange, future: asyncio.Future[HttpResponse]) -> None:
+def _cut_off(exchange: HttpExchange,
+             future: asyncio.Future[HttpResponse]) -> None:
     """End an exchange at its deadline.
 
     A thread with a connection soon says how it ended, perhaps with a 202; one that has
@@ -2423,10 +2426,12 @@ class Relay:
             application = Application(tenant, client, login.password)
             await self._tokens.get(application, self._deadline())
         except RelayError as error:
+            result = "refused"
             if isinstance(error, TemporaryError):
+                result = "tempfail"
                 error = TemporaryError("Microsoft cannot check the password now; it may be "
                                        "right", 454, "4.7.0", facts=error.facts)
-            log_event(error.level, ident, "auth", user=user, result="refused",
+            log_event(error.level, ident, "auth", user=user, result=result,
                       reply=error.reply, **error.facts)
             raise error from None
         log_event(logging.INFO, ident, "auth", user=user, result="ok")
@@ -2444,6 +2449,10 @@ class Relay:
             message = await in_thread(functools.partial(make_outgoing, envelope))
             facts.update(sender=message.mailbox, size=message.size)
             response = await self._graph.send(application, message, ident, deadline)
+        except asyncio.CancelledError:
+            log_event(logging.WARNING, ident, "cut", **facts,
+                      problem="the relay stops; it may have been sent")
+            raise
         except RelayError as error:
             error.reply = dataclasses.replace(error.reply,
                                               text=f"{error.reply.text}, id {ident}")
@@ -2905,13 +2914,14 @@ def demo(environ: Mapping[str, str]) -> None:
 
 def _print_demo(config: Config, port: int) -> None:
     user = config.username_delimiter.join(DEMO_USER)
-    host = config.listen_address
-    host = "127.0.0.1" if host in ("localhost", "0.0.0.0", "::") else host
+    address = config.listen_address
+    host = "127.0.0.1" if address in ("localhost", "0.0.0.0", "::") else address
     in_url = f"[{host}]" if ":" in host else host
     credentials = f"{urllib.parse.quote(user, safe='')}:demo"
     print(f"""\
-The relay listens on {host} port {port}, without TLS, in front of a stand-in for Microsoft.
-Log in as {user} with any password.
+The relay listens on {address} port {port}, without TLS, in front of a stand-in for
+Microsoft. For a printer, start it with LISTEN_ADDRESS=0.0.0.0. Log in as
+{user}, with any password.
 Each message is saved in {StandIn.outbox}/. Send a first one from another terminal:
 
   printf 'Subject: Hello\\n\\nIt works.\\n' | curl \\
@@ -2936,6 +2946,10 @@ def serve(environ: Mapping[str, str]) -> None:
     """Run the relay. Raises ConfigError, StartError."""
     config = Config.from_environ(environ)
     with logging_to_stderr(config.log_level):
+        if environ.get("AZURE_TABLES_URL", "").strip():
+            log_event(logging.WARNING, "-", "settings", problem="this version has no Azure "
+                      "Tables: AZURE_TABLES_URL is ignored, and names such as scan@lookup "
+                      "cannot log in")
         run(config)
 
 

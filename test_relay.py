@@ -274,6 +274,8 @@ class SettingTests(unittest.TestCase):
             for value in values:
                 with self.subTest(name, value=value):
                     text = self.assertFaults({name: value}, name)
+                    shown = repr(value) if "u:p@" not in value and "?" not in value else ""
+                    self.assertIn(f"{name}={shown}", text)
                     self.assertIn(": must be ", text)
 
     def test_all_faults_are_reported_at_once_with_name_and_value(self) -> None:
@@ -288,8 +290,13 @@ class SettingTests(unittest.TestCase):
             text = self.assertFaults({"GRAPH_ENDPOINT": url}, "GRAPH_ENDPOINT")
             self.assertNotIn("hidden", text)
             self.assertIn("must be an https:// URL", text)
-        text = self.assertFaults({"HTTPS_PROXY": "socks5://user:hidden@x"}, "HTTPS_PROXY")
+        text = self.assertFaults({"HTTPS_PROXY": "socks5://user:hidden@x",
+                                  "https_proxy": "https://u:hidden@x"},
+                                 "https_proxy", "HTTPS_PROXY")
         self.assertNotIn("hidden", text)
+        self.assertIn("HTTPS_PROXY='socks5://***x'", text)
+        make_config(HTTPS_PROXY="socks5://x", GRAPH_ENDPOINT="http://127.0.0.1",
+                    AZURE_AUTHORITY_HOST="http://127.0.0.1")     # no proxy is needed
 
     def test_without_tls_nobody_could_log_in_and_both_ways_out_are_named(self) -> None:
         text = self.assertFaults({"TLS_SOURCE": "off"}, "TLS_SOURCE")
@@ -411,8 +418,10 @@ class Dialogue:
     def __init__(self, config: relay.Config, *, secure: bool = False,
                  answer: Callable[[relay.Session, relay.Event], None] = accept) -> None:
         self.log: list[tuple[str, object]] = []
-        self.session = relay.Session(config, "relay.test", secure=secure,
-                                     trace=lambda mark, text: self.log.append((mark, text)))
+        self.session = relay.Session(config, "relay.test",
+                                     lambda mark, what: self.log.append((mark, what)))
+        if secure:
+            self.session.tls_started()
         self.answer = answer
         self.events: list[relay.Event] = []
         self.said = b""
@@ -665,6 +674,8 @@ class CommandLineInSessionTests(SessionCase):
             self.assertLess(len(dialogue.session._buffer), 70_000)
         self.assertEqual(codes(dialogue.feed(b"\r")), [])
         self.assertEqual(codes(dialogue.feed(b"\nNOOP\r\n")), [500, 250])
+        dialogue.feed(b"x" * 65536)
+        self.assertEqual(codes(dialogue.feed(b"\r\nNOOP\r\n")), [500, 250])
 
     def test_lengths_of_auth(self) -> None:
         prelude = SITUATIONS["tls"][0]
@@ -694,6 +705,7 @@ class CommandLineInSessionTests(SessionCase):
                                    secure=False)
         self.assertTrue(dialogue.closed)
         self.assertIn("SMTPS_PORT", dialogue.events[-1].reason)
+        self.assertSays(b"NOOP\r\n\x16\x03\x01\r\n", 250, 500, prelude=b"", secure=False)
         self.assertIn("STARTTLS", dialogue.events[-1].reason)
 
     def test_ten_errors_in_a_row_end_the_session(self) -> None:
@@ -1202,6 +1214,11 @@ class RecipientTests(unittest.TestCase):
             with self.subTest(shape):
                 self.assertLess(times[1], 10 * times[0] + 0.5)
 
+    def test_an_absurd_number_of_addresses_is_doubtful(self) -> None:
+        many = ",".join(f"u{number}@x.y" for number in range(40_000))
+        self.assertEqual(deliver_to(f"To: {many}\r\n", "u1@x.y"),
+                         f"Bcc: u1@x.y\r\nX-Original-To: {many}\r\n\r\nText\r\n")
+
 
 # ---------------------------------------------------------------------------
 # §7  Microsoft's answers
@@ -1541,6 +1558,11 @@ class FakeMicrosoft:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def half_close(self) -> None:
+        """Send no more on what is open, but go on reading."""
+        for sock in list(self._sockets):
+            sock.shutdown(socket.SHUT_WR)
+
     def will(self, kind: str, *actions: Action) -> None:
         """Script the next answers to requests for a "token" or to "send"."""
         self._script[kind].extend(actions)
@@ -1552,6 +1574,7 @@ class FakeMicrosoft:
         self.most_busy = 0
         self.release.set()
         self.release = threading.Event()
+        self.arrived = threading.Semaphore(0)
 
     def asked(self, kind: str) -> list[Request]:
         """The requests of a kind."""
@@ -1622,14 +1645,15 @@ class FakeMicrosoft:
         request = Request(kind, path, headers, body, number)
         with self._lock:
             self.requests.append(request)
-            self._busy[path] += 1
+            limited = path.lower() + headers.get("authorization", "")
+            self._busy[limited] += 1
             if kind == "send":
-                self.most_busy = max(self.most_busy, self._busy[path])
+                self.most_busy = max(self.most_busy, self._busy[limited])
         try:
             return action(sock, request)
         finally:
             with self._lock:
-                self._busy[path] -= 1
+                self._busy[limited] -= 1
 
     def _give_token(self, sock: socket.socket, request: Request) -> bool:
         form = urllib.parse.parse_qs(request.body.decode(), strict_parsing=True)
@@ -1875,7 +1899,13 @@ class SignInTests(RelayCase):
             with self.subTest(f"{answer.status} {answer.body[:60]!r}"):
                 self.fake.will("token", say(answer.status, answer.body, **{
                     name.replace("-", "_"): value for name, value in answer.headers.items()}))
-                self.assertReply(self.log_in(), "454 4.7.0")
+                with kept_log() as kept:
+                    self.assertReply(self.log_in(), "454 4.7.0")
+                self.assertIn("result=tempfail", kept.find("auth")[0][1])
+                if answer.body == b"Too Many Requests":
+                    self.assertIn('said="Too Many Requests"', kept.find("auth")[0][1])
+                if answer.status == 200:
+                    self.assertNotIn("said=", kept.find("auth")[0][1])
 
     def test_each_broken_answer_of_entra(self) -> None:
         for octets in (b"", b"HTTP/1.1", b"nonsense\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n",
@@ -1996,6 +2026,20 @@ class CacheTests(RelayCase):
         (refusal, _), = tokens._refusals.values()
         self.assertIsNone(refusal.__traceback__)
         self.assertIsNone(refusal.__context__)
+
+    def test_only_the_token_that_was_refused_is_dropped(self) -> None:
+        tokens, _ = self.tokens()
+        token = self.get(tokens, "s")
+        application = relay.Application(TENANT, CLIENT, "s")
+        tokens.forget(application, "another")
+        self.assertEqual(self.get(tokens, "s"), token)
+        tokens.forget(application, token)
+        self.assertNotEqual(self.get(tokens, "s"), token)
+
+    def test_the_hash_of_a_secret_is_keyed(self) -> None:
+        application = relay.Application(TENANT, CLIENT, "s")
+        self.assertNotEqual(self.tokens()[0]._key(application),
+                            self.tokens()[0]._key(application))
 
     def test_the_caches_are_bounded(self) -> None:
         tokens, _ = self.tokens()
@@ -2221,21 +2265,75 @@ class SendTests(RelayCase):
     def test_four_at_once_for_a_mailbox_and_the_others_wait(self) -> None:
         clients = [self.logged_in() for _ in range(10)]
         self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 4)
-        for client in clients:
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+        for number, client in enumerate(clients):
+            sender = SENDER if number % 2 else SENDER.title()   # the same mailbox
+            for line in (f"MAIL FROM:<{sender}>", "RCPT TO:<a@x.y>", "DATA"):
                 client.docmd(line)
             client.send(b"\r\n.\r\n")
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        calls = [one for one in threading.enumerate() if one.name == "relay-call"]
-        self.assertEqual(len(calls), 4, "waiting holds threads")
+        # Waiting holds no thread.
+        wait_for(lambda: [one.name for one in threading.enumerate()].count("relay-call") == 4)
         # Another mailbox does not wait.
         self.assertReply(self.logged_in().post(sender="other@example.com"), "250 2.0.0")
-        self.assertEqual(len(self.fake.asked("send")), 5)
+        another = self.connect()        # nor does another application
+        another.log_in(f"{TENANT}@{TENANT}", self.password)
+        self.assertReply(another.post(), "250 2.0.0")
+        self.assertEqual(len(self.fake.asked("send")), 6)
         self.fake.release.set()
         for client in clients:
             self.assertEqual(client.getreply()[0], 250)
         self.assertEqual(self.fake.most_busy, 4)
+
+    def test_no_turn_in_time(self) -> None:
+        async def play() -> str:
+            pool = relay.HttpPool([self.fake.url])
+            graph = relay.Graph(self.config(UPSTREAM_TIMEOUT="3"), pool,
+                                relay.Tokens(self.config(), pool))
+
+            def send(seconds: float) -> Any:
+                return graph.send(relay.Application(TENANT, CLIENT, self.password),
+                                  relay.Outgoing(SENDER, 1, b"QQ=="), "id",
+                                  time.monotonic() + seconds)
+            tasks = [asyncio.ensure_future(send(PATIENCE)) for _ in range(4)]
+            for _ in range(4):
+                await asyncio.to_thread(self.fake.arrived.acquire, timeout=PATIENCE)
+            try:
+                await send(0.4)
+            except relay.TemporaryError as error:
+                return str(error.reply)
+            finally:
+                self.fake.release.set()
+                await asyncio.wait(tasks)
+                for task in tasks:
+                    task.exception()
+                pool.close()
+            return ""
+        self.fake.will("send", *[self.fake.hang] * 4)
+        self.assertReply(asyncio.run(play()), "451 4.4.5")
+        self.assertEqual(len(self.fake.asked("send")), 4)
+
+    def test_a_kept_connection_is_looked_at_before_it_is_written_to(self) -> None:
+        """The server will send no more, but would read: nothing may be sent there."""
+        client = self.logged_in()
+        self.assertReply(client.post(), "250 2.0.0")
+        self.fake.half_close()
+        self.assertReply(client.post(), "250 2.0.0")
+        first, second = self.fake.asked("send")
+        self.assertNotEqual(first.connection, second.connection)
+
+    def test_an_error_body_that_takes_its_time_is_read(self) -> None:
+        client = self.logged_in()
+        body = json.dumps({"error": {"code": "ErrorQuotaExceeded"}}).encode()
+        pause = threading.Event()
+
+        def slow(sock: socket.socket, request: Request) -> bool:
+            sock.sendall(b"HTTP/1.1 403 No\r\nContent-Length: %d\r\n\r\n" % len(body))
+            pause.wait(relay.REST_OF_202 + 0.2)
+            sock.sendall(body)
+            return True
+        self.fake.will("send", slow)
+        self.assertReply(client.post(), "452 4.2.2")
 
     def test_the_envelope_decides_who_gets_it(self) -> None:
         client = self.logged_in()
@@ -2295,10 +2393,10 @@ def wait_for(condition: Callable[[], Any]) -> None:
 class DeadlineTests(RelayCase):
     """UPSTREAM_TIMEOUT is the whole of what a login or a message may take."""
 
-    settings = {"UPSTREAM_TIMEOUT": "0.4"}
+    settings = {"UPSTREAM_TIMEOUT": "0.6"}
 
     def assertTimely(self, begun: float) -> None:
-        self.assertLess(time.monotonic() - begun, 0.4 + relay.GRACE + 2)
+        self.assertLess(time.monotonic() - begun, 0.6 + relay.GRACE + 2)
 
     def test_a_server_that_hangs_or_trickles(self) -> None:
         for kind, wanted in (("token", "454 4.7.0"), ("send", "451 4.4.1")):
@@ -2365,6 +2463,7 @@ class UnreachableTests(RelayCase):
             begun = time.monotonic()
             self.assertReply(self.connect(running).log_in(), "454 4.7.0")
             self.assertGreaterEqual(time.monotonic() - begun, sum(relay.REFUSED_PAUSES))
+        self.assertEqual(len(relay.REFUSED_PAUSES), 2)      # so three tries
         self.assertIn("problem=", kept.find("auth")[0][1])
 
     def test_a_connection_that_is_refused_at_first(self) -> None:
@@ -2406,7 +2505,7 @@ class UnreachableTests(RelayCase):
 
     def test_a_look_up_that_hangs_takes_no_place_and_sends_nothing_later(self) -> None:
         """The thread comes back after the deadline: it must not send."""
-        exchange = relay.Exchange(relay.find_origin(self.fake.url), relay.HttpRequest(
+        exchange = relay.HttpExchange(relay.find_origin(self.fake.url), relay.HttpRequest(
             f"{self.fake.url}/v1.0/users/x/sendMail", {}, b""),
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), None, time.monotonic() + PATIENCE)
         exchange.cut_off()
@@ -2674,7 +2773,7 @@ class ShellTests(TlsCase):
 
     def test_implicit_tls(self) -> None:
         with smtplib.SMTP_SSL("localhost", self.running._config.smtps_port, timeout=PATIENCE,
-                              context=trusting()) as client:
+                              local_hostname="test", context=trusting()) as client:
             client.ehlo()
             self.assertNotIn("starttls", client.esmtp_features)
             client.login(USER, self.password)
@@ -2683,8 +2782,10 @@ class ShellTests(TlsCase):
 
     def test_octets_in_the_clear_behind_starttls_are_never_obeyed(self) -> None:
         """CVE-2011-0411, CVE-2024-34083: in one packet, or in the next before the 220."""
-        for injected in (b"EHLO injected\r\n", b"MAIL FROM:<evil@x.y>\r\nNOOP\r\n" * 20_000):
-            with self.subTest(len(injected)):
+        # In one read of asyncio, in several, and more than it holds.
+        for number in (1, 500, 1500, 5000, 40_000):
+            injected = b"NOOP injected\r\n" * number
+            with self.subTest(number):
                 sock = self.raw()
                 self.read_until(sock, b"\r\n")
                 sock.sendall(b"EHLO x\r\n")
@@ -2693,8 +2794,9 @@ class ShellTests(TlsCase):
                 said = self.read_until(sock, b"220 2.0.0")
                 try:
                     secure = trusting().wrap_socket(sock, server_hostname="localhost")
-                except OSError:
-                    continue            # what was injected is no handshake: fine as well
+                except OSError:         # more was injected than was read before: no TLS
+                    self.assertGreaterEqual(number, 5000)
+                    continue
                 secure.sendall(b"EHLO real\r\nQUIT\r\n")
                 said = self.read(secure)
                 secure.close()
@@ -2806,10 +2908,14 @@ class ShellTests(TlsCase):
         with kept_log() as kept:
             client = self.connect()
             client.say("NOSUCH\tthing")
+            client.send("NOOP \u202e x\r\n".encode())
+            self.assertEqual(client.getreply()[0], 250)
             client.quit()
             wait_for(lambda: kept.find("disconnected"))
         events = [line.split()[1] for level, line in kept.lines if level == "INFO"]
         self.assertEqual(events, ["connected", "refused", "disconnected"])
+        self.assertIn('< "NOOP \\u202e x"', repr(kept.lines).replace("\\\\", "\\"))
+        self.assertTrue(all(line.isascii() for _, line in kept.lines))
         self.assertEqual(len({line.split()[0] for _, line in kept.lines}), 1)
         self.assertIn("client=127.0.0.1", kept.find("connected")[0][1])
         self.assertIn("reason=quit", kept.find("disconnected")[0][1])
@@ -2867,7 +2973,7 @@ class LimitTests(TlsCase):
     """Limits of connections and of time."""
 
     settings = {"MAX_CONNECTIONS": "6", "MAX_CONNECTIONS_PER_CLIENT": "3",
-                "CLIENT_TIMEOUT": "0.6", "REQUIRE_TLS": "false"}
+                "CLIENT_TIMEOUT": "1", "REQUIRE_TLS": "false"}
 
     def tearDown(self) -> None:
         """Wait until the connections of a test are gone."""
@@ -2920,7 +3026,7 @@ class LimitTests(TlsCase):
                 self.assertLess(time.monotonic() - begun, PATIENCE, said)
         except ConnectionError:
             self.fail(f"no 421 in {said!r}")
-        self.assertGreaterEqual(time.monotonic() - begun, 0.5)
+        self.assertGreaterEqual(time.monotonic() - begun, 0.9)
 
     def test_a_client_that_sends_an_octet_at_a_time(self) -> None:
         self.assertEndsSlow(self.raw(), b"x")
@@ -2936,7 +3042,7 @@ class LimitTests(TlsCase):
     def test_each_command_has_its_own_time(self) -> None:
         client = self.connect()
         begun = time.monotonic()
-        while time.monotonic() - begun < 1.5:
+        while time.monotonic() - begun < 2:
             self.assertReply(client.say("NOOP"), "250 2.0.0")
 
     def test_a_client_that_never_reads(self) -> None:
@@ -3028,8 +3134,11 @@ class ShutdownTests(RelayCase):
         client = self.begin(running)
         client.send(b"one\r\n.\r\n")
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        running.stop()
+        with kept_log() as kept:
+            running.stop()
         self.assertReply(client.next_reply(), "421 4.3.2")
+        ident = self.fake.asked("send")[0].headers["client-request-id"]
+        self.assertIn(f"{ident} cut ", kept.find("cut")[0][1] + kept.find("cut")[1][1])
 
 
 # ---------------------------------------------------------------------------
@@ -3037,14 +3146,16 @@ class ShutdownTests(RelayCase):
 # ---------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def start_python(*arguments: str, folder: str = "", **environ: str) -> Iterator[
+def start_python(*arguments: str, folder: str = "", groups: tuple[int, ...] = (),
+                 **environ: str) -> Iterator[
         subprocess.Popen[str]]:
     """Run Python in an environment without settings; kill it in the end."""
     names = {*relay.settings(), "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
     clean = {name: value for name, value in os.environ.items() if name not in names}
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=folder or str(HERE), env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **environ})
+        cwd=folder or str(HERE), env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **environ},
+        **({"extra_groups": groups} if groups else {}))     # type: ignore[call-overload]
     try:
         yield process
     finally:
@@ -3052,9 +3163,9 @@ def start_python(*arguments: str, folder: str = "", **environ: str) -> Iterator[
         process.communicate()
 
 
-def start_program(*arguments: str, folder: str = "", **environ: str) -> Any:
+def start_program(*arguments: str, **options: Any) -> Any:
     """Run the program."""
-    return start_python(str(PROGRAM), *arguments, folder=folder, **environ)
+    return start_python(str(PROGRAM), *arguments, **options)
 
 
 class CommandLineTests(unittest.TestCase):
@@ -3125,7 +3236,7 @@ class CommandLineTests(unittest.TestCase):
 class ServeTests(unittest.TestCase):
     """The program serves, and stops when it is told to."""
 
-    def serve(self, **environ: str) -> Any:
+    def serve(self, **environ: Any) -> Any:
         return start_program(**{"SMTP_PORT": "0", "LISTEN_ADDRESS": "127.0.0.1",
                                 "TLS_CERT_FILEPATH": FILES["cert.pem"],
                                 "TLS_KEY_FILEPATH": FILES["key.pem"], **environ})
@@ -3168,12 +3279,12 @@ class ServeTests(unittest.TestCase):
                     probe = socket.create_server(("::1", 0), family=socket.AF_INET6)
                     probe.close()
                     self.assertEqual(self.port(process), port)
-                    smtplib.SMTP("::1", port, timeout=PATIENCE).close()
+                    smtplib.SMTP("::1", port, "test", PATIENCE).close()
 
     @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs root")
     def test_root_becomes_run_as_after_reading_the_key(self) -> None:
         FILES.folder.chmod(0o700)
-        with self.serve(RUN_AS="nobody") as process:
+        with self.serve(RUN_AS="nobody", groups=(0, 4)) as process:
             self.port(process)
             status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
         nobody = relay.pwd.getpwnam("nobody")
@@ -3183,6 +3294,12 @@ class ServeTests(unittest.TestCase):
         assert groups is not None
         self.assertEqual({int(group) for group in groups[1].split()},
                          set(os.getgrouplist("nobody", nobody.pw_gid)))
+
+    def test_a_table_that_is_not_read_is_warned_about(self) -> None:
+        lines: list[str] = []
+        with self.serve(AZURE_TABLES_URL="https://x.table.core.windows.net/users") as process:
+            self.port(process, lines)
+        self.assertRegex(lines[0], "WARNING - settings problem=.*AZURE_TABLES_URL")
 
     def test_a_sender_reaches_microsoft_without_any_setting_but_the_endpoints(self) -> None:
         fake = FakeMicrosoft()
@@ -3241,7 +3358,9 @@ class DemoTests(unittest.TestCase):
         folder = tempfile.mkdtemp(dir=FILES.folder)
         with start_program("demo", folder=folder, SMTP_PORT="0") as process:
             assert process.stdout is not None
-            port = int(re.search(r"port (\d+)", process.stdout.readline())[1])
+            found = re.search(r"port (\d+)", process.stdout.readline())
+            assert found is not None
+            port = int(found[1])
             with Client(port) as client:
                 client.ehlo()
                 self.assertTrue(client.log_in("scanner", "x").startswith("535 5.7.8"))
