@@ -1205,19 +1205,22 @@ def decode_uuid(text: str) -> str | None:
 # name the envelope's recipients and nobody else:
 #
 #     an address field ...                              becomes
-#     names only people of the envelope                 what it was, octet for octet
+#     names only people of the envelope                 what it was, octet for octet (with
+#                                                       commas, if it has stray ";")
 #     names others too                                  itself without them; they go to
 #                                                       X-Original-To, X-Original-Cc
 #     cannot be read beyond doubt                       X-Original-To, X-Original-Cc
 #     is a Bcc                                          part of the one Bcc, which also
 #                                                       gets whom no field names
 #
-# "Beyond doubt" is the point: a field that we read in one way and Exchange in another
+# Whom a field names behind a malformed line, where a reader may have stopped, is in Bcc
+# too. "Beyond doubt" is the point: a field that we read in one way and Exchange in another
 # would send the mail to somebody else. Everything but those lines stays as it is.
 
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
 _FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
+_READ_FIELDS = (*_ADDRESS_FIELDS, b"from")
 # A quoted-string or domain-literal that is not closed goes on to the end: each
 # alternative takes something wherever it begins, so that no text is read twice.
 _TOKEN = re.compile(r"""
@@ -1227,7 +1230,7 @@ _TOKEN = re.compile(r"""
     | [^ \t\r\n<>@,;:."\[\]()\\]+                  # atom
     | .""", re.S | re.X)
 _IN_COMMENT = re.compile(r"[^()\\]+|\\.|.", re.S)
-_NOT_IN_NAME = frozenset('<>@()\\"')
+_NOT_IN_NAME = frozenset('<>@()[]\\"')
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _HEADER_MAILBOX = re.compile(
     rf'(?:{_DOT_STRING}|"(?:[^"\\]|\\.)*")@(?:{_DOMAIN}|\[[^\[\]\\]*\])', re.S)
@@ -1235,13 +1238,15 @@ _HEADER_ROUTE = re.compile(_ROUTE)
 
 MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
 MAX_WORDS = 200                 # of one mailbox
+MAX_FIELDS = 10_000             # of addresses, in one header
 
 
 class Field(NamedTuple):
-    """Lines of a header: a field with its folded lines, or (name b"") a malformed line."""
+    """A field of addresses with its folded lines, or (name b"") any other lines."""
 
     name: bytes             # in lower case
     octets: bytes           # with the last CRLF
+    is_reached: bool        # by a reader who stops at the first malformed line
 
     @property
     def value(self) -> str:
@@ -1257,6 +1262,13 @@ class Address(NamedTuple):
     text: str               # with its name and comments
 
 
+class AddressList(NamedTuple):
+    """The addresses of a field, and whether every reader parts them as we do."""
+
+    addresses: list[Address]
+    is_tidy: bool = True
+
+
 class Doubtful(Exception):
     """An address field that another reader may read otherwise."""
 
@@ -1265,54 +1277,73 @@ def split_header(message: bytes) -> tuple[list[Field], bytes]:
     """Split a message, whose lines end in CRLF, into its header and the rest.
 
     A malformed line ends nothing, as a lenient reader would go on behind it; but what
-    stands between the last field and the empty line is text.
+    stands between the last field and the empty line is text. Raises DeliveryError.
     """
     empty_line = message.find(b"\r\n\r\n")
     end = 0 if message.startswith(b"\r\n") else \
         empty_line + 2 if empty_line >= 0 else len(message)
-    fields = []
-    for line in _FOLDED_LINE.findall(message[:end]):
-        match = _FIELD.match(line)
-        fields.append(Field(match[1].lower() if match else b"", line))
-    while fields and not fields[-1].name:
-        fields.pop()
-    return fields, message[sum(len(one.octets) for one in fields):]
+    spans: list[tuple[bytes, int, int, bool]] = []
+    header_end, is_reached = 0, True
+    for line in _FOLDED_LINE.finditer(message, 0, end):
+        match = _FIELD.match(line[0])
+        is_reached = is_reached and match is not None and match[0] == match[1] + b":"
+        name = match[1].lower() if match else b""
+        begin = line.start()
+        if name not in _READ_FIELDS:
+            name = b""
+            if spans and not spans[-1][0]:      # lines that nobody reads become one
+                _, begin, _, _ = spans.pop()
+        spans.append((name, begin, line.end(), is_reached))
+        if match:
+            header_end = line.end()
+        if len(spans) > MAX_FIELDS:
+            raise DeliveryError("The header has too many fields of addresses")
+    fields = [Field(name, message[begin:min(stop, header_end)], is_reached)
+              for name, begin, stop, is_reached in spans if begin < header_end]
+    return fields, message[header_end:]
 
 
-def parse_addresses(value: str) -> list[Address]:
+def parse_addresses(value: str) -> AddressList:
     """Read an address list, RFC 5322 section 3.4; ";" counts as ",". Raises Doubtful."""
     if _NO_TEXT.search(value):
         raise Doubtful
     addresses: list[Address] = []
     group_at = -1                       # how many addresses there were before the group
+    is_tidy, is_parted = True, True     # is_parted: by a comma from what was before
     for text, words, separator in _elements(value):
         if separator == ":":
-            if group_at >= 0 or not words or not _is_name(words):
+            if group_at >= 0 or not _is_name(words):
                 raise Doubtful
             group_at = len(addresses)
             continue
         if words:
             mailbox = _read_mailbox(words)
             addresses.append(Address(comparable(mailbox), mailbox, text.strip(" \t\r\n")))
+            is_tidy = is_tidy and is_parted
         if separator == ";":
+            is_tidy = is_tidy and group_at >= 0
             group_at = -1
+        is_parted = separator == ","
     if 0 <= group_at < len(addresses):  # an empty group may lack its end
         raise Doubtful
-    return addresses
+    return AddressList(addresses, is_tidy)
 
 
 def _elements(value: str) -> Iterator[tuple[str, list[str], str]]:
-    """Yield what stands between separators: its text, its words, the separator behind."""
+    """Yield what stands between separators: its text, its words, the separator behind.
+
+    White space is the word " "; there are no words if there is nothing else.
+    """
     words: list[str] = []
     start, in_angle = 0, False
     for position, token in _tokens(value):
         if token in ",;:" and not in_angle:
-            yield value[start:position], words, token
+            yield value[start:position], words if set(words) != {" "} else [], token
             words, start = [], position + 1
-        elif token[0] not in " \t\r\n":
+        else:
             in_angle = token == "<" or (in_angle and token != ">")
-            words.append(token)
-    yield value[start:], words, ""
+            words.append(" " if token[0] in " \t\r\n" else token)
+    yield value[start:], words if set(words) != {" "} else [], ""
 
 
 def _tokens(value: str) -> Iterator[tuple[int, str]]:
@@ -1325,7 +1356,10 @@ def _tokens(value: str) -> Iterator[tuple[int, str]]:
             match = _TOKEN.match(value, position)
             assert match is not None    # the last alternative takes anything
             end = match.end()
-        yield position, value[position:end]
+        token = value[position:end]
+        if token[0] in '"[' and "\r" in token:
+            raise Doubtful              # not everybody unfolds before reading
+        yield position, token
         position = end
 
 
@@ -1340,7 +1374,8 @@ def _comment_end(value: str, start: int) -> int:
 
 def _is_name(words: list[str]) -> bool:
     """Whether words can be a name, and nobody can read an address in them."""
-    return not _NOT_IN_NAME.intersection("".join(w for w in words if w[0] != '"'))
+    return bool(words) and not _NOT_IN_NAME.intersection(
+        "".join(word for word in words if word[0] != '"'))
 
 
 def _read_mailbox(words: list[str]) -> str:
@@ -1348,23 +1383,23 @@ def _read_mailbox(words: list[str]) -> str:
 
     Names and comments may hold an address only if it is the same.
     """
-    others = [word[1:-1].strip() for word in words if word[0] == "(" and "@" in word]
-    words = [word for word in words if word[0] != "("]
+    others = [word[1:-1].strip(" ") for word in words if word[0] == "(" and "@" in word]
+    words = [" " if word[0] == "(" else word for word in words]
+    while words and words[-1] == " ":
+        words.pop()
     if "<" in words:
         opening = words.index("<")
         name, words = words[:opening], words[opening + 1:]
         if not words or words.pop() != ">":
             raise Doubtful
-        if not _is_name(name):
-            others.append("".join(name))
+        if name and not _is_name(name):
+            others.append("".join(name).strip(" "))
     if len(words) > MAX_WORDS:
         raise Doubtful
-    text = ""
-    for before, word in zip([".", *words], words):      # "a b@c" is not "ab@c"
-        text += word if before in ".@,:" or word in ".@,:" else f" {word}"
+    text = "".join(words).strip(" ")
     route = _HEADER_ROUTE.match(text)
     mailbox = text[route.end():] if route else text
-    if not _HEADER_MAILBOX.fullmatch(mailbox):
+    if "=?" in mailbox or not _HEADER_MAILBOX.fullmatch(mailbox):
         raise Doubtful
     if any(comparable(other) != comparable(mailbox) for other in others):
         raise Doubtful
@@ -1376,15 +1411,16 @@ def name_recipients(message: bytes, recipients: Mapping[str, str]) -> bytes:
     header, rest = split_header(message)
     size = sum(len(one.octets) for one in header if one.name in _ADDRESS_FIELDS)
     read = [_read_addresses(one, is_sane=size <= MAX_ADDRESSES) for one in header]
-    named = {address.key for addresses in read for address in addresses or ()}
-    if named == recipients.keys() and None not in read:
-        return message
-    lines = [_without_others(one, addresses, recipients)
-             for one, addresses in zip(header, read)]
+    named = {address.key for one, found in zip(header, read) if found and one.is_reached
+             for address in found.addresses}
+    lines = [_without_others(one, found, recipients) for one, found in zip(header, read)]
     missing = [mailbox for key, mailbox in recipients.items() if key not in named]
+    if not missing and lines == [one.octets for one in header]:
+        return message
     if missing:
-        hidden = [address.text for one, addresses in zip(header, read) if one.name == b"bcc"
-                  for address in addresses or () if address.key in recipients]
+        hidden = [address.text for one, found in zip(header, read)
+                  if found and one.name == b"bcc" for address in found.addresses
+                  if address.key in named & recipients.keys()]
         lines = [b"" if one.name == b"bcc" else line for one, line in zip(header, lines)]
         # Before all others: a reader may end the header at a malformed line.
         is_folded = bool(header) and header[0].octets[:1] in b" \t"
@@ -1394,28 +1430,28 @@ def name_recipients(message: bytes, recipients: Mapping[str, str]) -> bytes:
     return b"".join([*lines, rest])
 
 
-def _read_addresses(one: Field, *, is_sane: bool) -> list[Address] | None:
+def _read_addresses(one: Field, *, is_sane: bool) -> AddressList | None:
     """Read a field's addresses, none if it is another field; None: they are doubtful."""
     if one.name not in _ADDRESS_FIELDS:
-        return []
+        return AddressList([])
     try:
         return parse_addresses(one.value) if is_sane else None
     except Doubtful:
         return None
 
 
-def _without_others(one: Field, addresses: list[Address] | None,
+def _without_others(one: Field, found: AddressList | None,
                     recipients: Mapping[str, str]) -> bytes:
     """Take out of a field whom the envelope does not name, as the table above says."""
-    if addresses is None:
+    if found is None:
         return b"" if one.name == b"bcc" else b"X-Original-" + one.octets
-    kept = [address.text for address in addresses if address.key in recipients]
-    others = [address.text for address in addresses if address.key not in recipients]
-    if not others:
+    kept = [address.text for address in found.addresses if address.key in recipients]
+    others = [address.text for address in found.addresses if address.key not in recipients]
+    if found.is_tidy and not others:
         return one.octets
     name = one.octets.partition(b":")[0].rstrip()
     lines = _address_field(name, kept) if kept else b""
-    if one.name != b"bcc":
+    if others and one.name != b"bcc":
         lines += _address_field(b"X-Original-" + name, others)
     return lines
 
@@ -1430,7 +1466,7 @@ def author(message: bytes) -> str:
     """Find the first mailbox of the From field. Raises DeliveryError if there is none."""
     found = [one.value for one in split_header(message)[0] if one.name == b"from"]
     with contextlib.suppress(Doubtful, IndexError):
-        return parse_addresses(found[0][:MAX_ADDRESSES])[0].mailbox
+        return parse_addresses(found[0][:MAX_ADDRESSES]).addresses[0].mailbox
     raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send from",
                         550, "5.1.7")
 
@@ -1715,7 +1751,7 @@ KEEP = 60.0                     # seconds an idle connection is kept: firewalls 
 KEPT_CONNECTIONS = 100          # for one host
 REFUSED_PAUSES = (0.2, 1.0)     # seconds before another try when a connection is refused
 GRACE = 2.0                     # seconds for a thread to end after its socket was shut
-REST_OF_202 = 2.0               # seconds for its body, which says nothing
+REST_OF_202 = 1.0               # seconds for the end of a 202 without a body
 
 
 class NoAnswer(TemporaryError):
@@ -1855,6 +1891,7 @@ class HttpExchange:
         self._request = request
         self._context = context
         self._deadline = deadline
+        self._sock: socket.socket | None = None     # the connection may let go of it
         self._is_cut_off = False
 
     # In the loop.
@@ -1862,7 +1899,7 @@ class HttpExchange:
     def cut_off(self) -> None:
         """Make the thread end soon: shut its socket."""
         self._is_cut_off = True         # first, see _check
-        sock = self.connection.sock if self.connection else None
+        sock = self._sock or (self.connection.sock if self.connection else None)
         if sock is not None:
             with contextlib.suppress(OSError):
                 # Not sock.shutdown(): of a TLS socket that drops the encryption first,
@@ -1917,17 +1954,19 @@ class HttpExchange:
             raise NotSent from error
 
     def _answer(self, connection: http.client.HTTPConnection) -> HttpResponse:
-        sock = connection.sock
         response = connection.getresponse()
         if self._is_cut_off and response.status != 202:
             raise TimeoutError("time is up")    # the header may have lost its end
         headers = {name.lower(): value for name, value in response.getheaders()}
+        most = MAX_ANSWER
         if response.status == 202:
-            sock.settimeout(REST_OF_202)
+            assert self._sock is not None
+            self._sock.settimeout(REST_OF_202)
+            most = 1                    # enough to see that there is nothing
         body = b""
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            while len(body) < MAX_ANSWER and not response.isclosed():
-                part = response.read(MAX_ANSWER - len(body))
+            while len(body) < most and not response.isclosed():
+                part = response.read(most - len(body))
                 if not part:
                     break
                 body += part
@@ -1940,8 +1979,8 @@ class HttpExchange:
         left = self._time_left()
         if self._is_cut_off:            # cut_off() may have come before there was a socket
             raise TimeoutError("time is up")
-        if connection.sock is not None:
-            connection.sock.settimeout(left)
+        self._sock = connection.sock
+        self._sock.settimeout(left)
 
     def _time_left(self) -> float:
         left = self._deadline - time.monotonic()
@@ -1996,7 +2035,8 @@ class HttpPool:
 
     async def _exchange(self, origin: Origin, request: HttpRequest,
                         deadline: float) -> HttpResponse:
-        exchange = HttpExchange(origin, request, self._context, self._take(origin), deadline)
+        exchange = HttpExchange(origin, request, self._context, self._take(origin),
+                                deadline)
         future = in_thread(exchange.run)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(deadline - time.monotonic(), _cut_off, exchange, future)
@@ -2387,7 +2427,7 @@ def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
 # ---------------------------------------------------------------------------
 
 READ_COMMANDS = 4096            # octets worked on before others have their turn
-READ_CONTENT = 65536            # octets
+READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
@@ -2474,6 +2514,7 @@ class Connection:
                  reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.ident = secrets.token_hex(4)
         self.task: asyncio.Task[None] | None = None
+        self.is_running = False
         self.is_stopping = False
         self._relay = relay
         self._context = context
@@ -2489,6 +2530,7 @@ class Connection:
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
+        self.is_running = True
         reason = "the relay stops"
         try:
             if implicit_tls:            # nothing may be awaited before, see _start_tls
@@ -2509,7 +2551,8 @@ class Connection:
     def stop(self) -> None:
         """Leave as soon as no message is lost by it."""
         self.is_stopping = True
-        if self.task and not self._session.holds_message:
+        # A task that has not begun would not begin, and so not close the connection.
+        if self.task and self.is_running and not self._session.holds_message:
             self.task.cancel()
 
     async def _converse(self) -> str:
@@ -2852,11 +2895,17 @@ class StandIn(http.server.BaseHTTPRequestHandler):
     """Plays Entra ID and Graph for the demo: any login is right, any message is kept."""
 
     protocol_version = "HTTP/1.1"
+    timeout = 60                        # seconds
     outbox = pathlib.Path("outbox")
 
     def do_POST(self) -> None:
         """Answer a request for a token or for sendMail."""
-        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,8}", length):
+            self.close_connection = True
+            self._answer(411, {"error": {"code": "LengthRequired"}})
+            return
+        body = self.rfile.read(int(length))
         sending = _SEND_PATH.fullmatch(self.path)
         if _TOKEN_PATH.fullmatch(self.path):
             self._answer(200, {"token_type": "Bearer", "expires_in": 3599,

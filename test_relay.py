@@ -1039,8 +1039,9 @@ def named_by(message: bytes) -> collections.Counter[str]:
     header = email.message_from_bytes(message)
     values = [str(value) for name in ("to", "cc", "bcc")
               for value in header.get_all(name, [])]
-    return collections.Counter(address.lower() for _, address in email.utils.getaddresses(values)
-                               if address)
+    lenient = {"strict": False} if getattr(email.utils, "supports_strict_parsing", 0) else {}
+    return collections.Counter(
+        address.lower() for _, address in email.utils.getaddresses(values, **lenient) if address)
 
 
 def deliver_to(header: str, *recipients: str, body: str = "\r\nText\r\n") -> str:
@@ -1063,19 +1064,17 @@ class RecipientTests(unittest.TestCase):
                 "To: a@x.y (Ann (the first)), (Bob)b@x.y\r\n",
                 "To: Team: a@x.y, Bob <b@x.y>;\r\n",
                 "To: undisclosed-recipients:;\r\nBcc: a@x.y, b@x.y\r\n",
-                "To: a@x.y; b@x.y;\r\n",
                 "To: a@x.y,, b@x.y,\r\n",
                 "To: =?utf-8?Q?M=C3=BCller?= <a@x.y>, =?utf-8?B?w7w=?= <b@x.y>\r\n",
                 "To: M\udcfcller <a@x.y>, b@x.y\r\n",
                 "To: <@route.example,@other.example:a@x.y>, b@x.y\r\n",
                 "To: \"a\"@x.y, b@x.y\r\n",
                 "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\r\n",
-                "To: a@x.y (A@x.y), [Team] Bob (b@x.y) <b@x.y>\r\n",
+                "To: a@x.y (A@x.y), Bob (b@x.y) <b@x.y>\r\n",
+                "To: Team: a@x.y;, b@x.y\r\n",
+                "To: \"a; b\" < a@x.y >, b@x.y\r\n",
                 "To: undisclosed-recipients:\r\nBcc: a@x.y, b@x.y\r\n",
-                "To: a @ x . y, b@x.y\r\n",
-                "To : a@x.y\r\ncC\t: b@x.y\r\n",
                 "To: a@x.y\r\nTo: b@x.y\r\n",
-                "To: a@x.y\r\nno field at all\r\nCc: b@x.y\r\n",
                 "To: a@x.y, b@x.y, a@x.y\r\nCc: b@x.y\r\n",
                 "To: a@x.y, b@x.y\r\nno field\r\n",
                 "Subject: x\r\n To: c@x.y\r\nTo: a@x.y, b@x.y\r\n"):
@@ -1130,6 +1129,27 @@ class RecipientTests(unittest.TestCase):
                 # U+212A is no k, though lower() says so.
                 ("To: \u212a@x.y\r\n", "k@x.y",
                  "Bcc: k@x.y\r\nX-Original-To: \u212a@x.y\r\n"),
+                ("To: \"o@x.y\"] <a@x.y>\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: \"o@x.y\"] <a@x.y>\r\n"),
+                ("To: \"Q\r\n <o@x.y>, q\" <a@x.y>\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: \"Q\r\n <o@x.y>, q\" <a@x.y>\r\n"),
+                ("To: a@x.\r\n y\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-To: a@x.\r\n y\r\n"),
+                ("To: a @x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: a @x.y\r\n"),
+                ("To: =?utf-8?q?a?=@x.y\r\n", "=?utf-8?q?a?=@x.y",
+                 "Bcc: =?utf-8?q?a?=@x.y\r\nX-Original-To: =?utf-8?q?a?=@x.y\r\n"),
+                # Semicolons, as people type them; not every reader parts there.
+                ("To: a@x.y; B <b@x.y>;\r\n", "a@x.y b@x.y",
+                 "To: a@x.y,\r\n B <b@x.y>\r\n"),
+                ("To: Team: a@x.y; b@x.y\r\n", "a@x.y b@x.y",
+                 "To: a@x.y,\r\n b@x.y\r\n"),
+                # Whom a field names behind a malformed line is in Bcc too.
+                ("To: a@x.y\r\nno field\r\nCc: b@x.y\r\n", "a@x.y b@x.y",
+                 "Bcc: b@x.y\r\nTo: a@x.y\r\nno field\r\nCc: b@x.y\r\n"),
+                ("To : a@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nTo : a@x.y\r\n"),
+                ("no field\r\nBcc: a@x.y, o@x.y\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nno field\r\n"),
+                ("To: (Ann)\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: (Ann)\r\n"),
                 # Quoted local parts.
                 ("To: \"a b\"@x.y\r\n", "\"a b\"@x.y", "To: \"a b\"@x.y\r\n"),
                 ("To: \"a\\ b\"@x.y\r\n", "\"A b\"@x.y c@x.y",
@@ -1194,9 +1214,13 @@ class RecipientTests(unittest.TestCase):
                 outcome = deliver_to(header, *envelope)
                 self.assertTrue(outcome.endswith("\r\nText\r\n"))
                 fields, _ = relay.split_header(outcome.encode("utf-8", "surrogateescape"))
+                wanted = {relay.comparable(one) for one in envelope}
                 keys = {address.key for one in fields if one.name in (b"to", b"cc", b"bcc")
-                        for address in relay.parse_addresses(one.value)}
-                self.assertEqual(keys, {relay.comparable(one) for one in envelope})
+                        for address in relay.parse_addresses(one.value).addresses}
+                self.assertEqual(keys, wanted)
+                # The standard library is another reader, that stops at malformed lines.
+                named = named_by(outcome.encode("utf-8", "surrogateescape"))
+                self.assertEqual({relay.comparable(one) for one in named}, wanted)
 
     def test_a_huge_header_takes_no_quadratic_time(self) -> None:
         """Each shape grows by 4; ten times the time would be more than linear."""
@@ -1204,7 +1228,7 @@ class RecipientTests(unittest.TestCase):
                       "x\r\n", "T: x\r\n", "G:a@x.y;", "\\\"", "\\[", "<@a", "@a,", ".", "@",
                       "a.", "\" \"", "To: a@x.y\r\n"):
             times = []
-            for size in (25_000, 100_000):
+            for size in (15_000, 60_000):
                 for opening in ("", "<", "\"", "[", "("):
                     header = f"To: {opening}{shape * (size // len(shape))}\r\n"
                     begun = time.process_time()
@@ -1213,6 +1237,12 @@ class RecipientTests(unittest.TestCase):
             times = [max(times[:5]), max(times[5:])]
             with self.subTest(shape):
                 self.assertLess(times[1], 10 * times[0] + 0.5)
+
+    def test_an_absurd_number_of_fields(self) -> None:
+        with self.assertRaises(relay.DeliveryError):
+            deliver_to("To: a@x.y\r\n" * 10_001, "a@x.y")
+        header = "X: y\r\n" * 100_000
+        self.assertEqual(deliver_to(header, "a@x.y"), f"Bcc: a@x.y\r\n{header}\r\nText\r\n")
 
     def test_an_absurd_number_of_addresses_is_doubtful(self) -> None:
         many = ",".join(f"u{number}@x.y" for number in range(40_000))
@@ -1585,6 +1615,13 @@ class FakeMicrosoft:
         self.arrived.release()
         self.release.wait(PATIENCE)
         return False
+
+    def say_and_hang(self, octets: bytes) -> Action:
+        """Send octets, then nothing."""
+        def action(sock: socket.socket, request: Request) -> bool:
+            sock.sendall(octets)
+            return self.hang(sock, request)
+        return action
 
     def hang_then(self, action: Action) -> Action:
         """Do an action when `release` is set."""
@@ -2159,10 +2196,19 @@ class SendTests(RelayCase):
                         self.assertReply(reply, "250 2.0.0")
 
     def test_a_202_of_which_the_rest_hangs(self) -> None:
+        """It is not waited for, whatever its form."""
         client = self.logged_in()
-        self.fake.will("send", trickle(b"HTTP/1.1 202 Accepted\r\nContent-Length: 9999\r\n\r\n",
-                                       b"x"))
-        self.assertReply(client.post(), "250 2.0.0")
+        for header in (b"Content-Length: 9999\r\n", b"Connection: close\r\n",
+                       b"Transfer-Encoding: chunked\r\nConnection: close\r\n"):
+            for octets in (b"1\r\nx\r\n", b""):
+                with self.subTest(header, octets=octets):
+                    head = b"HTTP/1.1 202 Accepted\r\n" + header + b"\r\n" + octets
+                    self.fake.will("send", trickle(head, octets) if octets else
+                                   self.fake.say_and_hang(head))
+                    begun = time.monotonic()
+                    self.assertReply(client.post(), "250 2.0.0")
+                    self.assertLess(time.monotonic() - begun, relay.REST_OF_202 + 0.9)
+                    self.fake.reset()
 
     def test_401_renews_the_token_once(self) -> None:
         client = self.logged_in()
@@ -2575,7 +2621,7 @@ class HttpsTests(RelayCase):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(FILES["cert.pem"], FILES["key.pem"])
         cls.fake = FakeMicrosoft(context)
-        cls.running = Running(cls.config(UPSTREAM_TIMEOUT="3"))
+        cls.running = Running(cls.config(UPSTREAM_TIMEOUT="2"))
 
     @classmethod
     def tearDownClass(cls) -> None:
@@ -2587,7 +2633,7 @@ class HttpsTests(RelayCase):
     def with_environ(self, **variables: str) -> Client:
         os.environ.update(variables)
         try:
-            running = Running(self.config(UPSTREAM_TIMEOUT="3"))
+            running = Running(self.config(UPSTREAM_TIMEOUT="2"))
         finally:
             for name in variables:
                 del os.environ[name]
@@ -2621,7 +2667,7 @@ class HttpsTests(RelayCase):
         self.fake.will("send", trickle(b"HTTP/1.1 403 No\r\n", b"X-Slow: x\r\n"))
         begun = time.monotonic()
         self.assertReply(client.post(), "451 4.4.1")
-        self.assertLess(time.monotonic() - begun, 3 + relay.GRACE + 2)
+        self.assertLess(time.monotonic() - begun, 2 + relay.GRACE + 2)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"https://127.0.0.1:{silent.getsockname()[1]}"
             running = Running(self.config(UPSTREAM_TIMEOUT="0.5", AZURE_AUTHORITY_HOST=url))
@@ -3364,6 +3410,17 @@ class DemoTests(unittest.TestCase):
             with Client(port) as client:
                 client.ehlo()
                 self.assertTrue(client.log_in("scanner", "x").startswith("535 5.7.8"))
+
+    def test_the_stand_in_needs_a_length(self) -> None:
+        stand_in = relay.http.server.ThreadingHTTPServer(("127.0.0.1", 0), relay.StandIn)
+        threading.Thread(target=stand_in.serve_forever, daemon=True).start()
+        self.addCleanup(stand_in.server_close)
+        self.addCleanup(stand_in.shutdown)
+        for length in (b"-1", b"x", b"999999999", b""):
+            with self.subTest(length), socket.create_connection(
+                    stand_in.server_address, PATIENCE) as sock:
+                sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: " + length + b"\r\n\r\n")
+                self.assertTrue(sock.recv(100).startswith(b"HTTP/1.1 411 "))
 
     def test_an_outbox_that_cannot_be_made(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
