@@ -1284,6 +1284,7 @@ def split_header(message: bytes) -> tuple[list[Field], bytes]:
         empty_line + 2 if empty_line >= 0 else len(message)
     spans: list[tuple[bytes, int, int, bool]] = []
     header_end, is_reached = 0, True
+    alone = int(message[:1] in (b" ", b"\t"))       # Bcc must come behind a folded line
     for line in _FOLDED_LINE.finditer(message, 0, end):
         match = _FIELD.match(line[0])
         is_reached = is_reached and match is not None and match[0] == match[1] + b":"
@@ -1291,7 +1292,7 @@ def split_header(message: bytes) -> tuple[list[Field], bytes]:
         begin = line.start()
         if name not in _READ_FIELDS:
             name = b""
-            if spans and not spans[-1][0]:      # lines that nobody reads become one
+            if spans[alone:] and not spans[-1][0]:      # what nobody reads is kept as one
                 _, begin, _, _ = spans.pop()
         spans.append((name, begin, line.end(), is_reached))
         if match:
