@@ -2973,8 +2973,8 @@ def _print_demo(config: Config, port: int) -> None:
     credentials = f"{urllib.parse.quote(user, safe='')}:demo"
     print(f"""\
 The relay listens on {address} port {port}, without TLS, in front of a stand-in for
-Microsoft. For a printer, start it with LISTEN_ADDRESS=0.0.0.0. Log in as
-{user}, with any password.
+Microsoft. For a printer, start it with LISTEN_ADDRESS=0.0.0.0. With any password, log in as
+{user}
 Each message is saved in {StandIn.outbox}/. Send a first one from another terminal:
 
   printf 'Subject: Hello\\n\\nIt works.\\n' | curl \\
