@@ -1419,19 +1419,25 @@ def name_recipients(message: bytes, recipients: Mapping[str, str]) -> bytes:
              for address in found.addresses}
     lines = [_without_others(one, found, recipients) for one, found in zip(header, read)]
     missing = [mailbox for key, mailbox in recipients.items() if key not in named]
-    if not missing and lines == [one.octets for one in header]:
-        return message
     if missing:
+        kept = named & recipients.keys()
         hidden = [address.text for one, found in zip(header, read)
-                  if found and one.name == b"bcc" for address in found.addresses
-                  if address.key in named & recipients.keys()]
-        lines = [b"" if one.name == b"bcc" else line for one, line in zip(header, lines)]
-        # Before all others: a reader may end the header at a malformed line.
-        is_folded = bool(header) and header[0].octets[:1] in b" \t"
-        lines.insert(int(is_folded), _address_field(b"Bcc", hidden + missing))
+                  if found and one.name == b"bcc"
+                  for address in found.addresses if address.key in kept]
+        lines = _with_bcc(header, lines, hidden + missing)
+    elif lines == [one.octets for one in header]:
+        return message
     if not rest.startswith(b"\r\n") and (rest or not header):
         lines.append(b"\r\n")
     return b"".join([*lines, rest])
+
+
+def _with_bcc(header: list[Field], lines: list[bytes], texts: list[str]) -> list[bytes]:
+    """Put the one Bcc before all others: a reader may end at a malformed line."""
+    lines = [b"" if one.name == b"bcc" else line for one, line in zip(header, lines)]
+    is_folded = bool(header) and header[0].octets[:1] in b" \t"
+    lines.insert(int(is_folded), _address_field(b"Bcc", texts))
+    return lines
 
 
 def _read_addresses(one: Field, *, is_sane: bool) -> AddressList | None:

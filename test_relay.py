@@ -335,6 +335,7 @@ class SettingTests(unittest.TestCase):
                 self.assertIn(f"  {name} (default: {one.default or 'empty'})\n"
                               f"      {one.help}", relay.settings_help())
 
+    @unittest.skipUnless((HERE / "README.md").exists(), "there is no README.md here")
     def test_the_readme_has_the_table_of_settings(self) -> None:
         readme = (HERE / "README.md").read_text(encoding="utf-8")
         self.assertIn(f"\n{relay.settings_table()}\n", readme)
@@ -2450,12 +2451,15 @@ class DeadlineTests(RelayCase):
         for kind, wanted in (("token", "454 4.7.0"), ("send", "451 4.4.1")):
             # Of a 403 the status is enough, once its header is whole.
             known = wanted if kind == "token" else "550 5.7.1"
+            unknown = ("no answer", "half of the request", "status line", "header")
             for name, action in (
                     ("no answer", self.fake.hang),
                     ("half of the request", BeforeBody(self.fake.hang)),
                     ("status line", trickle(b"HTTP/1.1", b" ")),
                     ("header", trickle(b"HTTP/1.1 403 No\r\n", b"X-Slow: x\r\n")),
                     ("body", trickle(b"HTTP/1.1 403 No\r\nContent-Length: 9999\r\n\r\n", b"x")),
+                    ("body to the end", trickle(b"HTTP/1.1 403 No\r\nConnection: close\r\n\r\n",
+                                                b"x")),
                     ("chunks", trickle(b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\n",
                                        b"1\r\nx\r\n"))):
                 with self.subTest(kind, hangs=name):
@@ -2468,7 +2472,7 @@ class DeadlineTests(RelayCase):
                     big = b"To: a@x.y\r\n\r\n" + b"x" * 3_000_000 + b"\r\n"
                     reply = (client.log_in(password=password) if kind == "token" else
                              client.post(big if name.startswith("half") else b"\r\n"))
-                    self.assertReply(reply, known if name in ("body", "chunks") else wanted)
+                    self.assertReply(reply, wanted if name in unknown else known)
                     self.assertTimely(begun)
                     self.fake.reset()
 
@@ -2926,6 +2930,13 @@ class ShellTests(TlsCase):
         said = self.read(sock)
         self.assertTrue(said.startswith(b"220 ") and b"\r\n421 4.7.0 " in said, said)
 
+    def test_pipelined_replies_leave_together_in_the_clear(self) -> None:
+        sock = self.raw()
+        self.read_until(sock, b"\r\n")
+        for _ in range(20):             # the network might join two writes now and then
+            sock.sendall(b"NOOP\r\nRSET\r\nNOOP\r\n")
+            self.assertEqual(codes(sock.recv(65536)), [250, 250, 250])
+
     def test_pipelined_replies_leave_together(self) -> None:
         client = self.connect()
         client.starttls(context=trusting())
@@ -3365,6 +3376,43 @@ class ServeTests(unittest.TestCase):
         self.assertIn("DEBUG", log)
         for hidden in ("top-hidden", plain(USER, "top-hidden").decode(), "privately", "token-"):
             self.assertNotIn(hidden, log)
+
+
+@unittest.skipUnless((HERE / "Dockerfile").exists(), "there is no Dockerfile here")
+class DockerfileTests(unittest.TestCase):
+    """What can be told of the container without one."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Read it."""
+        cls.text = (HERE / "Dockerfile").read_text(encoding="utf-8")
+
+    def test_what_the_run_command_of_today_relies_on(self) -> None:
+        for line in ("WORKDIR /usr/src/smtp-relay", "EXPOSE 8025",
+                     'CMD ["python", "smtp_oauth_relay.py"]'):
+            self.assertIn(f"\n{line}\n", self.text)
+        self.assertRegex(self.text, r"^FROM python:3\.\d+-slim\n")
+        self.assertRegex(self.text, r"\nENV .*RUN_AS=nobody")
+        self.assertNotRegex(self.text, "(?i)pip")
+
+    def test_the_health_check_speaks_smtp_to_the_listener(self) -> None:
+        match = re.search(r"HEALTHCHECK .*\\\n +CMD (.*)\n", self.text)
+        assert match is not None
+        program, *arguments = json.loads(match[1])
+        self.assertEqual(program, "python")
+        running = Running(make_config(SMTP_PORT="0"))
+        self.addCleanup(running.stop)
+        with kept_log() as kept:
+            with start_python(*arguments, SMTP_PORT=str(running.port)) as process:
+                self.assertEqual(process.wait(PATIENCE), 0)
+            wait_for(lambda: kept.find("disconnected"))
+        self.assertIn("reason=quit", kept.find("disconnected")[0][1])
+        with socket.create_server(("127.0.0.1", 0)) as other:     # somebody who is no relay
+            port = str(other.getsockname()[1])
+            threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
+            with start_python(*arguments, SMTP_PORT=port,
+                              LISTEN_ADDRESS="127.0.0.1") as process:
+                self.assertNotEqual(process.wait(PATIENCE), 0)
 
 
 class DemoTests(unittest.TestCase):
