@@ -8,6 +8,7 @@ told "250" when Microsoft has accepted the message, and at no other time.
 
     python3 smtp_oauth_relay.py demo      try it, without any account
     python3 smtp_oauth_relay.py           serve, configured by environment variables
+    python3 smtp_oauth_relay.py explain   see what would become of a message
     python3 smtp_oauth_relay.py --help    the variables
 
 What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS files, and
@@ -28,15 +29,17 @@ Contents (search for the number; each section uses only those above it)
     §4   SMTP session               Session: bytes in; events and bytes out
     §5   Credentials                what a user name means
     §6   Messages                   who gets it is the envelope, no one else
-    §7   Microsoft's answers        which answer is which reply
-    §8   Log                        one line for an event        <- I/O starts here
-    §9   HTTP                       HttpPool
-    §10  Tokens                     Tokens: one request for all who need the same
-    §11  Graph                      Graph: sendMail, 4 at once for a mailbox
-    §12  TLS                        the relay's own certificate
-    §13  Server                     Connection, Server
-    §14  Demo                       a stand-in for Microsoft
-    §15  Command line               main
+    §7   Large messages             a message as a draft with attachments
+    §8   Microsoft's answers        which answer is which reply
+    §9   Log                        one line for an event        <- I/O starts here
+    §10  HTTP                       HttpPool
+    §11  Tokens                     Tokens: one request for all who need the same
+    §12  Graph                      Graph: sendMail, 4 at once for a mailbox
+    §13  TLS                        the relay's own certificate
+    §14  Server                     Connection, Server
+    §15  Demo                       a stand-in for Microsoft
+    §16  Explain                    what would become of a message
+    §17  Command line               main
 """
 
 from __future__ import annotations
@@ -49,6 +52,11 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
+import email.errors
+import email.header
+import email.message
+import email.policy
 import email.utils
 import enum
 import errno
@@ -57,10 +65,12 @@ import hmac
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
 import math
+import mimetypes
 import os
 import pathlib
 import queue
@@ -204,7 +214,9 @@ class StartError(Exception):
 # The fields of Config are the only list of settings. --help, the README's table and the
 # checks are made from it. Defaults are text, so they are parsed like any other value.
 
-GRAPH_MESSAGE_LIMIT = 3_145_728     # octets: 4 MiB of request, of which base64 leaves 3/4
+GRAPH_REQUEST_LIMIT = 4_194_304     # octets
+GRAPH_MESSAGE_LIMIT = 3_145_728     # octets: what base64 leaves of a request
+EXCHANGE_LIMIT = 157_286_400        # octets: the most that a mailbox can be set to send
 PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY")
 
 
@@ -373,10 +385,30 @@ class Config:
     graph_endpoint: str = setting(
         _endpoint, "https://graph.microsoft.com", "Microsoft Graph; the token's scope too.")
 
+    # Messages
+    sender_from: str = setting(
+        _choice("envelope", "header"), "envelope",
+        "Which mailbox sends: envelope, that of MAIL FROM, or header, the first of From.")
+    from_mismatch: str = setting(
+        _choice("keep", "rewrite", "refuse"), "keep",
+        "When From names another mailbox than the one that sends: keep it (Microsoft "
+        "decides), rewrite its address, or refuse the message.")
+    header_recipients: str = setting(
+        _choice("strip", "keep", "refuse"), "strip",
+        "When To, Cc or Bcc name somebody who is no recipient: strip the name, keep it "
+        "(Microsoft then sends the message there too), or refuse the message.")
+    large_messages: str = setting(
+        _choice("upload", "refuse"), "upload",
+        "What to do with messages above 3145728 octets: upload their attachments (this "
+        "needs the right Mail.ReadWrite), or refuse them.")
+
     # Limits
     max_message_size: int = setting(
-        _whole(1000, GRAPH_MESSAGE_LIMIT), "3145000",
-        "Largest message; Graph itself takes no more than 3145728.")
+        _whole(1000, EXCHANGE_LIMIT), "36700160",
+        "Largest message; a mailbox sends 35 MB unless it was set to more in Exchange.")
+    max_memory_for_messages: int = setting(
+        _whole(1000, 10 ** 12 - 1), "268435456",
+        "Most octets of all messages in flight together.")
     max_recipients: int = setting(
         _count, "500", "Most recipients of one message.")
     max_connections: int = setting(
@@ -391,6 +423,13 @@ class Config:
         "with all that is tried again.")
     shutdown_timeout: float = setting(
         _seconds, "25", "How long messages in flight may take when the relay is stopped.")
+
+    @property
+    def size_limit(self) -> int:
+        """The largest message that can be sent, in octets."""
+        most = self.max_message_size if self.large_messages == "upload" else \
+            GRAPH_MESSAGE_LIMIT
+        return min(most, self.max_message_size)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
@@ -426,6 +465,10 @@ class Config:
             yield {"smtp_port", "smtps_port"}, (
                 f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: must be "
                 "different ports")
+        if self.max_memory_for_messages < self.size_limit:
+            yield {"max_memory_for_messages", "max_message_size"}, (
+                f"MAX_MEMORY_FOR_MESSAGES={self.max_memory_for_messages}: must be at least "
+                f"the size of one message, MAX_MESSAGE_SIZE={self.max_message_size}")
 
     def check_proxy(self, environ: Mapping[str, str]) -> list[str]:
         """Find proxies that are needed and cannot be used."""
@@ -612,7 +655,7 @@ class Envelope:
 
     reverse_path: str
     recipients: dict[str, str] = field(default_factory=dict)    # by comparable form
-    message: bytes = field(default=b"", repr=False)
+    message: bytes | bytearray = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -645,6 +688,28 @@ class Close:
 Event = Union[StartTls, Authenticate, Deliver, Close]
 
 
+class Memory:
+    """Counts the octets of all messages in flight, MAX_MEMORY_FOR_MESSAGES."""
+
+    def __init__(self, limit: int) -> None:
+        self.free = limit
+
+    def take(self, octets: int) -> None:
+        """Count octets in. Raises TemporaryError if they are too many."""
+        self.check(octets)
+        self.free -= octets
+
+    def give_back(self, octets: int) -> None:
+        """Count octets out."""
+        self.free += octets
+
+    def check(self, octets: int) -> None:
+        """Raise TemporaryError if so many octets cannot be taken now."""
+        if octets > self.free:
+            raise TemporaryError("Too much mail at once for the relay's memory; try again "
+                                 "later", 452, "4.3.1")
+
+
 class Session:
     """An SMTP session on the server's side, without I/O.
 
@@ -653,9 +718,16 @@ class Session:
     """
 
     def __init__(self, config: Config, name: str,
-                 trace: Callable[[str, object], None] | None = None) -> None:
+                 trace: Callable[[str, object], None] | None = None,
+                 memory: Memory | None = None,
+                 check_upload: Callable[[str], None] | None = None) -> None:
+        """Begin. `check_upload` raises RelayError where it is known that a mailbox cannot
+        send a message above GRAPH_MESSAGE_LIMIT.
+        """
         self._config = config
         self._name = name
+        self._memory = memory or Memory(config.max_memory_for_messages)
+        self._check_upload = check_upload or (lambda mailbox: None)
         self.secure = False
         self.logged_in = False
         self._trace = trace or (lambda mark, text: None)
@@ -674,7 +746,9 @@ class Session:
         self._failed_logins = 0
         self._envelope = Envelope("")
         self._allow_utf8 = False
-        self._content: bytearray | None = None          # None: too large, thrown away
+        self._content = bytearray()     # of a message; its octets are taken of _memory
+        self._foreign = 0               # octets before it that are the command's CRLF
+        self._refusal: RelayError | None = None         # the content is thrown away
         self._mechanism = ""
         self._answers: list[bytes] = []                 # of the client to AUTH challenges
 
@@ -725,6 +799,10 @@ class Session:
         """Let a reply be the last word, whatever the client was doing."""
         self._send(reply)
         self._close(reason)
+
+    def abandon(self) -> None:
+        """Let go of a message; the connection is gone."""
+        self._reset()
 
     # The caller's answers to events.
 
@@ -816,10 +894,9 @@ class Session:
         part = self._buffer[:cut].replace(b"\r\n.", b"\r\n")
         del self._buffer[:cut]
         self._octets += cut
-        if self._content is not None:
-            self._content += part
-            if len(self._content) - 2 > self._config.max_message_size:
-                self._content = None
+        if part and not self._refusal:
+            self._keep_content(_with_crlf(part[self._foreign:]))
+            self._foreign = 0
         if end >= 0:
             del self._buffer[:3]
             self._end_content()
@@ -829,21 +906,34 @@ class Session:
         return False
 
     def _unsure_octets(self) -> int:
-        """How many octets at the end may be the beginning of the end of the content."""
+        """How many octets at the end may be the beginning of the end of the content.
+
+        A CR is among them, so no CRLF is ever parted.
+        """
         return next((length for length in (4, 3, 2, 1)
                      if self._buffer.endswith(_END_OF_DATA[:length])), 0)
 
+    def _keep_content(self, part: bytearray) -> None:
+        try:
+            if len(self._content) + len(part) > self._config.size_limit:
+                raise _too_large(self._config)
+            self._memory.take(len(part))
+            self._content += part
+        except RelayError as error:
+            self._drop_content()
+            self._refusal = error
+
+    def _drop_content(self) -> None:
+        self._memory.give_back(len(self._content))
+        self._content = bytearray()
+
     def _end_content(self) -> None:
-        content, self._content = self._content, None
-        if content is not None:
-            message = _with_crlf(bytes(content[2:]))    # less the CRLF of the command
-            if len(message) <= self._config.max_message_size:
-                self._envelope.message = message
-                self._ask(Deliver(self._envelope))
-                return
-        reply = _too_large(self._config.max_message_size).reply
-        self._complain(reply)
-        self._resume(reply)
+        if self._refusal:
+            self._complain(self._refusal.reply)
+            self._resume(self._refusal.reply)
+            return
+        self._envelope.message = self._content      # no copy: it may be large
+        self._ask(Deliver(self._envelope))
 
     # Commands, in the order of RFC 5321 section 4.1.1.
 
@@ -855,7 +945,7 @@ class Session:
         return Reply(250, "", "\n".join([self._name, *self._extensions()]))
 
     def _extensions(self) -> Iterator[str]:
-        yield f"SIZE {self._config.max_message_size}"
+        yield f"SIZE {self._config.size_limit}"
         yield from ("PIPELINING", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES")
         if self._offers_tls():
             yield "STARTTLS"
@@ -875,6 +965,7 @@ class Session:
                 raise ProtocolError("MAIL has no such parameter", 555, "5.5.4")
             MAIL_PARAMETERS[name](self, value)
         self._check_ascii(mailbox, "SMTPUTF8" in parameters)
+        self._check_size(mailbox, int(parameters.get("SIZE") or 0))
         self._envelope = Envelope(mailbox)
         self._allow_utf8 = "SMTPUTF8" in parameters
         self._phase = Phase.MAIL
@@ -883,8 +974,14 @@ class Session:
     def _mail_size(self, value: str | None) -> None:
         if not _SIZE.fullmatch(value or ""):
             raise ProtocolError("SIZE must be a number of octets")
-        if int(value or "") > self._config.max_message_size:
-            raise _too_large(self._config.max_message_size)
+
+    def _check_size(self, mailbox: str, size: int) -> None:
+        """Refuse what is known to be in vain before it is transferred."""
+        if size > self._config.size_limit:
+            raise _too_large(self._config)
+        if size > GRAPH_MESSAGE_LIMIT:
+            self._check_upload(mailbox)
+        self._memory.check(size)
 
     def _mail_body(self, value: str | None) -> None:
         if (value or "").upper() not in ("7BIT", "8BITMIME"):
@@ -922,7 +1019,8 @@ class Session:
     def _data(self, argument: str) -> Reply:
         # The CRLF of the command may begin the end: an empty message is just a dot.
         self._buffer[:0] = b"\r\n"
-        self._content = bytearray()
+        self._foreign = 2
+        self._refusal = None
         self._read = self._read_content
         return Reply(354, "", "Send the message; end it with a dot on a line of its own")
 
@@ -1065,6 +1163,7 @@ class Session:
         self._ask(Close(reason))
 
     def _reset(self) -> None:
+        self._drop_content()
         self._envelope = Envelope("")
         self._allow_utf8 = False
         if self._phase is not Phase.CONNECTED:
@@ -1093,16 +1192,17 @@ def _decode_line(line: bytes) -> str:
     return text
 
 
-def _with_crlf(message: bytes) -> bytes:
+def _with_crlf(part: bytearray) -> bytearray:
     """Make every line end CRLF: a lone CR or LF is text that Exchange would eat."""
-    if message.count(b"\r\n") == message.count(b"\r") == message.count(b"\n"):
-        return message
-    return (message.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-            .replace(b"\n", b"\r\n"))
+    if part.count(b"\r\n") == part.count(b"\r") == part.count(b"\n"):
+        return part
+    return part.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
-def _too_large(limit: int) -> DeliveryError:
-    return DeliveryError(f"The message is too large: {limit} octets are the most",
+def _too_large(config: Config) -> DeliveryError:
+    limit = config.size_limit
+    more = "" if limit == config.max_message_size else ", as LARGE_MESSAGES=refuse"
+    return DeliveryError(f"The message is too large: {limit} octets are the most{more}",
                          552, "5.3.4")
 
 
@@ -1205,7 +1305,7 @@ def decode_uuid(text: str) -> str | None:
 # ---------------------------------------------------------------------------
 #
 # Graph has no envelope: it mails whoever stands in To, Cc and Bcc. So these are made to
-# name the envelope's recipients and nobody else:
+# name the envelope's recipients and nobody else (HEADER_RECIPIENTS=strip):
 #
 #     an address field ...                              becomes
 #     names only people of the envelope                 what it was, octet for octet (with
@@ -1218,12 +1318,23 @@ def decode_uuid(text: str) -> str | None:
 #
 # Whom a field names behind a malformed line, where a reader may have stopped, is in Bcc
 # too. "Beyond doubt" is the point: a field that we read in one way and Exchange in another
-# would send the mail to somebody else. Everything but those lines stays as it is.
+# would send the mail to somebody else.
+#
+# And Graph wants From to name the mailbox in its URL. A missing From is added, a name with
+# a bare "@" is put into quotes, as Exchange takes it for an address; for the rest there is
+# FROM_MISMATCH.
+#
+# Everything else stays as it is, octet for octet. The body is never copied: a message may
+# have 150 MB.
 
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
 _FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
+# The line that mbox files have before a message, RFC 4155 appendix A.
+_MBOX_LINE = re.compile(
+    rb'From (?:"[^"\r\n]*")?[^ \r\n]* +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) +[A-Z][a-z]{2} +'
+    rb"[0-9]{1,2} +[0-9]{2}:[0-9]{2}[^\r\n]*\r\n")
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
-_READ_FIELDS = (*_ADDRESS_FIELDS, b"from")
+_EDITED_FIELDS = frozenset({*_ADDRESS_FIELDS, b"from", b"reply-to"})
 # A quoted-string or domain-literal that is not closed goes on to the end: each
 # alternative takes something wherever it begins, so that no text is read twice.
 _TOKEN = re.compile(r"""
@@ -1238,10 +1349,15 @@ _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _HEADER_MAILBOX = re.compile(
     rf'(?:{_DOT_STRING}|"(?:[^"\\]|\\.)*")@(?:{_DOMAIN}|\[[^\[\]\\]*\])', re.S)
 _HEADER_ROUTE = re.compile(_ROUTE)
+# Top-level domains that lead nowhere from outside, RFC 6761, RFC 6762 and RFC 8375.
+_LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "invalid", "lan",
+                            "local", "localdomain", "localhost", "test"})
 
+MAX_HEADER = 1_048_576          # octets; what comes behind them is text
 MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
 MAX_WORDS = 200                 # of one mailbox
 MAX_FIELDS = 10_000             # of addresses, in one header
+MAX_NAMED = 300                 # characters of addresses in a reply
 
 
 class Field(NamedTuple):
@@ -1276,39 +1392,65 @@ class Doubtful(Exception):
     """An address field that another reader may read otherwise."""
 
 
-def split_header(message: bytes) -> tuple[list[Field], bytes]:
-    """Split a message, whose lines end in CRLF, into its header and the rest.
+class Header(NamedTuple):
+    """The header of a message, or of a part of one."""
+
+    fields: list[Field]
+    end: int                # where the rest begins: with an empty line, or with text
+
+    def find(self, *names: bytes) -> list[Field]:
+        """The fields of some names."""
+        return [one for one in self.fields if one.name in names]
+
+
+def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None,
+                 is_read: Callable[[bytes], bool] = _EDITED_FIELDS.__contains__) -> Header:
+    """Find the header at the begin of a message, whose lines end in CRLF.
 
     A malformed line ends nothing, as a lenient reader would go on behind it; but what
-    stands between the last field and the empty line is text. Raises DeliveryError.
+    stands between the last field and the empty line is text. Fields that are not read are
+    kept together. Raises DeliveryError.
     """
-    empty_line = message.find(b"\r\n\r\n")
-    end = 0 if message.startswith(b"\r\n") else \
-        empty_line + 2 if empty_line >= 0 else len(message)
+    stop = _header_stop(message, begin, len(message) if end is None else end)
     spans: list[tuple[bytes, int, int, bool]] = []
-    header_end, is_reached = 0, True
-    alone = int(message[:1] in (b" ", b"\t"))       # Bcc must come behind a folded line
-    for line in _FOLDED_LINE.finditer(message, 0, end):
+    header_end, is_reached = begin, True
+    # A new first field must come behind a folded first line, so that is kept alone.
+    alone = int(message[begin:begin + 1] in (b" ", b"\t"))
+    for line in _FOLDED_LINE.finditer(message, begin, stop):
         match = _FIELD.match(line[0])
         is_reached = is_reached and match is not None and match[0] == match[1] + b":"
         name = match[1].lower() if match else b""
-        begin = line.start()
-        if name not in _READ_FIELDS:
+        start = line.start()
+        if not name or not is_read(name):
             name = b""
-            if spans[alone:] and not spans[-1][0]:      # what nobody reads is kept as one
-                _, begin, _, _ = spans.pop()
-        spans.append((name, begin, line.end(), is_reached))
+            if spans[alone:] and not spans[-1][0]:
+                _, start, _, _ = spans.pop()
+        spans.append((name, start, line.end(), is_reached))
         if match:
             header_end = line.end()
         if len(spans) > MAX_FIELDS:
-            raise DeliveryError("The header has too many fields of addresses")
-    fields = [Field(name, message[begin:min(stop, header_end)], is_reached)
-              for name, begin, stop, is_reached in spans if begin < header_end]
-    return fields, message[header_end:]
+            raise DeliveryError("The header has too many fields")
+    fields = [Field(name, bytes(message[start:min(stop, header_end)]), is_reached)
+              for name, start, stop, is_reached in spans if start < header_end]
+    return Header(fields, header_end)
 
 
-def parse_addresses(value: str) -> AddressList:
-    """Read an address list, RFC 5322 section 3.4; ";" counts as ",". Raises Doubtful."""
+def _header_stop(message: bytes | bytearray, begin: int, end: int) -> int:
+    """Find where no line of the header can be any more."""
+    if message[begin:begin + 2] == b"\r\n":
+        return begin
+    most = min(end, begin + MAX_HEADER)
+    empty_line = message.find(b"\r\n\r\n", begin, most)
+    if empty_line >= 0 or most == end:
+        return empty_line + 2 if empty_line >= 0 else end
+    return max(begin, message.rfind(b"\r\n", begin, most) + 2)
+
+
+def parse_addresses(value: str, *, any_name: bool = False) -> AddressList:
+    """Read an address list, RFC 5322 section 3.4; ";" counts as ",". Raises Doubtful.
+
+    With `any_name` a name may look like another address, as in fields that mail nobody.
+    """
     if _NO_TEXT.search(value):
         raise Doubtful
     addresses: list[Address] = []
@@ -1321,7 +1463,7 @@ def parse_addresses(value: str) -> AddressList:
             group_at = len(addresses)
             continue
         if words:
-            mailbox = _read_mailbox(words)
+            mailbox = _read_mailbox(words, any_name=any_name)
             addresses.append(Address(comparable(mailbox), mailbox, text.strip(" \t\r\n")))
             is_tidy = is_tidy and is_parted
         if separator == ";":
@@ -1382,7 +1524,7 @@ def _is_name(words: list[str]) -> bool:
         "".join(word for word in words if word[0] != '"'))
 
 
-def _read_mailbox(words: list[str]) -> str:
+def _read_mailbox(words: list[str], *, any_name: bool) -> str:
     """Read the words of one element, RFC 5322 sections 3.4 and 4.4. Raises Doubtful.
 
     Names and comments may hold an address only if it is the same.
@@ -1405,49 +1547,87 @@ def _read_mailbox(words: list[str]) -> str:
     mailbox = text[route.end():] if route else text
     if "=?" in mailbox or not _HEADER_MAILBOX.fullmatch(mailbox):
         raise Doubtful
-    if any(comparable(other) != comparable(mailbox) for other in others):
+    if not any_name and any(comparable(other) != comparable(mailbox) for other in others):
         raise Doubtful
     return mailbox
 
 
-def name_recipients(message: bytes, recipients: Mapping[str, str]) -> bytes:
-    """Make To, Cc and Bcc name these recipients, by comparable form, and nobody else."""
-    header, rest = split_header(message)
-    size = sum(len(one.octets) for one in header if one.name in _ADDRESS_FIELDS)
-    read = [_read_addresses(one, is_sane=size <= MAX_ADDRESSES) for one in header]
-    named = {address.key for one, found in zip(header, read) if found and one.is_reached
+class HeaderEdit:
+    """A header on its way out: what becomes of each field, and what comes before all."""
+
+    def __init__(self, header: Header) -> None:
+        self.fields = header.fields
+        self.lines = [one.octets for one in header.fields]
+        self.top: list[bytes] = []      # a reader may end at a malformed line
+
+    def find(self, *names: bytes) -> list[int]:
+        """The indexes of the fields of some names."""
+        return [index for index, one in enumerate(self.fields) if one.name in names]
+
+    def __bytes__(self) -> bytes:
+        first = int(self.lines[0][:1] in (b" ", b"\t")) if self.lines else 0
+        return b"".join([*self.lines[:first], *self.top, *self.lines[first:]])
+
+
+def _read_field(one: Field, *, any_name: bool = False) -> AddressList | None:
+    """Read the addresses of a field; None: they are doubtful."""
+    with contextlib.suppress(Doubtful):
+        return parse_addresses(one.value, any_name=any_name)
+    return None
+
+
+def _address_field(name: bytes, texts: list[str]) -> bytes:
+    """Write a field; an address a line keeps lines below 998, RFC 5322 section 2.1.1."""
+    value = ",\r\n ".join(texts).encode("utf-8", "surrogateescape")
+    return name + b": " + value + b"\r\n"
+
+
+def _field_name(one: Field) -> bytes:
+    return one.octets.partition(b":")[0].rstrip()
+
+
+# Recipients.
+
+def edit_recipients(edit: HeaderEdit, recipients: Mapping[str, str], policy: str) -> None:
+    """Make To, Cc and Bcc name these recipients, by comparable form, and nobody else.
+
+    `policy` is HEADER_RECIPIENTS. Raises DeliveryError for "refuse".
+    """
+    indexes = edit.find(*_ADDRESS_FIELDS)
+    is_sane = sum(len(edit.lines[index]) for index in indexes) <= MAX_ADDRESSES
+    read = {index: _read_field(edit.fields[index]) if is_sane else None for index in indexes}
+    if policy == "refuse":
+        _refuse_others(edit, read, recipients)
+    keeps = policy == "keep"
+    named = {address.key for index, found in read.items()
+             if found and edit.fields[index].is_reached and (found.is_tidy or not keeps)
              for address in found.addresses}
-    lines = [_without_others(one, found, recipients) for one, found in zip(header, read)]
+    if not keeps:
+        for index, found in read.items():
+            edit.lines[index] = _without_others(edit.fields[index], found, recipients)
     missing = [mailbox for key, mailbox in recipients.items() if key not in named]
-    if missing:
-        kept = named & recipients.keys()
-        hidden = [address.text for one, found in zip(header, read)
-                  if found and one.name == b"bcc"
-                  for address in found.addresses if address.key in kept]
-        lines = _with_bcc(header, lines, hidden + missing)
-    elif lines == [one.octets for one in header]:
-        return message
-    if not rest.startswith(b"\r\n") and (rest or not header):
-        lines.append(b"\r\n")
-    return b"".join([*lines, rest])
+    if not missing:
+        return
+    hidden = []                         # there may be one Bcc only, RFC 5322 section 3.6
+    for index in edit.find(b"bcc"):
+        found = read[index]
+        if found:
+            edit.lines[index] = b""
+            hidden += [address.text for address in found.addresses
+                       if (address.key in named if address.key in recipients else keeps)]
+    edit.top.append(_address_field(b"Bcc", hidden + missing))
 
 
-def _with_bcc(header: list[Field], lines: list[bytes], texts: list[str]) -> list[bytes]:
-    """Put the one Bcc before all others: a reader may end at a malformed line."""
-    lines = [b"" if one.name == b"bcc" else line for one, line in zip(header, lines)]
-    is_folded = bool(header) and header[0].octets[:1] in b" \t"
-    lines.insert(int(is_folded), _address_field(b"Bcc", texts))
-    return lines
-
-
-def _read_addresses(one: Field, *, is_sane: bool) -> AddressList | None:
-    """Read a field's addresses, none if it is another field; None: they are doubtful."""
-    if one.name not in _ADDRESS_FIELDS:
-        return AddressList([])
-    try:
-        return parse_addresses(one.value) if is_sane else None
-    except Doubtful:
-        return None
+def _refuse_others(edit: HeaderEdit, read: Mapping[int, AddressList | None],
+                   recipients: Mapping[str, str]) -> None:
+    others = [address.mailbox for found in read.values() if found
+              for address in found.addresses if address.key not in recipients]
+    others += [f"what stands in {_field_name(edit.fields[index]).decode()}"
+               for index, found in read.items() if found is None]
+    if others:
+        names = ", ".join(others)
+        names = names if len(names) <= MAX_NAMED else names[:MAX_NAMED] + " ..."
+        raise DeliveryError(f"The header names whom RCPT does not: {names}", 550, "5.1.3")
 
 
 def _without_others(one: Field, found: AddressList | None,
@@ -1459,45 +1639,565 @@ def _without_others(one: Field, found: AddressList | None,
     others = [address.text for address in found.addresses if address.key not in recipients]
     if found.is_tidy and not others:
         return one.octets
-    name = one.octets.partition(b":")[0].rstrip()
+    name = _field_name(one)
     lines = _address_field(name, kept) if kept else b""
     if others and one.name != b"bcc":
         lines += _address_field(b"X-Original-" + name, others)
     return lines
 
 
-def _address_field(name: bytes, texts: list[str]) -> bytes:
-    """Write a field; an address a line keeps lines below 998, RFC 5322 section 2.1.1."""
-    value = ",\r\n ".join(texts).encode("utf-8", "surrogateescape")
-    return name + b": " + value + b"\r\n"
+# The author.
 
-
-def author(message: bytes) -> str:
-    """Find the first mailbox of the From field. Raises DeliveryError if there is none."""
-    found = [one.value for one in split_header(message)[0] if one.name == b"from"]
-    with contextlib.suppress(Doubtful, IndexError):
-        return parse_addresses(found[0][:MAX_ADDRESSES]).addresses[0].mailbox
+def choose_mailbox(envelope: Envelope, header: Header, sender_from: str) -> str:
+    """Find the mailbox that sends. Raises DeliveryError if there is none."""
+    if envelope.reverse_path and sender_from == "envelope":
+        return envelope.reverse_path
+    authors = [address for one in header.find(b"from") for address in _authors(one) or []]
+    if authors:
+        return authors[0].mailbox
+    if envelope.reverse_path:
+        return envelope.reverse_path
     raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send from",
                         550, "5.1.7")
 
 
-class Outgoing(NamedTuple):
-    """A message as Graph wants it: sent by `mailbox`; `content` is base64."""
+def _authors(one: Field) -> list[Address] | None:
+    """Read a From field; None if that cannot be done."""
+    found = _read_field(one, any_name=True) if len(one.octets) <= MAX_ADDRESSES else None
+    return found and found.addresses
+
+
+def edit_author(edit: HeaderEdit, mailbox: str, policy: str, login: str) -> None:
+    """Make From agree with the mailbox that sends, as far as `policy` has it.
+
+    `policy` is FROM_MISMATCH. Raises DeliveryError for "refuse".
+    """
+    read = {index: _authors(edit.fields[index]) for index in edit.find(b"from")}
+    if not any(authors is None or authors for authors in read.values()):
+        for index in read:              # there are empty ones at most
+            edit.lines[index] = b""
+        edit.top.append(_address_field(b"From", [mailbox]))
+        return
+    agrees = all(authors is not None and {one.key for one in authors} <= {comparable(mailbox)}
+                 for authors in read.values())
+    if policy == "refuse" and not agrees:
+        raise DeliveryError(f"From must name the sender {mailbox}, and nobody else: make "
+                            "both the same in the device, or set FROM_MISMATCH=rewrite",
+                            550, "5.7.1")
+    if policy == "rewrite" and not agrees:
+        _rewrite_author(edit, read, mailbox, login)
+        return
+    for index, authors in read.items():
+        texts = [_author_text(one, one.mailbox) for one in authors or []]
+        if texts != [one.text for one in authors or []]:
+            edit.lines[index] = _address_field(_field_name(edit.fields[index]), texts)
+
+
+def _rewrite_author(edit: HeaderEdit, read: Mapping[int, list[Address] | None],
+                    mailbox: str, login: str) -> None:
+    """Put a mailbox into From; whom it named gets the answers, if mail reaches him."""
+    first, *others = read
+    authors = read[first] or []
+    text = _author_text(authors[0], mailbox) if authors else f"<{mailbox}>"
+    lines = _address_field(_field_name(edit.fields[first]), [text])
+    if not edit.find(b"reply-to"):
+        old = {one.key: one.mailbox for found in read.values() for one in found or []
+               if one.key != comparable(mailbox) and _is_answered(one.mailbox, login)}
+        lines += _address_field(b"Reply-To", list(old.values())) if old else b""
+    if len(authors) != 1:
+        lines += b"X-Original-" + edit.fields[first].octets
+    edit.lines[first] = lines
+    for index in others:
+        edit.lines[index] = b"X-Original-" + edit.fields[index].octets
+
+
+def _is_answered(mailbox: str, login: str) -> bool:
+    """Whether mail to a mailbox may arrive: not to the login of a device, or @printer."""
+    domain = mailbox.rpartition("@")[2].lower()
+    top = domain.rpartition(".")[2]
+    return ("." in domain and not domain.endswith("]") and top not in _LOCAL_DOMAINS
+            and mailbox.lower() != login.lower())
+
+
+def _author_text(author: Address, mailbox: str) -> str:
+    """Write an author with a mailbox; his name stays, in quotes if it has a bare "@"."""
+    name, rest, is_bare = "", "", False
+    position, end = -1, 0
+    for start, token in _tokens(author.text):
+        if position < 0:
+            is_bare = is_bare or token == "@"
+            position = start if token == "<" else -1
+        end = start + 1 if token == ">" else end
+    if position < 0:
+        comments = [token for _, token in _tokens(author.text) if token[0] == "("]
+        text = " ".join([mailbox, *comments])
+        return text if comparable(mailbox) != author.key else author.text
+    if not is_bare and comparable(mailbox) == author.key:
+        return author.text
+    name, rest = author.text[:position], author.text[end:]
+    if is_bare:
+        name = " ".join(name.split())
+        escaped_name = re.sub(r'(["\\])', r"\\\1", name)
+        # A name that is the address itself says nothing.
+        name = "" if comparable(name) == author.key else f'"{escaped_name}" '
+    return f"{name}<{mailbox}>{rest}"
+
+
+# The message.
+
+ENCODE_AT_ONCE = 58_368         # octets, a multiple of 3
+
+
+class Base64:
+    """Octets in base64, made anew whenever they are sent; never all at once."""
+
+    def __init__(self, first: bytes, rest: memoryview) -> None:
+        self._first = first
+        self._rest = rest
+
+    def __len__(self) -> int:
+        return (len(self._first) + len(self._rest) + 2) // 3 * 4
+
+    def __iter__(self) -> Iterator[bytes]:
+        borrowed = -len(self._first) % 3
+        yield binascii.b2a_base64(self._first + bytes(self._rest[:borrowed]), newline=False)
+        for start in range(borrowed, len(self._rest), ENCODE_AT_ONCE):
+            yield binascii.b2a_base64(self._rest[start:start + ENCODE_AT_ONCE],
+                                      newline=False)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A message as it is to go out, sent by `mailbox`."""
 
     mailbox: str
-    size: int               # octets before base64
-    content: bytes
+    before: Header                          # as it came
+    header: bytes = field(repr=False)       # as it goes
+    body: memoryview = field(repr=False)    # with the empty line, if `header` lacks it
+
+    @property
+    def size(self) -> int:
+        """Octets."""
+        return len(self.header) + len(self.body)
+
+    @property
+    def encoded(self) -> Base64:
+        """It in base64, as sendMail wants it."""
+        return Base64(self.header, self.body)
 
 
-def make_outgoing(envelope: Envelope) -> Outgoing:
-    """Do all that is done to a message. Raises DeliveryError."""
-    mailbox = envelope.reverse_path or author(envelope.message)
-    message = name_recipients(envelope.message, envelope.recipients)
-    return Outgoing(mailbox, len(message), binascii.b2a_base64(message, newline=False))
+def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
+    """Edit the header of a message. Raises DeliveryError."""
+    message = envelope.message
+    mbox_line = _MBOX_LINE.match(message)
+    header = split_header(message, mbox_line.end() if mbox_line else 0)
+    mailbox = choose_mailbox(envelope, header, config.sender_from)
+    edit = HeaderEdit(header)
+    edit_author(edit, mailbox, config.from_mismatch, login)
+    edit_recipients(edit, envelope.recipients, config.header_recipients)
+    octets, body = bytes(edit), memoryview(message)[header.end:]
+    if bytes(body[:2]) != b"\r\n" and (body or not header.fields):
+        octets += b"\r\n"
+    return Prepared(mailbox, header, octets, body)
 
 
 # ---------------------------------------------------------------------------
-# §7  Microsoft's answers
+# §7  Large messages
+# ---------------------------------------------------------------------------
+#
+# What is too large for one request goes as a draft: its text as JSON, its attachments one
+# by one (Microsoft, "Attach large files to Outlook messages or events"). That has no place
+# for the structure of MIME, so a message that means something by it is refused.
+#
+#     part                                           becomes
+#     the first text/plain or text/html              the body
+#     the other forms of it in multipart/            nothing: Exchange makes them anew
+#     alternative; the best is text/html
+#     anything else, further texts too               an attachment; inline if the body
+#                                                    names its Content-ID
+#     signed, encrypted, an invitation ...           552 5.3.4
+#
+# Parts are found by their boundaries, and decoded piece by piece while they are sent: the
+# email package would need ten times the size of the message.
+
+LARGE_ATTACHMENT = 3_140_000    # octets from which on it needs an upload session: 3 MB (its
+                                # least is 2,097,152), less the JSON of a smaller one
+UPLOAD_PIECE = 3_932_160        # octets, before decoding; Graph wants less than 4 MB
+MAX_PARTS = 250                 # of a message, Exchange's own limit
+MAX_DEPTH = 20                  # of parts within parts
+MAX_VALUE = 16_384              # octets of one field of a part
+MAX_ENCODED_WORDS = 500         # in one field: the standard library is slow with more
+MAX_X_FIELDS = 5                # of a draft, Graph's own limit
+MAX_FILE_NAME = 255             # characters
+FIND_AT_ONCE = 1_048_576        # octets; meanwhile no other thread runs
+
+_NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                          b"abcdefghijklmnopqrstuvwxyz0123456789+/="))
+_PART_FIELDS = frozenset({b"content-type", b"content-disposition", b"content-id",
+                          b"content-transfer-encoding"})
+_MEDIA_TYPE = re.compile(r"\s*([\w.+-]+/[\w.+-]+)", re.A)
+_WORD = re.compile(r"\s*([\w.-]*)", re.A)
+_CHARSET = re.compile(r"[\w.:-]{1,40}", re.A)
+_CID = re.compile(r"""cid:([^"'\s<>)]+)""", re.I)
+_X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
+
+UNSAYABLE: Mapping[str, str] = {
+    "multipart/signed": "is signed",
+    "multipart/encrypted": "is encrypted",
+    "application/pkcs7-mime": "is signed or encrypted",
+    "application/x-pkcs7-mime": "is signed or encrypted",
+    "application/ms-tnef": "is in Outlook's own format",
+    "multipart/report": "is a report",
+    "multipart/digest": "is a digest",
+    "text/calendar": "is a calendar invitation",
+    "message/partial": "is a part of another",
+    "message/external-body": "has an attachment that lies elsewhere",
+}
+IMPORTANCE: Mapping[str, str] = {
+    "high": "high", "urgent": "high", "1": "high", "2": "high", "normal": "normal",
+    "low": "low", "non-urgent": "low", "4": "low", "5": "low"}
+
+
+class Unsayable(DeliveryError):
+    """A message that a draft cannot hold without loss; `why` follows "it"."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"The message is larger than 3 MB and {why}, so it cannot be sent "
+                         "in parts; it must be smaller", 552, "5.3.4")
+
+
+class Part(NamedTuple):
+    """A part of a message, which stands in its octets from `begin` to `end`."""
+
+    message: bytes | bytearray
+    begin: int
+    end: int
+    media_type: str             # in lower case
+    is_file: bool               # says that it is one
+    file_name: str
+    content_id: str
+    encoding: str
+    charset: str
+    boundary: bytes             # b"" if it has no parts
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it may be the body of a draft."""
+        return self.media_type in ("text/plain", "text/html") and not self.is_file
+
+    def pieces(self) -> Iterator[bytes]:
+        """Decode it piece by piece, each below 4 MB. Raises Unsayable."""
+        if self.encoding not in DECODERS:
+            raise Unsayable("has a part in an unknown encoding")
+        return DECODERS[self.encoding](self._slices())
+
+    def _slices(self) -> Iterator[bytes]:
+        """Yield it in slices, none of which ends within an encoded character."""
+        begin, octets = self.begin, memoryview(self.message)
+        while begin < self.end:
+            end = min(begin + UPLOAD_PIECE, self.end)
+            if end < self.end:
+                line_end = self.message.rfind(b"\n", begin, end)
+                equals = self.message.rfind(b"=", end - 2, end)
+                end = line_end + 1 if line_end >= 0 else equals if equals >= 0 else end
+            yield bytes(octets[begin:end])
+            begin = end
+
+
+def _decode_base64(slices: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode base64; what is none does not count, RFC 2045 section 6.8."""
+    rest, is_ended = b"", False
+    for one in slices:
+        text, padding, behind = one.translate(None, _NOT_BASE64).partition(b"=")
+        if (is_ended and text) or behind.strip(b"="):
+            raise Unsayable("has an attachment that goes on behind its end")
+        is_ended = is_ended or bool(padding)
+        text = rest + text
+        cut = len(text) // 4 * 4
+        yield binascii.a2b_base64(text[:cut])
+        rest = text[cut:]
+    if len(rest) == 1:
+        raise Unsayable("has an attachment that is cut off")
+    yield binascii.a2b_base64(rest + b"=" * (-len(rest) % 4))
+
+
+def _decode_quoted_printable(slices: Iterator[bytes]) -> Iterator[bytes]:
+    return (binascii.a2b_qp(one) for one in slices)
+
+
+DECODERS: Mapping[str, Callable[[Iterator[bytes]], Iterator[bytes]]] = {
+    "base64": _decode_base64, "quoted-printable": _decode_quoted_printable,
+    "7bit": iter, "8bit": iter, "binary": iter}
+
+
+class Attachment(NamedTuple):
+    """A file of a draft; `content_id` is "" unless the body shows it."""
+
+    name: str
+    part: Part
+    content_id: str
+    size: int               # octets
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it needs an upload session."""
+        return self.size >= LARGE_ATTACHMENT
+
+    def properties(self) -> dict[str, Any]:
+        """Describe it as Graph wants it."""
+        inline = {"isInline": True, "contentId": self.content_id} if self.content_id else {}
+        return {"name": self.name, "contentType": self.part.media_type, **inline}
+
+    def as_json(self) -> bytes:
+        """Write a small one as a fileAttachment."""
+        octets = base64.b64encode(b"".join(self.part.pieces())).decode()
+        return json.dumps({"@odata.type": "#microsoft.graph.fileAttachment",
+                           **self.properties(), "contentBytes": octets}).encode()
+
+
+class Draft(NamedTuple):
+    """A message as JSON, and what is attached to it."""
+
+    content: bytes
+    attachments: list[Attachment]
+
+
+class Outgoing(NamedTuple):
+    """A message for Graph: one request, or a draft if it is too large for one."""
+
+    prepared: Prepared
+    draft: Draft | None = None
+
+
+def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoing:
+    """Do all that is done to a message. Raises DeliveryError.
+
+    `login` is the user name of the device.
+    """
+    prepared = prepare(envelope, config, login)
+    if prepared.size <= GRAPH_MESSAGE_LIMIT:
+        return Outgoing(prepared)
+    if config.large_messages == "refuse":
+        raise _too_large(config)
+    return Outgoing(prepared, make_draft(envelope.message, prepared))
+
+
+def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
+    """Take a prepared message apart. Raises Unsayable."""
+    fields = split_header(prepared.header, is_read=lambda name: True).fields
+    begin = prepared.before.end
+    begin += 2 * (message[begin:begin + 2] == b"\r\n")
+    root = _read_part(fields, message, begin, len(message))
+    text, files = _find_parts(root, itertools.count(), 0)
+    content = _draft_properties(fields, prepared.mailbox)
+    content["body"], shown = _body(text)
+    octets = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+    if len(octets) > GRAPH_REQUEST_LIMIT:
+        raise Unsayable("has a text that is too large by itself")
+    return Draft(octets, [
+        Attachment(part.file_name or _make_name(number, part.media_type), part,
+                   part.content_id if part.content_id.lower() in shown else "",
+                   sum(len(piece) for piece in part.pieces()))
+        for number, part in enumerate(files, 1)])
+
+
+def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
+               end: int) -> Part:
+    """Read what the fields of a part say, RFC 2045, 2183, 2231, and encoded words."""
+    header = email.message.Message()
+    for one in fields:
+        if one.name in _PART_FIELDS:
+            if len(one.octets) > MAX_VALUE:
+                raise Unsayable("has a part with a field that is too long")
+            header[one.name.decode()] = _unfolded(one)
+    media_type = _MEDIA_TYPE.match(header.get("content-type", "text/plain"))
+    disposition = _WORD.match(header.get("content-disposition", ""))
+    encoding = _WORD.match(header.get("content-transfer-encoding", "7bit"))
+    assert disposition and encoding     # they match anything
+    name = charset = boundary = ""
+    with contextlib.suppress(ValueError, LookupError):  # of RFC 2231 that is nonsense
+        name = _decoded((header.get_filename() or "").strip())
+        charset = header.get_content_charset() or ""
+        boundary = header.get_boundary() or ""
+    is_file = disposition[1].lower() == "attachment" or bool(name)
+    kind = media_type[1].lower() if media_type else "application/octet-stream"
+    return Part(message, begin, end, kind, is_file,
+                re.sub(r"[\x00-\x1f\x7f]", "_", name)[-MAX_FILE_NAME:],
+                header.get("content-id", "").strip(" \t<>"), encoding[1].lower() or "7bit", charset,
+                boundary.encode("utf-8", "replace") if kind[:10] == "multipart/" else b"")
+
+
+class Found(NamedTuple):
+    """The text of a part, and its files."""
+
+    text: Part | None
+    files: list[Part]
+
+
+def _find_parts(part: Part, counter: Iterator[int], depth: int) -> Found:
+    """Find the text and the files of a part, as the table above says. Raises Unsayable."""
+    if part.media_type in UNSAYABLE and not (part.media_type == "text/calendar"
+                                             and part.is_file):
+        raise Unsayable(UNSAYABLE[part.media_type])
+    if next(counter) > MAX_PARTS or depth > MAX_DEPTH:
+        raise Unsayable("has too many parts")
+    if not part.media_type.startswith("multipart/"):
+        return Found(part, []) if part.is_text else Found(None, [part])
+    found = []
+    for begin, end in _split_parts(part):
+        header = split_header(part.message, begin, end, _PART_FIELDS.__contains__)
+        begin = header.end
+        begin += 2 * (part.message[begin:min(begin + 2, end)] == b"\r\n")
+        child = _read_part(header.fields, part.message, begin, end)
+        found.append(_find_parts(child, counter, depth + 1))
+    if not found:
+        raise Unsayable("has parts that cannot be told apart")
+    return _join_found(found, part.media_type == "multipart/alternative")
+
+
+def _join_found(found: list[Found], is_alternative: bool) -> Found:
+    texts = [one.text for one in found if one.text]
+    if is_alternative:
+        text = max(reversed(texts), key=lambda one: one.media_type == "text/html",
+                   default=None)
+        return Found(text, [part for one in found for part in one.files])
+    text = texts[0] if texts else None
+    return Found(text, [part for one in found for part in
+                        ([one.text] if one.text and one.text is not text else [])
+                        + one.files])
+
+
+def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
+    """Find where the parts of a part begin and end, RFC 2046 section 5.1.1."""
+    if not part.boundary:
+        return
+    delimiter = b"\r\n--" + part.boundary
+    begin, position = -1, max(0, part.begin - 2)
+    while position >= 0:
+        position = _find(part.message, delimiter, position, part.end)
+        if position < 0:
+            break
+        tail = position + len(delimiter)
+        line_end = part.message.find(b"\r\n", tail, min(tail + 100, part.end))
+        rest = bytes(part.message[tail:line_end if line_end >= 0 else
+                                  min(tail + 100, part.end)])
+        position += 2                   # the next may begin with the CRLF of this one
+        if rest.strip(b" \t") not in (b"", b"--"):
+            continue                    # it is the boundary of a part within
+        if begin >= 0:
+            yield begin, max(begin, position - 2)
+        begin = -1 if rest[:2] == b"--" or line_end < 0 else line_end + 2
+        if begin < 0:
+            break
+    if begin >= 0:                      # the last delimiter is missing
+        yield begin, part.end
+
+
+def _find(message: bytes | bytearray, octets: bytes, begin: int, end: int) -> int:
+    """Find octets without a long call, during which no other thread would run."""
+    while begin < end:
+        found = message.find(octets, begin, min(end, begin + FIND_AT_ONCE))
+        if found >= 0:
+            return found
+        begin += FIND_AT_ONCE - len(octets) + 1
+    return -1
+
+
+def _body(part: Part | None) -> tuple[dict[str, str], set[str]]:
+    """Write the body as Graph wants it; the second are the Content-IDs that it shows."""
+    if part is None:
+        return {"contentType": "Text", "content": ""}, set()
+    if part.end - part.begin > 3 * GRAPH_REQUEST_LIMIT:     # quoted-printable takes 3
+        raise Unsayable("has a text that is too large by itself")
+    text = decode_text(b"".join(part.pieces()), part.charset)
+    if part.media_type == "text/plain":
+        return {"contentType": "Text", "content": text}, set()
+    return ({"contentType": "HTML", "content": text},
+            {urllib.parse.unquote(found).lower() for found in _CID.findall(text)})
+
+
+def decode_text(octets: bytes, charset: str = "") -> str:
+    """Decode text; what is wrong or not said is what it most likely is."""
+    for name in (charset, "utf-8", "cp1252"):
+        if _CHARSET.fullmatch(name):
+            with contextlib.suppress(ValueError, LookupError):
+                return octets.decode(name)
+    return octets.decode("latin-1")
+
+
+def _unfolded(one: Field) -> str:
+    """The value of a field on one line, RFC 5322 section 2.2.3."""
+    return decode_text(one.octets.partition(b":")[2].replace(b"\r\n", b"")).strip()
+
+
+def _decoded(text: str) -> str:
+    """Decode encoded words, RFC 2047."""
+    if text.count("=?") not in range(1, MAX_ENCODED_WORDS):
+        return text
+    try:
+        return str(email.header.make_header(email.header.decode_header(text)))
+    except (ValueError, LookupError, email.errors.MessageError):
+        return text
+
+
+def _make_name(number: int, media_type: str) -> str:
+    """Name a file that has no name, as Exchange does."""
+    suffix = mimetypes.MimeTypes().guess_extension(media_type) or ".bin"
+    return f"ATT{number:05}{suffix}"
+
+
+def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
+    """Write the header as Graph wants it, but for what has no place there."""
+    first: dict[bytes, Field] = {}
+    people: dict[bytes, list[dict[str, Any]]] = {}
+    for one in fields:
+        if one.name in _EDITED_FIELDS:
+            found = _read_field(one, any_name=one.name not in _ADDRESS_FIELDS)
+            people.setdefault(one.name, []).extend(
+                _person(address) for address in (found.addresses if found else []))
+        elif one.name:
+            first.setdefault(one.name, one)
+    values = {name: _unfolded(one) for name, one in first.items()}
+    authors = people.get(b"from") or [{"emailAddress": {"address": mailbox}}]
+    properties = {
+        "subject": _decoded(values.get(b"subject", "")), "from": authors[0],
+        "toRecipients": people.get(b"to"), "ccRecipients": people.get(b"cc"),
+        "bccRecipients": people.get(b"bcc"), "replyTo": people.get(b"reply-to"),
+        "importance": _importance(values), "internetMessageId": values.get(b"message-id"),
+        "internetMessageHeaders": [
+            {"name": _field_name(first[name]).decode(), "value": _decoded(value)}
+            for name, value in values.items() if value and _X_FIELD.fullmatch(name)
+        ][:MAX_X_FIELDS]}
+    return {name: value for name, value in properties.items() if value}
+
+
+def _importance(values: Mapping[bytes, str]) -> str | None:
+    for name in (b"importance", b"x-priority", b"priority", b"x-msmail-priority"):
+        match = _WORD.match(values.get(name, ""))
+        if match and match[1].lower() in IMPORTANCE:
+            return IMPORTANCE[match[1].lower()]
+    return None
+
+
+def _person(address: Address) -> dict[str, Any]:
+    """Write an address as Graph wants it; a comment may be the name."""
+    name, comments = "", ""
+    for _, token in _tokens(address.text):
+        if token == "<":
+            break
+        if token[0] == "(":
+            comments = comments or token[1:-1]
+        else:
+            name += email.utils.unquote(token) if token[0] == '"' else token
+    else:
+        name = comments
+    name = _decoded(decode_text(" ".join(name.split()).encode("utf-8", "surrogateescape")))
+    mailbox = address.mailbox.encode("utf-8", "replace").decode()
+    return {"emailAddress": {"address": mailbox, **({"name": name} if name else {})}}
+
+
+# ---------------------------------------------------------------------------
+# §8  Microsoft's answers
 # ---------------------------------------------------------------------------
 #
 # Anything may come: every reading here has a defined outcome for garbage.
@@ -1615,6 +2315,9 @@ _NO_RIGHT = Reply(550, "5.7.1", "The application may not send as {mailbox}: it n
                                   "right Mail.Send for this mailbox (a new right takes up "
                                   "to 2 hours)")
 _NO_MAILBOX = Reply(550, "5.1.8", "Microsoft 365 has no mailbox {mailbox} to send from")
+_NO_UPLOAD_RIGHT = Reply(552, "5.3.4", "The message is larger than 3 MB, and to send such as "
+                                       "{mailbox} the application needs the right "
+                                       "Mail.ReadWrite too (a new right takes up to 2 hours)")
 _TOO_LARGE = Reply(552, "5.3.4", "Microsoft 365 says that the message is too large")
 _FULL = Reply(452, "4.2.2", "The mailbox {mailbox} is full")
 _FAILING = Reply(451, "4.3.0", "Microsoft 365 has a problem; try again later")
@@ -1625,8 +2328,9 @@ _BUSY = Reply(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try a
 # those above too; then the status.
 GRAPH_CODES: Mapping[str, Reply] = {
     "erroraccessdenied": _NO_RIGHT,
-    "errorsendasdenied": Reply(550, "5.7.60", "The From field names a mailbox that "
-                                                "{mailbox} may not send as"),
+    "errorsendasdenied": Reply(550, "5.7.60", "The From field names a mailbox that {mailbox} "
+                                              "may not send as; make both the same in the "
+                                              "device, or set FROM_MISMATCH=rewrite"),
     "errorinvaliduser": _NO_MAILBOX,
     "resourcenotfound": _NO_MAILBOX,
     "errornonexistentmailbox": _NO_MAILBOX,
@@ -1636,6 +2340,7 @@ GRAPH_CODES: Mapping[str, Reply] = {
                                                     "recipient"),
     "errormessagesizeexceeded": _TOO_LARGE,
     "errorquotaexceeded": _FULL,
+    "erroritemnotfound": _FAILING,      # the draft is gone
 }
 GRAPH_CODES_OF_ANY_STATUS = frozenset({"errormessagesizeexceeded", "errorquotaexceeded"})
 GRAPH_STATUSES: Mapping[int, Reply] = {
@@ -1652,20 +2357,75 @@ _NOT_SENT = Reply(554, "5.3.0", "Microsoft 365 gave an unknown answer; the messa
                                   "not accepted")
 
 
-def graph_error(response: HttpResponse, mailbox: str) -> RelayError:
-    """Make the error for an answer of Graph to sendMail that is not 202."""
-    status, code = response.status, _graph_code(response)
-    reply = GRAPH_STATUSES.get(status, _FAILING if status >= 500 else
-                               _REFUSED if status >= 400 else _NOT_SENT)
-    if status >= 400 and status not in (401, 429) and (
-            status < 500 or code.lower() in GRAPH_CODES_OF_ANY_STATUS):
-        reply = GRAPH_CODES.get(code.lower(), reply)
-    facts = {"status": status, "graph": code or None,
+class Step(enum.Enum):
+    """What Graph was asked to do."""
+
+    SEND = "send a message"
+    DRAFT = "make a draft"              # this needs Mail.ReadWrite
+    UPLOAD = "take a piece of a file"   # this needs no token
+
+
+class NoUploadRight(DeliveryError):
+    """The application may not make drafts in a mailbox."""
+
+
+def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) -> RelayError:
+    """Make the error for an answer of Graph that is not the one for success."""
+    reply, code = _find_reply(response), _graph_code(response)
+    if step is Step.DRAFT and reply is _NO_RIGHT:
+        reply = _NO_UPLOAD_RIGHT
+    if step is Step.UPLOAD and reply not in (_TOO_LARGE, _FULL, _BUSY):
+        reply = _FAILING                # it is between Graph and Exchange
+    facts = {"status": response.status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
-    kind = TemporaryError if reply.code < 500 else DeliveryError
+    kind = (NoUploadRight if reply is _NO_UPLOAD_RIGHT else
+            TemporaryError if reply.code < 500 else DeliveryError)
     level = logging.ERROR if reply is _NOT_SENT else logging.WARNING
     return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
                 level=level)
+
+
+def _find_reply(response: HttpResponse) -> Reply:
+    status, code = response.status, _graph_code(response).lower()
+    reply = GRAPH_STATUSES.get(status, _FAILING if status >= 500 else
+                               _REFUSED if status >= 400 else _NOT_SENT)
+    if status >= 400 and status not in (401, 429) and (
+            status < 500 or code in GRAPH_CODES_OF_ANY_STATUS):
+        reply = GRAPH_CODES.get(code, reply)
+    return reply
+
+
+def read_id(response: HttpResponse) -> str:
+    """Read the id of a new draft, or ""."""
+    ident = response.json().get("id")
+    return ident if isinstance(ident, str) else ""
+
+
+def read_upload_url(response: HttpResponse, *, allow_http: bool) -> str:
+    """Read the URL of a new upload session, or "" if nothing may be sent there.
+
+    It holds a secret; plain http is for this machine only, as in _endpoint.
+    """
+    url = response.json().get("uploadUrl")
+    if not isinstance(url, str) or not re.fullmatch("[!-~]+", url):
+        return ""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, is_good = parts.hostname or "", parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        return ""
+    is_safe = parts.scheme == "https" or (parts.scheme == "http" and allow_http
+                                          and is_loopback(host))
+    return url if host and is_good and is_safe else ""
+
+
+def next_range(response: HttpResponse) -> int | None:
+    """Read where the next piece begins: "NextExpectedRanges" of "5" or "5-", in any case."""
+    for name, value in response.json().items():
+        if name.lower() == "nextexpectedranges" and isinstance(value, list) and value:
+            match = re.match("[0-9]{1,18}", str(value[0]))
+            return int(match[0]) if match else None
+    return None
 
 
 def _graph_code(response: HttpResponse) -> str:
@@ -1675,7 +2435,7 @@ def _graph_code(response: HttpResponse) -> str:
 
 
 # ---------------------------------------------------------------------------
-# §8  Log
+# §9  Log
 # ---------------------------------------------------------------------------
 #
 # One line for an event: time, level, the id of the session or the message, the event,
@@ -1749,7 +2509,7 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------
-# §9  HTTP
+# §10  HTTP
 # ---------------------------------------------------------------------------
 #
 # http.client in worker threads, one call each; the event loop only waits, and never
@@ -1780,11 +2540,13 @@ class NotSent(Exception):
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A POST to a URL."""
+    """A request; the URL may hold a secret. `most` octets of the answer are read."""
 
-    url: str
+    method: str
+    url: str = field(repr=False)
     headers: Mapping[str, str] = field(repr=False)
-    body: bytes = field(repr=False)
+    body: bytes | Base64 = field(default=b"", repr=False)
+    most: int = MAX_ANSWER
 
 
 class _Response(http.client.HTTPResponse):
@@ -1812,9 +2574,9 @@ class Origin(NamedTuple):
     port: int
     proxy: str
 
-    def connect(self, context: ssl.SSLContext,
+    def connect(self, context: ssl.SSLContext | None,
                 timeout: float) -> http.client.HTTPConnection:
-        """Make a connection, not yet open."""
+        """Make a connection, not yet open. Without a context there is one of its own."""
         if self.scheme == "http":
             plain = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
             plain.response_class = _Response
@@ -1893,7 +2655,8 @@ def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
 class HttpExchange:
     """One request and its answer, in a worker thread; the loop may cut it off."""
 
-    def __init__(self, origin: Origin, request: HttpRequest, context: ssl.SSLContext,
+    def __init__(self, origin: Origin, request: HttpRequest,
+                 context: ssl.SSLContext | None,
                  kept: http.client.HTTPConnection | None, deadline: float) -> None:
         self.origin = origin
         self.connection = kept
@@ -1945,11 +2708,13 @@ class HttpExchange:
             raise error.__cause__ or error from None
 
     def _exchange(self, connection: http.client.HTTPConnection) -> HttpResponse:
-        url = urllib.parse.urlsplit(self._request.url)
+        request = self._request
+        url = urllib.parse.urlsplit(request.url)
+        target = f"{url.path}?{url.query}" if url.query else url.path
         self._check(connection)
         try:
-            connection.request("POST", url.path, self._request.body,
-                               dict(self._request.headers))
+            connection.request(request.method, target, request.body, {
+                **request.headers, "Content-Length": str(len(request.body))})
         except OSError as error:
             return self._early_answer(connection, error)
         self._check(connection)
@@ -1968,7 +2733,7 @@ class HttpExchange:
         if self._is_cut_off and response.status != 202:
             raise TimeoutError("time is up")    # the header may have lost its end
         headers = {name.lower(): value for name, value in response.getheaders()}
-        most = MAX_ANSWER
+        most = self._request.most
         if response.status == 202:
             assert self._sock is not None
             self._sock.settimeout(REST_OF_202)
@@ -2017,24 +2782,26 @@ class HttpPool:
     """Sends requests, and keeps connections for the next ones."""
 
     def __init__(self, urls: Iterable[str]) -> None:
-        """Get ready to send to these URLs."""
-        self._origins = {url: find_origin(url) for url in urls}
+        """Get ready to send to the hosts of these URLs."""
+        self._origins = {_base(url): find_origin(url) for url in urls}
         secure = any(origin.scheme == "https" for origin in self._origins.values())
         # Reading the system's certificates takes a while: not where nobody asks for them.
-        self._context = (ssl.create_default_context() if secure
-                         else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        self._context = ssl.create_default_context() if secure else None
         self._kept: dict[Origin, list[tuple[http.client.HTTPConnection, float]]] = {}
         self._closer: asyncio.TimerHandle | None = None
 
-    async def post(self, base: str, request: HttpRequest, deadline: float) -> HttpResponse:
-        """Send a request to one of the URLs given before. Raises NoAnswer.
+    async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
+        """Send a request. Raises NoAnswer.
 
         A refused connection is tried three times; nothing else is, as it may have been
         received.
         """
+        origin = self._origins.get(_base(request.url))
+        if origin is None:              # in a thread: some systems look names up for this
+            origin = await in_thread(functools.partial(find_origin, request.url))
         for pause in (*REFUSED_PAUSES, None):
             try:
-                return await self._exchange(self._origins[base], request, deadline)
+                return await self._exchange(origin, request, deadline)
             except ConnectionRefusedError as error:
                 if pause is None or time.monotonic() + pause >= deadline:
                     raise NoAnswer(error) from None
@@ -2081,12 +2848,18 @@ class HttpPool:
 
     def _close_old(self) -> None:
         """Close what has been idle for long, and look again as long as there is more."""
-        for kept in self._kept.values():
+        for origin, kept in list(self._kept.items()):
             while kept and kept[0][1] < time.monotonic():
                 kept.pop(0)[0].close()
+            if not kept:
+                del self._kept[origin]
         self._closer = None
-        if any(self._kept.values()):
+        if self._kept:
             self._closer = asyncio.get_running_loop().call_later(KEEP, self._close_old)
+
+
+def _base(url: str) -> str:
+    return "/".join(url.split("/", 3)[:3])
 
 
 def _cut_off(exchange: HttpExchange,
@@ -2105,13 +2878,14 @@ def _cut_off(exchange: HttpExchange,
 
 
 # ---------------------------------------------------------------------------
-# §10  Tokens
+# §11  Tokens
 # ---------------------------------------------------------------------------
 
 REFUSALS_LAST = 30.0            # seconds: a device with a wrong password tries and tries
 MAX_CACHED = 1000               # tokens, and refusals
 
 Key = tuple[str, str, bytes]     # tenant, client, keyed hash of the secret
+K = TypeVar("K")
 
 
 class Tokens:
@@ -2163,8 +2937,8 @@ class Tokens:
         form = {"client_id": application.client, "client_secret": application.secret,
                 "scope": f"{self._config.graph_endpoint}/.default",
                 "grant_type": "client_credentials"}
-        response = await self._pool.post(base, HttpRequest(
-            f"{base}/{tenant}/oauth2/v2.0/token",
+        response = await self._pool.send(HttpRequest(
+            "POST", f"{base}/{tenant}/oauth2/v2.0/token",
             {"Content-Type": "application/x-www-form-urlencoded",
              "Accept": "application/json", "User-Agent": USER_AGENT},
             urllib.parse.urlencode(form).encode()), deadline)
@@ -2191,8 +2965,7 @@ def _fresh(error: AuthError) -> AuthError:
     return AuthError(error.reply.text, facts=error.facts, level=error.level)
 
 
-def _remember(cache: dict[Key, tuple[T, float]], key: Key, value: T,
-              ends_at: float) -> None:
+def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float) -> None:
     """Put a value into a cache; the one that was put there first makes room."""
     cache.pop(key, None)
     cache[key] = value, ends_at
@@ -2201,22 +2974,28 @@ def _remember(cache: dict[Key, tuple[T, float]], key: Key, value: T,
 
 
 # ---------------------------------------------------------------------------
-# §11  Graph
+# §12  Graph
 # ---------------------------------------------------------------------------
 #
 # What is tried again within UPSTREAM_TIMEOUT, as it cannot send a message twice:
 #
 #     401                                 once, with a new token
 #     429, 503 with Retry-After           after that time
-#     connection refused, or a kept one   §9
+#     connection refused, or a kept one   §10
 #     closed before all was written
 #
 # Anything else goes to the client as it stands: after a time-out or a 504 the message may
-# be on its way already.
+# be on its way already. A large message takes one turn for all of its requests.
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
 LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a turn to be of use
+NO_RIGHT_LASTS = 3600.0         # seconds that a missing Mail.ReadWrite is remembered
+DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
+
+# Statuses of success.
+SUCCESS: Mapping[Step, tuple[int, ...]] = {
+    Step.SEND: (202,), Step.DRAFT: (200, 201, 204), Step.UPLOAD: (200, 201, 202)}
 
 
 class Turns:
@@ -2272,51 +3051,160 @@ def _end_wait(future: asyncio.Future[None]) -> None:
             "Too many messages for this mailbox at once; try again later", 451, "4.4.5"))
 
 
-class Graph:
-    """Sends messages with sendMail; Microsoft Graph v1.0, "user: sendMail"."""
+@dataclass(frozen=True)
+class Errand:
+    """On whose behalf Graph is asked, and until when (time.monotonic)."""
 
-    def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
+    application: Application
+    mailbox: str
+    ident: str
+    deadline: float
+    latest: float = 0.0     # for the request that sends
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The application and the mailbox, comparable."""
+        return self.application.tenant, self.application.client, self.mailbox.lower()
+
+
+class Graph:
+    """Sends messages; Microsoft Graph v1.0, "user: sendMail", "message: send"."""
+
+    def __init__(self, config: Config, pool: HttpPool, tokens: Tokens,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._pool = pool
         self._tokens = tokens
+        self._clock = clock             # for what is remembered
         self._turns = Turns(REQUESTS_AT_ONCE)
+        self._no_uploads: dict[tuple[str, str, str], tuple[Reply, float]] = {}
 
     async def send(self, application: Application, message: Outgoing,
                    ident: str, deadline: float) -> HttpResponse:
         """Send a message; returns the 202. Raises RelayError for anything else."""
-        key = application.tenant, application.client, message.mailbox.lower()
+        mailbox = message.prepared.mailbox
         # A request that is soon cut off may have been obeyed, and nobody would know.
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
-        async with self._turns.turn(key, latest):
-            return await self._send(application, message, ident, deadline)
+        errand = Errand(application, mailbox, ident, deadline, latest)
+        if message.draft:
+            self.check_upload(application, mailbox)
+        async with self._turns.turn(errand.key, latest):
+            if not message.draft:
+                return await self._ask(errand, self._request(
+                    errand, "sendMail", message.prepared.encoded))
+            try:
+                return await self._send_draft(errand, message.draft)
+            except NoUploadRight as error:
+                _remember(self._no_uploads, errand.key, error.reply,
+                          self._clock() + NO_RIGHT_LASTS)
+                _explain_right(errand)
+                raise
 
-    async def _send(self, application: Application, message: Outgoing,
-                    ident: str, deadline: float) -> HttpResponse:
+    def check_upload(self, application: Application, mailbox: str) -> None:
+        """Raise DeliveryError if it is known that drafts may not be made there."""
+        key = Errand(application, mailbox, "", 0).key
+        reply, ends_at = self._no_uploads.get(key, (None, 0.0))
+        if reply and self._clock() < ends_at:
+            raise DeliveryError(reply.text, reply.code, reply.status)
+
+    # Large messages.
+
+    async def _send_draft(self, errand: Errand, draft: Draft) -> HttpResponse:
+        """Make a draft, attach the files, send it; if anything fails, delete it."""
+        create = self._request(errand, "messages", draft.content)
+        # The answer repeats the text, perhaps with an escape for each character.
+        create = dataclasses.replace(create, most=MAX_ANSWER + 6 * len(draft.content))
+        ident = read_id(await self._ask(errand, create, Step.DRAFT))
+        if not ident:
+            raise NoAnswer("a draft without an id")
+        path = f"messages/{urllib.parse.quote(ident, safe='')}"
+        try:
+            for attachment in draft.attachments:
+                await self._attach(errand, f"{path}/attachments", attachment)
+            if time.monotonic() >= errand.latest:
+                raise NoAnswer("no time is left to send the draft")
+            return await self._ask(errand, self._request(errand, f"{path}/send"))
+        except BaseException:
+            await self._discard(errand, path)
+            raise
+
+    async def _attach(self, errand: Errand, path: str, attachment: Attachment) -> None:
+        if not attachment.is_large:
+            content = await in_thread(attachment.as_json)
+            await self._ask(errand, self._request(errand, path, content), Step.DRAFT)
+            return
+        item = {"attachmentType": "file", "size": attachment.size, **attachment.properties()}
+        response = await self._ask(errand, self._request(
+            errand, f"{path}/createUploadSession",
+            json.dumps({"AttachmentItem": item}).encode()), Step.DRAFT)
+        url = read_upload_url(
+            response, allow_http=self._config.graph_endpoint.startswith("http:"))
+        if not url:
+            raise NoAnswer("an upload session without a URL that can be used")
+        await self._upload(errand, url, attachment)
+
+    async def _upload(self, errand: Errand, url: str, attachment: Attachment) -> None:
+        """Send a file in pieces, to the host that Graph named, and without the token."""
+        pieces, begin = attachment.part.pieces(), 0
+        while begin < attachment.size:
+            piece = await in_thread(functools.partial(next, pieces))
+            end = begin + len(piece)
+            if end == begin:            # nothing but line ends stood there
+                continue
+            response = await self._ask(errand, HttpRequest("PUT", url, {
+                "Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
+                "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}, piece),
+                Step.UPLOAD)
+            if next_range(response) not in (None, end):
+                raise NoAnswer("a piece of an upload was lost")
+            begin = end
+
+    async def _discard(self, errand: Errand, path: str) -> None:
+        """Delete a draft that is not sent; if that fails it stays, and the log says so."""
+        errand = dataclasses.replace(errand, deadline=time.monotonic() + DISCARD_TIMEOUT)
+        request = dataclasses.replace(self._request(errand, path), method="DELETE")
+        try:
+            await self._ask(errand, request, Step.DRAFT)
+        except RelayError as error:
+            if error.facts.get("status") == 404:
+                return
+            log_event(logging.WARNING, errand.ident, "draft-left", mailbox=errand.mailbox,
+                      reply=error.reply, **error.facts)
+
+    # Requests.
+
+    def _request(self, errand: Errand, path: str,
+                 body: bytes | Base64 = b"") -> HttpRequest:
+        mailbox = urllib.parse.quote(errand.mailbox, safe="")
+        kind = "text/plain" if isinstance(body, Base64) else "application/json"
+        return HttpRequest(
+            "POST", f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",
+            {**({"Content-Type": kind} if body else {}), "Accept": "application/json",
+             "User-Agent": USER_AGENT, "client-request-id": errand.ident}, body)
+
+    async def _ask(self, errand: Errand, request: HttpRequest,
+                   step: Step = Step.SEND) -> HttpResponse:
+        """Send a request until it succeeds. Raises RelayError."""
         renewed = False
         while True:
-            token = await self._token(application, deadline)
-            response = await self._post(token, message, ident, deadline)
-            if response.status == 202:
+            token, headers = "", request.headers
+            if step is not Step.UPLOAD:
+                token = await self._token(errand.application, errand.deadline)
+                headers = {**headers, "Authorization": f"Bearer {token}"}
+            response = await self._pool.send(dataclasses.replace(request, headers=headers),
+                                             errand.deadline)
+            if response.status in SUCCESS[step]:
                 return response
-            if response.status == 401 and not renewed:
+            if response.status == 401 and token and not renewed:
                 renewed = True
-                self._tokens.forget(application, token)
+                self._tokens.forget(errand.application, token)
                 continue
             pause = (response.retry_after(time.time())
                      if response.status in (429, 503) else None)
-            if pause is None or time.monotonic() + max(pause, LEAST_PAUSE) >= deadline:
-                raise graph_error(response, message.mailbox)
+            if (pause is None
+                    or time.monotonic() + max(pause, LEAST_PAUSE) >= errand.deadline):
+                raise graph_error(response, errand.mailbox, step)
             await asyncio.sleep(max(pause, LEAST_PAUSE))
-
-    async def _post(self, token: str, message: Outgoing, ident: str,
-                    deadline: float) -> HttpResponse:
-        base = self._config.graph_endpoint
-        mailbox = urllib.parse.quote(message.mailbox, safe="")
-        return await self._pool.post(base, HttpRequest(
-            f"{base}/v1.0/users/{mailbox}/sendMail",
-            {"Authorization": f"Bearer {token}", "Content-Type": "text/plain",
-             "Accept": "application/json", "User-Agent": USER_AGENT,
-             "client-request-id": ident}, message.content), deadline)
 
     async def _token(self, application: Application, deadline: float) -> str:
         """Get the token again; the device logged in long ago."""
@@ -2331,8 +3219,20 @@ class Graph:
                                  451, "4.7.0", facts=error.facts) from None
 
 
+def _explain_right(errand: Errand) -> None:
+    """Tell the admin how to give the right to one mailbox."""
+    log_event(logging.WARNING, errand.ident, "no-upload-right", mailbox=errand.mailbox,
+              client=errand.application.client, remedy="in Exchange Online PowerShell: "
+              "New-ManagementScope -Name 'relay uploads' -RecipientRestrictionFilter "
+              f"'UserPrincipalName -eq ''{errand.mailbox}''"
+              "'; New-ManagementRoleAssignment "
+              "-App <object ID of the enterprise application> -Role 'Application "
+              "Mail.ReadWrite' -CustomResourceScope 'relay uploads'; or set "
+              "LARGE_MESSAGES=refuse")
+
+
 # ---------------------------------------------------------------------------
-# §12  TLS
+# §13  TLS
 # ---------------------------------------------------------------------------
 
 TLS_VERSIONS: Mapping[str, ssl.TLSVersion] = {
@@ -2433,7 +3333,7 @@ def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
 
 
 # ---------------------------------------------------------------------------
-# §13  Server
+# §14  Server
 # ---------------------------------------------------------------------------
 
 READ_COMMANDS = 4096            # octets worked on before others have their turn
@@ -2460,6 +3360,7 @@ class Relay:
         self._pool = pool
         self._tokens = Tokens(config, pool)
         self._graph = Graph(config, pool, self._tokens)
+        self.memory = Memory(config.max_memory_for_messages)
 
     def close(self) -> None:
         """Close what is open to Microsoft."""
@@ -2487,17 +3388,24 @@ class Relay:
         log_event(logging.INFO, ident, "auth", user=user, result="ok")
         return application
 
-    async def deliver(self, application: Application, envelope: Envelope,
+    def check_upload(self, application: Application, mailbox: str) -> None:
+        """Raise DeliveryError if it is known that a large message cannot be sent."""
+        if self.config.sender_from == "envelope":       # else the mailbox is not known yet
+            self._graph.check_upload(application, mailbox)
+
+    async def deliver(self, application: Application, login: str, envelope: Envelope,
                       session: str) -> str:
-        """Send a message; returns its id. Raises RelayError."""
+        """Send a message of the user `login`; returns its id. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
         facts: dict[str, object] = {
             "session": session, "sender": envelope.reverse_path,
             "recipients": len(envelope.recipients), "size": len(envelope.message)}
         try:
-            # In a thread: a client may send a header of a million lines.
-            message = await in_thread(functools.partial(make_outgoing, envelope))
-            facts.update(sender=message.mailbox, size=message.size)
+            # In a thread: a header may have a million lines, and a message 150 MB.
+            message = await in_thread(functools.partial(
+                make_outgoing, envelope, self.config, login))
+            facts.update(sender=message.prepared.mailbox, size=message.prepared.size,
+                         attachments=len(message.draft.attachments) if message.draft else None)
             response = await self._graph.send(application, message, ident, deadline)
         except asyncio.CancelledError:
             log_event(logging.WARNING, ident, "cut", **facts,
@@ -2531,8 +3439,10 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._plain_writer = writer     # asyncio closes its transport when it is collected
-        self._session = Session(relay.config, name, trace=self._trace)
+        self._session = Session(relay.config, name, self._trace, relay.memory,
+                                self._check_upload)
         self._application: Application | None = None
+        self._login = ""
         self._timeout = relay.config.client_timeout
         self._progress = 0
         self._deadline = 0.0            # for the command under way
@@ -2555,6 +3465,7 @@ class Connection:
             log.error("%s broken", self.ident, exc_info=True)
             reason = "a defect of the relay"
             self._writer.write(bytes(_BROKEN))
+        self._session.abandon()
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
         await self._hang_up()
 
@@ -2589,11 +3500,12 @@ class Connection:
                 await self._start_tls()
             elif isinstance(event, Authenticate):
                 self._application = await self._relay.log_in(event, self.ident)
+                self._login = event.username
                 self._session.authenticated()
             else:
                 assert self._application is not None    # MAIL needs a login
-                ident = await self._relay.deliver(self._application, event.envelope,
-                                                  self.ident)
+                ident = await self._relay.deliver(self._application, self._login,
+                                                  event.envelope, self.ident)
                 self._session.delivered(f"Accepted by Microsoft 365, id {ident}")
         except RelayError as error:
             self._session.refuse(error.reply)
@@ -2680,9 +3592,15 @@ class Connection:
             await asyncio.wait_for(self._writer.wait_closed(), LINGER)
         self._writer.transport.abort()
 
+    def _check_upload(self, mailbox: str) -> None:
+        assert self._application is not None            # MAIL needs a login
+        self._relay.check_upload(self._application, mailbox)
+
     def _trace(self, mark: str, what: object) -> None:
         if mark == "!":
-            log_event(logging.INFO, self.ident, "refused", reply=what)
+            mends = isinstance(what, Reply) and what.status == "4.3.1"  # by a setting
+            log_event(logging.WARNING if mends else logging.INFO, self.ident, "refused",
+                      reply=what)
         elif log.isEnabledFor(logging.DEBUG):
             log.debug("%s %s %s", self.ident, mark, escaped(what))
 
@@ -2893,12 +3811,17 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 # ---------------------------------------------------------------------------
-# §14  Demo
+# §15  Demo
 # ---------------------------------------------------------------------------
 
-_TOKEN_PATH = re.compile("/[^/]+/oauth2/v2.0/token")
-_SEND_PATH = re.compile("/v1.0/users/([^/]+)/sendMail")
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
+
+
+class DemoDraft(NamedTuple):
+    """A large message of the demo, while it arrives."""
+
+    properties: dict[str, Any]
+    files: list[tuple[dict[str, Any], bytearray]]   # each with its own properties
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
@@ -2907,30 +3830,67 @@ class StandIn(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60                        # seconds
     outbox = pathlib.Path("outbox")
+    drafts: typing.ClassVar[dict[str, DemoDraft]] = {}
 
     def do_POST(self) -> None:
-        """Answer a request for a token or for sendMail."""
+        """Answer a request."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,8}", length):
             self.close_connection = True
             self._answer(411, {"error": {"code": "LengthRequired"}})
             return
         body = self.rfile.read(int(length))
-        sending = _SEND_PATH.fullmatch(self.path)
-        if _TOKEN_PATH.fullmatch(self.path):
-            self._answer(200, {"token_type": "Bearer", "expires_in": 3599,
-                               "access_token": secrets.token_urlsafe()})
-        elif sending:
-            self._send_mail(urllib.parse.unquote(sending[1]), body)
-        else:
-            self._answer(404, {"error": {"code": "ResourceNotFound"}})
+        for method, path, action in ROUTES:
+            match = re.fullmatch(path, self.path)
+            if match and method == self.command:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    action(self, [urllib.parse.unquote(one) for one in match.groups()], body)
+                    return
+                self._answer(400, {"error": {"code": "BadRequest"}})
+                return
+        self._answer(404, {"error": {"code": "ResourceNotFound"}})
 
-    def _send_mail(self, mailbox: str, body: bytes) -> None:
-        try:
-            message = base64.b64decode(body, validate=True)
-        except binascii.Error:
-            self._answer(400, {"error": {"code": "ErrorMimeContentInvalidBase64String"}})
-            return
+    do_PUT = do_DELETE = do_POST        # noqa: N815 - http.server wants these names
+
+    def _give_token(self, path: list[str], body: bytes) -> None:
+        self._answer(200, {"token_type": "Bearer", "expires_in": 3599,
+                           "access_token": secrets.token_urlsafe()})
+
+    def _send_mail(self, path: list[str], body: bytes) -> None:
+        self._keep(path[0], base64.b64decode(body, validate=True))
+
+    def _make_draft(self, path: list[str], body: bytes) -> None:
+        ident = secrets.token_urlsafe()
+        self.drafts[ident] = DemoDraft(json.loads(body), [])
+        self._answer(201, {"id": ident})
+
+    def _attach(self, path: list[str], body: bytes) -> None:
+        properties = json.loads(body)
+        self.drafts[path[1]].files.append(
+            (properties, bytearray(base64.b64decode(properties.pop("contentBytes")))))
+        self._answer(201, {})
+
+    def _open_upload(self, path: list[str], body: bytes) -> None:
+        files = self.drafts[path[1]].files
+        files.append((json.loads(body)["AttachmentItem"], bytearray()))
+        url = f"http://{self.headers['Host']}/upload/{path[1]}/{len(files) - 1}"
+        self._answer(201, {"uploadUrl": url})
+
+    def _take_piece(self, path: list[str], body: bytes) -> None:
+        properties, octets = self.drafts[path[0]].files[int(path[1])]
+        octets += body
+        is_whole = len(octets) == properties["size"]
+        self._answer(201 if is_whole else 200,
+                     {} if is_whole else {"NextExpectedRanges": [str(len(octets))]})
+
+    def _send_draft(self, path: list[str], body: bytes) -> None:
+        self._keep(path[0], _compose(self.drafts.pop(path[1])))
+
+    def _delete_draft(self, path: list[str], body: bytes) -> None:
+        del self.drafts[path[1]]
+        self._answer(204)
+
+    def _keep(self, mailbox: str, message: bytes) -> None:
         ident = decode_uuid(self.headers.get("client-request-id", "")) or str(uuid.uuid4())
         path = self.outbox / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
         try:
@@ -2943,7 +3903,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         self._answer(202)
 
     def _answer(self, status: int, answer: dict[str, Any] | None = None) -> None:
-        body = json.dumps(answer).encode() if answer else b""
+        body = json.dumps(answer).encode() if answer is not None else b""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -2951,6 +3911,44 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing; the relay's log has it."""
+
+
+_MESSAGES = "/v1.0/users/([^/]+)/messages"
+ROUTES = (
+    ("POST", "/[^/]+/oauth2/v2.0/token", StandIn._give_token),
+    ("POST", "/v1.0/users/([^/]+)/sendMail", StandIn._send_mail),
+    ("POST", _MESSAGES, StandIn._make_draft),
+    ("POST", _MESSAGES + "/([^/]+)/attachments", StandIn._attach),
+    ("POST", _MESSAGES + "/([^/]+)/attachments/createUploadSession", StandIn._open_upload),
+    ("PUT", "/upload/([^/]+)/([0-9]+)", StandIn._take_piece),
+    ("POST", _MESSAGES + "/([^/]+)/send", StandIn._send_draft),
+    ("DELETE", _MESSAGES + "/([^/]+)", StandIn._delete_draft),
+)
+
+
+def _compose(draft: DemoDraft) -> bytes:
+    """Write a draft as a message, much as Exchange does."""
+    message = email.message.EmailMessage(email.policy.SMTP)
+    message["Subject"] = draft.properties.get("subject", "")
+    for name, key in (("From", "from"), ("To", "toRecipients"), ("Cc", "ccRecipients"),
+                      ("Bcc", "bccRecipients"), ("Reply-To", "replyTo")):
+        people = draft.properties.get(key, [])
+        people = [one["emailAddress"] for one in (people if type(people) is list else [people])]
+        if people:
+            message[name] = ", ".join(email.utils.formataddr((one.get("name"), one["address"]))
+                                      for one in people)
+    for one in draft.properties.get("internetMessageHeaders", []):
+        message[one["name"]] = one["value"]
+    body = draft.properties["body"]
+    message.set_content(body["content"],
+                        subtype="html" if body["contentType"] == "HTML" else "plain")
+    for properties, octets in draft.files:
+        maintype, _, subtype = properties["contentType"].partition("/")
+        cid = properties.get("contentId")
+        message.add_attachment(
+            bytes(octets), maintype, subtype, filename=properties["name"],
+            disposition="inline" if cid else "attachment", cid=f"<{cid}>" if cid else None)
+    return message.as_bytes()
 
 
 def demo(environ: Mapping[str, str]) -> None:
@@ -2998,7 +3996,84 @@ Stop with Ctrl-C.
 
 
 # ---------------------------------------------------------------------------
-# §15  Command line
+# §16  Explain
+# ---------------------------------------------------------------------------
+#
+# What would become of a message, told without any network by the code that would do it.
+
+def explain(config: Config, message: bytes, sender: str, recipients: Iterable[str]) -> bool:
+    """Print what the relay would do; returns whether it would send the message."""
+    try:
+        outgoing = make_outgoing(_receive(config, message, sender, recipients), config)
+    except RelayError as error:
+        print(f"Refused: {error.reply}")
+        return False
+    prepared = outgoing.prepared
+    print(f"Sent by:  {visible(prepared.mailbox)}\nSent to:")
+    for one in split_header(prepared.header).find(*_ADDRESS_FIELDS):
+        found = _read_field(one)
+        for address in found.addresses if found else []:
+            print(f"  {visible(address.mailbox)}  ({_field_name(one).decode()})")
+    before = b"".join(one.octets for one in prepared.before.fields)
+    edits = list(_edits(before, prepared.header))
+    print("\n".join(["Edits:", *edits] if edits else ["Edits:    none"]))
+    if outgoing.draft is None:
+        print(f"Path:     sendMail, {prepared.size} octets")
+        return True
+    print(f"Path:     a draft, as {prepared.size} octets are more than {GRAPH_MESSAGE_LIMIT}; "
+          f"{len(outgoing.draft.content)} octets of text, and")
+    for attachment in outgoing.draft.attachments:
+        print(f"  {visible(attachment.name)}  ({attachment.part.media_type}, "
+              f"{attachment.size} octets, "
+              f"{'by upload session' if attachment.is_large else 'in one request'}"
+              f"{', within the text' if attachment.content_id else ''})")
+    return True
+
+
+def _receive(config: Config, message: bytes, sender: str,
+             recipients: Iterable[str]) -> Envelope:
+    """Say to a Session what a device would. Raises RelayError with its refusal."""
+    session = Session(config, "explain")
+    session.tls_started()
+    session.authenticated()
+    utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
+    for line in ("EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
+                 *(f"RCPT TO:<{one}>" for one in recipients), "DATA"):
+        _say(session, line.encode("utf-8", "surrogateescape") + b"\r\n")
+    stuffed = b"".join([b"." * message.startswith(b"."),
+                        message.replace(b"\r\n.", b"\r\n.."),
+                        b"" if not message or message.endswith(b"\r\n") else b"\r\n"])
+    event = _say(session, stuffed + b".\r\n")
+    assert isinstance(event, Deliver)   # anything else has raised
+    return event.envelope
+
+
+def _say(session: Session, octets: bytes) -> Event | None:
+    session.receive(octets)
+    event = session.next_event()
+    reply = session.output().decode().splitlines()
+    if reply and reply[-1][:1] in ("4", "5"):
+        code, status, text = reply[-1].split(" ", 2)
+        raise RelayError(text, int(code), status)
+    return event
+
+
+def _edits(before: bytes, after: bytes) -> Iterator[str]:
+    """Compare two headers by their lines."""
+    old, new = before.split(b"\r\n"), after.split(b"\r\n")
+    for kind, *at in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind != "equal":
+            yield from (f"  - {visible(decode_text(line))}" for line in old[at[0]:at[1]])
+            yield from (f"  + {visible(decode_text(line))}" for line in new[at[2]:at[3]])
+
+
+def visible(text: str) -> str:
+    """Make a text one line that shows all there is in it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# ---------------------------------------------------------------------------
+# §17  Command line
 # ---------------------------------------------------------------------------
 
 def serve(environ: Mapping[str, str]) -> None:
@@ -3012,10 +4087,18 @@ def serve(environ: Mapping[str, str]) -> None:
         run(config)
 
 
-SUBCOMMANDS: Mapping[str, Callable[[Mapping[str, str]], None]] = {
-    "serve": serve,
-    "demo": demo,
-}
+def run_explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
+    """Print what would become of a file. Raises ConfigError."""
+    addresses = [arguments.sender, *arguments.recipients]
+    if not all(one.isprintable() for one in addresses):
+        raise ConfigError("an address holds control characters")
+    try:
+        message = pathlib.Path(arguments.file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{arguments.file}: cannot be read: {error.strerror}") from None
+    sys.stdout.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]
+    config = Config.from_environ(environ)
+    return 0 if explain(config, message, arguments.sender, arguments.recipients) else 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3027,9 +4110,23 @@ def build_parser() -> argparse.ArgumentParser:
                f"{settings_help()}\n\nHTTPS_PROXY, NO_PROXY and SSL_CERT_FILE work as in "
                "other programs.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("command", nargs="?", choices=list(SUBCOMMANDS), default="serve",
-                        help="serve (the default), or demo: try the relay without an "
-                        "account, in front of a stand-in for Microsoft")
+    parser.set_defaults(run=lambda environ, arguments: serve(environ))
+    commands = parser.add_subparsers(metavar="command")
+    serving = commands.add_parser("serve", help="run the relay; this is the default")
+    serving.set_defaults(run=lambda environ, arguments: serve(environ))
+    trying = commands.add_parser("demo", help="try the relay without an account, in front of "
+                                              "a stand-in for Microsoft")
+    trying.set_defaults(run=lambda environ, arguments: demo(environ))
+    explaining = commands.add_parser(
+        "explain", help="show what would become of a message, without any network",
+        description="Show what would become of a message, without any network. Exit status: "
+                    "0 it would be sent, 1 it would be refused, 2 it cannot be told.")
+    explaining.add_argument("file", metavar="FILE.eml")
+    explaining.add_argument("--from", dest="sender", metavar="ADDRESS", required=True,
+                            help="the sender, as in MAIL FROM; may be empty")
+    explaining.add_argument("--to", dest="recipients", metavar="ADDRESS", required=True,
+                            action="append", help="a recipient, as in RCPT TO; repeatable")
+    explaining.set_defaults(run=run_explain)
     return parser
 
 
@@ -3037,14 +4134,13 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit status."""
     arguments = build_parser().parse_args(argv)
     try:
-        SUBCOMMANDS[arguments.command](os.environ)
+        return arguments.run(os.environ, arguments) or 0
     except ConfigError as error:
-        print(f"smtp_oauth_relay: settings that cannot be used:\n{error}", file=sys.stderr)
+        print(f"smtp_oauth_relay: what was given cannot be used:\n{error}", file=sys.stderr)
         return 2
     except StartError as error:
         print(f"smtp_oauth_relay: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":
