@@ -1595,7 +1595,8 @@ def edit_recipients(edit: HeaderEdit, recipients: Mapping[str, str], policy: str
     """
     indexes = edit.find(*_ADDRESS_FIELDS)
     is_sane = sum(len(edit.lines[index]) for index in indexes) <= MAX_ADDRESSES
-    read = {index: _read_field(edit.fields[index]) if is_sane else None for index in indexes}
+    read = {index: _read_field(edit.fields[index]) if is_sane else None
+            for index in indexes}
     if policy == "refuse":
         _refuse_others(edit, read, recipients)
     keeps = policy == "keep"
@@ -2045,8 +2046,10 @@ def _find_parts(part: Part, counter: Iterator[int], depth: int) -> Found:
         return Found(part, []) if part.is_text else Found(None, [part])
     found = []
     for begin, end in _split_parts(part):
-        header = split_header(part.message, begin, end, _PART_FIELDS.__contains__)
-        begin = header.end
+        # The CRLF of the next delimiter may be that of the last field.
+        header = split_header(part.message, begin, min(end + 2, part.end),
+                              _PART_FIELDS.__contains__)
+        begin = min(header.end, end)
         begin += 2 * (part.message[begin:min(begin + 2, end)] == b"\r\n")
         child = _read_part(header.fields, part.message, begin, end)
         found.append(_find_parts(child, counter, depth + 1))

@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import pathlib
+import quopri
 import random
 import re
 import shutil
@@ -1259,6 +1260,341 @@ class RecipientTests(unittest.TestCase):
         many = ",".join(f"u{number}@x.y" for number in range(40_000))
         self.assertEqual(deliver_to(f"To: {many}\r\n", "u1@x.y"),
                          f"Bcc: u1@x.y\r\nX-Original-To: {many}\r\n\r\nText\r\n")
+
+
+# ---------------------------------------------------------------------------
+# §7  Large messages
+# ---------------------------------------------------------------------------
+
+def take_apart(message: bytes, *recipients: str, **settings: str) -> relay.Draft:
+    """Make a draft of a message, however small it is."""
+    recipients = recipients or ("a@x.y",)
+    message = message.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    envelope = relay.Envelope(SENDER, {relay.comparable(one): one for one in recipients},
+                              bytearray(message))
+    return relay.make_draft(envelope.message,
+                            relay.prepare(envelope, make_config(**settings), ""))
+
+
+def octets_of(attachment: relay.Attachment) -> bytes:
+    """The decoded octets of an attachment."""
+    octets = b"".join(attachment.part.pieces())
+    assert len(octets) == attachment.size
+    return octets
+
+
+def multipart(subtype: str, *parts: str, header: str = "") -> str:
+    """A part with parts; the boundary depends on them."""
+    mark = f"b{len(''.join(parts))}"
+    return (f"{header}Content-Type: multipart/{subtype}; boundary=\"{mark}\"\n\n"
+            + "".join(f"--{mark}\n{part}\n" for part in parts) + f"--{mark}--\n")
+
+
+PDF = ("Content-Type: application/pdf; name=scan.pdf\nContent-Transfer-Encoding: base64\n"
+       "Content-Disposition: attachment; filename=scan.pdf\n\nJVBERi0x\n")
+PLAIN = "Content-Type: text/plain; charset=utf-8\n\nHello\n"
+HTML = "Content-Type: text/html\n\n<p>Hello <img src=\"cid:logo%40x.y\"></p>\n"
+IMAGE = ("Content-Type: image/png\nContent-ID: <Logo@x.y>\nContent-Transfer-Encoding: base64\n"
+         "\niVBORw==\n")
+
+
+class DraftTests(unittest.TestCase):
+    """What a message becomes as a draft: nothing is lost, or it is refused."""
+
+    def test_the_structure(self) -> None:
+        def shape(draft: relay.Draft) -> tuple[Any, ...]:
+            body = json.loads(draft.content)["body"]
+            return (body["contentType"], body["content"].strip(),
+                    *(f"{one.name} {one.part.media_type} {octets_of(one)!r} {one.content_id}"
+                      for one in draft.attachments))
+        pdf, logo = "scan.pdf application/pdf b'%PDF-1' ", "b'\\x89PNG' Logo@x.y"
+        html = '<p>Hello <img src="cid:logo%40x.y"></p>'
+        for message, wanted in (
+                ("\nHello\n", ("Text", "Hello")),
+                ("", ("Text", "")),
+                (HTML, ("HTML", html)),
+                (PDF, ("Text", "", pdf)),
+                (multipart("mixed", PLAIN, PDF), ("Text", "Hello", pdf)),
+                (multipart("mixed", PDF, PLAIN), ("Text", "Hello", pdf)),
+                (multipart("mixed", "\nno header\n", PDF), ("Text", "no header", pdf)),
+                (multipart("alternative", PLAIN, HTML), ("HTML", html)),
+                (multipart("alternative", HTML, PLAIN), ("HTML", html)),
+                (multipart("alternative", PLAIN, PLAIN.replace("Hello", "Better")),
+                 ("Text", "Better")),
+                (multipart("mixed", multipart("alternative", PLAIN, multipart(
+                    "related", HTML, IMAGE)), PDF),
+                 ("HTML", html, f"ATT00001.png image/png {logo}", pdf)),
+                # An image that the text does not show must not be hidden.
+                (multipart("mixed", PLAIN, IMAGE),
+                 ("Text", "Hello", "ATT00001.png image/png b'\\x89PNG' ")),
+                # Apple Mail: text, file, text. All of it arrives.
+                (multipart("alternative", PLAIN, multipart("mixed", HTML, PDF, HTML)),
+                 ("HTML", html, pdf,
+                  f"ATT00002.html text/html {(html + chr(13) + chr(10))!r} ".replace(
+                      repr(html + "\r\n"), repr((html + "\r\n").encode())))),
+                (multipart("mixed", PLAIN, HTML),
+                 ("Text", "Hello", f"ATT00001.html text/html {(html + chr(13) + chr(10)).encode()!r} ")),
+                # A text that says it is a file is one.
+                (multipart("mixed", "Content-Disposition: attachment\n\nlog\n", PLAIN),
+                 ("Text", "Hello", "ATT00001.txt text/plain b'log\\r\\n' ")),
+                (multipart("mixed", "Content-Type: text/plain; name=a.txt\n\nlog\n"),
+                 ("Text", "", "a.txt text/plain b'log\\r\\n' ")),
+                # A forwarded message stays whole, boundaries and all.
+                (multipart("mixed", PLAIN, "Content-Type: message/rfc822\n\n" + PLAIN),
+                 ("Text", "Hello", "ATT00001.eml message/rfc822 b'Content-Type: text/plain; "
+                                   "charset=utf-8\\r\\n\\r\\nHello\\r\\n' ")),
+                # An invitation as a file is a file.
+                (multipart("mixed", PLAIN, "Content-Type: text/calendar\nContent-Disposition: "
+                           "attachment; filename=a.ics\n\nBEGIN\n"),
+                 ("Text", "Hello", "a.ics text/calendar b'BEGIN\\r\\n' ")),
+                # Unknown multiparts count as mixed, RFC 2046 section 5.1.3.
+                (multipart("x-odd", PLAIN, PDF), ("Text", "Hello", pdf)),
+                ("Content-Type: nonsense\nContent-Transfer-Encoding: base64\n\nJVBERi0x\n",
+                 ("Text", "", "ATT00001.bin application/octet-stream b'%PDF-1' ")),
+                ("CONTENT-TYPE: TEXT/HTML; CHARSET=\"UTF-8\"\n\n<b>\n", ("HTML", "<b>"))):
+            with self.subTest(message):
+                self.assertEqual(shape(take_apart(message.encode())), wanted)
+
+    def test_boundaries(self) -> None:
+        """RFC 2046 section 5.1.1, and what is made of less."""
+        head = b"Content-Type: multipart/mixed; boundary=\"b c\"\n\n"
+        for body, wanted in (
+                (b"--b c\n\none\n--b c\n\ntwo\n--b c--\n", [b"one", b"two"]),
+                (b"preamble\n--b c\n\none\n--b c--\nepilogue\n--b c\n\nno\n", [b"one"]),
+                (b"--b c \t\n\none\n--b c--  \n", [b"one"]),
+                # It must stand at the begin of a line, and alone.
+                (b"--b c\n\none --b c\n --b c\n--b cd\n--b c-\n--b c--\n",
+                 [b"one --b c\r\n --b c\r\n--b cd\r\n--b c-"]),
+                # The last delimiter is missing.
+                (b"--b c\n\none\n--b c\n\ntwo\n", [b"one", b"two\r\n"]),
+                (b"--b c\n\none\n--b c", [b"one"]),
+                # The CRLF before a delimiter belongs to it; empty parts are parts.
+                (b"--b c\n\none\n\n--b c\n--b c\n\n\n--b c--", [b"one\r\n", b"", b""]),
+                # A header that no empty line ends, and one that is none.
+                (b"--b c\nX: y\n--b c--", [b""]),
+                (b"--b c\njust text\n--b c--", [b"just text"])):
+            with self.subTest(body):
+                message = head + body
+                draft = take_apart(message)
+                found = [json.loads(draft.content)["body"]["content"].encode(),
+                         *map(octets_of, draft.attachments)]
+                self.assertEqual(found, wanted)
+        # A part within, the boundary of which begins with that of the whole.
+        inner = multipart("mixed", PLAIN).replace('"b' + str(len(PLAIN)), '"b cd').replace(
+            f"--b{len(PLAIN)}", "--b cd")
+        draft = take_apart(head + b"--b c\n" + inner.encode() + b"--b c--\n")
+        self.assertEqual(json.loads(draft.content)["body"]["content"], "Hello\r\n")
+
+    def test_names(self) -> None:
+        for field, wanted in (
+                ("Content-Disposition: attachment; filename=\"a b.pdf\"", "a b.pdf"),
+                ("Content-Disposition: attachment; filename*=UTF-8''%c3%bc%20b.pdf",
+                 "\u00fc b.pdf"),
+                ("Content-Disposition: attachment;\n filename*0*=iso-8859-1'de'%fc;\n"
+                 " filename*1=b.pdf", "\u00fcb.pdf"),
+                ("Content-Disposition: attachment; filename=\"=?utf-8?B?w7wucGRm?=\"",
+                 "\u00fc.pdf"),
+                ("Content-Type: x/y; name=\"=?iso-8859-1?Q?=FC=2Epdf?=\"", "\u00fc.pdf"),
+                ("Content-Disposition: attachment; filename=\"\u00fc.pdf\"", "\u00fc.pdf"),
+                ("Content-Disposition: attachment; filename=\"\udcfc.pdf\"", "\u00fc.pdf"),
+                ("Content-Disposition: attachment; filename=\"C:\\\\scan\\\\a.pdf\"",
+                 "C:\\scan\\a.pdf"),
+                ("Content-Disposition: attachment; filename*=utf-8''a%0d%0ab%00.pdf",
+                 "a__b_.pdf"),
+                ("Content-Disposition: attachment; filename=" + "x" * 300 + ".pdf",
+                 "x" * 251 + ".pdf"),
+                # Nonsense is no name; it is none of our defects either.
+                ("Content-Disposition: attachment; filename*=no-such-charset''%ff", "\u00ff"),
+                ("Content-Disposition: attachment; filename*" + "9" * 5000 + "*=x", None),
+                ("Content-Disposition: attachment; filename*=a%00b''%ff", None),
+                ("Content-Disposition: attachment; filename==?x?b?=?=", None),
+                ("Content-Disposition: attachment", "ATT00001.txt")):
+            with self.subTest(field):
+                message = multipart("mixed", PLAIN, f"{field}\n\nx\n")
+                attachment, = take_apart(message.encode("utf-8", "surrogateescape")).attachments
+                if wanted is not None:
+                    self.assertEqual(attachment.name, wanted)
+                json.loads(attachment.as_json())
+
+    def test_encodings(self) -> None:
+        for encoding, text, wanted in (
+                ("base64", b"QUJD\r\nRA==", b"ABCD"), ("BASE64", b"QUJD\r\nRA=", b"ABCD"),
+                ("base64", b"QUJDRA", b"ABCD"), ("base64", b"Q U-J*D\r\n\r\nRA==\r\n..", b"ABCD"),
+                ("base64", b"", b""), ("base64 (x)", b"QQ==", b"A"), ("", b"=41", b"=41"),
+                ("quoted-printable", b"=41b=\r\nc\r\n=C3=BC", b"Abc\r\n\xc3\xbc"),
+                ("Quoted-Printable", b"=4 =zz", b"=4 =zz"), ("8bit", b"\xfc\0", b"\xfc\0"),
+                ("7bit", b"=41", b"=41"), ("binary", b"x", b"x"),
+                # What readers read differently is not guessed.
+                ("base64", b"QQ==QQ==", None), ("base64", b"QQ=\r\n=QQ==", None),
+                ("base64", b"QUJDR", None), ("x-uuencode", b"begin 644", None)):
+            with self.subTest(encoding, text=text):
+                message = (b"Content-Disposition: attachment\nContent-Transfer-Encoding: "
+                           + encoding.encode() + b"\n\n" + text)
+                if wanted is None:
+                    with self.assertRaises(relay.Unsayable):
+                        take_apart(message)
+                else:
+                    attachment, = take_apart(message).attachments
+                    self.assertEqual(octets_of(attachment), wanted)
+
+    def test_pieces_are_below_4_megabytes_and_cut_no_character(self) -> None:
+        chance = random.Random(7)
+        scan = bytes(chance.getrandbits(8) for _ in range(100_000)) * 80
+        one_line = base64.b64encode(scan)
+        for encoding, text in (
+                ("base64", base64.encodebytes(scan)), ("base64", one_line),
+                ("base64", one_line[:5] + b"\n" * 4_000_000 + one_line[5:]),
+                ("quoted-printable", (b"=%02X" * 26 % tuple(range(26)) + b"=\n") * 100_000),
+                ("quoted-printable", b"=41=42" * 1_500_000),
+                ("quoted-printable", b"a=41=42" * 1_300_000),
+                ("8bit", b"x" * 8_000_001), ("binary", b"line\n" * 1_500_000)):
+            with self.subTest(encoding, text=text[:20]):
+                message = (f"Content-Type: x/y\nContent-Transfer-Encoding: {encoding}\n\n"
+                           .encode() + text)
+                attachment, = take_apart(message).attachments
+                pieces = list(attachment.part.pieces())
+                self.assertLess(max(map(len, pieces)), 4_000_000)
+                self.assertGreater(len(pieces), 1)
+                text = text.replace(b"\n", b"\r\n")
+                wanted = {"base64": lambda: scan, "quoted-printable": lambda: quopri.decodestring(
+                    text)}.get(encoding, lambda: text)()
+                self.assertEqual(b"".join(pieces), wanted)
+                self.assertEqual(attachment.size, len(wanted))
+
+    def test_the_properties(self) -> None:
+        draft = take_apart(
+            "From: =?utf-8?Q?J=C3=B6rg?= <scanner@example.com>\nSubject: =?utf-8?B?w7w=?=\n =?utf-8"
+            "?B?w7w=?= scan\nTo: \"A, B\" <a@x.y>, (Bob) b@x.y, o@x.y\nCc: Team: c@x.y;\n"
+            "Reply-To: =?utf-8?Q?=C3=BC?= <r@x.y>, s@x.y\nMessage-ID: <id@x.y>\nX-One: 1\n"
+            "Importance: High\nX-Two: =?utf-8?Q?=C3=BC?=\nX-Empty:\nx-three: 3\n folded\n"
+            "X-Ms-Exchange-Organization: no\nX-One: again\nX-4: 4\nX-5: 5\nX-6: 6\n\nText\n"
+            .encode(), "a@x.y", "b@x.y", "c@x.y", "h@x.y")
+        self.assertEqual(json.loads(draft.content), {
+            "subject": "\u00fc\u00fc scan",
+            "from": {"emailAddress": {"address": SENDER, "name": "J\u00f6rg"}},
+            "toRecipients": [{"emailAddress": {"address": "a@x.y", "name": "A, B"}},
+                             {"emailAddress": {"address": "b@x.y", "name": "Bob"}}],
+            "ccRecipients": [{"emailAddress": {"address": "c@x.y"}}],
+            "bccRecipients": [{"emailAddress": {"address": "h@x.y"}}],
+            "replyTo": [{"emailAddress": {"address": "r@x.y", "name": "\u00fc"}},
+                        {"emailAddress": {"address": "s@x.y"}}],
+            "importance": "high", "internetMessageId": "<id@x.y>",
+            "internetMessageHeaders": [
+                {"name": "X-Original-To", "value": "o@x.y"}, {"name": "X-One", "value": "1"},
+                {"name": "X-Two", "value": "\u00fc"}, {"name": "x-three", "value": "3 folded"},
+                {"name": "X-4", "value": "4"}],
+            "body": {"contentType": "Text", "content": "Text\r\n"}})
+        self.assertEqual(draft.attachments, [])
+        # What is not there is not said.
+        self.assertEqual(set(json.loads(take_apart(b"\nText\n").content)),
+                         {"from", "bccRecipients", "body"})
+        for field, wanted in (("Importance: low", "low"), ("X-Priority: 1 (Highest)", "high"),
+                              ("X-Priority: 3", None), ("Priority: urgent", "high"),
+                              ("Priority: non-urgent", "low"), ("Importance: odd", None),
+                              ("X-MSMail-Priority: High", "high")):
+            content = json.loads(take_apart(f"{field}\n\n".encode()).content)
+            self.assertEqual(content.get("importance"), wanted, field)
+
+    def test_the_text(self) -> None:
+        for head, text, wanted in (
+                ("", "\u00fc".encode(), "\u00fc"), ("", b"\xfc \x80", "\u00fc \u20ac"),
+                ("; charset=iso-8859-1", b"\xfc", "\u00fc"),
+                ("; charset=us-ascii", b"\xfc", "\u00fc"),
+                ("; charset=utf-16", "\u00fc".encode("utf-16"), "\u00fc"),
+                ("; charset=utf-8", b"\xfc\x81", "\u00fc\x81"),
+                ("; charset=no-such", b"\xfc", "\u00fc"), ("; charset=zlib", b"x", "x"),
+                ("; charset=\"a\0b\"", b"x", "x"), ("; charset=undefined", b"x", "x")):
+            with self.subTest(head, text=text):
+                message = f"Content-Type: text/plain{head}\n\n".encode() + text
+                self.assertEqual(json.loads(take_apart(message).content)["body"]["content"],
+                                 wanted)
+
+    def test_what_cannot_be_said_is_refused_and_the_reason_given(self) -> None:
+        deep = PLAIN
+        for _ in range(21):
+            deep = multipart("mixed", deep)
+        for message, word in (
+                (multipart("signed", PLAIN, PDF), "is signed"),
+                (multipart("mixed", multipart("signed", PLAIN, PDF), PLAIN), "is signed"),
+                (multipart("encrypted", PLAIN, PDF), "is encrypted"),
+                ("Content-Type: application/pkcs7-mime; name=smime.p7m\n\nx", "encrypted"),
+                ("Content-Type: Application/X-PKCS7-MIME\n\nx", "encrypted"),
+                (multipart("alternative", PLAIN, "Content-Type: text/calendar\n\nBEGIN"),
+                 "calendar invitation"),
+                (multipart("report", PLAIN, PDF), "report"), (multipart("digest", PLAIN), "digest"),
+                ("Content-Type: message/partial; id=x\n\nx", "a part of another"),
+                ("Content-Type: application/ms-tnef\n\nx", "Outlook"),
+                ("Content-Type: multipart/mixed\n\n--b\n\nx", "told apart"),
+                ("Content-Type: multipart/mixed; boundary=c\n\n--b\n\nx", "told apart"),
+                (deep, "too many parts"), (multipart("mixed", *[PLAIN] * 251), "too many parts"),
+                (multipart("mixed", f"Content-Type: x/y; a=\"{'x' * 17_000}\"\n\nx"), "too long"),
+                ("Content-Transfer-Encoding: 8 bit\n\nx", "encoding"),
+                ("\n" + "x" * 4_194_304, "text that is too large"),
+                ("\n" + "\u00fc" * 2_097_152, "text that is too large"),
+                ("\n" + "x" * 12_582_913, "text that is too large"),
+                ("Subject: x\n\n" + "\n" * 1_048_576, "text that is too large")):
+            with self.subTest(message[:70]), self.assertRaises(relay.Unsayable) as caught:
+                take_apart(message.encode())
+            with self.subTest(message[:70]):
+                reply = str(caught.exception.reply)
+                self.assertTrue(reply.startswith("552 5.3.4 "))
+                self.assertIn(word, reply)
+        # The limits themselves are all right.
+        take_apart(multipart("mixed", *[PLAIN] * 249).encode())
+        take_apart(b"\n" + b"x" * 4_194_000)
+
+    def test_many_delimiters_take_no_quadratic_time_and_no_recursion(self) -> None:
+        head = b"Content-Type: multipart/mixed; boundary=b\n\n"
+        for body in (b"--b\n" * 500_000, b"--b x\n" * 500_000, b"--" * 1_000_000):
+            with self.subTest(body[:10]), self.assertRaises(relay.Unsayable):
+                take_apart(head + body)
+        for field in ("Subject: " + "=?a?q?" * 50_000, "From: " + "(" * 50_000,
+                      "X-A: " + "=?utf-8?q?" * 3000 + "?=", "Subject: =?utf-8?b?x?="):
+            with self.subTest(field[:20]):
+                json.loads(take_apart(f"{field}\n\nText\n".encode()).content)
+
+    def test_random_mime(self) -> None:
+        """It is refused, or what the standard library finds is all there."""
+        pieces = ["Content-Type: multipart/mixed; boundary=b\n", "Content-Type: text/html\n",
+                  "Content-Type: multipart/alternative; boundary=c\n", "--b\n", "--b--\n",
+                  "--c\n", "--c--\n", "\n", "\n", "text\n", "Content-Type: x/y; name=a\n",
+                  "Content-Transfer-Encoding: base64\n", "QUJD\n", "Content-Type: text/plain\n",
+                  "Content-Transfer-Encoding: quoted-printable\n", "=41=\n", "junk\n", " f\n",
+                  "Content-Disposition: attachment; filename*0*=\n", "Content-ID: <x>\n",
+                  "To: o@x.y\n", "From: \udcff <\n", "=?utf-8?q?=FF?=\n"]
+        chance = random.Random(33)
+        drafts = 0
+        for number in range(4000):
+            text = "".join(chance.choices(pieces, k=chance.randrange(25)))
+            message = text.encode("utf-8", "surrogateescape")
+            with self.subTest(number, message=message):
+                try:
+                    draft = take_apart(message)
+                except relay.Unsayable:
+                    continue
+                drafts += 1
+                content = json.loads(draft.content)
+                self.assertEqual(content["bccRecipients"],
+                                 [{"emailAddress": {"address": "a@x.y"}}])
+                self.assertNotIn("toRecipients", content)
+                for attachment in draft.attachments:
+                    octets_of(attachment)
+                    json.loads(attachment.as_json())
+        self.assertGreater(drafts, 1000)
+
+
+class Base64Tests(unittest.TestCase):
+    """Base64 that is made while it is sent."""
+
+    def test_it_is_the_base64_of_the_whole(self) -> None:
+        for first in (b"", b"a", b"ab", b"abc", b"x" * 1000):
+            for size in (0, 1, 2, 3, 58_367, 58_368, 58_369, 200_000):
+                rest = os.urandom(size)
+                encoded = relay.Base64(first, memoryview(rest))
+                for _ in range(2):              # it can be sent again
+                    text = b"".join(encoded)
+                    self.assertEqual(text, base64.b64encode(first + rest))
+                    self.assertEqual(len(text), len(encoded))
 
 
 # ---------------------------------------------------------------------------
