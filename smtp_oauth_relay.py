@@ -1840,6 +1840,8 @@ _MEDIA_TYPE = re.compile(r"\s*([\w.+-]+/[\w.+-]+)", re.A)
 _WORD = re.compile(r"\s*([\w.-]*)", re.A)
 _CHARSET = re.compile(r"[\w.:-]{1,40}", re.A)
 _CID = re.compile(r"""cid:([^"'\s<>)]+)""", re.I)
+_ENCODED_WORD = r"=\?[^?\s]+\?[bq]\?[^?]*\?="
+_ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.I)
 _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
 
 UNSAYABLE: Mapping[str, str] = {
@@ -2135,12 +2137,18 @@ def _unfolded(one: Field) -> str:
 
 def _decoded(text: str) -> str:
     """Decode encoded words, RFC 2047."""
-    if text.count("=?") not in range(1, MAX_ENCODED_WORDS):
+    if text.count("=?") > MAX_ENCODED_WORDS:
         return text
+    return _ENCODED_WORDS.sub(_decode_words, text)
+
+
+def _decode_words(match: re.Match[str]) -> str:
+    """Decode a run of words; a character may begin in one and end in the next."""
     try:
-        return str(email.header.make_header(email.header.decode_header(text)))
-    except (ValueError, LookupError, email.errors.MessageError):
-        return text
+        return "".join(decode_text(octets, charset or "")
+                       for octets, charset in email.header.decode_header(match[0]))
+    except (ValueError, TypeError, email.errors.MessageError):
+        return match[0]
 
 
 def _make_name(number: int, media_type: str) -> str:

@@ -38,7 +38,7 @@ import time
 import unittest
 import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NamedTuple
 
 import smtp_oauth_relay as relay
@@ -872,6 +872,94 @@ class DataTests(SessionCase):
                          ("x@b.c", ["y@b.c"], b"second\r\n"))
 
 
+class SizeTests(SessionCase):
+    """SIZE is honest, and messages share the memory that there is."""
+
+    def test_what_is_advertised_and_what_is_taken(self) -> None:
+        for settings, limit in (({}, 36_700_160), ({"MAX_MESSAGE_SIZE": "157286400"}, 157_286_400),
+                                ({"MAX_MESSAGE_SIZE": "5000"}, 5000),
+                                ({"LARGE_MESSAGES": "refuse"}, 3_145_728),
+                                ({"LARGE_MESSAGES": "refuse", "MAX_MESSAGE_SIZE": "5000"}, 5000)):
+            with self.subTest(settings):
+                dialogue = self.start(b"EHLO x\r\n" + LOGIN, secure=True, **settings)
+                self.assertIn(b"250-SIZE %d\r\n" % limit, dialogue.said)
+                said = dialogue.feed(b"MAIL FROM:<a@b.c> SIZE=%d\r\nRSET\r\n" % limit
+                                     + b"MAIL FROM:<a@b.c> SIZE=%d\r\n" % (limit + 1))
+                self.assertEqual(codes(said), [250, 250, 552])
+                self.assertEqual(b"LARGE_MESSAGES=refuse" in said, limit == 3_145_728)
+
+    def test_more_than_the_memory_is_refused_for_now_and_others_notice_nothing(self) -> None:
+        memory = relay.Memory(10_000)
+
+        def begin() -> Dialogue:
+            dialogue = Dialogue(tls_config(), secure=True, memory=memory)
+            dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + RCPT + b"DATA\r\n")
+            return dialogue
+        line = b"x" * 998 + b"\r\n"
+        first, second = begin(), begin()
+        first.feed(line * 6)
+        self.assertEqual(memory.free, 4002)             # the last CRLF may begin the end
+        # Who announces too much is told at once, who sends too much at the end.
+        third = Dialogue(tls_config(), secure=True, memory=memory)
+        said = third.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<a@b.c> SIZE=4003\r\n"
+                          + b"MAIL FROM:<a@b.c> SIZE=4002\r\n")
+        self.assertEqual(codes(said)[-2:], [452, 250])
+        self.assertIn(b"452 4.3.1 ", said)
+        second.feed(line * 5)
+        self.assertEqual(memory.free, 4002)             # nothing is kept of it
+        second.feed(line * 100)
+        self.assertIn(b"452 4.3.1 ", second.feed(b".\r\n"))
+        first.feed(b"y" * 3998 + b"\r\n")
+        self.assertEqual(memory.free, 2)
+        self.assertEqual(codes(first.feed(b".\r\n")), [250])
+        self.assertEqual(len(first.messages[0]), 10_000)
+        self.assertEqual(memory.free, 10_000)
+        self.assertEqual(codes(second.feed(MAIL + RCPT + b"DATA\r\n" + line + b".\r\n")),
+                         [250, 250, 354, 250])
+
+    def test_memory_is_given_back_whatever_ends_a_message(self) -> None:
+        def refuse(session: relay.Session, event: relay.Event) -> None:
+            if isinstance(event, relay.Deliver):
+                session.refuse(relay.Reply(451, "4.3.0", "no"))
+            else:
+                accept(session, event)
+        for name, end in (("accepted", lambda one: one.feed(b".\r\n")),
+                          ("hung up", lambda one: (one.session.receive_eof(), one.work())),
+                          ("timed out", lambda one: one.session.end(
+                              relay.Reply(421, "4.4.2", "late"), "late")),
+                          ("aborted", lambda one: one.session.abandon()),
+                          ("too large", lambda one: one.feed(b"x" * 10_000))):
+            for answer in (accept, refuse):
+                memory = relay.Memory(100_000)
+                dialogue = Dialogue(tls_config(MAX_MESSAGE_SIZE="5000"), secure=True,
+                                    memory=memory, answer=answer)
+                dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + RCPT + b"DATA\r\nabc\r\ndef\r\n")
+                self.assertEqual(memory.free, 100_000 - 8)      # CRLF may begin the end
+                end(dialogue)
+                with self.subTest(name, answer=answer):
+                    self.assertEqual(memory.free, 100_000)
+        # It is taken until the answer to the message.
+        memory = relay.Memory(100_000)
+        dialogue = Dialogue(tls_config(), secure=True, memory=memory,
+                            answer=lambda session, event: memory.check(100_000 - 5)
+                            if isinstance(event, relay.Deliver) and memory.free == 100_000 - 5
+                            else accept(session, event))
+        dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + RCPT + b"DATA\r\nabc\r\n.\r\n")
+        self.assertEqual(memory.free, 100_000 - 5)
+
+    def test_what_is_known_to_be_in_vain_is_refused_before_it_is_transferred(self) -> None:
+        asked = []
+
+        def check(mailbox: str) -> None:
+            asked.append(mailbox)
+            raise relay.DeliveryError("no right", 552, "5.3.4")
+        dialogue = Dialogue(tls_config(), secure=True, check_upload=check)
+        said = dialogue.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<a@b.c> SIZE=3145729\r\n"
+                             + b"MAIL FROM:<a@b.c> SIZE=3145728\r\n")
+        self.assertEqual(codes(said)[-2:], [552, 250])
+        self.assertEqual(asked, ["a@b.c"])
+
+
 class StartTlsTests(SessionCase):
     """RFC 3207 section 4.2: what was said in the clear is forgotten."""
 
@@ -1408,6 +1496,10 @@ class DraftTests(unittest.TestCase):
                 ("Content-Disposition: attachment; filename*" + "9" * 5000 + "*=x", None),
                 ("Content-Disposition: attachment; filename*=a%00b''%ff", None),
                 ("Content-Disposition: attachment; filename==?x?b?=?=", None),
+                # Encoded words where RFC 2047 wants none, but everybody writes them.
+                ("Content-Disposition: attachment; filename==?utf-8?B?w7w=?=.tif", "\u00fc.tif"),
+                ("Content-Disposition: attachment; filename=\"\u20ac =?utf-8?Q?=C3?= "
+                 "=?utf-8?Q?=BC?= C:\\\\users\"", "\u20ac \u00fc C:\\users"),
                 ("Content-Disposition: attachment", "ATT00001.txt")):
             with self.subTest(field):
                 message = multipart("mixed", PLAIN, f"{field}\n\nx\n")
@@ -2300,6 +2392,20 @@ class Client(smtplib.SMTP):
         code, text = self.data(message)
         return f"{code} {text.decode()}"
 
+    def post_octets(self, message: bytes, sender: str, recipients: Iterable[str]) -> str:
+        """Send a message whose lines end as they do; returns the last reply."""
+        utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
+        self.command_encoding = "utf-8"
+        for line in (f"MAIL FROM:<{sender}>{utf8}", *(f"RCPT TO:<{one}>" for one in recipients),
+                     "DATA"):
+            reply = self.say(line)
+            if reply[0] not in "23":
+                return reply
+        stuffed = (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
+        self.sock.sendall(stuffed + b".\r\n")
+        code, text = self.getreply()
+        return f"{code} {text.decode()}"
+
     def next_reply(self) -> str:
         """Read a reply that was not asked for; "" at the end of the connection."""
         try:
@@ -2575,6 +2681,241 @@ class CacheTests(RelayCase):
 # ---------------------------------------------------------------------------
 # §12  Graph
 # ---------------------------------------------------------------------------
+
+class Mail(NamedTuple):
+    """A message of the corpus: as a client sends it, and as Graph gets it."""
+
+    name: str
+    sent: bytes | str
+    wanted: bytes | str     # "" is: as it was sent; "550 5.7.1" and the like a refusal
+    to: str = "a@x.y"
+    sender: str = SENDER
+    mailbox: str = SENDER       # that sends
+
+
+def crlf(text: bytes | str) -> bytes:
+    """A message in the source of this file, with the line ends that SMTP has."""
+    octets = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    return octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
+FROM = f"From: {SENDER}\n"
+NAMED = f"From: Scan <{SENDER}>\nTo: a@x.y\n"
+SIGNED = NAMED + """MIME-Version: 1.0
+Content-Type: multipart/signed; protocol="application/pkcs7-signature"; boundary=s
+
+--s
+Content-Type: text/plain; charset=iso-8859-1
+Content-Transfer-Encoding: quoted-printable
+
+soft=20line=
+ end \t
+--s
+Content-Type: application/pkcs7-signature
+
+MIAG
+--s--
+"""
+
+# By settings. Each message goes through a real socket and is compared octet for octet.
+CORPUS: dict[str, tuple[Mail, ...]] = {
+    "": (
+        # What is right stays as it is.
+        Mail("plain", NAMED + "Subject: s\n\nText\n", ""),
+        Mail("folded and odd white space", NAMED + "Subject:  odd \t x\n  y\nX:\n\nT\n", ""),
+        Mail("MIME", NAMED + multipart("mixed", PLAIN, PDF, header="MIME-Version: 1.0\n"), ""),
+        Mail("signed", SIGNED, ""),
+        Mail("encrypted", NAMED + multipart("encrypted", "Content-Type: application/pgp-"
+                                            "encrypted\n\nVersion: 1\n", PDF), ""),
+        Mail("opaque S/MIME", NAMED + "Content-Type: application/pkcs7-mime\n\nMIAG\n", ""),
+        Mail("quoted-printable", NAMED + "Content-Transfer-Encoding: quoted-printable\n\n=\n=\n"
+             "a =3D \t\n", ""),
+        Mail("a message in a message", NAMED + "Content-Type: message/rfc822\n\nTo: o@x.y\nBcc: "
+             "p@x.y\n\nText\n", ""),
+        Mail("broken MIME", NAMED + "Content-Type: multipart/mixed; boundary=\n\n--\n", ""),
+        Mail("8 bit in the body", NAMED.encode() + b"\n\xfc\xff\x80\n", ""),
+        Mail("8 bit in the header", NAMED.encode() + b"Subject: \xfc\xff\n\n\xfc\n", ""),
+        Mail("8 bit in a name", f"From: J\udcf6rg <{SENDER}>\nTo: \udcfc <a@x.y>\n\n", ""),
+        Mail("NUL", NAMED.encode() + b"X: \0\n\n\0\0\n", ""),
+        Mail("other controls", NAMED.encode() + b"\n\x1a\x04\x7f\x1b[1m\n", ""),
+        Mail("a line of 100,000 octets", NAMED + "\n" + "x" * 100_000 + "\n", ""),
+        Mail("a header line of 100,000 octets", NAMED + "X: " + "x" * 100_000 + "\n\n", ""),
+        Mail("dots", NAMED + "\n.\n..\n...\n.x\nx.\n", ""),
+        Mail("no body", NAMED + "\n", ""),
+        Mail("no empty line behind the header", NAMED + "Subject: s\n", ""),
+        Mail("several From, as sent", f"{FROM}{FROM}To: a@x.y\n\nText\n", ""),
+        Mail("another From is Microsoft's affair", "From: o@x.y\nTo: a@x.y\n\nText\n", ""),
+        Mail("a From that nobody can read", "From: Scanner\nTo: a@x.y\n\nText\n", ""),
+        Mail("From in other letters", f"FROM:{SENDER.upper()}\nTO:A@X.Y\n\nText\n", ""),
+        Mail("To in parts", NAMED.replace("a@x.y", "A\n\t<a@x.y>,\n (x) b@x.y") + "\n",
+             "", "a@x.y b@x.y"),
+        Mail("encoded words", f"From: =?utf-8?Q?=C3=BC?= <{SENDER}>\nTo: =?utf-8?B?w7w=?=\n "
+             "<a@x.y>\n\n", ""),
+        Mail("a group", NAMED.replace("a@x.y", "Team: a@x.y, b@x.y;") + "\n", "", "a@x.y b@x.y"),
+        Mail("route of the source", NAMED.replace("a@x.y", "<@r.x,@s.y:a@x.y>") + "\n", ""),
+        Mail("quoted local parts", NAMED.replace("a@x.y", '"a b"@x.y, "a"@x.y') + "\n", "",
+             '"a b"@x.y a@x.y'),
+        Mail("comments", NAMED.replace("a@x.y", "(A (the first)) a@x.y (x)") + "\n", ""),
+        Mail("duplicate To and Cc", NAMED + "To: b@x.y\nCc: a@x.y\nCc: c@x.y\n\n", "",
+             "a@x.y b@x.y c@x.y"),
+        Mail("malformed line among the fields", NAMED + "no field\nSubject: s\n\nText\n", ""),
+        Mail("a body that looks like a header", NAMED + "\nTo: o@x.y\nBcc: p@x.y\n\nx\n", ""),
+        # From.
+        Mail("no From", "To: a@x.y\n\nText\n", FROM + "To: a@x.y\n\nText\n"),
+        Mail("an empty From", "From: \nTo: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
+        Mail("no From, 8 bit", "To: a@x.y\nSubject: \udcff\n\n",
+             FROM + "To: a@x.y\nSubject: \udcff\n\n"),
+        Mail("a name with a bare @", f"From: scan@office <{SENDER}>\nTo: a@x.y\n\n",
+             f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("the address as the name", f"From: {SENDER} <{SENDER}>\nTo: a@x.y\n\n",
+             f"From: <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("a quoted @ stays", f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n", ""),
+        Mail("nobody at all", "From: Me <me@x.y>\nTo: a@x.y\n\n", "", sender="",
+             mailbox="me@x.y"),
+        Mail("nobody at all, not even in From", "To: a@x.y\n\n", "550 5.1.7", sender=""),
+        # No header.
+        Mail("empty", "", FROM + "Bcc: a@x.y\n\n"),
+        Mail("an empty line", "\n", FROM + "Bcc: a@x.y\n\n"),
+        Mail("only text", "Hello\n", FROM + "Bcc: a@x.y\n\nHello\n"),
+        Mail("only text, of paragraphs", "Hello\n\nTo: o@x.y\n",
+             FROM + "Bcc: a@x.y\n\nHello\n\nTo: o@x.y\n"),
+        Mail("text behind an empty line", "\nHello\n", FROM + "Bcc: a@x.y\n\nHello\n"),
+        Mail("text of 8 bit, NUL and dots", b"\xfc\0\n.\n",
+             FROM.encode() + b"Bcc: a@x.y\n\n\xfc\0\n.\n"),
+        Mail("only a Subject", "Subject: s\n", FROM + "Bcc: a@x.y\nSubject: s\n"),
+        Mail("text that begins with From", "From today on we are closed.\n",
+             FROM + "Bcc: a@x.y\n\nFrom today on we are closed.\n"),
+        Mail("text right behind the header", NAMED + "Hello\n\nText\n",
+             NAMED + "\nHello\n\nText\n"),
+        Mail("an mbox line", "From scan@x.y Thu Nov 24 18:22:48 2026\n" + NAMED + "\nText\n",
+             NAMED + "\nText\n"),
+        Mail("an mbox line and no header", "From MAILER-DAEMON Fri Jul  8 12:08:34 2011\n\nx\n",
+             FROM + "Bcc: a@x.y\n\nx\n"),
+        # Recipients.
+        Mail("hidden", NAMED + "\n", "Bcc: b@x.y\n" + NAMED + "\n", "a@x.y b@x.y"),
+        Mail("hidden, no To", FROM + "\n", "Bcc: a@x.y,\n b@x.y\n" + FROM + "\n",
+             "a@x.y b@x.y"),
+        Mail("undisclosed", FROM + "To: undisclosed-recipients:;\n\n",
+             "Bcc: a@x.y\n" + FROM + "To: undisclosed-recipients:;\n\n"),
+        Mail("somebody else in To", FROM + "To: a@x.y, O <o@x.y>\n\n",
+             FROM + "To: a@x.y\nX-Original-To: O <o@x.y>\n\n"),
+        Mail("somebody else in Cc and Bcc", NAMED + "Cc: o@x.y\nBcc: p@x.y\n\n",
+             NAMED + "X-Original-Cc: o@x.y\n\n"),
+        Mail("two Bcc", NAMED + "Bcc: b@x.y\nBCC: c@x.y\n\n",
+             "Bcc: b@x.y,\n c@x.y,\n d@x.y\n" + NAMED + "\n", "a@x.y b@x.y c@x.y d@x.y"),
+        Mail("odd spacing", FROM + "To : a@x.y\n\n", "Bcc: a@x.y\n" + FROM + "To : a@x.y\n\n"),
+        Mail("a To behind a malformed line", FROM + "oops\nTo: o@x.y\n\n",
+             "Bcc: a@x.y\n" + FROM + "oops\nX-Original-To: o@x.y\n\n"),
+        Mail("a name that is another address", FROM + "To: o@x.y <a@x.y>\n\n",
+             "Bcc: a@x.y\n" + FROM + "X-Original-To: o@x.y <a@x.y>\n\n"),
+        Mail("not ASCII", FROM + "To: \u00fc@x.y\n\n", "", "\u00fc@x.y"),
+        Mail("not ASCII, and hidden", FROM + "\n", "Bcc: \u00fc@x.y\n" + FROM + "\n",
+             "\u00fc@x.y"),
+        Mail("semicolons", FROM + "To: a@x.y; b@x.y\n\n", FROM + "To: a@x.y,\n b@x.y\n\n",
+             "a@x.y b@x.y"),
+    ),
+    "SENDER_FROM=header": (
+        Mail("From sends", "From: Me <Me@x.y>, n@x.y\nTo: a@x.y\n\n", "",
+             mailbox="Me@x.y"),
+        Mail("no From", "To: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
+        Mail("a From that nobody can read", "From: Scanner\nTo: a@x.y\n\n", ""),
+        Mail("neither", "Subject: s\n\n", "550 5.1.7", sender=""),
+    ),
+    "FROM_MISMATCH=rewrite": (
+        Mail("agrees", NAMED + "\n", ""),
+        Mail("the name stays", "From: \"Scan, 2\" <o@real.com>\nTo: a@x.y\n\n",
+             f"From: \"Scan, 2\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
+        Mail("folded, 8 bit", "from: J\udcf6rg\n (x)\n <o@real.com>\nTo: a@x.y\n\n",
+             f"from: J\udcf6rg\n (x)\n <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
+        Mail("no name", "From: o@real.com\nTo: a@x.y\n\n",
+             f"From: {SENDER}\nReply-To: o@real.com\nTo: a@x.y\n\n"),
+        Mail("a comment", "From: o@real.com (Scan)\nTo: a@x.y\n\n",
+             f"From: {SENDER} (Scan)\nReply-To: o@real.com\nTo: a@x.y\n\n"),
+        Mail("there is a Reply-To", "From: S <o@real.com>\nReply-To: r@x.y\nTo: a@x.y\n\n",
+             f"From: S <{SENDER}>\nReply-To: r@x.y\nTo: a@x.y\n\n"),
+        *(Mail(f"no answer to {old}", f"From: S <{old}>\nTo: a@x.y\n\n",
+               f"From: S <{SENDER}>\nTo: a@x.y\n\n")
+          for old in ("scan@printer.local", "scan@printer", "scan@[192.168.1.7]", "root@localhost",
+                      "scan@x.lan", USER)),
+        Mail("a name with @", "From: scan@office <o@real.com>\nTo: a@x.y\n\n",
+             f"From: \"scan@office\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
+        Mail("the address as the name", "From: o@real.com <o@real.com>\nTo: a@x.y\n\n",
+             f"From: <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
+        Mail("several", f"From: A <o@real.com>, B <{SENDER}>\nFrom: p@real.com\nTo: a@x.y\n\n",
+             f"From: A <{SENDER}>\nReply-To: o@real.com,\n p@real.com\nX-Original-From: A "
+             f"<o@real.com>, B <{SENDER}>\nX-Original-From: p@real.com\nTo: a@x.y\n\n"),
+        Mail("unreadable", "From: Scanner\nTo: a@x.y\n\n",
+             f"From: <{SENDER}>\nX-Original-From: Scanner\nTo: a@x.y\n\n"),
+    ),
+    "FROM_MISMATCH=refuse": (
+        Mail("agrees", NAMED + "\n", ""), Mail("no From", "To: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
+        Mail("another", "From: o@x.y\nTo: a@x.y\n\n", "550 5.7.1"),
+        Mail("one of two", f"From: {SENDER}, o@x.y\nTo: a@x.y\n\n", "550 5.7.1"),
+        Mail("unreadable", "From: Scanner\nTo: a@x.y\n\n", "550 5.7.1"),
+    ),
+    "HEADER_RECIPIENTS=keep": (
+        Mail("agrees", NAMED + "\n", ""),
+        Mail("others, who stay", FROM + "To: o@x.y; p@x.y\nCc: a@x.y\nBcc: q@x.y\n\n", ""),
+        Mail("others, and hidden ones", FROM + "To: o@x.y\nBcc: Q <q@x.y>, a@x.y\nBcc: (\n\n",
+             "Bcc: Q <q@x.y>,\n a@x.y,\n b@x.y\n" + FROM + "To: o@x.y\nBcc: (\n\n",
+             "a@x.y b@x.y"),
+        Mail("others, whom not everybody parts", FROM + "To: o@x.y; a@x.y\n\n",
+             "Bcc: a@x.y\n" + FROM + "To: o@x.y; a@x.y\n\n"),
+    ),
+    "HEADER_RECIPIENTS=refuse": (
+        Mail("agrees", NAMED + "\n", ""),
+        Mail("hidden", NAMED + "\n", "Bcc: b@x.y\n" + NAMED + "\n", "a@x.y b@x.y"),
+        Mail("others", NAMED + "Cc: o@x.y, P <p@x.y>\n\n", "550 5.1.3"),
+        Mail("unreadable", FROM + "To: a@x.y <\n\n", "550 5.1.3"),
+    ),
+}
+
+
+class CorpusTests(unittest.TestCase):
+    """Mail arrives as it was sent: octet for octet, but for the edits that are named."""
+
+    def test_there_are_enough(self) -> None:
+        self.assertGreater(sum(map(len, CORPUS.values())), 60)
+        self.assertEqual(set(itertools.chain(*((setting.partition("=")[0],)
+                                               for setting in CORPUS))),
+                         {"", "SENDER_FROM", "FROM_MISMATCH", "HEADER_RECIPIENTS"})
+
+    def test_corpus(self) -> None:
+        for setting, mails in CORPUS.items():
+            fake = FakeMicrosoft()
+            name, _, value = setting.partition("=")
+            running = Running(make_config(
+                SMTP_PORT="0", AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url,
+                **({name: value} if name else {})))
+            self.addCleanup(fake.close)
+            self.addCleanup(running.stop)
+            client = Client(running.port)
+            self.addCleanup(client.close)
+            client.ehlo()
+            client.log_in()
+            for mail in mails:
+                with self.subTest(setting, mail=mail.name):
+                    self.check(fake, client, mail)
+            self.assertEqual(fake.complaints, [])
+
+    def check(self, fake: FakeMicrosoft, client: Client, mail: Mail) -> None:
+        """Send a message and look at what has become of it."""
+        fake.delivered.clear()
+        recipients = re.findall(r'(?:"[^"]*"|[^ "])+', mail.to)
+        reply = client.post_octets(crlf(mail.sent), mail.sender, recipients)
+        if re.match("[45]", str(mail.wanted)):
+            self.assertTrue(reply.startswith(f"{mail.wanted} "), reply)
+            self.assertEqual(fake.delivered, [])
+            return
+        self.assertTrue(reply.startswith("250 2.0.0 "), reply)
+        delivered, = fake.delivered
+        self.assertEqual(delivered.message, crlf(mail.wanted or mail.sent))
+        self.assertEqual(delivered.mailbox, mail.mailbox)
+        if re.fullmatch("[ -!#-~]+", mail.to) and mail.name.split()[0] not in ("others,",
+                                                                              "route"):
+            # As the standard library reads it, which cannot read everything.
+            self.assertEqual(set(delivered.recipients), set(recipients))
+
 
 class SendTests(RelayCase):
     """250 means that Graph said 202, and nothing else does."""
@@ -2914,6 +3255,427 @@ class SendTests(RelayCase):
         shown = repr(kept.lines)
         for hidden in ("privately", "confidential", self.password, "token-"):
             self.assertNotIn(hidden, shown)
+
+
+def scan(size: int, kind: str = "application/pdf", name: str = "scan.pdf") -> tuple[str, bytes]:
+    """A part with a file of so many octets, and the file."""
+    octets = random.Random(size).getrandbits(8 * size).to_bytes(size, "little") if size else b""
+    return (f"Content-Type: {kind}; name={name}\nContent-Disposition: attachment; "
+            f"filename={name}\nContent-Transfer-Encoding: base64\n\n"
+            + base64.encodebytes(octets).decode()), octets
+
+
+SCAN, SCAN_OCTETS = scan(4_000_000)
+LARGE = crlf(multipart("mixed", PLAIN, SCAN, header=NAMED + "Subject: s\n"))
+MEDIUM = crlf(multipart("mixed", PLAIN, scan(2_500_000)[0], header=NAMED))      # no upload
+STEPS = ("draft", "attach", "open", "put", "send-draft")
+
+
+class LargeMessageTests(RelayCase):
+    """What is too large for one request goes as a draft, whole or not at all."""
+
+    settings = {"UPSTREAM_TIMEOUT": "10"}
+
+    def post(self, client: Client, message: bytes = LARGE, *recipients: str,
+             sender: str = SENDER) -> str:
+        return client.post_octets(message, sender, recipients or ("a@x.y",))
+
+    def test_a_scan(self) -> None:
+        small, small_octets = scan(100_000, "image/tiff", "=?utf-8?B?w7w=?=.tif")
+        image, image_octets = scan(3_200_000, "image/png", "logo.png")
+        message = crlf(multipart(
+            "mixed", multipart("related", HTML, f"Content-ID: <logo@x.y>\n{image}"), small, SCAN,
+            header=NAMED + "Subject: =?utf-8?B?w7w=?=\nX-Scanner: 7\nReply-To: r@x.y\n"))
+        with kept_log() as kept:
+            reply = self.assertReply(self.post(self.logged_in(), message, "a@x.y", "h@x.y"),
+                                     "250 2.0.0")
+        draft, = self.fake.sent_drafts
+        self.assertEqual((draft.mailbox, draft.recipients), (SENDER, ["a@x.y", "h@x.y"]))
+        self.assertEqual(draft.properties["subject"], "\u00fc")
+        self.assertEqual(draft.properties["body"]["contentType"], "HTML")
+        self.assertEqual([item for item, _ in draft.files], [
+            {"name": "logo.png", "contentType": "image/png", "isInline": True,
+             "contentId": "logo@x.y"},
+            {"name": "\u00fc.tif", "contentType": "image/tiff"},
+            {"name": "scan.pdf", "contentType": "application/pdf"}])
+        self.assertTrue([octets for _, octets in draft.files]
+                        == [image_octets, small_octets, SCAN_OCTETS])
+        self.assertEqual([request.kind for request in self.fake.requests],
+                         ["token", "draft", "open", "put", "put", "attach", "open", "put",
+                          "put", "send-draft"])
+        self.assertEqual(self.fake.deleted, [])
+        # One id for all of it, but for the upload, which is another host's.
+        ident = reply.rpartition(" ")[2]
+        for request in self.fake.requests[1:]:
+            self.assertEqual(request.headers.get("client-request-id"),
+                             ident if request.kind != "put" else None)
+        (_, line), = kept.find("sent")
+        self.assertTrue(line.startswith(f"{ident} sent "))
+        self.assertIn(f" size={len(message) + len('Bcc: h@x.y') + 2} attachments=3 ", line)
+
+    def test_the_limit_of_one_request_is_exact(self) -> None:
+        client = self.logged_in()
+        for size, kinds in ((3_145_728, ["send"]), (3_145_729, ["draft", "send-draft"])):
+            self.fake.reset()
+            head = crlf(NAMED + "Content-Type: text/plain\n\n")
+            self.assertReply(self.post(client, head + b"x" * (size - len(head) - 2) + b"\r\n"),
+                             "250 2.0.0")
+            self.assertEqual([one.kind for one in self.fake.requests if one.kind != "token"], kinds)
+            if kinds == ["send"]:
+                self.assertEqual(len(self.fake.requests[-1].body), 4_194_304)
+
+    def test_the_limit_of_an_upload_session_is_exact(self) -> None:
+        client = self.logged_in()
+        for size, kind in ((3_139_999, "attach"), (3_140_000, "open")):
+            self.fake.reset()
+            file, octets = scan(size, name="\u20ac" * 250)
+            self.assertReply(self.post(client, crlf(multipart("mixed", file, header=NAMED))),
+                             "250 2.0.0")
+            self.assertEqual(len(self.fake.asked(kind)), 1)
+            self.assertTrue(self.fake.sent_drafts[0].files[0][1] == octets)
+
+    def test_each_step_may_fail_and_then_there_is_no_draft(self) -> None:
+        client = self.logged_in()
+        message = crlf(multipart("mixed", PLAIN, PDF, SCAN, header=NAMED))
+        for step in STEPS:
+            for action, wanted in (
+                    (graph_says(403, "ErrorQuotaExceeded"), "452 4.2.2"), (say(413), "552 5.3.4"),
+                    (graph_says(500, "ErrorInternalServerError"), "451 4.3.0"),
+                    (say(503), "451 4.3.0"), (say(429), "451 4.4.5"), (utter(b""), "451 4.4.1"),
+                    (utter(b"HTTP/1.1 2"), "451 4.4.1"),
+                    (graph_says(404, "ErrorItemNotFound"), "451 4.3.0"),
+                    (graph_says(400, "BadRequest"), "554 5.6.0"),
+                    (graph_says(404, "ErrorInvalidUser"), "550 5.1.8"), (say(302), "554 5.3.0"),
+                    (graph_says(403, "ErrorSendAsDenied"), "550 5.7.60")):
+                if step == "put" and wanted[:3] in ("550", "554"):
+                    wanted = "451 4.3.0"        # it is not the client's fault
+                with self.subTest(step, wanted=wanted):
+                    self.fake.reset()
+                    self.fake.will(step, action)
+                    self.assertReply(self.post(client, message), wanted)
+                    self.assertEqual(self.fake.drafts, {})
+                    self.assertEqual(len(self.fake.deleted), int(step != "draft"))
+                    self.assertEqual(len(self.fake.asked(step)), 1)
+        self.fake.reset()
+        self.assertReply(self.post(client, message), "250 2.0.0")
+
+    def test_a_200_is_not_sent(self) -> None:
+        self.fake.will("send-draft", say(200))
+        self.assertReply(self.post(self.logged_in()), "554 5.3.0")
+        self.assertEqual(self.fake.sent_drafts, [])
+
+    def test_what_is_tried_again_as_it_does_no_harm(self) -> None:
+        client = self.logged_in()
+        for step in STEPS:
+            for action in (graph_says(429, "X", retry_after="0"), say(503, retry_after="0.1"),
+                           *([self.fake.expire] if step != "put" else [])):
+                with self.subTest(step):
+                    self.fake.reset()
+                    self.fake.will(step, action)
+                    message = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
+                    self.assertReply(self.post(client, message), "250 2.0.0")
+                    self.assertEqual(len(self.fake.sent_drafts), 1)
+                    self.assertEqual(len(self.fake.sent_drafts[0].files), 2)
+
+    def test_a_missing_right_is_named_and_remembered(self) -> None:
+        client = self.logged_in()
+        self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
+        sender = "no.right@example.com"         # the relay remembers it for other tests too
+        with kept_log() as kept:
+            reply = self.assertReply(self.post(client, sender=sender), "552 5.3.4")
+        self.assertIn("Mail.ReadWrite", reply)
+        (level, line), = kept.find("no-upload-right")
+        self.assertEqual(level, "WARNING")
+        for word in (sender, "New-ManagementRoleAssignment", "Application Mail.ReadWrite",
+                     f"'UserPrincipalName -eq ''{sender}'''", CLIENT):
+            self.assertIn(word, line)
+        # The next one is refused before it is transferred, and without asking.
+        asked = len(self.fake.requests)
+        reply = client.say(f"MAIL FROM:<{sender.title()}> SIZE=3145729")
+        self.assertIn("Mail.ReadWrite", self.assertReply(reply, "552 5.3.4"))
+        self.assertReply(self.post(client, sender=sender), "552 5.3.4")     # no SIZE was given
+        self.assertEqual(len(self.fake.requests), asked)
+        # Small ones, and other mailboxes and applications, are not concerned.
+        self.assertReply(client.post(sender=sender), "250 2.0.0")
+        self.assertReply(client.say("MAIL FROM:<o@x.y> SIZE=3145729"), "250 2.1.0")
+        another = self.connect()
+        another.log_in(f"{TENANT}@{TENANT}", self.password)
+        self.assertReply(another.say(f"MAIL FROM:<{sender}> SIZE=3145729"), "250 2.1.0")
+
+    def test_a_missing_right_is_forgotten_after_an_hour(self) -> None:
+        clock = Clock()
+        config = self.config()
+        pool = relay.HttpPool([self.fake.url])
+        graph = relay.Graph(config, pool, relay.Tokens(config, pool), clock=clock)
+        application = relay.Application(TENANT, CLIENT, self.password)
+        envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, bytearray(LARGE))
+
+        def send() -> str:
+            async def play() -> str:
+                try:
+                    await graph.send(application, relay.make_outgoing(envelope, config), "id",
+                                     time.monotonic() + PATIENCE)
+                except relay.RelayError as error:
+                    return str(error.reply)
+                return "sent"
+            return asyncio.run(play())
+        self.fake.will("open", graph_says(403, "ErrorAccessDenied"))
+        self.assertReply(send(), "552 5.3.4")
+        self.assertEqual(self.fake.drafts, {})
+        clock.now += 3599
+        self.assertReply(send(), "552 5.3.4")
+        self.assertEqual(len(self.fake.asked("draft")), 1)
+        clock.now += 2
+        self.assertEqual(send(), "sent")
+        pool.close()
+
+    def test_where_files_may_go(self) -> None:
+        client = self.logged_in()
+        port = self.fake.url.rpartition(":")[2]
+        for url in ("http://outlook.office.com/x", "ftp://127.0.0.1/x", "//127.0.0.1/x", "", 5,
+                    None, f"http://u:p@127.0.0.1:{port}/upload/0", "http://127.0.0.1:0/x",
+                    "http://127.0.0.1:99999/x", f"http://127.0.0.1:{port}/a b",
+                    f"http://127.0.0.1:{port}/\r\nX: y", "https://", "http://[::1", "https://\u00fc"):
+            with self.subTest(url):
+                self.fake.reset()
+                self.fake.will("open", say(201, {"uploadUrl": url}))
+                self.assertReply(self.post(client), "451 4.4.1")
+                self.assertEqual((self.fake.drafts, self.fake.asked("other")), ({}, []))
+        for url, allow, is_good in (("https://outlook.office.com/a?b=c", False, True),
+                                    ("http://127.0.0.1/a", True, True),
+                                    ("http://127.0.0.1/a", False, False),
+                                    ("http://10.0.0.1/a", True, False)):
+            answer = response(201, {"uploadUrl": url})
+            self.assertEqual(relay.read_upload_url(answer, allow_http=allow), url * is_good)
+
+    def test_garbage_in_answers(self) -> None:
+        client = self.logged_in()
+        for step, body in (("draft", b""), ("draft", {"id": 5}), ("draft", {"id": ""}),
+                           ("draft", b"[" * 1000), ("open", b"{"), ("open", []),
+                           ("put", {"NextExpectedRanges": ["5"]}),
+                           ("put", {"nextExpectedRanges": ["0-"]})):
+            with self.subTest(step, body=body):
+                self.fake.reset()
+                self.fake.will(step, say(201 if step != "put" else 200, body))
+                self.assertReply(self.post(client), "451 4.4.1")
+                self.assertEqual(self.fake.sent_drafts, [])
+        for body, wanted in (({"NextExpectedRanges": ["7"]}, 7), ({"nextexpectedranges": ["7-"]}, 7),
+                             ({"NextExpectedRanges": ["7-9"]}, 7), ({"NextExpectedRanges": []}, None),
+                             ({"NextExpectedRanges": ["x"]}, None), ([], None), (b"", None),
+                             ({"NextExpectedRanges": "7"}, None)):
+            self.assertEqual(relay.next_range(response(200, body)), wanted)
+
+    def test_a_long_text_that_comes_back_in_the_answer(self) -> None:
+        message = crlf(NAMED + "Content-Type: text/html\n\n" + "<\u00fc>" * 900_000 + "\n")
+        self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
+        self.assertTrue(self.fake.sent_drafts[0].properties["body"]["content"]
+                        == "<\u00fc>" * 900_000 + "\r\n")
+
+    def test_what_cannot_be_said_is_refused_and_nothing_is_asked(self) -> None:
+        client = self.logged_in()
+        message = crlf(multipart("signed", PLAIN, SCAN, header=NAMED))
+        self.assertIn("is signed", self.assertReply(self.post(client, message), "552 5.3.4"))
+        self.assertEqual([one.kind for one in self.fake.requests], ["token"])
+        self.assertReply(client.post(), "250 2.0.0")
+
+    def test_a_draft_that_cannot_be_deleted_is_logged(self) -> None:
+        client = self.logged_in()
+        self.fake.will("put", say(500))
+        self.fake.will("delete", say(500))
+        with kept_log() as kept:
+            self.assertReply(self.post(client), "451 4.3.0")
+        self.assertEqual(kept.find("draft-left")[0][0], "WARNING")
+        # It was sent after all, and so is not there any more.
+        self.fake.reset()
+        self.fake.will("send-draft", say(504))
+        self.fake.will("delete", graph_says(404, "ErrorItemNotFound"))
+        with kept_log() as kept:
+            self.assertReply(self.post(client), "451 4.3.0")
+        self.assertEqual(kept.find("draft-left"), [])
+
+    def test_four_at_once_for_a_mailbox(self) -> None:
+        clients = [self.logged_in() for _ in range(6)]
+        self.fake.will("draft", *[self.fake.hang_then(self.fake.accept)] * 4)
+        for client in clients:
+            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+                client.docmd(line)
+            client.send(MEDIUM + b"x" * 1000 + b"\r\n.\r\n")
+        for _ in range(4):
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        self.assertEqual(len(self.fake.asked("draft")), 4)
+        self.fake.release.set()
+        for client in clients:
+            self.assertEqual(client.getreply()[0], 250)
+        self.assertEqual(len(self.fake.sent_drafts), 6)
+
+    def test_secrets_are_never_logged(self) -> None:
+        client = self.logged_in()
+        with kept_log() as kept:
+            for step in (*STEPS, "delete"):
+                self.fake.will(step, say(500))
+                self.fake.will("delete", say(500))
+                self.post(client)
+                self.fake.will("open", say(201, {"uploadUrl": "http://x/?authtoken=a%2Fb"}))
+                self.post(client)
+                self.fake.reset()
+            self.post(client)
+        shown = repr(kept.lines)
+        for hidden in ("authtoken", "a%2Fb", self.password, "token-", "Hello", "JVBER"):
+            self.assertNotIn(hidden, shown)
+
+
+class SlowUploadTests(RelayCase):
+    """UPSTREAM_TIMEOUT is the whole of an upload too, and the draft is deleted after it."""
+
+    settings = {"UPSTREAM_TIMEOUT": "1"}
+
+    def test_each_step_may_hang(self) -> None:
+        message = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
+        for step in STEPS:
+            with self.subTest(step):
+                self.fake.reset()
+                client = self.logged_in()
+                self.fake.will(step, self.fake.hang)
+                reply = client.post_octets(message, SENDER, ["a@x.y"])
+                self.assertReply(reply, "451 4.4.1")
+                self.assertEqual(self.fake.drafts, {})
+                self.assertEqual(len(self.fake.deleted), int(step != "draft"))
+
+    def test_a_draft_is_not_sent_when_its_time_is_almost_over(self) -> None:
+        """It would be cut off, and nobody would hear whether it was sent."""
+        config = self.config(UPSTREAM_TIMEOUT="86400")      # of it a tenth must be left
+        pool = relay.HttpPool([self.fake.url])
+        graph = relay.Graph(config, pool, relay.Tokens(config, pool))
+        envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, bytearray(LARGE))
+        errand = relay.Errand(relay.Application(TENANT, CLIENT, self.password), SENDER, "id",
+                              time.monotonic() + PATIENCE, time.monotonic())
+        with self.assertRaises(relay.NoAnswer):
+            asyncio.run(graph._send_draft(errand, relay.make_outgoing(envelope, config).draft))
+        self.assertEqual((self.fake.drafts, self.fake.asked("send-draft")), ({}, []))
+        self.assertEqual(len(self.fake.deleted), 1)
+        pool.close()
+
+
+class FidelityTests(RelayCase):
+    """What Exchange and signatures need."""
+
+    def test_quoted_printable_that_a_client_damaged_is_repaired(self) -> None:
+        """Exchange knows a soft line break with CRLF only, and eats text of the others."""
+        text = "The cen\u00fcter of a very long line. " * 20
+        encoded = quopri.encodestring(text.encode())
+        self.assertNotIn(b"\r", encoded)                # Python has lone LF
+        damaged = NAMED.encode() + b"Content-Transfer-Encoding: quoted-printable\n\n" + encoded
+        self.assertNotEqual(as_exchange_decodes(encoded), text.encode())
+        self.assertReply(self.logged_in().post_octets(damaged + b"\r\n", SENDER, ["a@x.y"]),
+                         "250 2.0.0")
+        body = self.fake.delivered[0].message.partition(b"\r\n\r\n")[2]
+        self.assertEqual(as_exchange_decodes(body), text.encode() + b"\r\n")
+
+    @unittest.skipUnless(shutil.which("openssl"), "there is no openssl here")
+    def test_a_signature_stays_good(self) -> None:
+        def openssl(*arguments: str, octets: bytes) -> subprocess.CompletedProcess[bytes]:
+            return subprocess.run(["openssl", *arguments], input=octets, timeout=PATIENCE,
+                                  capture_output=True)
+        text = crlf(multipart("mixed", "Content-Type: text/plain; charset=iso-8859-1\n"
+                              "Content-Transfer-Encoding: 8bit\n\n\udcfc trailing \t\n.\n", PDF))
+        for command in ("smime", "cms"):
+            with self.subTest(command):
+                signed = openssl(command, "-sign", "-signer", FILES["cert.pem"], "-inkey",
+                                 FILES["key.pem"], octets=text).stdout
+                self.assertIn(b"multipart/signed", signed)
+                for head in (b"To: o@x.y, a@x.y\r\nCc: p@x.y\r\n", b"From: o@x.y <a@b>\r\n", b""):
+                    self.fake.reset()
+                    client = self.logged_in()
+                    self.assertReply(client.post_octets(head + crlf(signed), SENDER,
+                                                        ["a@x.y", "h@x.y"]), "250 2.0.0")
+                    delivered = self.fake.delivered[0].message
+                    self.assertNotIn(b"\r\nTo: o@x.y", delivered)
+                    done = openssl(command, "-verify", "-CAfile", FILES["ca.pem"], "-purpose",
+                                   "any", octets=delivered)
+                    self.assertEqual((done.returncode, done.stdout), (0, text), done.stderr)
+                    broken = delivered.replace(b"trailing", b"Trailing")
+                    self.assertNotEqual(openssl(command, "-verify", "-CAfile", FILES["ca.pem"],
+                                                "-purpose", "any", octets=broken).returncode, 0)
+
+    def test_random_messages_keep_the_three_laws(self) -> None:
+        """The envelope gets it and nobody else; the rest stays; nothing raises."""
+        pieces = ["From: ", "To: ", "Cc: ", "BCC: ", "Subject: ", "Reply-To: ", "\r\n", "\r\n",
+                  "\r\n", "\r\n ", "\n", "\r", "a@x.y", "b@x.y", "o@x.y", "Scan <s@x.y>", ", ",
+                  ";", "x@y <p@x.y>", '"', "<", ">", "(", ":", "\0", "\udcff", "text", ".",
+                  "\r\n.", "From x@y Thu Nov 24 18:22:48 2026\r\n", "=?utf-8?q?=40?="]
+        chance = random.Random(2026)
+        for number in range(3000):
+            text = "".join(chance.choices(pieces, k=chance.randrange(30)))
+            people = chance.sample(["a@x.y", "b@x.y", "c@x.y"], chance.randrange(1, 4))
+            policy = chance.choice(["keep", "rewrite"])
+            message = text.encode("utf-8", "surrogateescape")
+            envelope = b"".join(f"RCPT TO:<{one}>\r\n".encode() for one in people)
+            with self.subTest(number, message=message, people=people):
+                dialogue = Dialogue(make_config())
+                dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + envelope + b"DATA\r\n"
+                              + (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
+                              + b"\r\n.\r\n")
+                came, = dialogue.messages
+                self.assertEqual(came, re.sub(rb"\r\n|\r|\n", b"\r\n", message + b"\r\n"))
+                went = prepared(came, *people, FROM_MISMATCH=policy)
+                # A reader that stops at malformed lines, and ours, which does not.
+                self.assertEqual(set(named_by(went)), set(people))
+                after = relay.split_header(went)
+                self.assertEqual({address.key for one in after.find(b"to", b"cc", b"bcc")
+                                  for address in relay.parse_addresses(one.value).addresses},
+                                 set(people))
+                before = relay.split_header(came, (relay._MBOX_LINE.match(came) or re.match(
+                    b"", b"")).end())
+                self.assertTrue(went.endswith(came[before.end:]))
+                for one in before.fields:
+                    if one.name == b"":
+                        self.assertIn(one.octets, went)
+                self.assertTrue(after.find(b"from"))
+
+
+def as_exchange_decodes(text: bytes) -> bytes:
+    """Decode quoted-printable where "=" CRLF alone is a soft line break."""
+    return re.sub(rb"=(\r\n|..)", lambda match: (
+        b"" if match[1] == b"\r\n" else bytes([int(match[1], 16)])
+        if re.fullmatch(b"[0-9A-Fa-f]{2}", match[1]) else b"="), text, flags=re.S)
+
+
+@unittest.skipUnless(pathlib.Path("/proc/self/status").exists(), "needs /proc")
+class MemoryTests(unittest.TestCase):
+    """One large message costs at most 2.5 times its size."""
+
+    def test_scans_of_25_and_35_megabytes(self) -> None:
+        fake = FakeMicrosoft()
+        self.addCleanup(fake.close)
+        for size in (25, 35):
+            probe = socket.create_server(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            probe.close()
+            file, octets = scan(size * 756_000)         # base64 makes MB of these
+            message = crlf(multipart("mixed", PLAIN, file, header=NAMED))
+            with start_program(SMTP_PORT=str(port), AZURE_AUTHORITY_HOST=fake.url,
+                               GRAPH_ENDPOINT=fake.url, TLS_SOURCE="off", REQUIRE_TLS="false",
+                               LISTEN_ADDRESS="127.0.0.1") as process:
+                while "listening" not in process.stderr.readline():
+                    pass
+                client = Client(port)
+                client.ehlo()
+                client.log_in()
+                self.assertTrue(client.post().startswith("250"))
+                idle = self.peak(process.pid)
+                reply = client.post_octets(message, SENDER, ["a@x.y"])
+                self.assertTrue(reply.startswith("250 2.0.0"), reply)
+                cost = self.peak(process.pid) - idle
+                client.close()
+            self.assertTrue(fake.sent_drafts[-1].files[0][1] == octets)
+            self.assertGreater(len(message), size * 1_000_000)
+            self.assertGreater(cost, len(message))      # so it is really measured
+            self.assertLess(cost, 2.5 * len(message))
+
+    def peak(self, pid: int) -> int:
+        """The most memory of a process until now, in octets."""
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -3975,7 +4737,7 @@ class DemoTests(unittest.TestCase):
 class LayoutTests(unittest.TestCase):
     """The file can be read from the top: each section uses only those above it."""
 
-    PURE = range(1, 8)      # sections without I/O
+    PURE = range(1, 9)      # sections without I/O
 
     @classmethod
     def setUpClass(cls) -> None:
