@@ -427,9 +427,9 @@ class Config:
     @property
     def size_limit(self) -> int:
         """The largest message that can be sent, in octets."""
-        most = self.max_message_size if self.large_messages == "upload" else \
-            GRAPH_MESSAGE_LIMIT
-        return min(most, self.max_message_size)
+        if self.large_messages == "refuse":
+            return min(self.max_message_size, GRAPH_MESSAGE_LIMIT)
+        return self.max_message_size
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
@@ -1224,7 +1224,6 @@ class Command(NamedTuple):
 
 
 _READY = frozenset({Phase.READY})
-_GREETED = frozenset({Phase.READY, Phase.MAIL, Phase.RCPT})
 
 COMMANDS: Mapping[str, Command] = {
     "EHLO":     Command(Session._ehlo, argument=True),
@@ -1343,6 +1342,7 @@ _TOKEN = re.compile(r"""
     | [ \t\r\n]+
     | [^ \t\r\n<>@,;:."\[\]()\\]+                  # atom
     | .""", re.S | re.X)
+_WHITE = " \t\r\n"
 _IN_COMMENT = re.compile(r"[^()\\]+|\\.|.", re.S)
 _NOT_IN_NAME = frozenset('<>@()[]\\"')
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -1360,12 +1360,19 @@ MAX_FIELDS = 10_000             # of addresses, in one header
 MAX_NAMED = 300                 # characters of addresses in a reply
 
 
-class Field(NamedTuple):
+@dataclass
+class Field:
     """A field of addresses with its folded lines, or (name b"") any other lines."""
 
     name: bytes             # in lower case
-    octets: bytes           # with the last CRLF
+    octets: bytes           # as it came, with the last CRLF
     is_reached: bool        # by a reader who stops at the first malformed line
+    edited: bytes           # as it goes out
+
+    @property
+    def label(self) -> bytes:
+        """The name as it is written."""
+        return self.octets.partition(b":")[0].rstrip()
 
     @property
     def value(self) -> str:
@@ -1379,6 +1386,7 @@ class Address(NamedTuple):
     key: str                # in comparable form
     mailbox: str            # as it stands there
     text: str               # with its name and comments
+    tokens: list[str]       # of it, and of the white space around
 
 
 class AddressList(NamedTuple):
@@ -1392,15 +1400,23 @@ class Doubtful(Exception):
     """An address field that another reader may read otherwise."""
 
 
-class Header(NamedTuple):
+@dataclass
+class Header:
     """The header of a message, or of a part of one."""
 
     fields: list[Field]
     end: int                # where the rest begins: with an empty line, or with text
+    top: list[bytes] = field(default_factory=list)  # new; a reader may end further down
 
     def find(self, *names: bytes) -> list[Field]:
         """The fields of some names."""
         return [one for one in self.fields if one.name in names]
+
+    def __bytes__(self) -> bytes:
+        """It as edited."""
+        lines = [one.edited for one in self.fields]
+        first = int(bool(lines) and lines[0][:1] in (b" ", b"\t"))
+        return b"".join([*lines[:first], *self.top, *lines[first:]])
 
 
 def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None,
@@ -1430,9 +1446,12 @@ def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = N
             header_end = line.end()
         if len(spans) > MAX_FIELDS:
             raise DeliveryError("The header has too many fields")
-    fields = [Field(name, bytes(message[start:min(stop, header_end)]), is_reached)
-              for name, start, stop, is_reached in spans if start < header_end]
-    return Header(fields, header_end)
+    header = Header([], header_end)
+    for name, start, stop, is_reached in spans:
+        if start < header_end:
+            octets = bytes(message[start:min(stop, header_end)])
+            header.fields.append(Field(name, octets, is_reached, octets))
+    return header
 
 
 def _header_stop(message: bytes | bytearray, begin: int, end: int) -> int:
@@ -1441,8 +1460,10 @@ def _header_stop(message: bytes | bytearray, begin: int, end: int) -> int:
         return begin
     most = min(end, begin + MAX_HEADER)
     empty_line = message.find(b"\r\n\r\n", begin, most)
-    if empty_line >= 0 or most == end:
-        return empty_line + 2 if empty_line >= 0 else end
+    if empty_line >= 0:
+        return empty_line + 2
+    if most == end:
+        return end
     return max(begin, message.rfind(b"\r\n", begin, most) + 2)
 
 
@@ -1456,15 +1477,16 @@ def parse_addresses(value: str, *, any_name: bool = False) -> AddressList:
     addresses: list[Address] = []
     group_at = -1                       # how many addresses there were before the group
     is_tidy, is_parted = True, True     # is_parted: by a comma from what was before
-    for text, words, separator in _elements(value):
+    for tokens, separator in _elements(value):
+        text = "".join(tokens).strip(_WHITE)
         if separator == ":":
-            if group_at >= 0 or not _is_name(words):
+            if group_at >= 0 or not text or not _is_name(tokens):
                 raise Doubtful
             group_at = len(addresses)
             continue
-        if words:
-            mailbox = _read_mailbox(words, any_name=any_name)
-            addresses.append(Address(comparable(mailbox), mailbox, text.strip(" \t\r\n")))
+        if text:
+            mailbox = _read_mailbox(tokens, any_name=any_name)
+            addresses.append(Address(comparable(mailbox), mailbox, text, tokens))
             is_tidy = is_tidy and is_parted
         if separator == ";":
             is_tidy = is_tidy and group_at >= 0
@@ -1475,25 +1497,22 @@ def parse_addresses(value: str, *, any_name: bool = False) -> AddressList:
     return AddressList(addresses, is_tidy)
 
 
-def _elements(value: str) -> Iterator[tuple[str, list[str], str]]:
-    """Yield what stands between separators: its text, its words, the separator behind.
-
-    White space is the word " "; there are no words if there is nothing else.
-    """
-    words: list[str] = []
-    start, in_angle = 0, False
-    for position, token in _tokens(value):
+def _elements(value: str) -> Iterator[tuple[list[str], str]]:
+    """Yield the tokens between separators, and the separator behind them."""
+    tokens: list[str] = []
+    in_angle = False
+    for token in _tokens(value):
         if token in ",;:" and not in_angle:
-            yield value[start:position], words if set(words) != {" "} else [], token
-            words, start = [], position + 1
+            yield tokens, token
+            tokens = []
         else:
             in_angle = token == "<" or (in_angle and token != ">")
-            words.append(" " if token[0] in " \t\r\n" else token)
-    yield value[start:], words if set(words) != {" "} else [], ""
+            tokens.append(token)
+    yield tokens, ""
 
 
-def _tokens(value: str) -> Iterator[tuple[int, str]]:
-    """Yield the tokens of an address list, each with its position."""
+def _tokens(value: str) -> Iterator[str]:
+    """Yield the tokens of an address list."""
     position = 0
     while position < len(value):
         if value[position] == "(":
@@ -1505,7 +1524,7 @@ def _tokens(value: str) -> Iterator[tuple[int, str]]:
         token = value[position:end]
         if token[0] in '"[' and "\r" in token:
             raise Doubtful              # not everybody unfolds before reading
-        yield position, token
+        yield token
         position = end
 
 
@@ -1520,17 +1539,17 @@ def _comment_end(value: str, start: int) -> int:
 
 def _is_name(words: list[str]) -> bool:
     """Whether words can be a name, and nobody can read an address in them."""
-    return bool(words) and not _NOT_IN_NAME.intersection(
+    return not _NOT_IN_NAME.intersection(
         "".join(word for word in words if word[0] != '"'))
 
 
-def _read_mailbox(words: list[str], *, any_name: bool) -> str:
-    """Read the words of one element, RFC 5322 sections 3.4 and 4.4. Raises Doubtful.
+def _read_mailbox(tokens: list[str], *, any_name: bool) -> str:
+    """Read the tokens of one element, RFC 5322 sections 3.4 and 4.4. Raises Doubtful.
 
     Names and comments may hold an address only if it is the same.
     """
-    others = [word[1:-1].strip(" ") for word in words if word[0] == "(" and "@" in word]
-    words = [" " if word[0] == "(" else word for word in words]
+    others = [one[1:-1].strip(" ") for one in tokens if one[0] == "(" and "@" in one]
+    words = [" " if one[0] in "(" + _WHITE else one for one in tokens]
     while words and words[-1] == " ":
         words.pop()
     if "<" in words:
@@ -1552,23 +1571,6 @@ def _read_mailbox(words: list[str], *, any_name: bool) -> str:
     return mailbox
 
 
-class HeaderEdit:
-    """A header on its way out: what becomes of each field, and what comes before all."""
-
-    def __init__(self, header: Header) -> None:
-        self.fields = header.fields
-        self.lines = [one.octets for one in header.fields]
-        self.top: list[bytes] = []      # a reader may end at a malformed line
-
-    def find(self, *names: bytes) -> list[int]:
-        """The indexes of the fields of some names."""
-        return [index for index, one in enumerate(self.fields) if one.name in names]
-
-    def __bytes__(self) -> bytes:
-        first = int(self.lines[0][:1] in (b" ", b"\t")) if self.lines else 0
-        return b"".join([*self.lines[:first], *self.top, *self.lines[first:]])
-
-
 def _read_field(one: Field, *, any_name: bool = False) -> AddressList | None:
     """Read the addresses of a field; None: they are doubtful."""
     with contextlib.suppress(Doubtful):
@@ -1582,49 +1584,42 @@ def _address_field(name: bytes, texts: list[str]) -> bytes:
     return name + b": " + value + b"\r\n"
 
 
-def _field_name(one: Field) -> bytes:
-    return one.octets.partition(b":")[0].rstrip()
-
-
 # Recipients.
 
-def edit_recipients(edit: HeaderEdit, recipients: Mapping[str, str], policy: str) -> None:
+def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
     """Make To, Cc and Bcc name these recipients, by comparable form, and nobody else.
 
     `policy` is HEADER_RECIPIENTS. Raises DeliveryError for "refuse".
     """
-    indexes = edit.find(*_ADDRESS_FIELDS)
-    is_sane = sum(len(edit.lines[index]) for index in indexes) <= MAX_ADDRESSES
-    read = {index: _read_field(edit.fields[index]) if is_sane else None
-            for index in indexes}
+    fields = header.find(*_ADDRESS_FIELDS)
+    is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
+    read = [(one, _read_field(one) if is_sane else None) for one in fields]
     if policy == "refuse":
-        _refuse_others(edit, read, recipients)
+        _refuse_others(read, recipients)
     keeps = policy == "keep"
-    named = {address.key for index, found in read.items()
-             if found and edit.fields[index].is_reached and (found.is_tidy or not keeps)
+    named = {address.key for one, found in read
+             if found and one.is_reached and (found.is_tidy or not keeps)
              for address in found.addresses}
     if not keeps:
-        for index, found in read.items():
-            edit.lines[index] = _without_others(edit.fields[index], found, recipients)
+        for one, found in read:
+            one.edited = _without_others(one, found, recipients)
     missing = [mailbox for key, mailbox in recipients.items() if key not in named]
     if not missing:
         return
     hidden = []                         # there may be one Bcc only, RFC 5322 section 3.6
-    for index in edit.find(b"bcc"):
-        found = read[index]
-        if found:
-            edit.lines[index] = b""
+    for one, found in read:
+        if found and one.name == b"bcc":
+            one.edited = b""
             hidden += [address.text for address in found.addresses
                        if (address.key in named if address.key in recipients else keeps)]
-    edit.top.append(_address_field(b"Bcc", hidden + missing))
+    header.top.append(_address_field(b"Bcc", hidden + missing))
 
 
-def _refuse_others(edit: HeaderEdit, read: Mapping[int, AddressList | None],
+def _refuse_others(read: list[tuple[Field, AddressList | None]],
                    recipients: Mapping[str, str]) -> None:
-    others = [address.mailbox for found in read.values() if found
+    others = [address.mailbox for _, found in read if found
               for address in found.addresses if address.key not in recipients]
-    others += [f"what stands in {_field_name(edit.fields[index]).decode()}"
-               for index, found in read.items() if found is None]
+    others += [f"what stands in {one.label.decode()}" for one, found in read if found is None]
     if others:
         names = ", ".join(others)
         names = names if len(names) <= MAX_NAMED else names[:MAX_NAMED] + " ..."
@@ -1640,10 +1635,9 @@ def _without_others(one: Field, found: AddressList | None,
     others = [address.text for address in found.addresses if address.key not in recipients]
     if found.is_tidy and not others:
         return one.octets
-    name = _field_name(one)
-    lines = _address_field(name, kept) if kept else b""
+    lines = _address_field(one.label, kept) if kept else b""
     if others and one.name != b"bcc":
-        lines += _address_field(b"X-Original-" + name, others)
+        lines += _address_field(b"X-Original-" + one.label, others)
     return lines
 
 
@@ -1668,48 +1662,47 @@ def _authors(one: Field) -> list[Address] | None:
     return found and found.addresses
 
 
-def edit_author(edit: HeaderEdit, mailbox: str, policy: str, login: str) -> None:
+def edit_author(header: Header, mailbox: str, policy: str, login: str) -> None:
     """Make From agree with the mailbox that sends, as far as `policy` has it.
 
     `policy` is FROM_MISMATCH. Raises DeliveryError for "refuse".
     """
-    read = {index: _authors(edit.fields[index]) for index in edit.find(b"from")}
-    if not any(authors is None or authors for authors in read.values()):
-        for index in read:              # there are empty ones at most
-            edit.lines[index] = b""
-        edit.top.append(_address_field(b"From", [mailbox]))
+    read = [(one, _authors(one)) for one in header.find(b"from")]
+    if all(authors == [] for _, authors in read):
+        for one, _ in read:             # there are empty ones at most
+            one.edited = b""
+        header.top.append(_address_field(b"From", [mailbox]))
         return
     agrees = all(authors is not None and {one.key for one in authors} <= {comparable(mailbox)}
-                 for authors in read.values())
+                 for _, authors in read)
     if policy == "refuse" and not agrees:
         raise DeliveryError(f"From must name the sender {mailbox}, and nobody else: make "
                             "both the same in the device, or set FROM_MISMATCH=rewrite",
                             550, "5.7.1")
     if policy == "rewrite" and not agrees:
-        _rewrite_author(edit, read, mailbox, login)
+        _rewrite_author(header, read, mailbox, login)
         return
-    for index, authors in read.items():
-        texts = [_author_text(one, one.mailbox) for one in authors or []]
-        if texts != [one.text for one in authors or []]:
-            edit.lines[index] = _address_field(_field_name(edit.fields[index]), texts)
+    for one, authors in read:
+        texts = [_author_text(author, author.mailbox) for author in authors or []]
+        if texts != [author.text for author in authors or []]:
+            one.edited = _address_field(one.label, texts)
 
 
-def _rewrite_author(edit: HeaderEdit, read: Mapping[int, list[Address] | None],
+def _rewrite_author(header: Header, read: list[tuple[Field, list[Address] | None]],
                     mailbox: str, login: str) -> None:
     """Put a mailbox into From; whom it named gets the answers, if mail reaches him."""
-    first, *others = read
-    authors = read[first] or []
+    (first, found), *others = read
+    authors = found or []
     text = _author_text(authors[0], mailbox) if authors else f"<{mailbox}>"
-    lines = _address_field(_field_name(edit.fields[first]), [text])
-    if not edit.find(b"reply-to"):
-        old = {one.key: one.mailbox for found in read.values() for one in found or []
-               if one.key != comparable(mailbox) and _is_answered(one.mailbox, login)}
-        lines += _address_field(b"Reply-To", list(old.values())) if old else b""
+    first.edited = _address_field(first.label, [text])
+    old = {one.key: one.mailbox for _, found in read for one in found or []
+           if one.key != comparable(mailbox) and _is_answered(one.mailbox, login)}
+    if old and not header.find(b"reply-to"):
+        first.edited += _address_field(b"Reply-To", list(old.values()))
     if len(authors) != 1:
-        lines += b"X-Original-" + edit.fields[first].octets
-    edit.lines[first] = lines
-    for index in others:
-        edit.lines[index] = b"X-Original-" + edit.fields[index].octets
+        first.edited += b"X-Original-" + first.octets
+    for one, _ in others:
+        one.edited = b"X-Original-" + one.octets
 
 
 def _is_answered(mailbox: str, login: str) -> bool:
@@ -1722,26 +1715,20 @@ def _is_answered(mailbox: str, login: str) -> bool:
 
 def _author_text(author: Address, mailbox: str) -> str:
     """Write an author with a mailbox; his name stays, in quotes if it has a bare "@"."""
-    name, rest, is_bare = "", "", False
-    position, end = -1, 0
-    for start, token in _tokens(author.text):
-        if position < 0:
-            is_bare = is_bare or token == "@"
-            position = start if token == "<" else -1
-        end = start + 1 if token == ">" else end
-    if position < 0:
-        comments = [token for _, token in _tokens(author.text) if token[0] == "("]
-        text = " ".join([mailbox, *comments])
-        return text if comparable(mailbox) != author.key else author.text
-    if not is_bare and comparable(mailbox) == author.key:
-        return author.text
-    name, rest = author.text[:position], author.text[end:]
-    if is_bare:
+    tokens, is_same = author.tokens, comparable(mailbox) == author.key
+    if "<" not in tokens:
+        comments = [one for one in tokens if one[0] == "("]
+        return author.text if is_same else " ".join([mailbox, *comments])
+    opening = tokens.index("<")
+    name, rest = "".join(tokens[:opening]), tokens[tokens.index(">", opening) + 1:]
+    if "@" in tokens[:opening]:
         name = " ".join(name.split())
         escaped_name = re.sub(r'(["\\])', r"\\\1", name)
         # A name that is the address itself says nothing.
         name = "" if comparable(name) == author.key else f'"{escaped_name}" '
-    return f"{name}<{mailbox}>{rest}"
+    elif is_same:
+        return author.text
+    return "".join([name, f"<{mailbox}>", *rest]).strip(_WHITE)
 
 
 # The message.
@@ -1772,7 +1759,7 @@ class Prepared:
     """A message as it is to go out, sent by `mailbox`."""
 
     mailbox: str
-    before: Header                          # as it came
+    before: bytes = field(repr=False)       # its header as it came
     header: bytes = field(repr=False)       # as it goes
     body: memoryview = field(repr=False)    # with the empty line, if `header` lacks it
 
@@ -1793,13 +1780,12 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
     mbox_line = _MBOX_LINE.match(message)
     header = split_header(message, mbox_line.end() if mbox_line else 0)
     mailbox = choose_mailbox(envelope, header, config.sender_from)
-    edit = HeaderEdit(header)
-    edit_author(edit, mailbox, config.from_mismatch, login)
-    edit_recipients(edit, envelope.recipients, config.header_recipients)
-    octets, body = bytes(edit), memoryview(message)[header.end:]
+    edit_author(header, mailbox, config.from_mismatch, login)
+    edit_recipients(header, envelope.recipients, config.header_recipients)
+    octets, body = bytes(header), memoryview(message)[header.end:]
     if bytes(body[:2]) != b"\r\n" and (body or not header.fields):
         octets += b"\r\n"
-    return Prepared(mailbox, header, octets, body)
+    return Prepared(mailbox, bytes(message[:header.end]), octets, body)
 
 
 # ---------------------------------------------------------------------------
@@ -1830,7 +1816,6 @@ MAX_VALUE = 16_384              # octets of one field of a part
 MAX_ENCODED_WORDS = 500         # in one field: the standard library is slow with more
 MAX_X_FIELDS = 5                # of a draft, Graph's own limit
 MAX_FILE_NAME = 255             # characters
-FIND_AT_ONCE = 1_048_576        # octets; meanwhile no other thread runs
 
 _NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
                                           b"abcdefghijklmnopqrstuvwxyz0123456789+/="))
@@ -1890,9 +1875,13 @@ class Part(NamedTuple):
 
     def pieces(self) -> Iterator[bytes]:
         """Decode it piece by piece, each below 4 MB. Raises Unsayable."""
-        if self.encoding not in DECODERS:
-            raise Unsayable("has a part in an unknown encoding")
-        return DECODERS[self.encoding](self._slices())
+        if self.encoding == "base64":
+            return _decode_base64(self._slices())
+        if self.encoding == "quoted-printable":
+            return map(binascii.a2b_qp, self._slices())
+        if self.encoding in ("7bit", "8bit", "binary"):
+            return self._slices()
+        raise Unsayable("has a part in an unknown encoding")
 
     def _slices(self) -> Iterator[bytes]:
         """Yield it in slices, none of which ends within an encoded character."""
@@ -1922,15 +1911,6 @@ def _decode_base64(slices: Iterator[bytes]) -> Iterator[bytes]:
     if len(rest) == 1:
         raise Unsayable("has an attachment that is cut off")
     yield binascii.a2b_base64(rest + b"=" * (-len(rest) % 4))
-
-
-def _decode_quoted_printable(slices: Iterator[bytes]) -> Iterator[bytes]:
-    return (binascii.a2b_qp(one) for one in slices)
-
-
-DECODERS: Mapping[str, Callable[[Iterator[bytes]], Iterator[bytes]]] = {
-    "base64": _decode_base64, "quoted-printable": _decode_quoted_printable,
-    "7bit": iter, "8bit": iter, "binary": iter}
 
 
 class Attachment(NamedTuple):
@@ -1988,10 +1968,9 @@ def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoi
 def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     """Take a prepared message apart. Raises Unsayable."""
     fields = split_header(prepared.header, is_read=lambda name: True).fields
-    begin = prepared.before.end
-    begin += 2 * (message[begin:begin + 2] == b"\r\n")
-    root = _read_part(fields, message, begin, len(message))
-    text, files = _find_parts(root, itertools.count(), 0)
+    root = _read_part(fields, message, len(prepared.before), len(message))
+    leaves = _leaves(root, itertools.count())
+    text = _text_of(leaves)
     content = _draft_properties(fields, prepared.mailbox)
     content["body"], shown = _body(text)
     octets = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
@@ -2001,12 +1980,14 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
         Attachment(part.file_name or _make_name(number, part.media_type), part,
                    part.content_id if part.content_id.lower() in shown else "",
                    sum(len(piece) for piece in part.pieces()))
-        for number, part in enumerate(files, 1)])
+        for number, part in enumerate((one for one in leaves if one is not text), 1)])
 
 
 def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
                end: int) -> Part:
     """Read what the fields of a part say, RFC 2045, 2183, 2231, and encoded words."""
+    if message.startswith(b"\r\n", begin, end):       # the empty line behind them
+        begin += 2
     header = email.message.Message()
     for one in fields:
         if one.name in _PART_FIELDS:
@@ -2030,82 +2011,55 @@ def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
                 boundary.encode("utf-8", "replace") if kind[:10] == "multipart/" else b"")
 
 
-class Found(NamedTuple):
-    """The text of a part, and its files."""
+def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
+    """Find the text and the files of a part, as the table above says. Raises Unsayable.
 
-    text: Part | None
-    files: list[Part]
-
-
-def _find_parts(part: Part, counter: Iterator[int], depth: int) -> Found:
-    """Find the text and the files of a part, as the table above says. Raises Unsayable."""
+    The text is the first that `is_text`.
+    """
     if part.media_type in UNSAYABLE and not (part.media_type == "text/calendar"
                                              and part.is_file):
         raise Unsayable(UNSAYABLE[part.media_type])
     if next(counter) > MAX_PARTS or depth > MAX_DEPTH:
         raise Unsayable("has too many parts")
     if not part.media_type.startswith("multipart/"):
-        return Found(part, []) if part.is_text else Found(None, [part])
+        return [part]
     found = []
     for begin, end in _split_parts(part):
         # The CRLF of the next delimiter may be that of the last field.
         header = split_header(part.message, begin, min(end + 2, part.end),
                               _PART_FIELDS.__contains__)
-        begin = min(header.end, end)
-        begin += 2 * (part.message[begin:min(begin + 2, end)] == b"\r\n")
-        child = _read_part(header.fields, part.message, begin, end)
-        found.append(_find_parts(child, counter, depth + 1))
+        child = _read_part(header.fields, part.message, min(header.end, end), end)
+        found.append(_leaves(child, counter, depth + 1))
     if not found:
         raise Unsayable("has parts that cannot be told apart")
-    return _join_found(found, part.media_type == "multipart/alternative")
+    leaves = [leaf for one in found for leaf in one]
+    texts = [text for text in map(_text_of, found) if text]
+    if part.media_type == "multipart/alternative" and texts:
+        best = ([one for one in texts if one.media_type == "text/html"] or texts)[-1]
+        leaves = [best] + [leaf for leaf in leaves if leaf not in texts]
+    return leaves
 
 
-def _join_found(found: list[Found], is_alternative: bool) -> Found:
-    texts = [one.text for one in found if one.text]
-    if is_alternative:
-        text = max(reversed(texts), key=lambda one: one.media_type == "text/html",
-                   default=None)
-        return Found(text, [part for one in found for part in one.files])
-    text = texts[0] if texts else None
-    return Found(text, [part for one in found for part in
-                        ([one.text] if one.text and one.text is not text else [])
-                        + one.files])
+def _text_of(leaves: list[Part]) -> Part | None:
+    return next((one for one in leaves if one.is_text), None)
 
 
 def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
     """Find where the parts of a part begin and end, RFC 2046 section 5.1.1."""
     if not part.boundary:
         return
-    delimiter = b"\r\n--" + part.boundary
-    begin, position = -1, max(0, part.begin - 2)
-    while position >= 0:
-        position = _find(part.message, delimiter, position, part.end)
-        if position < 0:
-            break
-        tail = position + len(delimiter)
-        line_end = part.message.find(b"\r\n", tail, min(tail + 100, part.end))
-        rest = bytes(part.message[tail:line_end if line_end >= 0 else
-                                  min(tail + 100, part.end)])
-        position += 2                   # the next may begin with the CRLF of this one
-        if rest.strip(b" \t") not in (b"", b"--"):
-            continue                    # it is the boundary of a part within
-        if begin >= 0:
-            yield begin, max(begin, position - 2)
-        begin = -1 if rest[:2] == b"--" or line_end < 0 else line_end + 2
-        if begin < 0:
-            break
-    if begin >= 0:                      # the last delimiter is missing
+    # The CRLF behind a delimiter may be that before the next one.
+    delimiter = re.compile(rb"\r\n--" + re.escape(part.boundary)
+                           + rb"(--)?[ \t]*(?=\r\n|\Z)")
+    begin = part.end + 1                # nothing began yet
+    for match in delimiter.finditer(part.message, max(0, part.begin - 2), part.end):
+        if begin <= part.end:
+            yield begin, max(begin, match.start())
+        if match[1]:
+            return
+        begin = match.end() + 2
+    if begin <= part.end:               # the last delimiter is missing
         yield begin, part.end
-
-
-def _find(message: bytes | bytearray, octets: bytes, begin: int, end: int) -> int:
-    """Find octets without a long call, during which no other thread would run."""
-    while begin < end:
-        found = message.find(octets, begin, min(end, begin + FIND_AT_ONCE))
-        if found >= 0:
-            return found
-        begin += FIND_AT_ONCE - len(octets) + 1
-    return -1
 
 
 def _body(part: Part | None) -> tuple[dict[str, str], set[str]]:
@@ -2176,7 +2130,7 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
         "bccRecipients": people.get(b"bcc"), "replyTo": people.get(b"reply-to"),
         "importance": _importance(values), "internetMessageId": values.get(b"message-id"),
         "internetMessageHeaders": [
-            {"name": _field_name(first[name]).decode(), "value": _decoded(value)}
+            {"name": first[name].label.decode(), "value": _decoded(value)}
             for name, value in values.items() if value and _X_FIELD.fullmatch(name)
         ][:MAX_X_FIELDS]}
     return {name: value for name, value in properties.items() if value}
@@ -2192,16 +2146,12 @@ def _importance(values: Mapping[bytes, str]) -> str | None:
 
 def _person(address: Address) -> dict[str, Any]:
     """Write an address as Graph wants it; a comment may be the name."""
-    name, comments = "", ""
-    for _, token in _tokens(address.text):
-        if token == "<":
-            break
-        if token[0] == "(":
-            comments = comments or token[1:-1]
-        else:
-            name += email.utils.unquote(token) if token[0] == '"' else token
+    tokens = address.tokens
+    if "<" in tokens:
+        name = "".join(email.utils.unquote(one) if one[0] == '"' else one
+                       for one in tokens[:tokens.index("<")] if one[0] != "(")
     else:
-        name = comments
+        name = next((one[1:-1] for one in tokens if one[0] == "("), "")
     name = _decoded(decode_text(" ".join(name.split()).encode("utf-8", "surrogateescape")))
     mailbox = address.mailbox.encode("utf-8", "replace").decode()
     return {"emailAddress": {"address": mailbox, **({"name": name} if name else {})}}
@@ -2369,11 +2319,11 @@ _NOT_SENT = Reply(554, "5.3.0", "Microsoft 365 gave an unknown answer; the messa
 
 
 class Step(enum.Enum):
-    """What Graph was asked to do."""
+    """What Graph is asked to do: the statuses of success."""
 
-    SEND = "send a message"
-    DRAFT = "make a draft"              # this needs Mail.ReadWrite
-    UPLOAD = "take a piece of a file"   # this needs no token
+    SEND = (202,)
+    DRAFT = (200, 201, 204)         # needs Mail.ReadWrite
+    UPLOAD = (200, 201, 202)        # needs no token
 
 
 class NoUploadRight(DeliveryError):
@@ -3004,10 +2954,6 @@ LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a turn to
 NO_RIGHT_LASTS = 3600.0         # seconds that a missing Mail.ReadWrite is remembered
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
 
-# Statuses of success.
-SUCCESS: Mapping[Step, tuple[int, ...]] = {
-    Step.SEND: (202,), Step.DRAFT: (200, 201, 204), Step.UPLOAD: (200, 201, 202)}
-
 
 class Turns:
     """Lets so many at once do something with the same key; the others wait in line."""
@@ -3204,7 +3150,7 @@ class Graph:
                 headers = {**headers, "Authorization": f"Bearer {token}"}
             response = await self._pool.send(dataclasses.replace(request, headers=headers),
                                              errand.deadline)
-            if response.status in SUCCESS[step]:
+            if response.status in step.value:
                 return response
             if response.status == 401 and token and not renewed:
                 renewed = True
@@ -4024,9 +3970,8 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
     for one in split_header(prepared.header).find(*_ADDRESS_FIELDS):
         found = _read_field(one)
         for address in found.addresses if found else []:
-            print(f"  {visible(address.mailbox)}  ({_field_name(one).decode()})")
-    before = b"".join(one.octets for one in prepared.before.fields)
-    edits = list(_edits(before, prepared.header))
+            print(f"  {visible(address.mailbox)}  ({one.label.decode()})")
+    edits = list(_edits(prepared.before, prepared.header))
     print("\n".join(["Edits:", *edits] if edits else ["Edits:    none"]))
     if outgoing.draft is None:
         print(f"Path:     sendMail, {prepared.size} octets")
@@ -4043,30 +3988,24 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
 
 def _receive(config: Config, message: bytes, sender: str,
              recipients: Iterable[str]) -> Envelope:
-    """Say to a Session what a device would. Raises RelayError with its refusal."""
-    session = Session(config, "explain")
+    """Say to a Session what a device would. Raises RelayError with its first refusal."""
+    session = Session(config, "explain", _raise_refusal)
     session.tls_started()
     session.authenticated()
     utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
-    for line in ("EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
-                 *(f"RCPT TO:<{one}>" for one in recipients), "DATA"):
-        _say(session, line.encode("utf-8", "surrogateescape") + b"\r\n")
-    stuffed = b"".join([b"." * message.startswith(b"."),
-                        message.replace(b"\r\n.", b"\r\n.."),
-                        b"" if not message or message.endswith(b"\r\n") else b"\r\n"])
-    event = _say(session, stuffed + b".\r\n")
+    lines = ["EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
+             *(f"RCPT TO:<{one}>" for one in recipients), "DATA", ""]
+    session.receive("\r\n".join(lines).encode("utf-8", "surrogateescape"))
+    session.receive(b"." * message.startswith(b".") + message.replace(b"\r\n.", b"\r\n.."))
+    session.receive((b"" if not message or message.endswith(b"\r\n") else b"\r\n") + b".\r\n")
+    event = session.next_event()
     assert isinstance(event, Deliver)   # anything else has raised
     return event.envelope
 
 
-def _say(session: Session, octets: bytes) -> Event | None:
-    session.receive(octets)
-    event = session.next_event()
-    reply = session.output().decode().splitlines()
-    if reply and reply[-1][:1] in ("4", "5"):
-        code, status, text = reply[-1].split(" ", 2)
-        raise RelayError(text, int(code), status)
-    return event
+def _raise_refusal(mark: str, what: object) -> None:
+    if mark == "!" and isinstance(what, Reply):
+        raise RelayError(what.text, what.code, what.status)
 
 
 def _edits(before: bytes, after: bytes) -> Iterator[str]:
@@ -4123,8 +4062,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(run=lambda environ, arguments: serve(environ))
     commands = parser.add_subparsers(metavar="command")
-    serving = commands.add_parser("serve", help="run the relay; this is the default")
-    serving.set_defaults(run=lambda environ, arguments: serve(environ))
+    commands.add_parser("serve", help="run the relay; this is the default")
     trying = commands.add_parser("demo", help="try the relay without an account, in front of "
                                               "a stand-in for Microsoft")
     trying.set_defaults(run=lambda environ, arguments: demo(environ))
