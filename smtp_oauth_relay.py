@@ -1319,19 +1319,35 @@ def decode_uuid(text: str) -> str | None:
 # too. "Beyond doubt" is the point: a field that we read in one way and Exchange in another
 # would send the mail to somebody else.
 #
-# And Graph wants From to name the mailbox in its URL. A missing From is added, a name with
-# a bare "@" is put into quotes, as Exchange takes it for an address; for the rest there is
-# FROM_MISMATCH.
+# And Graph wants From to name the mailbox in its URL (FROM_MISMATCH):
+#
+#     From                          keep        rewrite                     refuse
+#     is missing or empty           added       added                       added
+#     names that mailbox only       as it was   as it was                   as it was
+#     names another, or more        as it was   the mailbox, with the old   550 5.7.1
+#                                               name; the old address goes
+#                                               to Reply-To
+#     has no address                as it was   likewise; the old field is  550 5.7.1
+#                                               X-Original-From
+#
+# A name with a bare "@" is put into quotes, as Exchange takes it for an address.
 #
 # Everything else stays as it is, octet for octet. The body is never copied: a message may
 # have 150 MB.
 
-_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
+# A URL at the start of a line is text; no address field begins so.
+_FIELD = re.compile(rb"((?!https?://|ftp://)[!-9;-~]+)[ \t]*:", re.I)
+# Text may look like fields ("Time: 12:00"): a header has one of these, or begins with one.
+_KNOWN_FIELD = re.compile(
+    rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|in-reply-to|references|received"
+    rb"|return-path|mime-version|importance|priority|(?:content|resent|list|x)-.*")
 _FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
-# The line that mbox files have before a message, RFC 4155 appendix A.
+# The line that mbox files have before a message, RFC 4155 appendix A: with a date, or before
+# a field.
 _MBOX_LINE = re.compile(
-    rb'From (?:"[^"\r\n]*")?[^ \r\n]* +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) +[A-Z][a-z]{2} +'
-    rb"[0-9]{1,2} +[0-9]{2}:[0-9]{2}[^\r\n]*\r\n")
+    rb"From [^\r\n]{1,500}\r\n(?=(?:%b):)|From [^ \r\n]{1,500} +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) "
+    rb"+[A-Z][a-z]{2} +[0-9]{1,2} +[0-9]{2}:[0-9]{2}[^\r\n]{0,100}\r\n"
+    % _KNOWN_FIELD.pattern.replace(b".*", rb"[!-9;-~]+"), re.I)
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
 _EDITED_FIELDS = frozenset({*_ADDRESS_FIELDS, b"from", b"reply-to"})
 # A quoted-string or domain-literal that is not closed goes on to the end: each
@@ -1347,13 +1363,17 @@ _IN_COMMENT = re.compile(r"[^()\\]+|\\.|.", re.S)
 _NOT_IN_NAME = frozenset('<>@()[]\\"')
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _HEADER_MAILBOX = re.compile(
-    rf'(?:{_DOT_STRING}|"(?:[^"\\]|\\.)*")@(?:{_DOMAIN}|\[[^\[\]\\]*\])', re.S)
+    rf'(?:{_DOT_STRING}|"(?:[^"\\\ud800-\udfff]|\\[^\ud800-\udfff])*")'
+    rf"@(?:{_DOMAIN}|\[[^\[\]\\\ud800-\udfff]*\])")
 _HEADER_ROUTE = re.compile(_ROUTE)
+# What is no address list, as a name and what stands in "<>"; a comment may be the name.
+_LOOSE_AUTHOR = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
+                           r"|[^()<>]*\((?P<comment>[^()<>]*)\)\s*|(?P<alone>[^<>]*)")
 # Top-level domains that lead nowhere from outside, RFC 6761, RFC 6762 and RFC 8375.
 _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "invalid", "lan",
                             "local", "localdomain", "localhost", "test"})
 
-MAX_HEADER = 1_048_576          # octets; what comes behind them is text
+MAX_HEADER = 1_048_576          # octets
 MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
 MAX_WORDS = 200                 # of one mailbox
 MAX_FIELDS = 10_000             # of addresses, in one header
@@ -1421,41 +1441,45 @@ class Header:
 
 def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None,
                  is_read: Callable[[bytes], bool] = _EDITED_FIELDS.__contains__) -> Header:
-    """Find the header at the begin of a message, whose lines end in CRLF.
+    """Find the header of a message, or of the part from `begin` to `end`; lines end in CRLF.
 
     A malformed line ends nothing, as a lenient reader would go on behind it; but what
-    stands between the last field and the empty line is text. Fields that are not read are
-    kept together. Raises DeliveryError.
+    stands between the last field and the empty line is text. Raises DeliveryError.
     """
-    stop = _header_stop(message, begin, len(message) if end is None else end)
+    limit = len(message) if end is None else end
+    stop = _header_stop(message, begin, limit)
+    # Of each field, or of neighbours that are not read: name, start, stop, is_reached.
     spans: list[tuple[bytes, int, int, bool]] = []
-    header_end, is_reached = begin, True
+    header_end, is_reached, is_header = begin, True, False
     # A new first field must come behind a folded first line, so that is kept alone.
     alone = int(message[begin:begin + 1] in (b" ", b"\t"))
     for line in _FOLDED_LINE.finditer(message, begin, stop):
         match = _FIELD.match(line[0])
         is_reached = is_reached and match is not None and match[0] == match[1] + b":"
-        name = match[1].lower() if match else b""
-        start = line.start()
-        if not name or not is_read(name):
+        name, start = match[1].lower() if match else b"", line.start()
+        is_header = (is_header or bool(_KNOWN_FIELD.fullmatch(name))
+                     or (start == begin and (match is not None or alone > 0)))
+        if match:
+            header_end = line.end()
+        if not match or not is_read(name):
             name = b""
             if spans[alone:] and not spans[-1][0]:
                 _, start, _, _ = spans.pop()
         spans.append((name, start, line.end(), is_reached))
-        if match:
-            header_end = line.end()
         if len(spans) > MAX_FIELDS:
             raise DeliveryError("The header has too many fields")
-    header = Header([], header_end)
-    for name, start, stop, is_reached in spans:
-        if start < header_end:
-            octets = bytes(message[start:min(stop, header_end)])
+    header = Header([], header_end if is_header else begin)
+    for name, start, span_end, is_reached in spans:
+        if start < header.end:
+            octets = bytes(message[start:min(span_end, header.end)])
             header.fields.append(Field(name, octets, is_reached, octets))
+    if header.end == stop and not message.startswith(b"\r\n", stop) and stop < limit:
+        raise DeliveryError("The header is too large", 552, "5.3.4")
     return header
 
 
 def _header_stop(message: bytes | bytearray, begin: int, end: int) -> int:
-    """Find where no line of the header can be any more."""
+    """Find where no line of the header can be any more. Raises DeliveryError."""
     if message[begin:begin + 2] == b"\r\n":
         return begin
     most = min(end, begin + MAX_HEADER)
@@ -1643,63 +1667,80 @@ def _without_others(one: Field, found: AddressList | None,
 
 # The author.
 
-def choose_mailbox(envelope: Envelope, header: Header, sender_from: str) -> str:
+Authors = list[tuple[Field, list[Address]]]
+
+
+def read_authors(header: Header) -> Authors:
+    """Read the From fields; an author without an address that can be read has the key ""."""
+    fields = header.find(b"from")
+    is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
+    return [(one, _read_from(one.value.replace("\r\n", "") if is_sane else "<"))
+            for one in fields]
+
+
+def _read_from(value: str) -> list[Address]:
+    """Read a From field; it mails nobody, so what is no address list is no danger."""
+    with contextlib.suppress(Doubtful):
+        return parse_addresses(value, any_name=True).addresses
+    match = _LOOSE_AUTHOR.fullmatch(value)
+    mailbox = (match["mailbox"] or "").strip() if match else ""
+    name = match["name"] or match["comment"] or match["alone"] or "" if match else ""
+    name = _NO_TEXT.sub("", name).strip()
+    if not re.fullmatch(r'"(?:[^"\\]|\\.)*"', name):
+        name = _quoted(name)
+    if not _HEADER_MAILBOX.fullmatch(mailbox):
+        mailbox = ""
+    tokens = [name, " ", "<", mailbox, ">"] if name else ["<", mailbox, ">"]
+    return [Address(comparable(mailbox) if mailbox else "", mailbox, "".join(tokens), tokens)]
+
+
+def choose_mailbox(envelope: Envelope, authors: Authors, sender_from: str) -> str:
     """Find the mailbox that sends. Raises DeliveryError if there is none."""
-    if envelope.reverse_path and sender_from == "envelope":
+    named = [author.mailbox for _, found in authors for author in found if author.mailbox]
+    if envelope.reverse_path and (sender_from == "envelope" or not named):
         return envelope.reverse_path
-    authors = [address for one in header.find(b"from") for address in _authors(one) or []]
-    if authors:
-        return authors[0].mailbox
-    if envelope.reverse_path:
-        return envelope.reverse_path
+    if named:
+        return named[0]
     raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send from",
                         550, "5.1.7")
 
 
-def _authors(one: Field) -> list[Address] | None:
-    """Read a From field; None if that cannot be done."""
-    found = _read_field(one, any_name=True) if len(one.octets) <= MAX_ADDRESSES else None
-    return found and found.addresses
-
-
-def edit_author(header: Header, mailbox: str, policy: str, login: str) -> None:
+def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
+                login: str) -> None:
     """Make From agree with the mailbox that sends, as far as `policy` has it.
 
     `policy` is FROM_MISMATCH. Raises DeliveryError for "refuse".
     """
-    read = [(one, _authors(one)) for one in header.find(b"from")]
-    if all(authors == [] for _, authors in read):
-        for one, _ in read:             # there are empty ones at most
+    if not any(found for _, found in authors):
+        for one, _ in authors:          # there are empty ones at most
             one.edited = b""
         header.top.append(_address_field(b"From", [mailbox]))
         return
-    agrees = all(authors is not None and {one.key for one in authors} <= {comparable(mailbox)}
-                 for _, authors in read)
+    key = comparable(mailbox)
+    agrees = all(author.key == key for _, found in authors for author in found)
     if policy == "refuse" and not agrees:
         raise DeliveryError(f"From must name the sender {mailbox}, and nobody else: make "
                             "both the same in the device, or set FROM_MISMATCH=rewrite",
                             550, "5.7.1")
     if policy == "rewrite" and not agrees:
-        _rewrite_author(header, read, mailbox, login)
+        _rewrite_author(header, authors, mailbox, login)
         return
-    for one, authors in read:
-        texts = [_author_text(author, author.mailbox) for author in authors or []]
-        if texts != [author.text for author in authors or []]:
+    for one, found in authors:
+        texts = [_author_text(author, author.mailbox) for author in found if author.key]
+        if texts and texts != [author.text for author in found]:
             one.edited = _address_field(one.label, texts)
 
 
-def _rewrite_author(header: Header, read: list[tuple[Field, list[Address] | None]],
-                    mailbox: str, login: str) -> None:
+def _rewrite_author(header: Header, authors: Authors, mailbox: str, login: str) -> None:
     """Put a mailbox into From; whom it named gets the answers, if mail reaches him."""
-    (first, found), *others = read
-    authors = found or []
-    text = _author_text(authors[0], mailbox) if authors else f"<{mailbox}>"
+    (first, found), *others = authors
+    text = _author_text(found[0], mailbox) if found else mailbox
     first.edited = _address_field(first.label, [text])
-    old = {one.key: one.mailbox for _, found in read for one in found or []
-           if one.key != comparable(mailbox) and _is_answered(one.mailbox, login)}
-    if old and not header.find(b"reply-to"):
+    old = {author.key: author.mailbox for _, found in authors for author in found
+           if _is_answered(author.mailbox, login)}
+    if old.keys() - {comparable(mailbox)} and not header.find(b"reply-to"):
         first.edited += _address_field(b"Reply-To", list(old.values()))
-    if len(authors) != 1:
+    if len(found) != 1 or not found[0].key:
         first.edited += b"X-Original-" + first.octets
     for one, _ in others:
         one.edited = b"X-Original-" + one.octets
@@ -1709,26 +1750,35 @@ def _is_answered(mailbox: str, login: str) -> bool:
     """Whether mail to a mailbox may arrive: not to the login of a device, or @printer."""
     domain = mailbox.rpartition("@")[2].lower()
     top = domain.rpartition(".")[2]
-    return ("." in domain and not domain.endswith("]") and top not in _LOCAL_DOMAINS
-            and mailbox.lower() != login.lower())
+    return ("." in domain and not domain.endswith("]") and not top.isdigit()
+            and top not in _LOCAL_DOMAINS and mailbox.lower() != login.lower())
 
 
 def _author_text(author: Address, mailbox: str) -> str:
-    """Write an author with a mailbox; his name stays, in quotes if it has a bare "@"."""
+    """Write an author with a mailbox; his name stays, in quotes if it needs them."""
     tokens, is_same = author.tokens, comparable(mailbox) == author.key
     if "<" not in tokens:
         comments = [one for one in tokens if one[0] == "("]
         return author.text if is_same else " ".join([mailbox, *comments])
     opening = tokens.index("<")
+    words = [one for one in tokens[:opening] if one[0] != "("]
     name, rest = "".join(tokens[:opening]), tokens[tokens.index(">", opening) + 1:]
-    if "@" in tokens[:opening]:
-        name = " ".join(name.split())
-        escaped_name = re.sub(r'(["\\])', r"\\\1", name)
+    is_bare = any("@" in one for one in words if one[0] != '"')
+    if is_bare or not (is_same or _is_name(words)):
+        name = re.sub(f"[{_WHITE}]+", " ", name).strip(" ")
         # A name that is the address itself says nothing.
-        name = "" if comparable(name) == author.key else f'"{escaped_name}" '
+        is_address = comparable(name) in (author.key, comparable(mailbox))
+        name = "" if is_address else f"{_quoted(name)} "
     elif is_same:
         return author.text
     return "".join([name, f"<{mailbox}>", *rest]).strip(_WHITE)
+
+
+def _quoted(name: str) -> str:
+    """Write a name as a quoted-string; not its encoded words, RFC 2047 section 5."""
+    words = name.split(" ") if "=?" in name else [name]
+    return " ".join(word if word.startswith("=?") or not word else
+                    '"' + re.sub(r'(["\\])', r"\\\1", word) + '"' for word in words)
 
 
 # The message.
@@ -1779,8 +1829,9 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
     message = envelope.message
     mbox_line = _MBOX_LINE.match(message)
     header = split_header(message, mbox_line.end() if mbox_line else 0)
-    mailbox = choose_mailbox(envelope, header, config.sender_from)
-    edit_author(header, mailbox, config.from_mismatch, login)
+    authors = read_authors(header)
+    mailbox = choose_mailbox(envelope, authors, config.sender_from)
+    edit_author(header, authors, mailbox, config.from_mismatch, login)
     edit_recipients(header, envelope.recipients, config.header_recipients)
     octets, body = bytes(header), memoryview(message)[header.end:]
     if bytes(body[:2]) != b"\r\n" and (body or not header.fields):
