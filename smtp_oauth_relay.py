@@ -4012,7 +4012,8 @@ Stop with Ctrl-C.
 def explain(config: Config, message: bytes, sender: str, recipients: Iterable[str]) -> bool:
     """Print what the relay would do; returns whether it would send the message."""
     try:
-        outgoing = make_outgoing(_receive(config, message, sender, recipients), config)
+        envelope = _receive(config, message, sender, recipients)
+        outgoing = make_outgoing(envelope, config)
     except RelayError as error:
         print(f"Refused: {error.reply}")
         return False
@@ -4021,7 +4022,8 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
     for one in split_header(prepared.header).find(*_ADDRESS_FIELDS):
         found = _read_field(one)
         for address in found.addresses if found else []:
-            print(f"  {visible(address.mailbox)}  ({one.label.decode()})")
+            more = "" if address.key in envelope.recipients else ", though no recipient"
+            print(f"  {visible(address.mailbox)}  ({one.label.decode()}{more})")
     edits = list(_edits(prepared.before, prepared.header))
     print("\n".join(["Edits:", *edits] if edits else ["Edits:    none"]))
     if outgoing.draft is None:
@@ -4047,8 +4049,10 @@ def _receive(config: Config, message: bytes, sender: str,
     lines = ["EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
              *(f"RCPT TO:<{one}>" for one in recipients), "DATA", ""]
     session.receive("\r\n".join(lines).encode("utf-8", "surrogateescape"))
+    if message:                         # its last line may end as in any text file
+        message = message.removesuffix(b"\n").removesuffix(b"\r") + b"\r\n"
     session.receive(b"." * message.startswith(b".") + message.replace(b"\r\n.", b"\r\n.."))
-    session.receive((b"" if not message or message.endswith(b"\r\n") else b"\r\n") + b".\r\n")
+    session.receive(b".\r\n")
     event = session.next_event()
     assert isinstance(event, Deliver)   # anything else has raised
     return event.envelope

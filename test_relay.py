@@ -15,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import email
+import email.policy
 import email.utils
 import functools
 import itertools
@@ -4487,7 +4488,7 @@ class ShutdownTests(RelayCase):
 
 
 # ---------------------------------------------------------------------------
-# §15  Demo, §16  Command line: the program as a process
+# §15  Demo, §16  Explain, §17  Command line: the program as a process
 # ---------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -4701,6 +4702,86 @@ class DockerfileTests(unittest.TestCase):
                 self.assertNotEqual(process.wait(PATIENCE), 0)
 
 
+class ExplainTests(unittest.TestCase):
+    """What would become of a message, without any network."""
+
+    def explain(self, message: bytes, *arguments: str, **environ: str) -> tuple[int, str]:
+        """Run it; returns the exit status, and what it says."""
+        path = FILES.folder / "message.eml"
+        path.write_bytes(message)
+        arguments = arguments or ("--from", SENDER, "--to", "a@x.y", "--to", "h@x.y")
+        with start_program("explain", str(path), *arguments, **environ) as process:
+            out, err = process.communicate(timeout=PATIENCE)
+        return process.returncode, out + err
+
+    def test_a_message_that_would_be_sent(self) -> None:
+        message = (b"From x@y Thu Nov 24 18:22:48 2026\nFrom: <scanner@example.com>\n"
+                   b"To: \xc3\xbc\xc2\x85 <a@x.y>, o@x.y\nSubject: s\n\nText\n")
+        self.assertEqual(self.explain(message), (0, f"""\
+Sent by:  {SENDER}
+Sent to:
+  h@x.y  (Bcc)
+  a@x.y  (To)
+Edits:
+  - From x@y Thu Nov 24 18:22:48 2026
+  + Bcc: h@x.y
+  - To: \u00fc\\x85 <a@x.y>, o@x.y
+  + To: \u00fc\\x85 <a@x.y>
+  + X-Original-To: o@x.y
+Path:     sendMail, 101 octets
+"""))
+
+    def test_a_message_that_stays_as_it_is(self) -> None:
+        code, text = self.explain(crlf(NAMED + "\n.\n"), "--from", SENDER, "--to", "A@x.y")
+        self.assertEqual((code, text.splitlines()[3:]),
+                         (0, ["Edits:    none",
+                              f"Path:     sendMail, {len(crlf(NAMED)) + 5} octets"]))
+
+    def test_whom_microsoft_would_reach_beside_the_recipients(self) -> None:
+        code, text = self.explain(crlf(FROM + "To: o@x.y\n\n"), HEADER_RECIPIENTS="keep")
+        self.assertIn("  o@x.y  (To, though no recipient)\n", text)
+        self.assertNotIn("a@x.y  (Bcc, ", text)
+
+    def test_a_draft(self) -> None:
+        message = crlf(multipart("mixed", multipart(
+            "related", HTML, IMAGE), SCAN.replace("scan.pdf", "a=?utf-8?q?=0A?="), header=NAMED))
+        code, text = self.explain(message)
+        self.assertEqual(code, 0)
+        self.assertIn("Path:     a draft, as ", text)
+        self.assertTrue(text.endswith(
+            "  ATT00001.png  (image/png, 4 octets, in one request, within the text)\n"
+            "  a_  (application/pdf, 4000000 octets, by upload session)\n"), text)
+
+    def test_a_message_that_would_be_refused(self) -> None:
+        for message, arguments, environ, reply in (
+                (b"", ("--from", "", "--to", "a@x.y"), {}, "550 5.1.7"),
+                (b"", ("--from", "a", "--to", "a@x.y"), {}, "501 5.1.7"),
+                (b"", ("--from", SENDER, "--to", "a@x.y", "--to", "@"), {}, "501 5.1.3"),
+                (b"From: o@x.y\n\n", (), {"FROM_MISMATCH": "refuse"}, "550 5.7.1"),
+                (b"To: o@x.y\n\n", (), {"HEADER_RECIPIENTS": "refuse"}, "550 5.1.3"),
+                (b"x" * 5000, (), {"MAX_MESSAGE_SIZE": "5000"}, "552 5.3.4"),
+                (LARGE, (), {"LARGE_MESSAGES": "refuse"}, "552 5.3.4"),
+                (LARGE.replace(b"multipart/mixed", b"multipart/signed"), (), {}, "552 5.3.4")):
+            with self.subTest(reply, environ=environ):
+                code, text = self.explain(message, *arguments, **environ)
+                self.assertEqual(code, 1)
+                self.assertTrue(text.startswith(f"Refused: {reply} "), text)
+
+    def test_what_cannot_be_told(self) -> None:
+        for arguments, environ, word in (
+                (("--from", SENDER), {}, "--to"), (("--to", "a@x.y"), {}, "--from"),
+                (("--from", "a\r\nb", "--to", "a@x.y"), {}, "control"),
+                (("--from", SENDER, "--to", "a@x.y"), {"FROM_MISMATCH": "x"}, "FROM_MISMATCH")):
+            with self.subTest(word):
+                code, text = self.explain(b"", *arguments, **environ)
+                self.assertEqual(code, 2)
+                self.assertIn(word, text)
+        with start_program("explain", "no-such-file", "--from", "", "--to", "a@x.y") as process:
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 2)
+        self.assertIn("no-such-file", err)
+
+
 class DemoTests(unittest.TestCase):
     """The demo works as printed, on a bare machine."""
 
@@ -4735,6 +4816,30 @@ class DemoTests(unittest.TestCase):
             self.assertGreater(sent, 0)
             process.send_signal(signal.SIGINT)
             self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_a_scan_is_saved_as_one_message(self) -> None:
+        folder = tempfile.mkdtemp(dir=FILES.folder)
+        with start_program("demo", folder=folder, SMTP_PORT="0") as process:
+            found = re.search(r"port (\d+)", process.stdout.readline())
+            with Client(int(found[1])) as client:
+                client.ehlo()
+                client.log_in()
+                html = multipart("related", HTML.replace("%40", "@"), IMAGE)
+                message = crlf(multipart("mixed", html, SCAN, header=NAMED + "Subject: s\n"))
+                reply = client.post_octets(message, SENDER, ["a@x.y", "h@x.y"])
+                self.assertTrue(reply.startswith("250 "), reply)
+                # What the stand-in cannot do is refused as by Graph.
+                self.assertTrue(client.post_octets(
+                    crlf(multipart("signed", html, SCAN)), SENDER, ["a@x.y"]).startswith("552 "))
+            path, = pathlib.Path(folder).glob("outbox/*.eml")
+        saved = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
+        self.assertEqual([saved[name] for name in ("From", "To", "Bcc", "Subject")],
+                         [f"Scan <{SENDER}>", "a@x.y", "h@x.y", "s"])
+        self.assertIn("<p>Hello", saved.get_body().get_content())
+        files = {part.get_filename(): part for part in saved.walk() if part.get_filename()}
+        self.assertEqual(set(files), {"ATT00001.png", "scan.pdf"})
+        self.assertTrue(files["scan.pdf"].get_content() == SCAN_OCTETS)
+        self.assertEqual(files["ATT00001.png"]["Content-ID"], "<Logo@x.y>")
 
     def test_a_malformed_user_name_is_refused_in_the_demo_too(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
