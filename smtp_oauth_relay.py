@@ -12,8 +12,9 @@ told "250" when Microsoft has accepted the message, and at no other time.
     python3 smtp_oauth_relay.py --help    the variables
 
 What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS files, and
-connects to AZURE_AUTHORITY_HOST and GRAPH_ENDPOINT, through HTTPS_PROXY if that is set.
-It writes nothing but its log, to standard error; only the demo writes files (outbox/).
+connects to AZURE_AUTHORITY_HOST and GRAPH_ENDPOINT, and with large messages to the host
+that Graph names for the upload, all through HTTPS_PROXY if that is set. It writes nothing
+but its log, to standard error; only the demo writes files (outbox/).
 
     device --SMTP--> Connection --bytes--> Session       the protocol, without I/O
                          |  Authenticate, Deliver        its events
@@ -28,13 +29,13 @@ Contents (search for the number; each section uses only those above it)
     §3   SMTP grammar               paths, parameters, base64
     §4   SMTP session               Session: bytes in; events and bytes out
     §5   Credentials                what a user name means
-    §6   Messages                   who gets it is the envelope, no one else
+    §6   Messages                   who gets it is the envelope; From; all else stays
     §7   Large messages             a message as a draft with attachments
     §8   Microsoft's answers        which answer is which reply
     §9   Log                        one line for an event        <- I/O starts here
     §10  HTTP                       HttpPool
     §11  Tokens                     Tokens: one request for all who need the same
-    §12  Graph                      Graph: sendMail, 4 at once for a mailbox
+    §12  Graph                      Graph: sendMail, or a draft; 4 at once for a mailbox
     §13  TLS                        the relay's own certificate
     §14  Server                     Connection, Server
     §15  Demo                       a stand-in for Microsoft
@@ -399,8 +400,8 @@ class Config:
         "(Microsoft then sends the message there too), or refuse the message.")
     large_messages: str = setting(
         _choice("upload", "refuse"), "upload",
-        "What to do with messages above 3145728 octets: upload their attachments (this "
-        "needs the right Mail.ReadWrite), or refuse them.")
+        f"What to do with messages above {GRAPH_MESSAGE_LIMIT} octets: upload their "
+        "attachments (this needs the right Mail.ReadWrite), or refuse them.")
 
     # Limits
     max_message_size: int = setting(
@@ -916,7 +917,7 @@ class Session:
     def _keep_content(self, part: bytearray) -> None:
         try:
             if len(self._content) + len(part) > self._config.size_limit:
-                raise _too_large(self._config)
+                raise _above_limit(self._config)
             self._memory.take(len(part))
             self._content += part
         except RelayError as error:
@@ -978,7 +979,7 @@ class Session:
     def _check_size(self, mailbox: str, size: int) -> None:
         """Refuse what is known to be in vain before it is transferred."""
         if size > self._config.size_limit:
-            raise _too_large(self._config)
+            raise _above_limit(self._config)
         if size > GRAPH_MESSAGE_LIMIT:
             self._check_upload(mailbox)
         self._memory.check(size)
@@ -1199,7 +1200,7 @@ def _with_crlf(part: bytearray) -> bytearray:
     return part.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
-def _too_large(config: Config) -> DeliveryError:
+def _above_limit(config: Config) -> DeliveryError:
     limit = config.size_limit
     more = "" if limit == config.max_message_size else ", as LARGE_MESSAGES=refuse"
     return DeliveryError(f"The message is too large: {limit} octets are the most{more}",
@@ -1376,7 +1377,7 @@ _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "inva
 MAX_HEADER = 1_048_576          # octets
 MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
 MAX_WORDS = 200                 # of one mailbox
-MAX_FIELDS = 10_000             # of addresses, in one header
+MAX_FIELDS = 10_000             # that are read, in one header
 MAX_NAMED = 300                 # characters of addresses in a reply
 
 
@@ -1820,7 +1821,7 @@ class Prepared:
 
     @property
     def encoded(self) -> Base64:
-        """It in base64, as sendMail wants it."""
+        """The message in base64, as sendMail wants it."""
         return Base64(self.header, self.body)
 
 
@@ -1858,8 +1859,8 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
 # Parts are found by their boundaries, and decoded piece by piece while they are sent: the
 # email package would need ten times the size of the message.
 
-LARGE_ATTACHMENT = 3_140_000    # octets from which on it needs an upload session: 3 MB (its
-                                # least is 2,097,152), less the JSON of a smaller one
+LARGE_ATTACHMENT = 3_140_000    # octets; from here on by upload session (whose least is
+                                # 2,097,152), below in one request, with its JSON
 UPLOAD_PIECE = 3_932_160        # octets, before decoding; Graph wants less than 4 MB
 MAX_PARTS = 250                 # of a message, Exchange's own limit
 MAX_DEPTH = 20                  # of parts within parts
@@ -1905,10 +1906,11 @@ class Unsayable(DeliveryError):
                          "in parts; it must be smaller", 552, "5.3.4")
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A part of a message, which stands in its octets from `begin` to `end`."""
 
-    message: bytes | bytearray
+    message: bytes | bytearray = field(repr=False)
     begin: int
     end: int
     media_type: str             # in lower case
@@ -1948,7 +1950,7 @@ class Part(NamedTuple):
 
 
 def _decode_base64(slices: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode base64; what is none does not count, RFC 2045 section 6.8."""
+    """Decode base64; octets outside its alphabet do not count, RFC 2045 section 6.8."""
     rest, is_ended = b"", False
     for one in slices:
         text, padding, behind = one.translate(None, _NOT_BASE64).partition(b"=")
@@ -1956,12 +1958,17 @@ def _decode_base64(slices: Iterator[bytes]) -> Iterator[bytes]:
             raise Unsayable("has an attachment that goes on behind its end")
         is_ended = is_ended or bool(padding)
         text = rest + text
-        cut = len(text) // 4 * 4
-        yield binascii.a2b_base64(text[:cut])
+        cut = len(text) if is_ended else len(text) // 4 * 4
+        yield _decode_quanta(text[:cut])
         rest = text[cut:]
-    if len(rest) == 1:
+    if rest:                            # the padding is missing
+        yield _decode_quanta(rest)
+
+
+def _decode_quanta(text: bytes) -> bytes:
+    if len(text) % 4 == 1:
         raise Unsayable("has an attachment that is cut off")
-    yield binascii.a2b_base64(rest + b"=" * (-len(rest) % 4))
+    return binascii.a2b_base64(text + b"=" * (-len(text) % 4))
 
 
 class Attachment(NamedTuple):
@@ -2012,12 +2019,12 @@ def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoi
     if prepared.size <= GRAPH_MESSAGE_LIMIT:
         return Outgoing(prepared)
     if config.large_messages == "refuse":
-        raise _too_large(config)
+        raise _above_limit(config)
     return Outgoing(prepared, make_draft(envelope.message, prepared))
 
 
 def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
-    """Take a prepared message apart. Raises Unsayable."""
+    """Take a prepared message apart. Raises DeliveryError."""
     fields = split_header(prepared.header, is_read=lambda name: True).fields
     root = _read_part(fields, message, len(prepared.before), len(message))
     leaves = _leaves(root, itertools.count())
@@ -2158,6 +2165,7 @@ def _decode_words(match: re.Match[str]) -> str:
 
 def _make_name(number: int, media_type: str) -> str:
     """Name a file that has no name, as Exchange does."""
+    # An object of our own, as that of the module reads files of the system.
     suffix = mimetypes.MimeTypes().guess_extension(media_type) or ".bin"
     return f"ATT{number:05}{suffix}"
 
@@ -2991,13 +2999,14 @@ def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float)
 #
 # What is tried again within UPSTREAM_TIMEOUT, as it cannot send a message twice:
 #
-#     401                                 once, with a new token
+#     401, but of an upload                once, with a new token
 #     429, 503 with Retry-After           after that time
 #     connection refused, or a kept one   §10
 #     closed before all was written
 #
 # Anything else goes to the client as it stands: after a time-out or a 504 the message may
-# be on its way already. A large message takes one turn for all of its requests.
+# be on its way already. A large message takes one turn for all of its requests, and its
+# draft is deleted if any of them fails.
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
@@ -3067,12 +3076,12 @@ class Errand:
     mailbox: str
     ident: str
     deadline: float
-    latest: float = 0.0     # for the request that sends
+    latest: float           # for the request that sends
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """The application and the mailbox, comparable."""
-        return self.application.tenant, self.application.client, self.mailbox.lower()
+
+def limits_key(application: Application, mailbox: str) -> tuple[str, str, str]:
+    """What Graph counts and grants for: an application and a mailbox."""
+    return application.tenant, application.client, mailbox.lower()
 
 
 class Graph:
@@ -3094,24 +3103,24 @@ class Graph:
         # A request that is soon cut off may have been obeyed, and nobody would know.
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
         errand = Errand(application, mailbox, ident, deadline, latest)
+        key = limits_key(application, mailbox)
         if message.draft:
             self.check_upload(application, mailbox)
-        async with self._turns.turn(errand.key, latest):
+        async with self._turns.turn(key, latest):
             if not message.draft:
                 return await self._ask(errand, self._request(
                     errand, "sendMail", message.prepared.encoded))
             try:
                 return await self._send_draft(errand, message.draft)
             except NoUploadRight as error:
-                _remember(self._no_uploads, errand.key, error.reply,
+                _remember(self._no_uploads, key, error.reply,
                           self._clock() + NO_RIGHT_LASTS)
                 _explain_right(errand)
                 raise
 
     def check_upload(self, application: Application, mailbox: str) -> None:
         """Raise DeliveryError if it is known that drafts may not be made there."""
-        key = Errand(application, mailbox, "", 0).key
-        reply, ends_at = self._no_uploads.get(key, (None, 0.0))
+        reply, ends_at = self._no_uploads.get(limits_key(application, mailbox), (None, 0.0))
         if reply and self._clock() < ends_at:
             raise DeliveryError(reply.text, reply.code, reply.status)
 
@@ -3119,9 +3128,9 @@ class Graph:
 
     async def _send_draft(self, errand: Errand, draft: Draft) -> HttpResponse:
         """Make a draft, attach the files, send it; if anything fails, delete it."""
-        create = self._request(errand, "messages", draft.content)
         # The answer repeats the text, perhaps with an escape for each character.
-        create = dataclasses.replace(create, most=MAX_ANSWER + 6 * len(draft.content))
+        create = self._request(errand, "messages", draft.content,
+                               most=MAX_ANSWER + 6 * len(draft.content))
         ident = read_id(await self._ask(errand, create, Step.DRAFT))
         if not ident:
             raise NoAnswer("a draft without an id")
@@ -3170,9 +3179,8 @@ class Graph:
     async def _discard(self, errand: Errand, path: str) -> None:
         """Delete a draft that is not sent; if that fails it stays, and the log says so."""
         errand = dataclasses.replace(errand, deadline=time.monotonic() + DISCARD_TIMEOUT)
-        request = dataclasses.replace(self._request(errand, path), method="DELETE")
         try:
-            await self._ask(errand, request, Step.DRAFT)
+            await self._ask(errand, self._request(errand, path, method="DELETE"), Step.DRAFT)
         except RelayError as error:
             if error.facts.get("status") == 404:
                 return
@@ -3181,14 +3189,14 @@ class Graph:
 
     # Requests.
 
-    def _request(self, errand: Errand, path: str,
-                 body: bytes | Base64 = b"") -> HttpRequest:
+    def _request(self, errand: Errand, path: str, body: bytes | Base64 = b"", *,
+                 method: str = "POST", most: int = MAX_ANSWER) -> HttpRequest:
         mailbox = urllib.parse.quote(errand.mailbox, safe="")
         kind = "text/plain" if isinstance(body, Base64) else "application/json"
         return HttpRequest(
-            "POST", f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",
+            method, f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",
             {**({"Content-Type": kind} if body else {}), "Accept": "application/json",
-             "User-Agent": USER_AGENT, "client-request-id": errand.ident}, body)
+             "User-Agent": USER_AGENT, "client-request-id": errand.ident}, body, most)
 
     async def _ask(self, errand: Errand, request: HttpRequest,
                    step: Step = Step.SEND) -> HttpResponse:
@@ -3606,8 +3614,9 @@ class Connection:
 
     def _trace(self, mark: str, what: object) -> None:
         if mark == "!":
-            mends = isinstance(what, Reply) and what.status == "4.3.1"  # by a setting
-            log_event(logging.WARNING if mends else logging.INFO, self.ident, "refused",
+            # MAX_MEMORY_FOR_MESSAGES is too small for what comes; all else is the client's.
+            is_ours = isinstance(what, Reply) and what.status == "4.3.1"
+            log_event(logging.WARNING if is_ours else logging.INFO, self.ident, "refused",
                       reply=what)
         elif log.isEnabledFor(logging.DEBUG):
             log.debug("%s %s %s", self.ident, mark, escaped(what))
@@ -3851,7 +3860,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         for method, path, action in ROUTES:
             match = re.fullmatch(path, self.path)
             if match and method == self.command:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+                with contextlib.suppress(ValueError, LookupError, TypeError):
                     action(self, [urllib.parse.unquote(one) for one in match.groups()], body)
                     return
                 self._answer(400, {"error": {"code": "BadRequest"}})

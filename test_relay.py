@@ -877,12 +877,12 @@ class SizeTests(SessionCase):
     """SIZE is honest, and messages share the memory that there is."""
 
     def test_what_is_advertised_and_what_is_taken(self) -> None:
-        for settings, limit in (({}, 36_700_160), ({"MAX_MESSAGE_SIZE": "157286400"}, 157_286_400),
-                                ({"MAX_MESSAGE_SIZE": "5000"}, 5000),
-                                ({"LARGE_MESSAGES": "refuse"}, 3_145_728),
-                                ({"LARGE_MESSAGES": "refuse", "MAX_MESSAGE_SIZE": "5000"}, 5000)):
-            with self.subTest(settings):
-                dialogue = self.start(b"EHLO x\r\n" + LOGIN, secure=True, **settings)
+        for size, large, limit in (
+                ("", "", 36_700_160), ("157286400", "", 157_286_400), ("5000", "", 5000),
+                ("", "refuse", 3_145_728), ("5000", "refuse", 5000)):
+            with self.subTest(size, large=large):
+                dialogue = self.start(b"EHLO x\r\n" + LOGIN, secure=True,
+                                      MAX_MESSAGE_SIZE=size, LARGE_MESSAGES=large)
                 self.assertIn(b"250-SIZE %d\r\n" % limit, dialogue.said)
                 said = dialogue.feed(b"MAIL FROM:<a@b.c> SIZE=%d\r\nRSET\r\n" % limit
                                      + b"MAIL FROM:<a@b.c> SIZE=%d\r\n" % (limit + 1))
@@ -1314,9 +1314,9 @@ class RecipientTests(unittest.TestCase):
             with self.subTest(number, header=header, envelope=envelope):
                 outcome = deliver_to(header, *envelope)
                 self.assertTrue(outcome.endswith("\r\nText\r\n"))
-                header = relay.split_header(outcome.encode("utf-8", "surrogateescape"))
+                after = relay.split_header(outcome.encode("utf-8", "surrogateescape"))
                 wanted = {relay.comparable(one) for one in envelope}
-                keys = {address.key for one in header.find(b"to", b"cc", b"bcc")
+                keys = {address.key for one in after.find(b"to", b"cc", b"bcc")
                         for address in relay.parse_addresses(one.value).addresses}
                 self.assertEqual(keys, wanted)
                 # The standard library is another reader, that stops at malformed lines.
@@ -1355,12 +1355,17 @@ class RecipientTests(unittest.TestCase):
 # §7  Large messages
 # ---------------------------------------------------------------------------
 
+def crlf(text: bytes | str) -> bytes:
+    """A message in the source of this file, with the line ends that SMTP has."""
+    octets = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    return octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
 def take_apart(message: bytes, *recipients: str, **settings: str) -> relay.Draft:
     """Make a draft of a message, however small it is."""
     recipients = recipients or ("a@x.y",)
-    message = message.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     envelope = relay.Envelope(SENDER, {relay.comparable(one): one for one in recipients},
-                              bytearray(message))
+                              bytearray(crlf(message)))
     return relay.make_draft(envelope.message,
                             relay.prepare(envelope, make_config(**settings), ""))
 
@@ -1418,11 +1423,9 @@ class DraftTests(unittest.TestCase):
                  ("Text", "Hello", "ATT00001.png image/png b'\\x89PNG' ")),
                 # Apple Mail: text, file, text. All of it arrives.
                 (multipart("alternative", PLAIN, multipart("mixed", HTML, PDF, HTML)),
-                 ("HTML", html, pdf,
-                  f"ATT00002.html text/html {(html + chr(13) + chr(10))!r} ".replace(
-                      repr(html + "\r\n"), repr((html + "\r\n").encode())))),
+                 ("HTML", html, pdf, f"ATT00002.html text/html {crlf(html + chr(10))!r} ")),
                 (multipart("mixed", PLAIN, HTML),
-                 ("Text", "Hello", f"ATT00001.html text/html {(html + chr(13) + chr(10)).encode()!r} ")),
+                 ("Text", "Hello", f"ATT00001.html text/html {crlf(html + chr(10))!r} ")),
                 # A text that says it is a file is one.
                 (multipart("mixed", "Content-Disposition: attachment\n\nlog\n", PLAIN),
                  ("Text", "Hello", "ATT00001.txt text/plain b'log\\r\\n' ")),
@@ -1549,19 +1552,19 @@ class DraftTests(unittest.TestCase):
                 self.assertLess(max(map(len, pieces)), 4_000_000)
                 self.assertGreater(len(pieces), 1)
                 text = text.replace(b"\n", b"\r\n")
-                wanted = {"base64": lambda: scan, "quoted-printable": lambda: quopri.decodestring(
-                    text)}.get(encoding, lambda: text)()
+                wanted = (scan if encoding == "base64" else text if "bi" in encoding
+                          else quopri.decodestring(text))
                 self.assertEqual(b"".join(pieces), wanted)
                 self.assertEqual(attachment.size, len(wanted))
 
     def test_the_properties(self) -> None:
         draft = take_apart(
-            "From: =?utf-8?Q?J=C3=B6rg?= <scanner@example.com>\nSubject: =?utf-8?B?w7w=?=\n =?utf-8"
-            "?B?w7w=?= scan\nTo: \"A, B\" <a@x.y>, (Bob) b@x.y, o@x.y\nCc: Team: c@x.y;\n"
-            "Reply-To: =?utf-8?Q?=C3=BC?= <r@x.y>, s@x.y\nMessage-ID: <id@x.y>\nX-One: 1\n"
-            "Importance: High\nX-Two: =?utf-8?Q?=C3=BC?=\nX-Empty:\nx-three: 3\n folded\n"
-            "X-Ms-Exchange-Organization: no\nX-One: again\nX-4: 4\nX-5: 5\nX-6: 6\n\nText\n"
-            .encode(), "a@x.y", "b@x.y", "c@x.y", "h@x.y")
+            b"From: =?utf-8?Q?J=C3=B6rg?= <scanner@example.com>\nSubject: =?utf-8?B?w7w=?=\n"
+            b" =?utf-8?B?w7w=?= scan\nTo: \"A, B\" <a@x.y>, (Bob) b@x.y, o@x.y\nCc: Team: c@x.y;\n"
+            b"Reply-To: =?utf-8?Q?=C3=BC?= <r@x.y>, s@x.y\nMessage-ID: <id@x.y>\nX-One: 1\n"
+            b"Importance: High\nX-Two: =?utf-8?Q?=C3=BC?=\nX-Empty:\nx-three: 3\n folded\n"
+            b"X-Ms-Exchange-Organization: no\nX-One: again\nX-4: 4\nX-5: 5\nX-6: 6\n\nText\n"
+, "a@x.y", "b@x.y", "c@x.y", "h@x.y")
         self.assertEqual(json.loads(draft.content), {
             "subject": "\u00fc\u00fc scan",
             "from": {"emailAddress": {"address": SENDER, "name": "J\u00f6rg"}},
@@ -2694,12 +2697,6 @@ class Mail(NamedTuple):
     mailbox: str = SENDER       # that sends
 
 
-def crlf(text: bytes | str) -> bytes:
-    """A message in the source of this file, with the line ends that SMTP has."""
-    octets = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
-    return octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-
-
 FROM = f"From: {SENDER}\n"
 NAMED = f"From: Scan <{SENDER}>\nTo: a@x.y\n"
 SIGNED = NAMED + """MIME-Version: 1.0
@@ -2941,8 +2938,8 @@ class CorpusTests(unittest.TestCase):
         fake.delivered.clear()
         recipients = re.findall(r'(?:"[^"]*"|[^ "])+', mail.to)
         reply = client.post_octets(crlf(mail.sent), mail.sender, recipients)
-        if re.match("[45]", str(mail.wanted)):
-            self.assertTrue(reply.startswith(f"{mail.wanted} "), reply)
+        if isinstance(mail.wanted, str) and mail.wanted[:1] in ("4", "5"):
+            self.assertTrue(reply.startswith(mail.wanted + " "), reply)
             self.assertEqual(fake.delivered, [])
             return
         self.assertTrue(reply.startswith("250 2.0.0 "), reply)
@@ -3497,11 +3494,11 @@ class LargeMessageTests(RelayCase):
                 self.fake.will(step, say(201 if step != "put" else 200, body))
                 self.assertReply(self.post(client), "451 4.4.1")
                 self.assertEqual(self.fake.sent_drafts, [])
-        for body, wanted in (({"NextExpectedRanges": ["7"]}, 7), ({"nextexpectedranges": ["7-"]}, 7),
-                             ({"NextExpectedRanges": ["7-9"]}, 7), ({"NextExpectedRanges": []}, None),
-                             ({"NextExpectedRanges": ["x"]}, None), ([], None), (b"", None),
-                             ({"NextExpectedRanges": "7"}, None)):
-            self.assertEqual(relay.next_range(response(200, body)), wanted)
+        for ranges, wanted in ((["7"], 7), (["7-"], 7), (["7-9"], 7), ([7], 7), ([], None),
+                               (["x"], None), ("7", None)):
+            for name in ("NextExpectedRanges", "nextExpectedRanges"):
+                self.assertEqual(relay.next_range(response(200, {name: ranges})), wanted)
+        self.assertIsNone(relay.next_range(response(201)))
 
     def test_a_long_text_that_comes_back_in_the_answer(self) -> None:
         message = crlf(NAMED + "Content-Type: text/html\n\n" + "<\u00fc>" * 900_000 + "\n")
@@ -3588,7 +3585,9 @@ class SlowUploadTests(RelayCase):
         errand = relay.Errand(relay.Application(TENANT, CLIENT, self.password), SENDER, "id",
                               time.monotonic() + PATIENCE, time.monotonic())
         with self.assertRaises(relay.NoAnswer):
-            asyncio.run(graph._send_draft(errand, relay.make_outgoing(envelope, config).draft))
+            draft = relay.make_outgoing(envelope, config).draft
+            assert draft is not None
+            asyncio.run(graph._send_draft(errand, draft))
         self.assertEqual((self.fake.drafts, self.fake.asked("send-draft")), ({}, []))
         self.assertEqual(len(self.fake.deleted), 1)
         pool.close()
@@ -4738,7 +4737,7 @@ Path:     sendMail, 101 octets
                               f"Path:     sendMail, {len(crlf(NAMED)) + 5} octets"]))
 
     def test_whom_microsoft_would_reach_beside_the_recipients(self) -> None:
-        code, text = self.explain(crlf(FROM + "To: o@x.y\n\n"), HEADER_RECIPIENTS="keep")
+        _, text = self.explain(crlf(FROM + "To: o@x.y\n\n"), HEADER_RECIPIENTS="keep")
         self.assertIn("  o@x.y  (To, though no recipient)\n", text)
         self.assertNotIn("a@x.y  (Bcc, ", text)
 
