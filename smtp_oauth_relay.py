@@ -63,6 +63,7 @@ import enum
 import errno
 import functools
 import hmac
+import html
 import http.client
 import http.server
 import ipaddress
@@ -1599,7 +1600,8 @@ def _read_mailbox(tokens: list[str], *, any_name: bool) -> str:
 def _read_field(one: Field, *, any_name: bool = False) -> AddressList | None:
     """Read the addresses of a field; None: they are doubtful."""
     with contextlib.suppress(Doubtful):
-        return parse_addresses(one.value, any_name=any_name)
+        if len(one.octets) <= MAX_ADDRESSES:
+            return parse_addresses(one.value, any_name=any_name)
     return None
 
 
@@ -1835,6 +1837,8 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
     edit_author(header, authors, mailbox, config.from_mismatch, login)
     edit_recipients(header, envelope.recipients, config.header_recipients)
     octets, body = bytes(header), memoryview(message)[header.end:]
+    if len(octets) > MAX_HEADER:
+        raise DeliveryError("The header is too large", 552, "5.3.4")
     if bytes(body[:2]) != b"\r\n" and (body or not header.fields):
         octets += b"\r\n"
     return Prepared(mailbox, bytes(message[:header.end]), octets, body)
@@ -1859,31 +1863,38 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
 # Parts are found by their boundaries, and decoded piece by piece while they are sent: the
 # email package would need ten times the size of the message.
 
-LARGE_ATTACHMENT = 3_140_000    # octets; from here on by upload session (whose least is
+LARGE_ATTACHMENT = 3_130_000    # octets; from here on by upload session (whose least is
                                 # 2,097,152), below in one request, with its JSON
 UPLOAD_PIECE = 3_932_160        # octets, before decoding; Graph wants less than 4 MB
 MAX_PARTS = 250                 # of a message, Exchange's own limit
-MAX_DEPTH = 20                  # of parts within parts
-MAX_VALUE = 16_384              # octets of one field of a part
+MAX_DEPTH = 10                  # of parts within parts
+MAX_VALUE = 8192                # octets of one field of a part
+MAX_PARAMETERS = 100            # in it
+MAX_BOUNDARY = 200              # octets; RFC 2046 has 70
 MAX_ENCODED_WORDS = 500         # in one field: the standard library is slow with more
 MAX_X_FIELDS = 5                # of a draft, Graph's own limit
 MAX_FILE_NAME = 255             # characters
+MAX_CONTENT_ID = 500            # characters
+MAX_CIDS = 1000                 # references to images in one text
+FIND_AT_ONCE = 1_048_576        # octets; meanwhile no other thread runs
 
 _NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
                                           b"abcdefghijklmnopqrstuvwxyz0123456789+/="))
 _PART_FIELDS = frozenset({b"content-type", b"content-disposition", b"content-id",
-                          b"content-transfer-encoding"})
-_MEDIA_TYPE = re.compile(r"\s*([\w.+-]+/[\w.+-]+)", re.A)
+                          b"content-location", b"content-transfer-encoding"})
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_MEDIA_TYPE = re.compile(r"\s*([\w.+-]{1,127})\s*/\s*([\w.+-]{1,127})", re.A)
 _WORD = re.compile(r"\s*([\w.-]*)", re.A)
 _CHARSET = re.compile(r"[\w.:-]{1,40}", re.A)
-_CID = re.compile(r"""cid:([^"'\s<>)]+)""", re.I)
-_ENCODED_WORD = r"=\?[^?\s]+\?[bq]\?[^?]*\?="
+_META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset=[\"']?([\w-]{1,40})", re.I)
+_ENCODED_WORD = r"=\?[^?\s]{1,75}\?[bq]\?[^?]*\?="
 _ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.I)
 _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
 
 UNSAYABLE: Mapping[str, str] = {
     "multipart/signed": "is signed",
     "multipart/encrypted": "is encrypted",
+    "application/pgp-encrypted": "is encrypted",
     "application/pkcs7-mime": "is signed or encrypted",
     "application/x-pkcs7-mime": "is signed or encrypted",
     "application/ms-tnef": "is in Outlook's own format",
@@ -1893,9 +1904,21 @@ UNSAYABLE: Mapping[str, str] = {
     "message/partial": "is a part of another",
     "message/external-body": "has an attachment that lies elsewhere",
 }
+# Unless they say that they are a file: a signed invoice, a date to save.
+SAYABLE_FILES = frozenset({"application/pkcs7-mime", "application/x-pkcs7-mime",
+                           "text/calendar"})
 IMPORTANCE: Mapping[str, str] = {
     "high": "high", "urgent": "high", "1": "high", "2": "high", "normal": "normal",
     "low": "low", "non-urgent": "low", "4": "low", "5": "low"}
+# What is meant by the name of a charset, where Python knows less by it than mail programs.
+CHARSETS: Mapping[str, str] = {
+    "us-ascii": "utf-8", "ascii": "utf-8", "iso-8859-1": "cp1252", "latin1": "cp1252",
+    "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "x-sjis": "cp932",
+    "euc-kr": "cp949", "ks_c_5601-1987": "cp949", "big5": "cp950", "tis-620": "cp874",
+    "windows-874": "cp874", "iso-8859-8-i": "iso-8859-8", "cp-1251": "cp1251",
+    # These are no charsets, or take their time.
+    "punycode": "", "idna": "", "unicode_escape": "", "raw_unicode_escape": "",
+    "unicode-escape": "", "raw-unicode-escape": "", "undefined": ""}
 
 
 class Unsayable(DeliveryError):
@@ -1914,17 +1937,24 @@ class Part:
     begin: int
     end: int
     media_type: str             # in lower case
-    is_file: bool               # says that it is one
+    parameters: Mapping[str, str]           # of it
+    is_attachment: bool         # says that it is one
     file_name: str
     content_id: str
+    location: str
     encoding: str
-    charset: str
-    boundary: bytes             # b"" if it has no parts
 
     @property
     def is_text(self) -> bool:
         """Whether it may be the body of a draft."""
-        return self.media_type in ("text/plain", "text/html") and not self.is_file
+        return (self.media_type in ("text/plain", "text/html")
+                and not self.is_attachment and not self.file_name)
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it is a text, and nothing stands in it."""
+        octets = memoryview(self.message)[self.begin:self.end]
+        return self.is_text and len(octets) < 1000 and not bytes(octets).strip()
 
     def pieces(self) -> Iterator[bytes]:
         """Decode it piece by piece, each below 4 MB. Raises Unsayable."""
@@ -2019,54 +2049,92 @@ def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoi
     if prepared.size <= GRAPH_MESSAGE_LIMIT:
         return Outgoing(prepared)
     if config.large_messages == "refuse":
-        raise _above_limit(config)
+        raise DeliveryError(
+            f"The message has {prepared.size} octets with the fields that the relay adds: "
+            f"{GRAPH_MESSAGE_LIMIT} are the most, as LARGE_MESSAGES=refuse", 552, "5.3.4")
     return Outgoing(prepared, make_draft(envelope.message, prepared))
 
 
 def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     """Take a prepared message apart. Raises DeliveryError."""
     fields = split_header(prepared.header, is_read=lambda name: True).fields
-    root = _read_part(fields, message, len(prepared.before), len(message))
-    leaves = _leaves(root, itertools.count())
+    leaves = _leaves(_read_part(fields, message, len(prepared.before), len(message)),
+                     itertools.count())
     text = _text_of(leaves)
-    content = _draft_properties(fields, prepared.mailbox)
-    content["body"], shown = _body(text)
+    body = _read_text(text)
+    shows = _finder_of_images(body) if text and text.media_type == "text/html" else None
+    content = {**_draft_properties(fields, prepared.mailbox), "body": {
+        "contentType": "HTML" if shows else "Text", "content": body}}
     octets = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
     if len(octets) > GRAPH_REQUEST_LIMIT:
         raise Unsayable("has a text that is too large by itself")
     return Draft(octets, [
         Attachment(part.file_name or _make_name(number, part.media_type), part,
-                   part.content_id if part.content_id.lower() in shown else "",
+                   part.content_id if shows and shows(part) else "",
                    sum(len(piece) for piece in part.pieces()))
         for number, part in enumerate((one for one in leaves if one is not text), 1)])
 
 
 def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
                end: int) -> Part:
-    """Read what the fields of a part say, RFC 2045, 2183, 2231, and encoded words."""
+    """Read what the fields of a part say, RFC 2045, 2183, 2231. Raises Unsayable."""
     if message.startswith(b"\r\n", begin, end):       # the empty line behind them
         begin += 2
     header = email.message.Message()
     for one in fields:
         if one.name in _PART_FIELDS:
-            if len(one.octets) > MAX_VALUE:
+            if len(one.octets) > MAX_VALUE or one.octets.count(b";") > MAX_PARAMETERS:
                 raise Unsayable("has a part with a field that is too long")
             header[one.name.decode()] = _unfolded(one)
-    media_type = _MEDIA_TYPE.match(header.get("content-type", "text/plain"))
     disposition = _WORD.match(header.get("content-disposition", ""))
-    encoding = _WORD.match(header.get("content-transfer-encoding", "7bit"))
+    encoding = _WORD.match(header.get("content-transfer-encoding", "") or "7bit")
     assert disposition and encoding     # they match anything
-    name = charset = boundary = ""
-    with contextlib.suppress(ValueError, LookupError):  # of RFC 2231 that is nonsense
-        name = _decoded((header.get_filename() or "").strip())
-        charset = header.get_content_charset() or ""
-        boundary = header.get_boundary() or ""
-    is_file = disposition[1].lower() == "attachment" or bool(name)
-    kind = media_type[1].lower() if media_type else "application/octet-stream"
-    return Part(message, begin, end, kind, is_file,
-                re.sub(r"[\x00-\x1f\x7f]", "_", name)[-MAX_FILE_NAME:],
-                header.get("content-id", "").strip(" \t<>"), encoding[1].lower() or "7bit", charset,
-                boundary.encode("utf-8", "replace") if kind[:10] == "multipart/" else b"")
+    parameters = _parameters(header, "content-type")
+    name = (_parameters(header, "content-disposition").get("filename")
+            or parameters.get("name", ""))
+    media_type = _media_type(header.get("content-type", "") or "text/plain",
+                             name or encoding[1].lower() == "base64")
+    return Part(message, begin, end, media_type, parameters,
+                disposition[1].lower() == "attachment", _file_name(name),
+                header.get("content-id", "").strip(" \t<>")[:MAX_CONTENT_ID],
+                header.get("content-location", "").strip(), encoding[1].lower())
+
+
+def _media_type(value: str, is_binary: object) -> str:
+    """Read a media type; what is none is text, RFC 2045 section 5.2, if it can be."""
+    match = _MEDIA_TYPE.match(value)
+    if match:
+        return f"{match[1]}/{match[2]}".lower()
+    if re.search("multipart|message", value, re.I):
+        raise Unsayable("has a part of an unknown type")
+    return "application/octet-stream" if is_binary else "text/plain"
+
+
+def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
+    """Read the parameters of a field; those of RFC 2231 come last, and win."""
+    try:
+        pairs = header.get_params([], name)
+    except (ValueError, TypeError, LookupError):        # RFC 2231 that is nonsense
+        pairs = []
+    parameters = {}
+    for key, value in pairs:
+        if isinstance(value, tuple):    # charset, language, octets
+            value = decode_text(value[2].encode("latin-1", "replace"), value[0] or "")
+        parameters[key.lower()] = value
+    return parameters
+
+
+def _file_name(text: str) -> str:
+    """Make a name of what was given as one, often in encoded words."""
+    name = _decoded(text).strip().encode("utf-8", "replace").decode()
+    return _CONTROL.sub("_", name)[-MAX_FILE_NAME:]
+
+
+def _make_name(number: int, media_type: str) -> str:
+    """Name a file that has no name, as Exchange does."""
+    # An object of our own, as that of the module reads files of the system.
+    suffix = mimetypes.MimeTypes().guess_extension(media_type) or ".bin"
+    return f"ATT{number:05}{suffix}"
 
 
 def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
@@ -2074,20 +2142,20 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
 
     The text is the first that `is_text`.
     """
-    if part.media_type in UNSAYABLE and not (part.media_type == "text/calendar"
-                                             and part.is_file):
-        raise Unsayable(UNSAYABLE[part.media_type])
+    _check_sayable(part, depth)
     if next(counter) > MAX_PARTS or depth > MAX_DEPTH:
         raise Unsayable("has too many parts")
     if not part.media_type.startswith("multipart/"):
-        return [part]
-    found = []
+        return [] if part.is_blank else [part]
+    found: list[list[Part]] = []
     for begin, end in _split_parts(part):
         # The CRLF of the next delimiter may be that of the last field.
         header = split_header(part.message, begin, min(end + 2, part.end),
                               _PART_FIELDS.__contains__)
         child = _read_part(header.fields, part.message, min(header.end, end), end)
-        found.append(_leaves(child, counter, depth + 1))
+        leaves = _leaves(child, counter, depth + 1)
+        start = part.parameters.get("start", "").strip("<>")
+        found.insert(0 if start and start == child.content_id else len(found), leaves)
     if not found:
         raise Unsayable("has parts that cannot be told apart")
     leaves = [leaf for one in found for leaf in one]
@@ -2098,19 +2166,22 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     return leaves
 
 
+def _check_sayable(part: Part, depth: int) -> None:
+    is_file = depth > 0 and part.is_attachment and part.media_type in SAYABLE_FILES
+    if part.media_type in UNSAYABLE and (not is_file or "method" in part.parameters):
+        raise Unsayable(UNSAYABLE[part.media_type])
+    if depth == 0 and part.file_name.lower().endswith((".p7m", ".p7z")):
+        raise Unsayable("is signed or encrypted")       # RFC 8551 section 3.9
+
+
 def _text_of(leaves: list[Part]) -> Part | None:
     return next((one for one in leaves if one.is_text), None)
 
 
 def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
     """Find where the parts of a part begin and end, RFC 2046 section 5.1.1."""
-    if not part.boundary:
-        return
-    # The CRLF behind a delimiter may be that before the next one.
-    delimiter = re.compile(rb"\r\n--" + re.escape(part.boundary)
-                           + rb"(--)?[ \t]*(?=\r\n|\Z)")
     begin = part.end + 1                # nothing began yet
-    for match in delimiter.finditer(part.message, max(0, part.begin - 2), part.end):
+    for match in _delimiters(part):
         if begin <= part.end:
             yield begin, max(begin, match.start())
         if match[1]:
@@ -2120,26 +2191,77 @@ def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
         yield begin, part.end
 
 
-def _body(part: Part | None) -> tuple[dict[str, str], set[str]]:
-    """Write the body as Graph wants it; the second are the Content-IDs that it shows."""
+def _delimiters(part: Part) -> Iterator[re.Match[bytes]]:
+    """Find the delimiters of a part; the CRLF behind one may be that before the next."""
+    boundary = part.parameters.get("boundary", "").encode("utf-8", "replace")
+    if not 0 < len(boundary) <= MAX_BOUNDARY:
+        return
+    delimiter = re.compile(rb"\r\n--" + re.escape(boundary) + rb"(--)?[ \t]{0,999}(?=\r\n|\Z)")
+    for begin in range(max(0, part.begin - 2), part.end, FIND_AT_ONCE):
+        end = begin + FIND_AT_ONCE      # those that begin before it, and end a bit later
+        for match in delimiter.finditer(part.message, begin, min(end + 2048, part.end)):
+            if match.start() < end:
+                yield match
+
+
+# Text.
+
+def _read_text(part: Part | None) -> str:
+    """Read the text of a draft. Raises Unsayable."""
     if part is None:
-        return {"contentType": "Text", "content": ""}, set()
-    if part.end - part.begin > 3 * GRAPH_REQUEST_LIMIT:     # quoted-printable takes 3
-        raise Unsayable("has a text that is too large by itself")
-    text = decode_text(b"".join(part.pieces()), part.charset)
-    if part.media_type == "text/plain":
-        return {"contentType": "Text", "content": text}, set()
-    return ({"contentType": "HTML", "content": text},
-            {urllib.parse.unquote(found).lower() for found in _CID.findall(text)})
+        return ""
+    charset = part.parameters.get("charset", "").strip()
+    most = GRAPH_REQUEST_LIMIT * (4 if "32" in charset else 2 if "16" in charset else 1)
+    octets = bytearray()
+    for piece in part.pieces():
+        octets += piece
+        if len(octets) > most:
+            raise Unsayable("has a text that is too large by itself")
+    if not charset and part.media_type == "text/html":
+        match = _META_CHARSET.search(octets, 0, 1024)
+        charset = match[1].decode() if match else ""
+    if charset and not _codec(charset) and not octets.isascii():
+        raise Unsayable("has a text in an unknown charset")
+    return decode_text(bytes(octets), charset)
+
+
+def _finder_of_images(text: str) -> Callable[[Part], bool]:
+    """Return what tells whether a file is an image that an HTML text shows."""
+    low = text.lower()
+    places = [place[:MAX_CONTENT_ID + 10] for place in low.split("cid:")[1:MAX_CIDS]]
+    places += [change(place) for place in places
+               for change in (html.unescape, urllib.parse.unquote) if set(place) & set("&%")]
+
+    def shows(part: Part) -> bool:
+        if part.location and not part.content_id and part.location.lower() in low:
+            raise Unsayable("has images that are shown by Content-Location")
+        name = part.content_id.lower()
+        return bool(name) and any(
+            place.startswith(name) and not re.match(r"[\w.@$+-]", place[len(name):])
+            for place in places)
+    return shows
+
+
+def _codec(charset: str) -> str:
+    """Find what Python calls a charset, or ""."""
+    name = CHARSETS.get(charset.lower(), charset)
+    if _CHARSET.fullmatch(name):
+        with contextlib.suppress(LookupError, ValueError):
+            b" ".decode(name, "replace")        # not all codecs are of text
+            return name
+    return ""
 
 
 def decode_text(octets: bytes, charset: str = "") -> str:
     """Decode text; what is wrong or not said is what it most likely is."""
-    for name in (charset, "utf-8", "cp1252"):
-        if _CHARSET.fullmatch(name):
-            with contextlib.suppress(ValueError, LookupError):
-                return octets.decode(name)
-    return octets.decode("latin-1")
+    codec = _codec(charset) or "utf-8"
+    for name in (codec, "utf-8"):
+        with contextlib.suppress(ValueError):
+            return octets.decode(name)
+    text = octets.decode(codec, "replace")
+    if codec.lower() in ("utf-8", "utf8") and not re.search("[^\x00-\x7f\ufffd]", text):
+        return octets.decode("cp1252", "replace")       # there was nothing of UTF-8 in it
+    return text
 
 
 def _unfolded(one: Field) -> str:
@@ -2149,9 +2271,9 @@ def _unfolded(one: Field) -> str:
 
 def _decoded(text: str) -> str:
     """Decode encoded words, RFC 2047."""
-    if text.count("=?") > MAX_ENCODED_WORDS:
-        return text
-    return _ENCODED_WORDS.sub(_decode_words, text)
+    if text.count("=?") <= MAX_ENCODED_WORDS:
+        text = _ENCODED_WORDS.sub(_decode_words, text)
+    return text
 
 
 def _decode_words(match: re.Match[str]) -> str:
@@ -2163,11 +2285,9 @@ def _decode_words(match: re.Match[str]) -> str:
         return match[0]
 
 
-def _make_name(number: int, media_type: str) -> str:
-    """Name a file that has no name, as Exchange does."""
-    # An object of our own, as that of the module reads files of the system.
-    suffix = mimetypes.MimeTypes().guess_extension(media_type) or ".bin"
-    return f"ATT{number:05}{suffix}"
+def _one_line(text: str) -> str:
+    """Decode a value of a header; control characters have no place in it."""
+    return _CONTROL.sub(" ", _decoded(text)).strip()
 
 
 def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
@@ -2181,15 +2301,15 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
                 _person(address) for address in (found.addresses if found else []))
         elif one.name:
             first.setdefault(one.name, one)
-    values = {name: _unfolded(one) for name, one in first.items()}
+    values = {name: _one_line(_unfolded(one)) for name, one in first.items()}
     authors = people.get(b"from") or [{"emailAddress": {"address": mailbox}}]
     properties = {
-        "subject": _decoded(values.get(b"subject", "")), "from": authors[0],
+        "subject": values.get(b"subject"), "from": authors[0],
         "toRecipients": people.get(b"to"), "ccRecipients": people.get(b"cc"),
         "bccRecipients": people.get(b"bcc"), "replyTo": people.get(b"reply-to"),
         "importance": _importance(values), "internetMessageId": values.get(b"message-id"),
         "internetMessageHeaders": [
-            {"name": first[name].label.decode(), "value": _decoded(value)}
+            {"name": first[name].label.decode(), "value": value}
             for name, value in values.items() if value and _X_FIELD.fullmatch(name)
         ][:MAX_X_FIELDS]}
     return {name: value for name, value in properties.items() if value}
@@ -2211,7 +2331,7 @@ def _person(address: Address) -> dict[str, Any]:
                        for one in tokens[:tokens.index("<")] if one[0] != "(")
     else:
         name = next((one[1:-1] for one in tokens if one[0] == "("), "")
-    name = _decoded(decode_text(" ".join(name.split()).encode("utf-8", "surrogateescape")))
+    name = _one_line(decode_text(" ".join(name.split()).encode("utf-8", "surrogateescape")))
     mailbox = address.mailbox.encode("utf-8", "replace").decode()
     return {"emailAddress": {"address": mailbox, **({"name": name} if name else {})}}
 
@@ -2378,11 +2498,18 @@ _NOT_SENT = Reply(554, "5.3.0", "Microsoft 365 gave an unknown answer; the messa
 
 
 class Step(enum.Enum):
-    """What Graph is asked to do: the statuses of success."""
+    """What Graph is asked to do."""
 
-    SEND = (202,)
-    DRAFT = (200, 201, 204)         # needs Mail.ReadWrite
-    UPLOAD = (200, 201, 202)        # needs no token
+    SEND = "send a message"
+    CREATE = "make a draft"             # this needs Mail.ReadWrite
+    ATTACH = "change the draft"         # so does this
+    UPLOAD = "take a piece of a file"   # this needs no token
+    SEND_DRAFT = "send the draft"
+
+
+SUCCESS: Mapping[Step, tuple[int, ...]] = {
+    Step.SEND: (202,), Step.CREATE: (200, 201), Step.ATTACH: (200, 201, 204),
+    Step.UPLOAD: (200, 201, 202), Step.SEND_DRAFT: (202,)}
 
 
 class NoUploadRight(DeliveryError):
@@ -2392,13 +2519,15 @@ class NoUploadRight(DeliveryError):
 def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) -> RelayError:
     """Make the error for an answer of Graph that is not the one for success."""
     reply, code = _find_reply(response), _graph_code(response)
-    if step is Step.DRAFT and reply is _NO_RIGHT:
+    if step in (Step.CREATE, Step.ATTACH) and reply is _NO_RIGHT:
         reply = _NO_UPLOAD_RIGHT
+    if step not in (Step.SEND, Step.CREATE) and reply is _NO_MAILBOX:
+        reply = _FAILING                # it had one a moment ago
     if step is Step.UPLOAD and reply not in (_TOO_LARGE, _FULL, _BUSY):
         reply = _FAILING                # it is between Graph and Exchange
     facts = {"status": response.status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
-    kind = (NoUploadRight if reply is _NO_UPLOAD_RIGHT else
+    kind = (NoUploadRight if reply is _NO_UPLOAD_RIGHT and step is Step.CREATE else
             TemporaryError if reply.code < 500 else DeliveryError)
     level = logging.ERROR if reply is _NOT_SENT else logging.WARNING
     return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
@@ -2418,7 +2547,7 @@ def _find_reply(response: HttpResponse) -> Reply:
 def read_id(response: HttpResponse) -> str:
     """Read the id of a new draft, or ""."""
     ident = response.json().get("id")
-    return ident if isinstance(ident, str) else ""
+    return ident if isinstance(ident, str) and re.fullmatch("[!-~]{1,2000}", ident) else ""
 
 
 def read_upload_url(response: HttpResponse, *, allow_http: bool) -> str:
@@ -2655,21 +2784,27 @@ def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
         else:
             future.set_exception(error)
 
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = call()
-        except BaseException as caught:     # noqa: BLE001 - for who awaits the future
-            error = caught
-        with contextlib.suppress(RuntimeError):         # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, result, error)
-        error = None            # its traceback has this frame, and with it the secret
-
     try:
-        threading.Thread(target=work, name="relay-call", daemon=True).start()
+        threading.Thread(target=_work, args=(call, loop, settle), name="relay-call",
+                         daemon=True).start()
     except RuntimeError as error:                       # the system has no more threads
         settle(None, TemporaryError(f"The relay is too busy: {error}"))
     return future
+
+
+def _work(call: Callable[[], T], loop: asyncio.AbstractEventLoop,
+          settle: Callable[[T | None, BaseException | None], None]) -> None:
+    result, error = None, None
+    try:
+        result = call()
+    except BaseException as caught:     # noqa: BLE001 - for who awaits the future
+        error = caught
+    with contextlib.suppress(RuntimeError):             # the loop has ended meanwhile
+        loop.call_soon_threadsafe(settle, result, error)
+    # The traceback of the error has this frame. What it holds would be held with it, in a
+    # ring that only the garbage collector breaks: secrets, and messages of megabytes. So
+    # a frame that waits for a future lets go of it, here and wherever an error comes from one.
+    del call, loop, settle, result, error
 
 
 class HttpExchange:
@@ -2841,6 +2976,7 @@ class HttpPool:
             response = await future
         finally:
             timer.cancel()
+            del future                  # see _work
         if exchange.connection is not None:
             self._give_back(origin, exchange.connection)
         return response
@@ -2943,7 +3079,10 @@ class Tokens:
         await asyncio.wait({fetch}, timeout=max(0.0, deadline + GRACE - time.monotonic()))
         if not fetch.done():
             raise NoAnswer("time is up")
-        return fetch.result()
+        try:
+            return fetch.result()
+        finally:
+            del fetch                   # see _work
 
     def forget(self, application: Application, token: str) -> None:
         """Drop a token that Graph does not accept, unless there is another already."""
@@ -3048,6 +3187,7 @@ class Turns:
             raise
         finally:
             timer.cancel()
+            del future                  # see _work
 
     def _pass_on(self, key: object) -> None:
         line = self._waiting.get(key, collections.deque())
@@ -3108,7 +3248,7 @@ class Graph:
             self.check_upload(application, mailbox)
         async with self._turns.turn(key, latest):
             if not message.draft:
-                return await self._ask(errand, self._request(
+                return await self._ask(errand, Step.SEND, self._request(
                     errand, "sendMail", message.prepared.encoded))
             try:
                 return await self._send_draft(errand, message.draft)
@@ -3131,16 +3271,15 @@ class Graph:
         # The answer repeats the text, perhaps with an escape for each character.
         create = self._request(errand, "messages", draft.content,
                                most=MAX_ANSWER + 6 * len(draft.content))
-        ident = read_id(await self._ask(errand, create, Step.DRAFT))
+        ident = read_id(await self._ask(errand, Step.CREATE, create))
         if not ident:
             raise NoAnswer("a draft without an id")
         path = f"messages/{urllib.parse.quote(ident, safe='')}"
         try:
             for attachment in draft.attachments:
                 await self._attach(errand, f"{path}/attachments", attachment)
-            if time.monotonic() >= errand.latest:
-                raise NoAnswer("no time is left to send the draft")
-            return await self._ask(errand, self._request(errand, f"{path}/send"))
+            return await self._ask(errand, Step.SEND_DRAFT,
+                                   self._request(errand, f"{path}/send"))
         except BaseException:
             await self._discard(errand, path)
             raise
@@ -3148,12 +3287,12 @@ class Graph:
     async def _attach(self, errand: Errand, path: str, attachment: Attachment) -> None:
         if not attachment.is_large:
             content = await in_thread(attachment.as_json)
-            await self._ask(errand, self._request(errand, path, content), Step.DRAFT)
+            await self._ask(errand, Step.ATTACH, self._request(errand, path, content))
             return
         item = {"attachmentType": "file", "size": attachment.size, **attachment.properties()}
-        response = await self._ask(errand, self._request(
+        response = await self._ask(errand, Step.ATTACH, self._request(
             errand, f"{path}/createUploadSession",
-            json.dumps({"AttachmentItem": item}).encode()), Step.DRAFT)
+            json.dumps({"AttachmentItem": item}).encode()))
         url = read_upload_url(
             response, allow_http=self._config.graph_endpoint.startswith("http:"))
         if not url:
@@ -3168,10 +3307,9 @@ class Graph:
             end = begin + len(piece)
             if end == begin:            # nothing but line ends stood there
                 continue
-            response = await self._ask(errand, HttpRequest("PUT", url, {
+            response = await self._ask(errand, Step.UPLOAD, HttpRequest("PUT", url, {
                 "Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
-                "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}, piece),
-                Step.UPLOAD)
+                "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}, piece))
             if next_range(response) not in (None, end):
                 raise NoAnswer("a piece of an upload was lost")
             begin = end
@@ -3179,13 +3317,16 @@ class Graph:
     async def _discard(self, errand: Errand, path: str) -> None:
         """Delete a draft that is not sent; if that fails it stays, and the log says so."""
         errand = dataclasses.replace(errand, deadline=time.monotonic() + DISCARD_TIMEOUT)
+        facts: dict[str, object] = {"problem": "the relay stops"}
         try:
-            await self._ask(errand, self._request(errand, path, method="DELETE"), Step.DRAFT)
+            await self._ask(errand, Step.ATTACH, self._request(errand, path, method="DELETE"))
+            facts = {}
         except RelayError as error:
-            if error.facts.get("status") == 404:
-                return
-            log_event(logging.WARNING, errand.ident, "draft-left", mailbox=errand.mailbox,
-                      reply=error.reply, **error.facts)
+            facts = {"reply": error.reply, **error.facts}
+        finally:
+            if facts and facts.get("status") != 404:
+                log_event(logging.WARNING, errand.ident, "draft-left",
+                          mailbox=errand.mailbox, **facts)
 
     # Requests.
 
@@ -3198,18 +3339,21 @@ class Graph:
             {**({"Content-Type": kind} if body else {}), "Accept": "application/json",
              "User-Agent": USER_AGENT, "client-request-id": errand.ident}, body, most)
 
-    async def _ask(self, errand: Errand, request: HttpRequest,
-                   step: Step = Step.SEND) -> HttpResponse:
+    async def _ask(self, errand: Errand, step: Step, request: HttpRequest) -> HttpResponse:
         """Send a request until it succeeds. Raises RelayError."""
         renewed = False
+        # When it is too late to begin: what sends must have time to be heard.
+        latest = errand.latest if step in (Step.SEND, Step.SEND_DRAFT) else errand.deadline
         while True:
             token, headers = "", request.headers
             if step is not Step.UPLOAD:
                 token = await self._token(errand.application, errand.deadline)
                 headers = {**headers, "Authorization": f"Bearer {token}"}
+            if time.monotonic() >= latest:
+                raise NoAnswer("no time is left")
             response = await self._pool.send(dataclasses.replace(request, headers=headers),
                                              errand.deadline)
-            if response.status in step.value:
+            if response.status in SUCCESS[step]:
                 return response
             if response.status == 401 and token and not renewed:
                 renewed = True
@@ -3217,8 +3361,7 @@ class Graph:
                 continue
             pause = (response.retry_after(time.time())
                      if response.status in (429, 503) else None)
-            if (pause is None
-                    or time.monotonic() + max(pause, LEAST_PAUSE) >= errand.deadline):
+            if pause is None or time.monotonic() + max(pause, LEAST_PAUSE) >= latest:
                 raise graph_error(response, errand.mailbox, step)
             await asyncio.sleep(max(pause, LEAST_PAUSE))
 
@@ -3237,10 +3380,11 @@ class Graph:
 
 def _explain_right(errand: Errand) -> None:
     """Tell the admin how to give the right to one mailbox."""
+    mailbox = errand.mailbox.replace("'", "''" * 2)     # a text in a text of PowerShell
     log_event(logging.WARNING, errand.ident, "no-upload-right", mailbox=errand.mailbox,
               client=errand.application.client, remedy="in Exchange Online PowerShell: "
               "New-ManagementScope -Name 'relay uploads' -RecipientRestrictionFilter "
-              f"'UserPrincipalName -eq ''{errand.mailbox}''"
+              f"'UserPrincipalName -eq ''{mailbox}''"
               "'; New-ManagementRoleAssignment "
               "-App <object ID of the enterprise application> -Role 'Application "
               "Mail.ReadWrite' -CustomResourceScope 'relay uploads'; or set "
@@ -3901,7 +4045,8 @@ class StandIn(http.server.BaseHTTPRequestHandler):
                      {} if is_whole else {"NextExpectedRanges": [str(len(octets))]})
 
     def _send_draft(self, path: list[str], body: bytes) -> None:
-        self._keep(path[0], _compose(self.drafts.pop(path[1])))
+        self._keep(path[0], _compose(self.drafts[path[1]]))
+        del self.drafts[path[1]]
 
     def _delete_draft(self, path: list[str], body: bytes) -> None:
         del self.drafts[path[1]]
@@ -4039,7 +4184,8 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
         print(f"Path:     sendMail, {prepared.size} octets")
         return True
     print(f"Path:     a draft, as {prepared.size} octets are more than {GRAPH_MESSAGE_LIMIT}; "
-          f"{len(outgoing.draft.content)} octets of text, and")
+          f"{len(outgoing.draft.content)} octets of JSON, and attachments: "
+          f"{len(outgoing.draft.attachments)}")
     for attachment in outgoing.draft.attachments:
         print(f"  {visible(attachment.name)}  ({attachment.part.media_type}, "
               f"{attachment.size} octets, "
