@@ -57,7 +57,6 @@ import difflib
 import email.errors
 import email.header
 import email.message
-import email.policy
 import email.utils
 import enum
 import errno
@@ -1341,14 +1340,16 @@ def decode_uuid(text: str) -> str | None:
 _FIELD = re.compile(rb"((?!https?://|ftp://)[!-9;-~]+)[ \t]*:", re.I)
 # Text may look like fields ("Time: 12:00"): a header has one of these, or begins with one.
 _KNOWN_FIELD = re.compile(
-    rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|in-reply-to|references|received"
-    rb"|return-path|mime-version|importance|priority|(?:content|resent|list|x)-.*")
+    rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|in-reply-to|references"
+    rb"|received|return-path|mime-version|importance|priority"
+    rb"|(?:content|resent|list|x)-.*")
 _FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
-# The line that mbox files have before a message, RFC 4155 appendix A: with a date, or before
-# a field.
+# The line that mbox files have before a message, RFC 4155 appendix A: known by the field
+# behind it, or by its date.
 _MBOX_LINE = re.compile(
-    rb"From [^\r\n]{1,500}\r\n(?=(?:%b):)|From [^ \r\n]{1,500} +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) "
-    rb"+[A-Z][a-z]{2} +[0-9]{1,2} +[0-9]{2}:[0-9]{2}[^\r\n]{0,100}\r\n"
+    rb"From [^\r\n]{1,500}\r\n(?=(?:%b):)"
+    rb"|From [^ \r\n]{1,500} +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) +[A-Z][a-z]{2} +[0-9]{1,2} +"
+    rb"[0-9]{2}:[0-9]{2}[^\r\n]{0,100}\r\n"
     % _KNOWN_FIELD.pattern.replace(b".*", rb"[!-9;-~]+"), re.I)
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
 _EDITED_FIELDS = frozenset({*_ADDRESS_FIELDS, b"from", b"reply-to"})
@@ -1443,7 +1444,7 @@ class Header:
 
 def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None,
                  is_read: Callable[[bytes], bool] = _EDITED_FIELDS.__contains__) -> Header:
-    """Find the header of a message, or of the part from `begin` to `end`; lines end in CRLF.
+    """Find the header of a message, or of a part from `begin` to `end`; lines end in CRLF.
 
     A malformed line ends nothing, as a lenient reader would go on behind it; but what
     stands between the last field and the empty line is text. Raises DeliveryError.
@@ -1646,7 +1647,8 @@ def _refuse_others(read: list[tuple[Field, AddressList | None]],
                    recipients: Mapping[str, str]) -> None:
     others = [address.mailbox for _, found in read if found
               for address in found.addresses if address.key not in recipients]
-    others += [f"what stands in {one.label.decode()}" for one, found in read if found is None]
+    others += [f"what stands in {one.label.decode()}"
+               for one, found in read if found is None]
     if others:
         names = ", ".join(others)
         names = names if len(names) <= MAX_NAMED else names[:MAX_NAMED] + " ..."
@@ -1674,7 +1676,7 @@ Authors = list[tuple[Field, list[Address]]]
 
 
 def read_authors(header: Header) -> Authors:
-    """Read the From fields; an author without an address that can be read has the key ""."""
+    """Read the From fields; the key of an author whose address cannot be read is ""."""
     fields = header.find(b"from")
     is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
     return [(one, _read_from(one.value.replace("\r\n", "") if is_sane else "<"))
@@ -1694,7 +1696,8 @@ def _read_from(value: str) -> list[Address]:
     if not _HEADER_MAILBOX.fullmatch(mailbox):
         mailbox = ""
     tokens = [name, " ", "<", mailbox, ">"] if name else ["<", mailbox, ">"]
-    return [Address(comparable(mailbox) if mailbox else "", mailbox, "".join(tokens), tokens)]
+    key = comparable(mailbox) if mailbox else ""
+    return [Address(key, mailbox, "".join(tokens), tokens)]
 
 
 def choose_mailbox(envelope: Envelope, authors: Authors, sender_from: str) -> str:
@@ -2046,7 +2049,7 @@ def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoi
     `login` is the user name of the device.
     """
     prepared = prepare(envelope, config, login)
-    if prepared.size <= GRAPH_MESSAGE_LIMIT:
+    if prepared.size <= GRAPH_MESSAGE_LIMIT or config.large_messages == "whole":
         return Outgoing(prepared)
     if config.large_messages == "refuse":
         raise DeliveryError(
@@ -2196,7 +2199,8 @@ def _delimiters(part: Part) -> Iterator[re.Match[bytes]]:
     boundary = part.parameters.get("boundary", "").encode("utf-8", "replace")
     if not 0 < len(boundary) <= MAX_BOUNDARY:
         return
-    delimiter = re.compile(rb"\r\n--" + re.escape(boundary) + rb"(--)?[ \t]{0,999}(?=\r\n|\Z)")
+    delimiter = re.compile(rb"\r\n--" + re.escape(boundary)
+                           + rb"(--)?[ \t]{0,999}(?=\r\n|\Z)")
     for begin in range(max(0, part.begin - 2), part.end, FIND_AT_ONCE):
         end = begin + FIND_AT_ONCE      # those that begin before it, and end a bit later
         for match in delimiter.finditer(part.message, begin, min(end + 2048, part.end)):
@@ -2229,8 +2233,8 @@ def _finder_of_images(text: str) -> Callable[[Part], bool]:
     """Return what tells whether a file is an image that an HTML text shows."""
     low = text.lower()
     places = [place[:MAX_CONTENT_ID + 10] for place in low.split("cid:")[1:MAX_CIDS]]
-    places += [change(place) for place in places
-               for change in (html.unescape, urllib.parse.unquote) if set(place) & set("&%")]
+    places += [change(place) for place in places if set(place) & {"&", "%"}
+               for change in (html.unescape, urllib.parse.unquote)]
 
     def shows(part: Part) -> bool:
         if part.location and not part.content_id and part.location.lower() in low:
@@ -2455,9 +2459,10 @@ _NO_RIGHT = Reply(550, "5.7.1", "The application may not send as {mailbox}: it n
                                   "right Mail.Send for this mailbox (a new right takes up "
                                   "to 2 hours)")
 _NO_MAILBOX = Reply(550, "5.1.8", "Microsoft 365 has no mailbox {mailbox} to send from")
-_NO_UPLOAD_RIGHT = Reply(552, "5.3.4", "The message is larger than 3 MB, and to send such as "
-                                       "{mailbox} the application needs the right "
-                                       "Mail.ReadWrite too (a new right takes up to 2 hours)")
+_NO_UPLOAD_RIGHT = Reply(552, "5.3.4", "The message is larger than 3 MB, and to send such "
+                                       "as {mailbox} the application needs the right "
+                                       "Mail.ReadWrite too (a new right takes up to 2 "
+                                       "hours)")
 _TOO_LARGE = Reply(552, "5.3.4", "Microsoft 365 says that the message is too large")
 _FULL = Reply(452, "4.2.2", "The mailbox {mailbox} is full")
 _FAILING = Reply(451, "4.3.0", "Microsoft 365 has a problem; try again later")
@@ -2468,9 +2473,10 @@ _BUSY = Reply(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try a
 # those above too; then the status.
 GRAPH_CODES: Mapping[str, Reply] = {
     "erroraccessdenied": _NO_RIGHT,
-    "errorsendasdenied": Reply(550, "5.7.60", "The From field names a mailbox that {mailbox} "
-                                              "may not send as; make both the same in the "
-                                              "device, or set FROM_MISMATCH=rewrite"),
+    "errorsendasdenied": Reply(550, "5.7.60", "The From field names a mailbox that "
+                                              "{mailbox} may not send as; make both the "
+                                              "same in the device, or set "
+                                              "FROM_MISMATCH=rewrite"),
     "errorinvaliduser": _NO_MAILBOX,
     "resourcenotfound": _NO_MAILBOX,
     "errornonexistentmailbox": _NO_MAILBOX,
@@ -2569,7 +2575,7 @@ def read_upload_url(response: HttpResponse, *, allow_http: bool) -> str:
 
 
 def next_range(response: HttpResponse) -> int | None:
-    """Read where the next piece begins: "NextExpectedRanges" of "5" or "5-", in any case."""
+    """Read where the next piece begins: NextExpectedRanges ["5"] or ["5-"], in any case."""
     for name, value in response.json().items():
         if name.lower() == "nextexpectedranges" and isinstance(value, list) and value:
             match = re.match("[0-9]{1,18}", str(value[0]))
@@ -2801,9 +2807,9 @@ def _work(call: Callable[[], T], loop: asyncio.AbstractEventLoop,
         error = caught
     with contextlib.suppress(RuntimeError):             # the loop has ended meanwhile
         loop.call_soon_threadsafe(settle, result, error)
-    # The traceback of the error has this frame. What it holds would be held with it, in a
-    # ring that only the garbage collector breaks: secrets, and messages of megabytes. So
-    # a frame that waits for a future lets go of it, here and wherever an error comes from one.
+    # The traceback of the error has this frame, and what it holds would be held with it,
+    # in a ring that only the garbage collector breaks: secrets, and messages of megabytes.
+    # So here, and wherever an error comes from a future, the frame lets go of that.
     del call, loop, settle, result, error
 
 
@@ -3289,7 +3295,8 @@ class Graph:
             content = await in_thread(attachment.as_json)
             await self._ask(errand, Step.ATTACH, self._request(errand, path, content))
             return
-        item = {"attachmentType": "file", "size": attachment.size, **attachment.properties()}
+        item = {"attachmentType": "file", "size": attachment.size,
+                **attachment.properties()}
         response = await self._ask(errand, Step.ATTACH, self._request(
             errand, f"{path}/createUploadSession",
             json.dumps({"AttachmentItem": item}).encode()))
@@ -3319,7 +3326,8 @@ class Graph:
         errand = dataclasses.replace(errand, deadline=time.monotonic() + DISCARD_TIMEOUT)
         facts: dict[str, object] = {"problem": "the relay stops"}
         try:
-            await self._ask(errand, Step.ATTACH, self._request(errand, path, method="DELETE"))
+            await self._ask(errand, Step.ATTACH,
+                            self._request(errand, path, method="DELETE"))
             facts = {}
         except RelayError as error:
             facts = {"reply": error.reply, **error.facts}
@@ -3564,8 +3572,9 @@ class Relay:
             # In a thread: a header may have a million lines, and a message 150 MB.
             message = await in_thread(functools.partial(
                 make_outgoing, envelope, self.config, login))
-            facts.update(sender=message.prepared.mailbox, size=message.prepared.size,
-                         attachments=len(message.draft.attachments) if message.draft else None)
+            facts.update(sender=message.prepared.mailbox, size=message.prepared.size)
+            if message.draft:
+                facts["attachments"] = len(message.draft.attachments)
             response = await self._graph.send(application, message, ident, deadline)
         except asyncio.CancelledError:
             log_event(logging.WARNING, ident, "cut", **facts,
@@ -3975,14 +3984,9 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 # §15  Demo
 # ---------------------------------------------------------------------------
 
+_TOKEN_PATH = re.compile("/[^/]+/oauth2/v2.0/token")
+_SEND_PATH = re.compile("/v1.0/users/([^/]+)/sendMail")
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
-
-
-class DemoDraft(NamedTuple):
-    """A large message of the demo, while it arrives."""
-
-    properties: dict[str, Any]
-    files: list[tuple[dict[str, Any], bytearray]]   # each with its own properties
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
@@ -3991,68 +3995,30 @@ class StandIn(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60                        # seconds
     outbox = pathlib.Path("outbox")
-    drafts: typing.ClassVar[dict[str, DemoDraft]] = {}
 
     def do_POST(self) -> None:
-        """Answer a request."""
+        """Answer a request for a token or for sendMail."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,8}", length):
             self.close_connection = True
             self._answer(411, {"error": {"code": "LengthRequired"}})
             return
         body = self.rfile.read(int(length))
-        for method, path, action in ROUTES:
-            match = re.fullmatch(path, self.path)
-            if match and method == self.command:
-                with contextlib.suppress(ValueError, LookupError, TypeError):
-                    action(self, [urllib.parse.unquote(one) for one in match.groups()], body)
-                    return
-                self._answer(400, {"error": {"code": "BadRequest"}})
-                return
-        self._answer(404, {"error": {"code": "ResourceNotFound"}})
+        sending = _SEND_PATH.fullmatch(self.path)
+        if _TOKEN_PATH.fullmatch(self.path):
+            self._answer(200, {"token_type": "Bearer", "expires_in": 3599,
+                               "access_token": secrets.token_urlsafe()})
+        elif sending:
+            self._send_mail(urllib.parse.unquote(sending[1]), body)
+        else:
+            self._answer(404, {"error": {"code": "ResourceNotFound"}})
 
-    do_PUT = do_DELETE = do_POST        # noqa: N815 - http.server wants these names
-
-    def _give_token(self, path: list[str], body: bytes) -> None:
-        self._answer(200, {"token_type": "Bearer", "expires_in": 3599,
-                           "access_token": secrets.token_urlsafe()})
-
-    def _send_mail(self, path: list[str], body: bytes) -> None:
-        self._keep(path[0], base64.b64decode(body, validate=True))
-
-    def _make_draft(self, path: list[str], body: bytes) -> None:
-        ident = secrets.token_urlsafe()
-        self.drafts[ident] = DemoDraft(json.loads(body), [])
-        self._answer(201, {"id": ident})
-
-    def _attach(self, path: list[str], body: bytes) -> None:
-        properties = json.loads(body)
-        self.drafts[path[1]].files.append(
-            (properties, bytearray(base64.b64decode(properties.pop("contentBytes")))))
-        self._answer(201, {})
-
-    def _open_upload(self, path: list[str], body: bytes) -> None:
-        files = self.drafts[path[1]].files
-        files.append((json.loads(body)["AttachmentItem"], bytearray()))
-        url = f"http://{self.headers['Host']}/upload/{path[1]}/{len(files) - 1}"
-        self._answer(201, {"uploadUrl": url})
-
-    def _take_piece(self, path: list[str], body: bytes) -> None:
-        properties, octets = self.drafts[path[0]].files[int(path[1])]
-        octets += body
-        is_whole = len(octets) == properties["size"]
-        self._answer(201 if is_whole else 200,
-                     {} if is_whole else {"NextExpectedRanges": [str(len(octets))]})
-
-    def _send_draft(self, path: list[str], body: bytes) -> None:
-        self._keep(path[0], _compose(self.drafts[path[1]]))
-        del self.drafts[path[1]]
-
-    def _delete_draft(self, path: list[str], body: bytes) -> None:
-        del self.drafts[path[1]]
-        self._answer(204)
-
-    def _keep(self, mailbox: str, message: bytes) -> None:
+    def _send_mail(self, mailbox: str, body: bytes) -> None:
+        try:
+            message = base64.b64decode(body, validate=True)
+        except binascii.Error:
+            self._answer(400, {"error": {"code": "ErrorMimeContentInvalidBase64String"}})
+            return
         ident = decode_uuid(self.headers.get("client-request-id", "")) or str(uuid.uuid4())
         path = self.outbox / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
         try:
@@ -4065,7 +4031,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         self._answer(202)
 
     def _answer(self, status: int, answer: dict[str, Any] | None = None) -> None:
-        body = json.dumps(answer).encode() if answer is not None else b""
+        body = json.dumps(answer).encode() if answer else b""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -4073,44 +4039,6 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing; the relay's log has it."""
-
-
-_MESSAGES = "/v1.0/users/([^/]+)/messages"
-ROUTES = (
-    ("POST", "/[^/]+/oauth2/v2.0/token", StandIn._give_token),
-    ("POST", "/v1.0/users/([^/]+)/sendMail", StandIn._send_mail),
-    ("POST", _MESSAGES, StandIn._make_draft),
-    ("POST", _MESSAGES + "/([^/]+)/attachments", StandIn._attach),
-    ("POST", _MESSAGES + "/([^/]+)/attachments/createUploadSession", StandIn._open_upload),
-    ("PUT", "/upload/([^/]+)/([0-9]+)", StandIn._take_piece),
-    ("POST", _MESSAGES + "/([^/]+)/send", StandIn._send_draft),
-    ("DELETE", _MESSAGES + "/([^/]+)", StandIn._delete_draft),
-)
-
-
-def _compose(draft: DemoDraft) -> bytes:
-    """Write a draft as a message, much as Exchange does."""
-    message = email.message.EmailMessage(email.policy.SMTP)
-    message["Subject"] = draft.properties.get("subject", "")
-    for name, key in (("From", "from"), ("To", "toRecipients"), ("Cc", "ccRecipients"),
-                      ("Bcc", "bccRecipients"), ("Reply-To", "replyTo")):
-        people = draft.properties.get(key, [])
-        people = [one["emailAddress"] for one in (people if type(people) is list else [people])]
-        if people:
-            message[name] = ", ".join(email.utils.formataddr((one.get("name"), one["address"]))
-                                      for one in people)
-    for one in draft.properties.get("internetMessageHeaders", []):
-        message[one["name"]] = one["value"]
-    body = draft.properties["body"]
-    message.set_content(body["content"],
-                        subtype="html" if body["contentType"] == "HTML" else "plain")
-    for properties, octets in draft.files:
-        maintype, _, subtype = properties["contentType"].partition("/")
-        cid = properties.get("contentId")
-        message.add_attachment(
-            bytes(octets), maintype, subtype, filename=properties["name"],
-            disposition="inline" if cid else "attachment", cid=f"<{cid}>" if cid else None)
-    return message.as_bytes()
 
 
 def demo(environ: Mapping[str, str]) -> None:
@@ -4126,6 +4054,8 @@ def demo(environ: Mapping[str, str]) -> None:
         **environ, "AZURE_AUTHORITY_HOST": url, "GRAPH_ENDPOINT": url, "TLS_SOURCE": "off",
         "REQUIRE_TLS": "false", "SMTPS_PORT": "0", "RUN_AS": "",
         "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"})
+    # So that a scan is saved as it came too, and not as the draft that Microsoft would get.
+    config = dataclasses.replace(config, large_messages="whole")
     threading.Thread(target=stand_in.serve_forever, daemon=True).start()
     with logging_to_stderr(config.log_level):
         run(config, functools.partial(_print_demo, config))
@@ -4183,9 +4113,8 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
     if outgoing.draft is None:
         print(f"Path:     sendMail, {prepared.size} octets")
         return True
-    print(f"Path:     a draft, as {prepared.size} octets are more than {GRAPH_MESSAGE_LIMIT}; "
-          f"{len(outgoing.draft.content)} octets of JSON, and attachments: "
-          f"{len(outgoing.draft.attachments)}")
+    print(f"Path:     a draft, as {prepared.size} octets are more than "
+          f"{GRAPH_MESSAGE_LIMIT}; attachments: {len(outgoing.draft.attachments)}")
     for attachment in outgoing.draft.attachments:
         print(f"  {visible(attachment.name)}  ({attachment.part.media_type}, "
               f"{attachment.size} octets, "
@@ -4273,13 +4202,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda environ, arguments: serve(environ))
     commands = parser.add_subparsers(metavar="command")
     commands.add_parser("serve", help="run the relay; this is the default")
-    trying = commands.add_parser("demo", help="try the relay without an account, in front of "
-                                              "a stand-in for Microsoft")
+    trying = commands.add_parser("demo", help="try the relay without an account, in front "
+                                              "of a stand-in for Microsoft")
     trying.set_defaults(run=lambda environ, arguments: demo(environ))
     explaining = commands.add_parser(
         "explain", help="show what would become of a message, without any network",
-        description="Show what would become of a message, without any network. Exit status: "
-                    "0 it would be sent, 1 it would be refused, 2 it cannot be told.")
+        description="Show what would become of a message, without any network. Exit "
+                    "status: 0: it would be sent, 1: refused, 2: it cannot be told.")
     explaining.add_argument("file", metavar="FILE.eml")
     explaining.add_argument("--from", dest="sender", metavar="ADDRESS", required=True,
                             help="the sender, as in MAIL FROM; may be empty")
