@@ -1451,34 +1451,41 @@ def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = N
     """
     limit = len(message) if end is None else end
     stop = _header_stop(message, begin, limit)
+    header = Header([], _header_end(message, begin, stop))
+    if header.end == stop < limit and not message.startswith(b"\r\n", stop):
+        raise DeliveryError("The header is too large", 552, "5.3.4")
     # Of each field, or of neighbours that are not read: name, start, stop, is_reached.
     spans: list[tuple[bytes, int, int, bool]] = []
-    header_end, is_reached, is_header = begin, True, False
+    is_reached = True
     # A new first field must come behind a folded first line, so that is kept alone.
     alone = int(message[begin:begin + 1] in (b" ", b"\t"))
-    for line in _FOLDED_LINE.finditer(message, begin, stop):
+    for line in _FOLDED_LINE.finditer(message, begin, header.end):
         match = _FIELD.match(line[0])
         is_reached = is_reached and match is not None and match[0] == match[1] + b":"
         name, start = match[1].lower() if match else b"", line.start()
-        is_header = (is_header or bool(_KNOWN_FIELD.fullmatch(name))
-                     or (start == begin and (match is not None or alone > 0)))
-        if match:
-            header_end = line.end()
-        if not match or not is_read(name):
+        if not is_read(name):
             name = b""
             if spans[alone:] and not spans[-1][0]:
                 _, start, _, _ = spans.pop()
         spans.append((name, start, line.end(), is_reached))
         if len(spans) > MAX_FIELDS:
             raise DeliveryError("The header has too many fields")
-    header = Header([], header_end if is_header else begin)
-    for name, start, span_end, is_reached in spans:
-        if start < header.end:
-            octets = bytes(message[start:min(span_end, header.end)])
-            header.fields.append(Field(name, octets, is_reached, octets))
-    if header.end == stop and not message.startswith(b"\r\n", stop) and stop < limit:
-        raise DeliveryError("The header is too large", 552, "5.3.4")
+    for name, start, stop, is_reached in spans:
+        octets = bytes(message[start:stop])
+        header.fields.append(Field(name, octets, is_reached, octets))
     return header
+
+
+def _header_end(message: bytes | bytearray, begin: int, stop: int) -> int:
+    """Find the end of the last field; `begin` if all of it is text."""
+    end, is_header = begin, message[begin:begin + 1] in (b" ", b"\t")
+    for line in _FOLDED_LINE.finditer(message, begin, stop):
+        match = _FIELD.match(line[0])
+        if match:
+            end = line.end()
+            is_header = is_header or line.start() == begin or bool(
+                _KNOWN_FIELD.fullmatch(match[1].lower()))
+    return end if is_header else begin
 
 
 def _header_stop(message: bytes | bytearray, begin: int, end: int) -> int:
@@ -1803,7 +1810,8 @@ class Base64:
         return (len(self._first) + len(self._rest) + 2) // 3 * 4
 
     def __iter__(self) -> Iterator[bytes]:
-        borrowed = -len(self._first) % 3
+        # A small message at once; of a large one so much that the rest is in threes.
+        borrowed = max(ENCODE_AT_ONCE - len(self._first), -len(self._first) % 3)
         yield binascii.b2a_base64(self._first + bytes(self._rest[:borrowed]), newline=False)
         for start in range(borrowed, len(self._rest), ENCODE_AT_ONCE):
             yield binascii.b2a_base64(self._rest[start:start + ENCODE_AT_ONCE],
@@ -2060,7 +2068,7 @@ def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoi
 
 def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     """Take a prepared message apart. Raises DeliveryError."""
-    fields = split_header(prepared.header, is_read=lambda name: True).fields
+    fields = split_header(prepared.header, is_read=bool).fields
     leaves = _leaves(_read_part(fields, message, len(prepared.before), len(message)),
                      itertools.count())
     text = _text_of(leaves)
