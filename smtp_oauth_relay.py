@@ -1956,10 +1956,15 @@ class Part:
     encoding: str
 
     @property
+    def is_form(self) -> bool:
+        """Whether it is text for the eye, in whatever form."""
+        return (self.media_type.startswith("text/")
+                and not self.is_attachment and not self.file_name)
+
+    @property
     def is_text(self) -> bool:
         """Whether it may be the body of a draft."""
-        return (self.media_type in ("text/plain", "text/html")
-                and not self.is_attachment and not self.file_name)
+        return self.media_type in ("text/plain", "text/html") and self.is_form
 
     @property
     def is_blank(self) -> bool:
@@ -2173,7 +2178,8 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     texts = [text for text in map(_text_of, found) if text]
     if part.media_type == "multipart/alternative" and texts:
         best = ([one for one in texts if one.media_type == "text/html"] or texts)[-1]
-        leaves = [best] + [leaf for leaf in leaves if leaf not in texts]
+        forms = texts + [one[0] for one in found if len(one) == 1 and one[0].is_form]
+        leaves = [best] + [leaf for leaf in leaves if leaf not in forms]
     return leaves
 
 

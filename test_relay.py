@@ -1420,6 +1420,9 @@ class DraftTests(unittest.TestCase):
                 (multipart("mixed", multipart("alternative", PLAIN, multipart(
                     "related", HTML, IMAGE)), PDF),
                  ("HTML", html, f"ATT00001.png image/png {logo}", pdf)),
+                (multipart("alternative", PLAIN, "Content-Type: text/x-amp-html\n\nx\n", HTML,
+                           "Content-Type: text/csv; name=a.csv\n\nx\n"),
+                 ("HTML", html, "a.csv text/csv b'x\\r\\n' ")),
                 # An image that the text does not show must not be hidden.
                 (multipart("mixed", PLAIN, IMAGE),
                  ("Text", "Hello", "ATT00001.png image/png b'\\x89PNG' ")),
