@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import pathlib
+import platform
 import quopri
 import random
 import re
@@ -41,6 +42,7 @@ import time
 import unittest
 import urllib.parse
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NamedTuple
 
@@ -322,6 +324,16 @@ class SettingTests(unittest.TestCase):
 
     def test_one_port_for_two_things_is_a_fault(self) -> None:
         self.assertFaults({"SMTP_PORT": "465", "SMTPS_PORT": "465"}, "SMTP_PORT")
+
+    def test_the_memory_holds_a_message_at_least(self) -> None:
+        make_config(MAX_MESSAGE_SIZE="1000", MAX_MEMORY_FOR_MESSAGES="1000")
+        make_config(MAX_MEMORY_FOR_MESSAGES="3145728", LARGE_MESSAGES="refuse")
+        for size, memory in (("", "36700159"), ("1001", "1000")):
+            self.assertFaults({"MAX_MESSAGE_SIZE": size, "MAX_MEMORY_FOR_MESSAGES": memory},
+                              "MAX_MEMORY_FOR_MESSAGES")
+        # What is faulty itself contradicts nothing.
+        self.assertFaults({"MAX_MESSAGE_SIZE": "10M", "MAX_MEMORY_FOR_MESSAGES": "1000"},
+                          "MAX_MESSAGE_SIZE")
 
     def test_an_allow_list_that_cannot_be_kept_is_refused(self) -> None:
         self.assertFaults({"AZURE_TABLES_FORCE_USAGE": "True"}, "AZURE_TABLES_FORCE_USAGE")
@@ -851,6 +863,7 @@ class DataTests(SessionCase):
         self.assertEqual(codes(said), [552, 250, 250, 354, 250])
         self.assertIn(b"552 5.3.4 ", said)
         self.assertEqual(dialogue.messages, [b"small\r\n"])
+        self.assertEqual([what.code for mark, what in dialogue.log if mark == "!"], [552])
 
     def test_the_limit_is_exact(self) -> None:
         for size, code in ((5000, 250), (5001, 552)):
@@ -1236,10 +1249,15 @@ class RecipientTests(unittest.TestCase):
                  "Bcc: a@x.y\r\nX-Original-To: a@x.y\u00a0\r\n"),
                 ("To: g: a@x.y\r\n", "a@x.y",
                  "Bcc: a@x.y\r\nX-Original-To: g: a@x.y\r\n"),
+                ("To: :a@x.y;\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: :a@x.y;\r\n"),
                 (" x\r\nTo: o@x.y\r\n", "a@x.y",
                  " x\r\nBcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
                 (" x\r\noops\r\nTo: a@x.y\r\n", "a@x.y",
                  " x\r\nBcc: a@x.y\r\noops\r\nTo: a@x.y\r\n"),
+                ("\tx\r\noops\r\nTo: a@x.y\r\n", "a@x.y",
+                 "\tx\r\nBcc: a@x.y\r\noops\r\nTo: a@x.y\r\n"),
+                (" x\r\nX-A: y\r\n", "a@x.y", " x\r\nBcc: a@x.y\r\nX-A: y\r\n"),
+                (" x\r\nFoo: y\r\n", "a@x.y", "Bcc: a@x.y\r\n\r\n x\r\nFoo: y\r\n"),
                 # U+212A is no k, though lower() says so.
                 ("To: \u212a@x.y\r\n", "k@x.y",
                  "Bcc: k@x.y\r\nX-Original-To: \u212a@x.y\r\n"),
@@ -1261,9 +1279,12 @@ class RecipientTests(unittest.TestCase):
                 ("To: a@x.y\r\nno field\r\nCc: b@x.y\r\n", "a@x.y b@x.y",
                  "Bcc: b@x.y\r\nTo: a@x.y\r\nno field\r\nCc: b@x.y\r\n"),
                 ("To : a@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nTo : a@x.y\r\n"),
+                ("To : o@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
                 ("no field\r\nBcc: a@x.y, o@x.y\r\n", "a@x.y",
                  "Bcc: a@x.y\r\nno field\r\n"),
                 ("To: a@x.y\r\nno field\r\n", "a@x.y", "To: a@x.y\r\n\r\nno field\r\n"),
+                ("To: a@x.y\r\nSubject: s\r\nno field\r\n", "a@x.y",
+                 "To: a@x.y\r\nSubject: s\r\n\r\nno field\r\n"),
                 ("To: (Ann)\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: (Ann)\r\n"),
                 # Quoted local parts.
                 ("To: \"a b\"@x.y\r\n", "\"a b\"@x.y", "To: \"a b\"@x.y\r\n"),
@@ -1291,6 +1312,16 @@ class RecipientTests(unittest.TestCase):
                 (" folded\r\n\r\nText\r\n", "Bcc: a@x.y\r\n\r\n folded\r\n\r\nText\r\n")):
             with self.subTest(message):
                 self.assertEqual(deliver_to(message, "a@x.y", body=""), wanted)
+
+    def test_which_fields_make_a_header(self) -> None:
+        for name in ("Subject", "DATE", "Sender", "Message-ID", "In-Reply-To", "References",
+                     "Received", "Return-Path", "MIME-Version", "Importance", "Priority",
+                     "Content-Type", "Resent-Date", "List-Id", "X-Mailer"):
+            lines = f"oops\r\n{name}: x\r\n"
+            self.assertEqual(deliver_to(lines, "a@x.y"), f"Bcc: a@x.y\r\n{lines}\r\nText\r\n")
+        for name in ("Topic", "Date of print", "Subjects", "Importance of it", "Xa"):
+            lines = f"oops\r\n{name}: x\r\n"
+            self.assertEqual(deliver_to(lines, "a@x.y"), f"Bcc: a@x.y\r\n\r\n{lines}\r\nText\r\n")
 
     def test_the_body_is_not_touched(self) -> None:
         body = bytes(range(256)).replace(b"\r", b"").replace(b"\n", b"") * 50
@@ -1344,13 +1375,31 @@ class RecipientTests(unittest.TestCase):
     def test_an_absurd_number_of_fields(self) -> None:
         with self.assertRaises(relay.DeliveryError):
             deliver_to("To: a@x.y\r\n" * 10_001, "a@x.y")
-        header = "X: y\r\n" * 100_000
+        header = "To: a@x.y\r\n" * 10_000
+        self.assertEqual(deliver_to(header, "a@x.y"), f"{header}\r\nText\r\n")
+        header = "X-Y: y\r\n" * 100_000
         self.assertEqual(deliver_to(header, "a@x.y"), f"Bcc: a@x.y\r\n{header}\r\nText\r\n")
 
     def test_an_absurd_number_of_addresses_is_doubtful(self) -> None:
         many = ",".join(f"u{number}@x.y" for number in range(40_000))
         self.assertEqual(deliver_to(f"To: {many}\r\n", "u1@x.y"),
                          f"Bcc: u1@x.y\r\nX-Original-To: {many}\r\n\r\nText\r\n")
+        third = many[:100_000].rpartition(",")[0]
+        self.assertEqual(deliver_to(f"To: {third}\r\n" * 3, "u1@x.y"),
+                         "Bcc: u1@x.y\r\n" + f"X-Original-To: {third}\r\n" * 3 + "\r\nText\r\n")
+        # In From they may stay, but say nothing.
+        header = f"From: {', '.join([SENDER] * 14_000)}\r\nTo: a@x.y\r\n\r\n".encode()
+        self.assertEqual(prepared(header, "a@x.y"), header)
+        with self.assertRaises(relay.DeliveryError):
+            prepared(header, "a@x.y", FROM_MISMATCH="refuse")
+
+    def test_a_refusal_names_some_of_many(self) -> None:
+        other = "o" * 145 + "@x.y"
+        for people, is_cut in (([other, other], False), ([other, f"o{other}"], True)):
+            with self.assertRaises(relay.DeliveryError) as caught:
+                deliver_to(f"To: {', '.join(people)}\r\n", "a@x.y", HEADER_RECIPIENTS="refuse")
+            text = caught.exception.reply.text
+            self.assertTrue(text.endswith(", ".join(people)[:300] + " ..." * is_cut), text)
 
 
 # ---------------------------------------------------------------------------
@@ -1415,6 +1464,11 @@ class DraftTests(unittest.TestCase):
                 (multipart("mixed", "\nno header\n", PDF), ("Text", "no header", pdf)),
                 (multipart("alternative", PLAIN, HTML), ("HTML", html)),
                 (multipart("alternative", HTML, PLAIN), ("HTML", html)),
+                (multipart("related", HTML, IMAGE.replace("<Logo@x.y>", "< Logo@x.y >")),
+                 ("HTML", html, f"ATT00001.png image/png {logo}")),
+                # Content-Location does no harm where there is a Content-ID too.
+                (multipart("related", HTML, f"Content-Location: hello\n{IMAGE}"),
+                 ("HTML", html, f"ATT00001.png image/png {logo}")),
                 (multipart("alternative", PLAIN, PLAIN.replace("Hello", "Better")),
                  ("Text", "Better")),
                 (multipart("mixed", multipart("alternative", PLAIN, multipart(
@@ -1444,9 +1498,10 @@ class DraftTests(unittest.TestCase):
                 ("Content-Type: text\n\nHello\n", ("Text", "Hello")),
                 ("Content-Type: text / HTML\n\nHello\n", ("HTML", "Hello")),
                 # A signed file is a file, and a blank text is none.
-                (multipart("mixed", "\n \n", HTML, "Content-Type: application/pkcs7-mime\n"
-                           "Content-Disposition: attachment; filename=a.xml.p7m\n\nx\n"),
-                 ("HTML", html, "a.xml.p7m application/pkcs7-mime b'x\\r\\n' ")),
+                *((multipart("mixed", "\n" + " \n" * 300, HTML, f"Content-Type: {kind}\n"
+                             "Content-Disposition: attachment; filename=a.xml.p7m\n\nx\n"),
+                   ("HTML", html, f"a.xml.p7m {kind} b'x\\r\\n' "))
+                  for kind in ("application/pkcs7-mime", "application/x-pkcs7-mime")),
                 # The root of multipart/related need not be the first.
                 (multipart("related; start=\"<r>\"", "Content-Type: text/html\n\nframe\n",
                            "Content-ID: <r>\n" + HTML),
@@ -1480,7 +1535,13 @@ class DraftTests(unittest.TestCase):
                 (b"--b c\n\none\n\n--b c\n--b c\n\n\n--b c--", [b"one\r\n"]),
                 # A header that no empty line ends, and one that is none.
                 (b"--b c\nX-A: y\n--b c\n\none\n--b c--", [b"one"]),
-                (b"--b c\njust text\n--b c--", [b"just text"])):
+                (b"--b c\njust text\n--b c--", [b"just text"]),
+                (b"--b c\nX-A: y\nhalf", [b"half"]), (b"--b c\n", [b""]),
+                # What is within a part is sought only there.
+                (b"--b c\nContent-Type: multipart/mixed; boundary=i\n\n--i\n\none\n--b c\n\n"
+                 b"--i\ntwo\n--b c--", [b"one", b"--i\r\ntwo"]),
+                (b"--b c\nContent-Type: multipart/mixed; boundary=i\n\n--i\nX-A: y\n--b c--",
+                 [b"X-A: y"])):
             with self.subTest(body):
                 message = head + body
                 draft = take_apart(message)
@@ -1511,6 +1572,7 @@ class DraftTests(unittest.TestCase):
                  "a__b_.pdf"),
                 ("Content-Disposition: attachment; filename=" + "x" * 300 + ".pdf",
                  "x" * 251 + ".pdf"),
+                ("Content-Disposition: attachment; filename=\"=?utf-8?q?_a.pdf_?=\"", "a.pdf"),
                 ("Content-Disposition: attachment; filename=\"x_.pdf\"; "
                  "filename*=utf-8''x%e2%82%ac.pdf", "x\u20ac.pdf"),
                 ("Content-Disposition: attachment; filename=\"\"\nContent-Type: x/y; name=a.b",
@@ -1541,6 +1603,9 @@ class DraftTests(unittest.TestCase):
                 ("cid:a&amp;b@x", "a&b@x", True), ("cid:a%20b", "a b", True),
                 ("url(&quot;cid:a&quot;)", "a", True), ("cid:a%20b", "a%20b", True),
                 ("cid:ab", "a", False), ("cid:a@x.y", "a", False), ("cid:b", "a", False),
+                ("cid:a$b", "a", False), ("cid:" + "a" * 500, "a" * 500, True),
+                ("cid:" + "a" * 501, "a" * 501, False),
+                ("cid:x " * 998 + "cid:a", "a", True), ("cid:x " * 999 + "cid:a", "a", False),
                 ("the cid: a", "a", False), ("cid:", "", False)):
             with self.subTest(text, content_id=content_id):
                 message = multipart("related", f"Content-Type: text/html\n\n{text}\n",
@@ -1565,6 +1630,27 @@ class DraftTests(unittest.TestCase):
         take_apart(head.encode(), "b@x.y")
         with self.assertRaises(relay.DeliveryError):
             take_apart(head.encode(), "b@x.y", "c@x.y")
+        head = f"From: {SENDER}\r\nTo: b@x.y\r\nX-A: "
+        for size, *recipients in ((1_048_576, "b@x.y"), (1_048_564, "b@x.y", "c@x.y")):
+            header = head + "x" * (size - len(head) - 2)
+            take_apart(f"{header}\r\n\r\n".encode(), *recipients)
+            with self.assertRaises(relay.DeliveryError):
+                take_apart(f"{header}x\r\n\r\n".encode(), *recipients)
+        with self.assertRaises(relay.DeliveryError):    # nobody knows whether it is a field
+            take_apart(multipart("mixed", PLAIN, "x" * 1_048_577).encode())
+
+    def test_what_the_relay_adds_may_be_too_much(self) -> None:
+        config = make_config(LARGE_MESSAGES="refuse")
+        message = crlf(NAMED + "\n").ljust(3_145_728, b"x")
+        for people, is_good in ((["a@x.y"], True), (["a@x.y", "b@x.y"], False)):
+            envelope = relay.Envelope(SENDER, {one: one for one in people}, bytearray(message))
+            if is_good:
+                self.assertIsNone(relay.make_outgoing(envelope, config).draft)
+                continue
+            with self.assertRaises(relay.DeliveryError) as caught:
+                relay.make_outgoing(envelope, config)
+            self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
+            self.assertIn("LARGE_MESSAGES=refuse", caught.exception.reply.text)
 
     def test_encodings(self) -> None:
         for encoding, text, wanted in (
@@ -1576,6 +1662,7 @@ class DraftTests(unittest.TestCase):
                 ("7bit", b"=41", b"=41"), ("binary", b"x", b"x"),
                 # What readers read differently is not guessed.
                 ("base64", b"QQ==QQ==", None), ("base64", b"QQ=\r\n=QQ==", None),
+                ("base64", b"QQ==" + b"\n" * 4_100_000 + b"QQ==", None),     # in three slices
                 ("base64", b"QUJDR", None), ("x-uuencode", b"begin 644", None)):
             with self.subTest(encoding, text=text):
                 message = (b"Content-Disposition: attachment\nContent-Transfer-Encoding: "
@@ -1597,6 +1684,7 @@ class DraftTests(unittest.TestCase):
                 ("quoted-printable", (b"=%02X" * 26 % tuple(range(26)) + b"=\n") * 100_000),
                 ("quoted-printable", b"=41=42" * 1_500_000),
                 ("quoted-printable", b"a=41=42" * 1_300_000),
+                ("quoted-printable", b"a" + b"=41" * 1_400_000),
                 ("8bit", b"x" * 8_000_001), ("binary", b"line\n" * 1_500_000)):
             with self.subTest(encoding, text=text[:20]):
                 message = (f"Content-Type: x/y\nContent-Transfer-Encoding: {encoding}\n\n"
@@ -1639,17 +1727,38 @@ class DraftTests(unittest.TestCase):
         self.assertEqual(set(json.loads(take_apart(b"\nText\n").content)),
                          {"from", "bccRecipients", "body"})
         for field, wanted in (("Importance: low", "low"), ("X-Priority: 1 (Highest)", "high"),
+                              ("X-Priority: 1\nImportance: low", "low"),
+                              ("X-Priority: 2 (High)", "high"), ("Importance: normal", "normal"),
+                              ("X-Priority: 4", "low"), ("X-Priority: 5 (Lowest)", "low"),
                               ("X-Priority: 3", None), ("Priority: urgent", "high"),
                               ("Priority: non-urgent", "low"), ("Importance: odd", None),
                               ("X-MSMail-Priority: High", "high")):
             content = json.loads(take_apart(f"{field}\n\n".encode()).content)
             self.assertEqual(content.get("importance"), wanted, field)
+        # Names, and what is no address list, or too long a one.
+        content = json.loads(take_apart(
+            f"From: Scan (x) @office <{SENDER}>\nReply-To: o@x.y <r@x.y>\nTo: Ann (x) <a@x.y>\n"
+            "Subject: =?utf-8?q?_s=0D?=\n\n".encode()).content)
+        self.assertEqual({name: content[name] for name in ("from", "replyTo", "toRecipients")}, {
+            "from": {"emailAddress": {"address": SENDER, "name": "Scan (x) @office"}},
+            "replyTo": [{"emailAddress": {"address": "r@x.y", "name": "o@x.y"}}],
+            "toRecipients": [{"emailAddress": {"address": "a@x.y", "name": "Ann"}}]})
+        self.assertEqual(content["subject"], "s")
+        content = json.loads(take_apart(b"Reply-To: " + b"a@b.c," * 50_000 + b"\n\n").content)
+        self.assertNotIn("replyTo", content)
+        # Many encoded words take their time, and stay as they are.
+        for count, wanted in ((500, "x" * 500), (501, ("=?utf-8?q?x?= " * 501).strip())):
+            draft = take_apart(b"Subject: " + b"=?utf-8?q?x?= " * count + b"\n\n")
+            self.assertEqual(json.loads(draft.content)["subject"], wanted)
+        take_apart(b"Subject: =?utf-7?q?+2AA-?=\n\n")      # a surrogate
 
     def test_the_text(self) -> None:
         for head, text, wanted in (
                 ("", "\u00fc".encode(), "\u00fc"), ("", b"\xfc \x80", "\u00fc \u20ac"),
                 ("; charset=iso-8859-1", b"\xfc", "\u00fc"),
                 ("; charset=us-ascii", b"\xfc", "\u00fc"),
+                ("; charset=utf8", b"\xfc", "\u00fc"),
+                ("; charset=iso-8859-1", "\u0141".encode(), "\u0141"),
                 ("; charset=utf-16", "\u00fc".encode("utf-16"), "\u00fc"),
                 # What says it is UTF-8, and is not, or is with a fault.
                 ("; charset=utf-8", b"\xfc\x81", "\u00fc\ufffd"),
@@ -1663,6 +1772,10 @@ class DraftTests(unittest.TestCase):
                 ("; charset=no-such", b"x", "x"), ("; charset=zlib", b"x", "x"),
                 ("; charset=\"a\0b\"", b"x", "x"), ("; charset=undefined", b"x", "x"),
                 ("; charset=punycode", b"x-", "x-"), ("; charset=no-such", b"\xfc", None),
+                ("; charset=-punycode", b"\xfc", None), ("; charset=unicode:escape", b"\xfc", None),
+                ("; charset=latin-1", b"\x80", "\u20ac"), ("; charset=L1", b"\x80", "\u20ac"),
+                # A character that Python lacks; the rest must not become escapes.
+                ("; charset=iso-2022-jp", b"\x1b$B%F%9%H-!\x1b(B", "\u30c6\u30b9\u30c8\ufffd"),
                 ("; charset=punycode", b"\xfc", None), ("; charset=hex", b"\xfc", None)):
             with self.subTest(head, text=text):
                 message = f"Content-Type: text/plain{head}\n\n".encode() + text
@@ -1677,11 +1790,23 @@ class DraftTests(unittest.TestCase):
             draft = take_apart(b"Content-Type: text/html\n\n" + meta + b"\xcf")
             content = json.loads(draft.content)
             self.assertTrue(content["body"]["content"].endswith(">\u041f"))
+        # The field counts more, and what stands further down is text.
+        meta = b"<meta charset=windows-1251>"
+        for more, octets in ((b"; charset=utf-8", meta + b"\xc3\xbc"),
+                           (b"", b" " * 1024 + meta + b"\xfc")):
+            content = json.loads(take_apart(b"Content-Type: text/html" + more + b"\n\n"
+                                            + octets).content)
+            self.assertTrue(content["body"]["content"].endswith(">\u00fc"))
+        for charset, size in (("utf-16", 2_200_000), ("utf-32", 1_000_000)):
+            draft = take_apart(f"Content-Type: text/plain; charset={charset}\n\n".encode()
+                               + ("x" * size).encode(charset))
+            self.assertEqual(json.loads(draft.content)["body"]["content"], "x" * size)
 
     def test_what_cannot_be_said_is_refused_and_the_reason_given(self) -> None:
-        deep = PLAIN
-        for _ in range(11):
-            deep = multipart("mixed", deep)
+        deepest = PLAIN
+        for _ in range(10):
+            deepest = multipart("mixed", deepest)
+        deep = multipart("mixed", deepest)
         for message, word in (
                 (multipart("signed", PLAIN, PDF), "is signed"),
                 (multipart("mixed", multipart("signed", PLAIN, PDF), PLAIN), "is signed"),
@@ -1698,9 +1823,13 @@ class DraftTests(unittest.TestCase):
                 ("Content-Type: application/pkcs7-mime\nContent-Disposition: attachment\n\nx",
                  "encrypted"),
                 ("Content-Type: application/octet-stream; name=smime.p7m\n\nx", "encrypted"),
+                ("Content-Type: application/octet-stream; name=smime.P7Z\n\nx", "encrypted"),
                 (multipart("mixed", "Content-Type: application/pgp-encrypted\n\nx", PDF),
                  "encrypted"),
                 ("Content-Type: multipart\n\nx", "unknown type"),
+                ("Content-Type: message\n\nx", "unknown type"),
+                (f"Content-Type: multipart/mixed; boundary={'b' * 201}\n\n--{'b' * 201}\n\nx",
+                 "told apart"),
                 ("Content-Type: (c) multipart/mixed; boundary=b\n\n--b", "unknown type"),
                 ("Content-Type: text/plain; a" + ";b" * 101 + "\n\nx", "too long"),
                 (multipart("related", "Content-Type: text/html\n\n<img src=\"a.png\">",
@@ -1716,6 +1845,8 @@ class DraftTests(unittest.TestCase):
                 ("\n" + "x" * 4_194_304, "text that is too large"),
                 ("\n" + "\u00fc" * 2_097_152, "text that is too large"),
                 ("\n" + "x" * 12_582_913, "text that is too large"),
+                ("Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 900_000,
+                 "text that is too large"),
                 ("Subject: x\n\n" + "\n" * 1_048_576, "text that is too large")):
             with self.subTest(message[:70]), self.assertRaises(relay.Unsayable) as caught:
                 take_apart(message.encode())
@@ -1724,8 +1855,14 @@ class DraftTests(unittest.TestCase):
                 self.assertTrue(reply.startswith("552 5.3.4 "))
                 self.assertIn(word, reply)
         # The limits themselves are all right.
-        take_apart(multipart("mixed", *[PLAIN] * 249).encode())
-        take_apart(b"\n" + b"x" * 4_194_000)
+        take_apart(multipart("mixed", *[PLAIN] * 250).encode())
+        take_apart(deepest.encode())
+        take_apart(f"Content-Type: multipart/mixed; boundary={'b' * 200}\n\n--{'b' * 200}\n\nx"
+                   .encode())
+        room = 4_194_304 - len(take_apart(b"\nx").content)
+        self.assertEqual(len(take_apart(b"\nx" + b"x" * room).content), 4_194_304)
+        with self.assertRaises(relay.Unsayable):
+            take_apart(b"\nxx" + b"x" * room)
 
     def test_many_delimiters_take_no_quadratic_time_and_no_recursion(self) -> None:
         head = b"Content-Type: multipart/mixed; boundary=b\n\n"
@@ -1741,6 +1878,37 @@ class DraftTests(unittest.TestCase):
                       "Content-Type: text/plain; a=\"" + ";" * 99 + "x" * 7000):
             with self.subTest(field[:20]):
                 json.loads(take_apart(f"{field}\n\nText\n".encode()).content)
+
+    def test_the_author_and_the_answers_are_read_as_in_the_header(self) -> None:
+        for field, name in (("M\u00fcller, Hans <o@x.y>", "M\u00fcller, Hans"),
+                            ("\"Long\n name\" <o@x.y>", "Long name"), ("o@x.y (Me)", "Me")):
+            draft = take_apart(f"From: {field}\nReply-To: {field}\n\n".encode())
+            content = json.loads(draft.content)
+            person = {"emailAddress": {"address": "o@x.y", "name": name}}
+            self.assertEqual((content["from"], content["replyTo"]), (person, [person]))
+        draft = take_apart(b"From: Scanner\nReply-To: Scanner\n\n")
+        self.assertEqual(json.loads(draft.content)["from"], {"emailAddress": {"address": SENDER}})
+        self.assertNotIn("replyTo", json.loads(draft.content))
+
+    def test_a_part_takes_no_quadratic_time(self) -> None:
+        """Each shape grows by 4; ten times the time would be more than linear."""
+        outer = multipart("mixed", PLAIN, PDF)
+        for make in (lambda size: outer.replace("Hello", "--i\n" + "x" * size).replace(
+                         "text/plain", "multipart/mixed; boundary=i"),
+                     lambda size: outer.replace("Content-Type", "X-A: " + "x" * size
+                                                + "\nContent-Type"),
+                     lambda size: "Content-Type: text/plain; charset=_punycode\n\n" + "x" * size,
+                     lambda size: f"Subject: =?unicode:escape?q?{'x' * size}?=\n\n",
+                     lambda size: f"From: {'=?a?q?b?= ' * (size // 10)}@ <{SENDER}>\n\n",
+                     lambda size: "\n" + "x" * size):
+            times = []
+            for size in (20_000, 80_000):
+                begun = time.process_time()
+                with contextlib.suppress(relay.DeliveryError):
+                    take_apart(make(size).encode())
+                times.append(time.process_time() - begun)
+            with self.subTest(make(10)):
+                self.assertLess(times[1], 10 * times[0] + 0.5)
 
     def test_random_mime(self) -> None:
         """It is refused, or what the standard library finds is all there."""
@@ -2331,7 +2499,8 @@ class FakeMicrosoft:
                                        properties)
         # The answer repeats the text, and the id stands behind it.
         answer = {"@odata.etag": "W/\"x\"", **properties, "id": ident, "isDraft": True}
-        return say(201, answer)(sock, request)
+        octets = json.dumps(answer).replace("<", "\\u003c").encode()     # as .NET escapes
+        return say(201, octets)(sock, request)
 
     def _attach(self, sock: socket.socket, request: Request) -> bool:
         refused = self._refuse_draft(sock, request)
@@ -2645,6 +2814,20 @@ class SignInTests(RelayCase):
                 self.fake.will("token", utter(octets))
                 self.assertReply(self.log_in(), "454 4.7.0")
 
+    def test_no_secret_is_held_when_a_login_has_failed(self) -> None:
+        """Not even until the garbage collector comes."""
+        def held() -> list[relay.Application]:
+            return [one for one in gc.get_objects()
+                    if isinstance(one, relay.Application) and one.secret == self.password]
+        client = self.connect()
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.fake.will("token", say(503), utter(b""), say(401, aadsts(7000215, "invalid_client")))
+        for wanted in ("454 4.7.0", "454 4.7.0", "535 5.7.8"):
+            self.assertReply(client.log_in(password=self.password), wanted)
+            wait_for(lambda: not held())
+
     def test_one_request_serves_all_who_need_the_same(self) -> None:
         self.fake.will("token", self.fake.hang_then(self.fake.accept))
         clients = [self.connect() for _ in range(5)]
@@ -2863,10 +3046,20 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("a bare @ and other spaces", f"From: a@b\u3000c  \n d <{SENDER}>\nTo: a@x.y\n\n",
              f"From: \"a@b\u3000c d\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a bare @ and encoded words", f"From: =?utf-8?q?=C3=BC?= @ home <{SENDER}>\nTo: "
-             "a@x.y\n\n", f"From: =?utf-8?q?=C3=BC?= \"@\" \"home\" <{SENDER}>\nTo: a@x.y\n\n"),
+             "a@x.y\n\n", f"From: =?utf-8?q?=C3=BC?= \"@ home\" <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("a bare @ and what is no encoded word", f"From: =?a@b =?utf-8?q?x?=y <{SENDER}>\n"
+             "To: a@x.y\n\n", f"From: \"=?a@b =?utf-8?q?x?=y\" <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("a bare @ and a comma", f"From: scan @ office, floor 2 <{SENDER}>\nTo: a@x.y\n\n",
+             f"From: \"scan @ office, floor 2\" <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("a bare @ and a bracket", f"From: Dr. [x@y <{SENDER}>\nTo: a@x.y\n\n",
+             f"From: \"Dr. [x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("a comma in the name", f"From: Doe, John <{SENDER}>\nTo: a@x.y\n\n", ""),
         Mail("a bare @ in brackets", f"From: [a@b] \"Q\" <{SENDER}>\nTo: a@x.y\n\n",
              f"From: \"[a@b] \\\"Q\\\"\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a quoted @ stays", f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n", ""),
+        Mail("brackets without an @ stay", f"From: [Scan] <{SENDER}>\nTo: a@x.y\n\n", ""),
+        Mail("a comment before stays", f"From: (Scan) {SENDER}\nTo: a@x.y\n\n", ""),
+        Mail("an @, but no address, stays", "From: =?utf-8?q?x?= @ home\nTo: a@x.y\n\n", ""),
         Mail("nobody at all", "From: Me <me@x.y>\nTo: a@x.y\n\n", "", sender="",
              mailbox="me@x.y"),
         Mail("nobody at all, not even in From", "To: a@x.y\n\n", "550 5.1.7", sender=""),
@@ -2886,8 +3079,9 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
              NAMED + "\nHello\n\nText\n"),
         Mail("text with lines like fields", "UPS on battery\nTime: 12:00\nLoad: 40 %\n",
              FROM + "Bcc: a@x.y\n\nUPS on battery\nTime: 12:00\nLoad: 40 %\n"),
-        Mail("a URL right behind the header", NAMED + "Hello\nhttp://a/b\nBye\n",
-             NAMED + "\nHello\nhttp://a/b\nBye\n"),
+        *(Mail(f"{url} right behind the header", f"{NAMED}Hello\n{url}\nBye\n",
+               f"{NAMED}\nHello\n{url}\nBye\n")
+          for url in ("http://a/b", "HTTPS://a/b", "ftp://a/b")),
         Mail("much text without an empty line", "Hello\n" * 300_000,
              FROM + "Bcc: a@x.y\n\n" + "Hello\n" * 300_000),
         Mail("a header that is absurd", NAMED + "X-A: b\n" * 200_000 + "\nText\n", "552 5.3.4"),
@@ -2897,6 +3091,15 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
              NAMED + "\nText\n"),
         Mail("an mbox line and no header", "From MAILER-DAEMON Fri Jul  8 12:08:34 2011\n\nx\n",
              FROM + "Bcc: a@x.y\n\nx\n"),
+        Mail("an mbox line with spaces", "From a@b  Fri Jul  8 12:08:34 2011\n\nx\n",
+             FROM + "Bcc: a@x.y\n\nx\n"),
+        Mail("a short mbox line", f"From x@y\n{NAMED}\n", NAMED + "\n"),
+        Mail("text before what may be a field", "From Bob in Accounts:\nDate: the 3rd\n",
+             FROM + "Bcc: a@x.y\nFrom Bob in Accounts:\nDate: the 3rd\n"),
+        Mail("text that is all like fields", "Alarm: zone 3\nTime: 12:00\n",
+             FROM + "Bcc: a@x.y\n\nAlarm: zone 3\nTime: 12:00\n"),
+        Mail("indented text", "  Alarm\nTime: 12:00\n",
+             FROM + "Bcc: a@x.y\n\n  Alarm\nTime: 12:00\n"),
         # Recipients.
         Mail("hidden", NAMED + "\n", "Bcc: b@x.y\n" + NAMED + "\n", "a@x.y b@x.y"),
         Mail("hidden, no To", FROM + "\n", "Bcc: a@x.y,\n b@x.y\n" + FROM + "\n",
@@ -2924,6 +3127,7 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("a comma in the name", "From: Doe, John <Me@x.y>\nTo: a@x.y\n\n", "",
              mailbox="Me@x.y"),
         Mail("a mailbox that is no text", "From: \"m\udcfc\"@x.y\nTo: a@x.y\n\n", ""),
+        Mail("nor with a backslash", "From: \"m\\\udcfc\"@x.y\nTo: a@x.y\n\n", ""),
         Mail("From sends", "From: Me <Me@x.y>, n@x.y\nTo: a@x.y\n\n", "",
              mailbox="Me@x.y"),
         Mail("no From", "To: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
@@ -2945,7 +3149,12 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         *(Mail(f"no answer to {old}", f"From: S <{old}>\nTo: a@x.y\n\n",
                f"From: S <{SENDER}>\nTo: a@x.y\n\n")
           for old in ("scan@printer.local", "scan@printer", "scan@[192.168.1.7]", "root@localhost",
-                      "scan@x.lan", USER)),
+                      "scan@x.lan", "scan@192.168.1.7", "scan@PRINTER.LOCAL", USER,
+                      *(f"scan@x.{top}" for top in ("arpa", "corp", "example", "home", "internal",
+                                                    "invalid", "localhost", "test")))),
+        Mail("no answer but to itself", f"From: A <{SENDER}>, B <scan@printer>\nTo: a@x.y\n\n",
+             f"From: A <{SENDER}>\nX-Original-From: A <{SENDER}>, B <scan@printer>\n"
+             "To: a@x.y\n\n"),
         Mail("a name with @", "From: scan@office <o@real.com>\nTo: a@x.y\n\n",
              f"From: \"scan@office\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
         Mail("the address as the name", "From: o@real.com <o@real.com>\nTo: a@x.y\n\n",
@@ -2965,6 +3174,7 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
                "X-Original-From: Cron Daemon <root>\n"),
               ("Doe, John <o@real.com>", '"Doe, John" ', "Reply-To: o@real.com\n"),
               ("RE: \"x\" \\ <o@real.com> ", '"RE: \\"x\\" \\\\" ', "Reply-To: o@real.com\n"),
+              ('"Cron, 1" <root>', '"Cron, 1" ', 'X-Original-From: "Cron, 1" <root>\n'),
               ("\"a\n b\" <o@real.com>", '"a b" ', "Reply-To: o@real.com\n"),
               ("J\0oe <o@real.com>", '"Joe" ', "Reply-To: o@real.com\n"),
               ("Joe) <o@real.com>", '"Joe)" ', "Reply-To: o@real.com\n"),
@@ -3234,6 +3444,18 @@ class SendTests(RelayCase):
             self.assertReply(client.post(), "250 2.0.0")
         self.assertEqual(len({request.connection for request in self.fake.requests}), 1)
 
+    def test_what_is_idle_for_long_is_closed_and_forgotten(self) -> None:
+        async def play() -> tuple[bool, dict[Any, Any], Any]:
+            pool = relay.HttpPool([self.fake.url])
+            await pool.send(relay.HttpRequest("GET", self.fake.url, {}),
+                            time.monotonic() + PATIENCE)
+            kept, = pool._kept.values()
+            connection, _ = kept[0]
+            kept[0] = connection, 0.0                   # the end of its time
+            pool._close_old()
+            return connection.sock is None, pool._kept, pool._closer
+        self.assertEqual(asyncio.run(play()), (True, {}, None))
+
     def test_a_kept_connection_that_was_closed_is_noticed_before_it_is_used(self) -> None:
         client = self.logged_in()
         for _ in range(3):
@@ -3432,6 +3654,8 @@ class LargeMessageTests(RelayCase):
                          ["token", "draft", "open", "put", "put", "attach", "open", "put",
                           "put", "send-draft"])
         self.assertEqual(self.fake.deleted, [])
+        self.assertEqual({one.headers["user-agent"] for one in self.fake.requests},
+                         {relay.USER_AGENT})
         # One id for all of it, but for the upload, which is another host's.
         ident = reply.rpartition(" ")[2]
         for request in self.fake.requests[1:]:
@@ -3490,6 +3714,27 @@ class LargeMessageTests(RelayCase):
         self.assertReply(self.post(self.logged_in()), "554 5.3.0")
         self.assertEqual(self.fake.sent_drafts, [])
 
+    def test_other_statuses_of_success(self) -> None:
+        self.fake.will("draft", say(200, {"id": "x"}))
+        self.fake.will("attach", say(200, {"id": "x"}))
+        self.fake.will("open", say(200, {"uploadUrl": self.fake.upload_url.format(0)}))
+        self.fake.will("put", say(202), say(202))
+        self.fake.will("send-draft", say(202))
+        message = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
+        self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
+
+    def test_pieces_in_which_there_is_nothing_are_not_sent(self) -> None:
+        head, _, text = SCAN.partition("\n\n")
+        message = crlf(multipart("mixed", f"{head}\n\n" + "\n" * 2_000_000 + text, header=NAMED))
+        self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
+        self.assertTrue(self.fake.sent_drafts[0].files[0][1] == SCAN_OCTETS)
+        self.assertEqual(len(self.fake.asked("put")), 2)
+
+    def test_a_401_of_the_upload_host_is_not_about_the_token(self) -> None:
+        self.fake.will("put", say(401))
+        self.assertReply(self.post(self.logged_in()), "451 4.3.0")
+        self.assertEqual((len(self.fake.asked("put")), self.fake.drafts), (1, {}))
+
     def test_what_is_tried_again_as_it_does_no_harm(self) -> None:
         client = self.logged_in()
         passing = itertools.cycle([graph_says(429, "X", retry_after="0"),
@@ -3535,6 +3780,15 @@ class LargeMessageTests(RelayCase):
         another.log_in(f"{TENANT}@{TENANT}", self.password)
         self.assertReply(another.say(f"MAIL FROM:<{sender}> SIZE=3145729"), "250 2.1.0")
 
+    def test_with_sender_from_header_the_mailbox_is_known_later(self) -> None:
+        with alone(SENDER_FROM="header") as (fake, client):
+            client.log_in()
+            fake.will("draft", graph_says(403, "ErrorAccessDenied"))
+            for _ in range(2):
+                self.assertReply(self.post(client), "552 5.3.4")
+            self.assertEqual(len(fake.asked("draft")), 1)
+            self.assertReply(client.say(f"MAIL FROM:<{SENDER}> SIZE=3145729"), "250 2.1.0")
+
     def test_a_missing_right_is_forgotten_after_an_hour(self) -> None:
         clock = Clock()
         config = self.config()
@@ -3562,7 +3816,7 @@ class LargeMessageTests(RelayCase):
         clock.now += 3599
         self.assertReply(send(), "552 5.3.4")
         self.assertEqual(len(self.fake.asked("draft")), 1)
-        clock.now += 2
+        clock.now += 1
         self.assertEqual(send(), "sent")
         pool.close()
 
@@ -3581,6 +3835,7 @@ class LargeMessageTests(RelayCase):
         for url, allow, is_good in (("https://outlook.office.com/a?b=c", False, True),
                                     ("http://127.0.0.1/a", True, True),
                                     ("http://127.0.0.1/a", False, False),
+                                    ("https:///a", False, False),
                                     ("http://10.0.0.1/a", True, False)):
             answer = response(201, {"uploadUrl": url})
             self.assertEqual(relay.read_upload_url(answer, allow_http=allow), url * is_good)
@@ -3604,10 +3859,12 @@ class LargeMessageTests(RelayCase):
         self.assertIsNone(relay.next_range(response(201)))
 
     def test_a_long_text_that_comes_back_in_the_answer(self) -> None:
-        message = crlf(NAMED + "Content-Type: text/html\n\n" + "<\u00fc>" * 900_000 + "\n")
-        self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
-        self.assertTrue(self.fake.sent_drafts[0].properties["body"]["content"]
-                        == "<\u00fc>" * 900_000 + "\r\n")
+        for text in ("<\u00fc>" * 900_000, "<" * 3_200_000):
+            self.fake.reset()
+            message = crlf(NAMED + "Content-Type: text/html\n\n" + text + "\n")
+            self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
+            self.assertTrue(self.fake.sent_drafts[0].properties["body"]["content"]
+                            == text + "\r\n")
 
     def test_what_cannot_be_said_is_refused_and_nothing_is_asked(self) -> None:
         client = self.logged_in()
@@ -3630,6 +3887,25 @@ class LargeMessageTests(RelayCase):
         with kept_log() as kept:
             self.assertReply(self.post(client), "451 4.3.0")
         self.assertEqual(kept.find("draft-left"), [])
+
+    def test_the_memory_of_a_client_that_is_gone(self) -> None:
+        client, memory = self.logged_in(), self.running.server._relay.memory
+        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+            client.docmd(line)
+        client.send(b"x" * 1000 + b"\r\nx")
+        wait_for(lambda: memory.free < 268_435_456)
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        wait_for(lambda: memory.free == 268_435_456)
+
+    def test_too_little_memory_is_a_warning_and_a_mistake_of_the_client_is_not(self) -> None:
+        client, memory = self.logged_in(), self.running.server._relay.memory
+        self.running.ask(lambda: memory.take(268_435_456))
+        self.addCleanup(self.running.ask, lambda: memory.give_back(268_435_456))
+        with kept_log() as kept:
+            self.assertReply(client.say(f"MAIL FROM:<{SENDER}> SIZE=1"), "452 4.3.1")
+            self.assertReply(client.say("MAIL FROM:<a>"), "501 5.1.7")
+        self.assertEqual([level for level, _ in kept.find("refused")], ["WARNING", "INFO"])
 
     def test_four_at_once_for_a_mailbox(self) -> None:
         clients = [self.logged_in() for _ in range(6)]
@@ -3658,6 +3934,10 @@ class LargeMessageTests(RelayCase):
         """Not even until the garbage collector comes: it may not, for a long time."""
         client = self.logged_in()
         signed = LARGE.replace(b"multipart/mixed", b"multipart/signed")
+
+        def held() -> list[object]:
+            return [one for one in gc.get_objects() if isinstance(one, relay.HttpRequest)
+                    or (isinstance(one, relay.Envelope) and one.message)]
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
@@ -3665,6 +3945,7 @@ class LargeMessageTests(RelayCase):
                 ("refused", "", None, signed, "552"), ("junk", "draft", utter(b"x"), LARGE, "451"),
                 ("error", "put", say(500), LARGE, "451"),
                 ("reset", "put", utter(b""), LARGE, "451"),
+                ("early reset", "put", BeforeBody(utter(b"", reset=True)), LARGE, "451"),
                 ("reset", "send", utter(b""), b"\r\n", "451"),
                 ("error", "send", say(500), b"\r\n", "451"),
                 ("renewal", "send", self.fake.expire, b"\r\n", "451"),
@@ -3673,9 +3954,7 @@ class LargeMessageTests(RelayCase):
                 self.fake.will(kind, *([action] if action else []))
                 self.fake.will("token", *([say(503)] if name == "renewal" else []))
                 self.assertTrue(self.post(client, message).startswith(wanted))
-                held = [one for one in gc.get_objects()
-                        if isinstance(one, relay.Envelope) and one.message]
-                self.assertEqual(held, [])
+                wait_for(lambda: not held())            # the reply comes a moment earlier
         self.assertEqual(self.running.ask(lambda: self.running.server._relay.memory.free),
                          268_435_456)
 
@@ -3743,6 +4022,15 @@ class FidelityTests(RelayCase):
                          "250 2.0.0")
         body = self.fake.delivered[0].message.partition(b"\r\n\r\n")[2]
         self.assertEqual(as_exchange_decodes(body), text.encode() + b"\r\n")
+
+    def test_no_answer_goes_to_the_login_of_a_device(self) -> None:
+        login = f"{USER}.Printers.com"
+        with alone(FROM_MISMATCH="rewrite") as (fake, client):
+            self.assertReply(client.log_in(login), "235 2.7.0")
+            message = crlf(f"From: S <{login.lower()}>\nTo: a@x.y\n\n")
+            self.assertReply(client.post_octets(message, SENDER, ["a@x.y"]), "250 2.0.0")
+            self.assertEqual(fake.delivered[0].message,
+                             crlf(f"From: S <{SENDER}>\nTo: a@x.y\n\n"))
 
     @unittest.skipUnless(shutil.which("openssl"), "there is no openssl here")
     def test_a_signature_stays_good(self) -> None:
@@ -3815,17 +4103,19 @@ def as_exchange_decodes(text: bytes) -> bytes:
 
 @unittest.skipUnless(pathlib.Path("/proc/self/status").exists(), "needs /proc")
 class MemoryTests(unittest.TestCase):
-    """One large message costs at most 2.5 times its size."""
+    """One large message costs at most 2.5 times its size, and nothing when it is gone."""
 
-    def test_scans_of_25_and_35_megabytes(self) -> None:
+    def test_scans_of_25_and_35_megabytes_and_a_long_text(self) -> None:
         fake = FakeMicrosoft()
         self.addCleanup(fake.close)
-        for size in (25, 35):
+        text = "Content-Type: text/html; charset=utf-8\n\n\U0001f600" + "x" * 4_100_000 + "\n"
+        for size, body in ((25, PLAIN), (35, PLAIN), (35, text)):
             probe = socket.create_server(("127.0.0.1", 0))
             port = probe.getsockname()[1]
             probe.close()
-            file, octets = scan(size * 756_000)         # base64 makes MB of these
-            message = crlf(multipart("mixed", PLAIN, file, header=NAMED))
+            # Of these base64 makes megabytes.
+            file, octets = scan(size * 756_000 - len(body) * 3 // 4)
+            message = crlf(multipart("mixed", body, file, header=NAMED))
             with start_program(SMTP_PORT=str(port), AZURE_AUTHORITY_HOST=fake.url,
                                GRAPH_ENDPOINT=fake.url, TLS_SOURCE="off", REQUIRE_TLS="false",
                                LISTEN_ADDRESS="127.0.0.1") as process:
@@ -3835,20 +4125,22 @@ class MemoryTests(unittest.TestCase):
                 client.ehlo()
                 client.log_in()
                 self.assertTrue(client.post().startswith("250"))
-                idle = self.peak(process.pid)
+                idle, idle_peak = (self.memory(process.pid, name) for name in ("RSS", "HWM"))
                 reply = client.post_octets(message, SENDER, ["a@x.y"])
                 self.assertTrue(reply.startswith("250 2.0.0"), reply)
-                cost = self.peak(process.pid) - idle
+                cost = self.memory(process.pid, "HWM") - idle_peak
+                if platform.libc_ver()[0] == "glibc":
+                    wait_for(lambda: self.memory(process.pid, "RSS") - idle < len(message) / 4)
                 client.close()
             self.assertTrue(fake.sent_drafts[-1].files[0][1] == octets)
-            self.assertGreater(len(message), size * 1_000_000)
-            self.assertGreater(cost, len(message))      # so it is really measured
+            self.assertGreater(len(message), size * 990_000)
+            self.assertGreater(cost, len(message) * 0.9)        # so it is really measured
             self.assertLess(cost, 2.5 * len(message))
 
-    def peak(self, pid: int) -> int:
-        """The most memory of a process until now, in octets."""
+    def memory(self, pid: int, name: str) -> int:
+        """The memory of a process, now (RSS) or at most until now (HWM), in octets."""
         status = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+        return int(re.search(rf"Vm{name}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -4180,6 +4472,25 @@ class TurnsTests(unittest.TestCase):
             async with turns.turn("key", time.monotonic()):
                 pass
         asyncio.run(play())
+
+    def test_who_has_waited_in_vain_is_not_held(self) -> None:
+        """Not even until the garbage collector comes."""
+        async def wait(turns: relay.Turns, message: relay.Envelope) -> None:
+            async with turns.turn("key", time.monotonic()):
+                self.fail(f"two at once, {message}")
+
+        async def play() -> bool:
+            turns, message = relay.Turns(1), relay.Envelope("")
+            held = weakref.ref(message)
+            async with turns.turn("key", time.monotonic() + PATIENCE):
+                with contextlib.suppress(relay.TemporaryError):
+                    await wait(turns, message)
+                del message
+            await asyncio.sleep(0)              # this step still has the future that ended
+            return held() is not None
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.assertFalse(asyncio.run(play()))
 
     def test_turns_under_cancellation_and_time_outs(self) -> None:
         async def play() -> int:
@@ -4649,6 +4960,21 @@ class ShutdownTests(RelayCase):
         ident = self.fake.asked("send")[0].headers["client-request-id"]
         self.assertIn(f"{ident} cut ", kept.find("cut")[0][1] + kept.find("cut")[1][1])
 
+    def test_an_upload_that_is_cut_leaves_no_draft_or_the_log_says_so(self) -> None:
+        for action, deleted in ((self.fake.accept, 1), (self.fake.hang, 0)):
+            self.fake.reset()
+            running = self.start(SHUTDOWN_TIMEOUT="0.2")
+            self.fake.will("put", self.fake.hang)
+            self.fake.will("delete", action)
+            client = self.begin(running)
+            client.sock.sendall(LARGE + b".\r\n")
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+            with kept_log() as kept:
+                running.stop()
+            self.assertReply(client.next_reply(), "421 4.3.2")
+            self.assertEqual(len(self.fake.deleted), deleted)
+            self.assertEqual(len(kept.find("draft-left")), 1 - deleted)
+
 
 # ---------------------------------------------------------------------------
 # §15  Demo, §16  Explain, §17  Command line: the program as a process
@@ -4905,6 +5231,20 @@ Path:     sendMail, 101 octets
         self.assertIn("  o@x.y  (To, though no recipient)\n", text)
         self.assertNotIn("a@x.y  (Bcc, ", text)
 
+    def test_a_dot_at_the_begin_and_addresses_beyond_ascii(self) -> None:
+        for message, sender, size in ((b".\n", SENDER, 44), (b"..\n", "\u00fc@x.y", 32)):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                self.assertTrue(relay.explain(make_config(), message, sender, ["a@x.y"]))
+            self.assertIn(f"sendMail, {size} octets", out.getvalue())
+        _, text = self.explain(b"To: \xc3\xbc <o@x.y>\n\n", PYTHONIOENCODING="ascii")
+        self.assertIn("  - To: \\xfc <o@x.y>\n", text)
+
+    def test_many_lines_that_are_the_same_are_no_edits(self) -> None:
+        same = b"X: y\r\n" * 300
+        self.assertEqual(list(relay._edits(same + b"To: o@x.y\r\n",
+                                           b"Bcc: a@x.y\r\n" + same + b"Cc: o@x.y\r\n")),
+                         ["  + Bcc: a@x.y", "  - To: o@x.y", "  + Cc: o@x.y"])
+
     def test_a_draft(self) -> None:
         message = crlf(multipart("mixed", multipart(
             "related", HTML, IMAGE), SCAN.replace("scan.pdf", "a=?utf-8?q?=0Ab?="), header=NAMED))
@@ -4936,6 +5276,7 @@ Path:     sendMail, 101 octets
         for arguments, environ, word in (
                 (("--from", SENDER), {}, "--to"), (("--to", "a@x.y"), {}, "--from"),
                 (("--from", "a\r\nb", "--to", "a@x.y"), {}, "control"),
+                (("--from", SENDER, "--to", "a@x.y>\r\nRSET"), {}, "control"),
                 (("--from", SENDER, "--to", "a@x.y"), {"FROM_MISMATCH": "x"}, "FROM_MISMATCH")):
             with self.subTest(word):
                 code, text = self.explain(b"", *arguments, **environ)
