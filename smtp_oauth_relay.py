@@ -1744,9 +1744,10 @@ def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
         return
     for one, found in authors:
         texts = [_author_text(author, author.mailbox) for author in found if author.key]
-        is_loose = len(texts) == 1 and _read_field(one, any_name=True) is None
+        # What is no address list got its quotes when it was read.
         if texts and (texts != [author.text for author in found]
-                      or (is_loose and "@" in texts[0].rpartition("<")[0])):
+                      or ("@" in texts[0].rpartition("<")[0] and len(texts) == 1
+                          and _read_field(one, any_name=True) is None)):
             one.edited = _address_field(one.label, texts)
 
 
