@@ -4398,6 +4398,18 @@ class HttpsTests(RelayCase):
         self.fake.drop_connections()
         self.assertReply(client.post(), "250 2.0.0")
 
+    def test_an_upload_goes_over_https_to_the_host_that_graph_names(self) -> None:
+        client = self.logged_in()
+        self.assertReply(client.post_octets(LARGE, SENDER, ["a@x.y"]), "250 2.0.0")
+        self.assertTrue(self.fake.sent_drafts[0].files[0][1] == SCAN_OCTETS)
+        self.assertEqual({request.headers["host"].partition(":")[0]
+                          for request in self.fake.asked("put")}, {"127.0.0.1"})
+        # Plain http is refused here, for this machine too.
+        url = self.fake.url.replace("https:", "http:")
+        self.fake.will("open", say(201, {"uploadUrl": f"{url}/upload/0?authtoken=a%2Fb"}))
+        self.assertReply(client.post_octets(LARGE, SENDER, ["a@x.y"]), "451 4.4.1")
+        self.assertEqual(len(self.fake.deleted), 1)
+
     def test_a_certificate_that_is_not_trusted(self) -> None:
         os.environ["SSL_CERT_FILE"] = FILES["expired.pem"]
         try:
