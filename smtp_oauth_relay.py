@@ -1342,13 +1342,14 @@ _FIELD = re.compile(rb"((?!https?://|ftp://)[!-9;-~]+)[ \t]*:", re.I)
 # Text may look like fields ("Time: 12:00"): a header has at least one of these.
 _KNOWN_FIELD = re.compile(
     rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|in-reply-to|references"
-    rb"|received|return-path|delivered-to|mime-version|importance|priority|user-agent"
-    rb"|auto-submitted|(?:content|resent|list|dkim|x)-.*", re.I)
+    rb"|received|return-path|delivered-to|envelope-to|mime-version|importance|priority"
+    rb"|sensitivity|user-agent|auto-submitted|disposition-notification-to|errors-to"
+    rb"|(?:content|resent|list|thread|dkim|arc|authentication|x)-.*", re.I)
 _FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
 # The line that mbox files have before a message, RFC 4155 appendix A: known by its date, or
-# by an address or a year in it and the field behind it.
+# by the field behind it and what stands in it, an address, a year or just one word.
 _MBOX_LINE = re.compile(
-    rb"From (?=[^\r\n]*(?:@|[0-9]{4}))[^\r\n]{1,500}\r\n(?=(?:%b):)"
+    rb"From (?=[^\r\n]*(?:@|[0-9]{4})|[^ \r\n]+ *\r\n)[^\r\n]{1,500}\r\n(?=(?:%b):)"
     rb"|From [^ \r\n]{1,500} +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) +[A-Z][a-z]{2} +[0-9]{1,2} +"
     rb"[0-9]{2}:[0-9]{2}[^\r\n]{0,100}\r\n"
     % _KNOWN_FIELD.pattern.replace(b".*", rb"[!-9;-~]+"), re.I)
@@ -1445,15 +1446,17 @@ class Header:
 
 
 def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None,
-                 is_read: Callable[[bytes], bool] = _EDITED_FIELDS.__contains__) -> Header:
+                 is_read: Callable[[bytes], bool] = _EDITED_FIELDS.__contains__, *,
+                 is_part: bool = False) -> Header:
     """Find the header of a message, or of a part from `begin` to `end`; lines end in CRLF.
 
     A malformed line ends nothing, as a lenient reader would go on behind it; but what
-    stands between the last field and the empty line is text. Raises DeliveryError.
+    stands between the last field and the empty line is text. In a part any field will do,
+    RFC 2046 section 5.1. Raises DeliveryError.
     """
     limit = len(message) if end is None else end
     stop = _header_stop(message, begin, limit)
-    header = Header([], _header_end(message, begin, stop))
+    header = Header([], _header_end(message, begin, stop, is_part=is_part))
     if header.end == stop < limit and not message.startswith(b"\r\n", stop):
         raise DeliveryError("The header is too large", 552, "5.3.4")
     # Of each field, or of neighbours that are not read: name, start, stop, is_reached.
@@ -1478,7 +1481,8 @@ def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = N
     return header
 
 
-def _header_end(message: bytes | bytearray, begin: int, stop: int) -> int:
+def _header_end(message: bytes | bytearray, begin: int, stop: int, *,
+                is_part: bool) -> int:
     """Find the end of the last field; `begin` if all of it is text."""
     end, is_header = begin, False
     # To the last CRLF: a line without one would be tried from each of its octets.
@@ -1487,7 +1491,8 @@ def _header_end(message: bytes | bytearray, begin: int, stop: int) -> int:
         match = _FIELD.match(line[0])
         if match:
             end = line.end()
-            is_header = is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
+            is_header = (is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
+                         or (is_part and line.start() == begin))
     return end if is_header else begin
 
 
@@ -1701,12 +1706,11 @@ def _read_from(one: Field) -> list[Address]:
     match = _LOOSE_AUTHOR.fullmatch(value)
     mailbox = (match["mailbox"] or "").strip() if match else ""
     name = match["name"] or match["comment"] or match["alone"] or "" if match else ""
-    name = _NO_TEXT.sub("", name).strip()
-    if not re.fullmatch(r'"(?:[^"\\]|\\.)*"', name):
-        name = _quoted(name)
+    name = re.sub(f"[{_WHITE}]+", " ", _NO_TEXT.sub("", name)).strip()
+    words = [name] if re.fullmatch(r'"(?:[^"\\]|\\.)*"', name) else _quoted(name)
     if not _HEADER_MAILBOX.fullmatch(mailbox):
         mailbox = ""
-    tokens = [name, " ", "<", mailbox, ">"] if name else ["<", mailbox, ">"]
+    tokens = [one for word in words for one in (word, " ")] + ["<", mailbox, ">"]
     key = comparable(mailbox) if mailbox else ""
     return [Address(key, mailbox, "".join(tokens), tokens)]
 
@@ -1788,17 +1792,17 @@ def _author_text(author: Address, mailbox: str) -> str:
         name = re.sub(f"[{_WHITE}]+", " ", name).strip(" ")
         # A name that is the address itself says nothing.
         is_address = comparable(name) in (author.key, comparable(mailbox))
-        name = "" if is_address else f"{_quoted(name)} "
+        name = "" if is_address else " ".join([*_quoted(name), ""])
     elif is_same:
         return author.text
     return "".join([name, f"<{mailbox}>", *rest]).strip(_WHITE)
 
 
-def _quoted(name: str) -> str:
+def _quoted(name: str) -> list[str]:
     """Write a name as quoted-strings; not its encoded words, RFC 2047 section 5."""
-    words = re.split(rf"((?:(?<=[ ])|^){_ENCODED_WORD}(?=[ ]|$))", name, flags=re.I)
-    return " ".join(word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
-                    for number, word in enumerate(map(str.strip, words)) if word)
+    words = re.split(rf"((?:(?<= )|^){_ENCODED_WORD}(?=[ ,;:]|$))", name, flags=re.I)
+    return [word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
+            for number, word in enumerate(map(str.strip, words)) if word]
 
 
 # The message.
@@ -2193,7 +2197,7 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     for begin, end in _split_parts(part):
         # The CRLF of the next delimiter may be that of the last field.
         header = split_header(part.message, begin, min(end + 2, part.end),
-                              _PART_FIELDS.__contains__)
+                              _PART_FIELDS.__contains__, is_part=True)
         child = _read_part(header.fields, part.message, min(header.end, end), end)
         leaves = _leaves(child, counter, depth + 1)
         start = part.parameters.get("start", "").strip("<>")
@@ -2282,7 +2286,7 @@ def _shown_images(text: str, files: list[Part]) -> list[Part]:
     places += [change(place) for place in places if set(place) & {"&", "%"}
                for change in (html.unescape, urllib.parse.unquote)]
     return [part for part in files if part.content_id and any(
-        place.startswith(part.content_id.lower())
+        place.lower().startswith(part.content_id.lower())
         and not re.match(r"[\w.@$+-]", place[len(part.content_id):]) for place in places)]
 
 
@@ -2300,8 +2304,8 @@ def _codec(charset: str) -> str:
 def decode_text(octets: bytes | bytearray, charset: str = "") -> str:
     """Decode text; what is wrong or not said is what it most likely is."""
     codec = _codec(charset) or "utf-8"
-    # ASCII is UTF-8 in any case, also if it is ISO-2022-JP with a fault.
-    for name in (codec,) if octets.isascii() else (codec, "utf-8"):
+    # ISO-2022-JP with a fault is ASCII, and so UTF-8, but it is not what it says.
+    for name in (codec,) if codec.startswith(("iso2022", "hz")) else (codec, "utf-8"):
         with contextlib.suppress(ValueError):
             return octets.decode(name)
     text = octets.decode(codec, "relay.replace")

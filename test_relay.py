@@ -1535,6 +1535,7 @@ class DraftTests(unittest.TestCase):
                 (b"--b c\n\none\n\n--b c\n--b c\n\n\n--b c--", [b"one\r\n"]),
                 # A header that no empty line ends, and one that is none.
                 (b"--b c\nX-A: y\n--b c\n\none\n--b c--", [b"one"]),
+                (b"--b c\nUnknown: x\n\none\n--b c--", [b"one"]),
                 (b"--b c\njust text\n--b c--", [b"just text"]),
                 (b"--b c\nX-A: y\nhalf", [b"half"]), (b"--b c\n", [b""]),
                 # What is within a part is sought only there.
@@ -1602,6 +1603,7 @@ class DraftTests(unittest.TestCase):
                 ("cid:a b.png", "a b.png", True), ("'cid:logo(1).png'", "logo(1).png", True),
                 ("cid:a&amp;b@x", "a&b@x", True), ("cid:a%20b", "a b", True),
                 ("url(&quot;cid:a&quot;)", "a", True), ("cid:a%20b", "a%20b", True),
+                ("<img src=cid:B\u00dcRO@x>", "B\u00dcRO@x", True), ("cid:%41b", "Ab", True),
                 ("cid:ab", "a", False), ("cid:a@x.y", "a", False), ("cid:b", "a", False),
                 ("cid:a$b", "a", False), ("cid:" + "a" * 500, "a" * 500, True),
                 ("cid:" + "a" * 501, "a" * 501, False),
@@ -1774,6 +1776,8 @@ class DraftTests(unittest.TestCase):
                 ("; charset=punycode", b"x-", "x-"), ("; charset=no-such", b"\xfc", None),
                 ("; charset=-punycode", b"\xfc", None), ("; charset=unicode:escape", b"\xfc", None),
                 ("; charset=latin-1", b"\x80", "\u20ac"), ("; charset=L1", b"\x80", "\u20ac"),
+                ("; charset=utf-16", b"plain", "plain"), ("; charset=utf-32", b"plain", "plain"),
+                ("; charset=utf-7", b"1+1=2, +49", "1+1=2, +49"),
                 # A character that Python lacks; the rest must not become escapes.
                 ("; charset=iso-2022-jp", b"\x1b$B%F%9%H-!\x1b(B", "\u30c6\u30b9\u30c8\ufffd"),
                 ("; charset=punycode", b"\xfc", None), ("; charset=hex", b"\xfc", None)):
@@ -1881,6 +1885,7 @@ class DraftTests(unittest.TestCase):
 
     def test_the_author_and_the_answers_are_read_as_in_the_header(self) -> None:
         for field, name in (("M\u00fcller, Hans <o@x.y>", "M\u00fcller, Hans"),
+                            ("Doe, =?utf-8?q?J=C3=BC?= <o@x.y>", "Doe, J\u00fc"),
                             ("\"Long\n name\" <o@x.y>", "Long name"), ("o@x.y (Me)", "Me")):
             draft = take_apart(f"From: {field}\nReply-To: {field}\n\n".encode())
             content = json.loads(draft.content)
@@ -3054,6 +3059,10 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("a bare @ and a bracket", f"From: Dr. [x@y <{SENDER}>\nTo: a@x.y\n\n",
              f"From: \"Dr. [x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a comma in the name", f"From: Doe, John <{SENDER}>\nTo: a@x.y\n\n", ""),
+        Mail("a bare @, a colon and encoded words", f"From: =?utf-8?q?J=C3=BC?= Scan: x@y <{SENDER}>"
+             "\nTo: a@x.y\n\n", f"From: =?utf-8?q?J=C3=BC?= \"Scan: x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("a bare @ behind an encoded word", f"From: =?utf-8?q?J=C3=BC?=, x@y\n\tz <{SENDER}>\n"
+             f"To: a@x.y\n\n", f"From: =?utf-8?q?J=C3=BC?= \", x@y z\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a bare @ in brackets", f"From: [a@b] \"Q\" <{SENDER}>\nTo: a@x.y\n\n",
              f"From: \"[a@b] \\\"Q\\\"\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a quoted @ stays", f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n", ""),
@@ -3094,6 +3103,7 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("an mbox line with spaces", "From a@b  Fri Jul  8 12:08:34 2011\n\nx\n",
              FROM + "Bcc: a@x.y\n\nx\n"),
         Mail("a short mbox line", f"From x@y\n{NAMED}\n", NAMED + "\n"),
+        Mail("a shorter mbox line", f"From MAILER-DAEMON\n{NAMED}\n", NAMED + "\n"),
         Mail("text before what may be a field", "From Bob in Accounts:\nDate: the 3rd\n",
              FROM + "Bcc: a@x.y\nFrom Bob in Accounts:\nDate: the 3rd\n"),
         Mail("text that is all like fields", "Alarm: zone 3\nTime: 12:00\n",
@@ -3173,6 +3183,10 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
               ("Cron Daemon <root>", '"Cron Daemon" ',
                "X-Original-From: Cron Daemon <root>\n"),
               ("Doe, John <o@real.com>", '"Doe, John" ', "Reply-To: o@real.com\n"),
+              ("=?utf-8?q?J=C3=BC?= Doe, X <o@real.com>", '=?utf-8?q?J=C3=BC?= "Doe, X" ',
+               "Reply-To: o@real.com\n"),
+              ("Doe, X\n\t=?utf-8?q?J=C3=BC?= <o@real.com>", '"Doe, X" =?utf-8?q?J=C3=BC?= ',
+               "Reply-To: o@real.com\n"),
               ("RE: \"x\" \\ <o@real.com> ", '"RE: \\"x\\" \\\\" ', "Reply-To: o@real.com\n"),
               ('"Cron, 1" <root>', '"Cron, 1" ', 'X-Original-From: "Cron, 1" <root>\n'),
               ("\"a\n b\" <o@real.com>", '"a b" ', "Reply-To: o@real.com\n"),
