@@ -3059,10 +3059,12 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("a bare @ and a bracket", f"From: Dr. [x@y <{SENDER}>\nTo: a@x.y\n\n",
              f"From: \"Dr. [x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a comma in the name", f"From: Doe, John <{SENDER}>\nTo: a@x.y\n\n", ""),
-        Mail("a bare @, a colon and encoded words", f"From: =?utf-8?q?J=C3=BC?= Scan: x@y <{SENDER}>"
-             "\nTo: a@x.y\n\n", f"From: =?utf-8?q?J=C3=BC?= \"Scan: x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ behind an encoded word", f"From: =?utf-8?q?J=C3=BC?=, x@y\n\tz <{SENDER}>\n"
-             f"To: a@x.y\n\n", f"From: =?utf-8?q?J=C3=BC?= \", x@y z\" <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("a bare @, a colon and encoded words",
+             f"From: =?utf-8?q?J=C3=BC?= Scan: x@y <{SENDER}>\nTo: a@x.y\n\n",
+             f"From: =?utf-8?q?J=C3=BC?= \"Scan: x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
+        Mail("a bare @ behind an encoded word",
+             f"From: =?utf-8?q?J=C3=BC?=, x@y\n\tz <{SENDER}>\nTo: a@x.y\n\n",
+             f"From: =?utf-8?q?J=C3=BC?= \", x@y z\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a bare @ in brackets", f"From: [a@b] \"Q\" <{SENDER}>\nTo: a@x.y\n\n",
              f"From: \"[a@b] \\\"Q\\\"\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a quoted @ stays", f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n", ""),
