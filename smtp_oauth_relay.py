@@ -27,8 +27,8 @@ Contents (search for the number; each section uses only those above it)
     §1   Replies and errors         Reply, RelayError and its kinds
     §2   Configuration              Config, of which every field is a setting
     §3   SMTP grammar               paths, parameters, base64
-    §4   SMTP session               Session: bytes in; events and bytes out
-    §5   Credentials                what a user name means
+    §4   Credentials                what a user name means
+    §5   SMTP session               Session: bytes in; events and bytes out
     §6   Messages                   who gets it is the envelope; From; all else stays
     §7   Large messages             a message as a draft with attachments
     §8   Microsoft's answers        which answer is which reply
@@ -338,6 +338,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.I)
+_SHORT_UUID = re.compile("([A-Za-z0-9_-]{22})(?:==)?")
+_DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*",
+                          re.I | re.A)
+
+
+def decode_uuid(text: str) -> str | None:
+    """Bring a UUID, or its base64url form, into lower case; None if it is neither."""
+    if _UUID.fullmatch(text):
+        return text.lower()
+    short = _SHORT_UUID.fullmatch(text)
+    if short is None:
+        return None
+    return str(uuid.UUID(bytes=base64.urlsafe_b64decode(short[1] + "==")))
+
+
 _count = _whole(1, 1_000_000)
 
 
@@ -586,6 +602,20 @@ def _check_literal(literal: str, status: str) -> None:
                             status) from None
 
 
+def comparable(mailbox: str) -> str:
+    """Bring a mailbox into the form in which two that are the same are equal.
+
+    Case does not matter; nor do quotes that a local part does not need, RFC 5321
+    section 4.1.2.
+    """
+    local_part, _, domain = mailbox.rpartition("@")
+    if local_part.startswith('"'):
+        local_part = re.sub(r"\\(.)", r"\1", local_part[1:-1], flags=re.S)
+    # Of octets, so of ASCII only: beyond it, lower() makes different letters the same.
+    octets = f"{local_part}@{domain}".encode("utf-8", "surrogateescape")
+    return octets.lower().decode("utf-8", "surrogateescape")
+
+
 def _parse_parameters(text: str) -> dict[str, str | None]:
     """Read the parameters of MAIL or RCPT, RFC 5321 section 4.1.2."""
     parameters: dict[str, str | None] = {}
@@ -610,7 +640,36 @@ def decode_base64(text: str) -> bytes:
 
 
 # ---------------------------------------------------------------------------
-# §4  SMTP session
+# §4  Credentials
+# ---------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Application:
+    """An Entra ID application and its secret: what a login becomes."""
+
+    tenant: str
+    client: str
+    secret: str = field(repr=False)
+
+
+def parse_username(username: str, delimiter: str) -> tuple[str, str]:
+    """Read "tenant@client" as the two. Raises AuthError.
+
+    Each is a UUID or the 22 characters of its base64url form; the tenant may also be one
+    of its domains. What follows a dot behind the delimiter is ignored, for devices that
+    want an e-mail address.
+    """
+    left, _, right = username.partition(delimiter)
+    tenant = decode_uuid(left) or (left.lower() if _DOMAIN_NAME.fullmatch(left) else None)
+    client = decode_uuid(right.partition(".")[0])
+    if tenant is None or client is None:
+        raise AuthError(f"The user name must be TENANT{delimiter}CLIENT: the tenant's ID "
+                        "or domain, and the application's ID")
+    return tenant, client
+
+
+# ---------------------------------------------------------------------------
+# §5  SMTP session
 # ---------------------------------------------------------------------------
 #
 # Session is the protocol and nothing else: no socket, no clock, no task. Its caller
@@ -1172,20 +1231,6 @@ class Session:
             self._phase = Phase.READY
 
 
-def comparable(mailbox: str) -> str:
-    """Bring a mailbox into the form in which two that are the same are equal.
-
-    Case does not matter; nor do quotes that a local part does not need, RFC 5321
-    section 4.1.2.
-    """
-    local_part, _, domain = mailbox.rpartition("@")
-    if local_part.startswith('"'):
-        local_part = re.sub(r"\\(.)", r"\1", local_part[1:-1], flags=re.S)
-    # Of octets, so of ASCII only: beyond it, lower() makes different letters the same.
-    octets = f"{local_part}@{domain}".encode("utf-8", "surrogateescape")
-    return octets.lower().decode("utf-8", "surrogateescape")
-
-
 def _decode_line(line: bytes) -> str:
     text = line.decode("utf-8", "surrogateescape")
     if _CONTROLS.search(text):
@@ -1254,51 +1299,6 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
     "PLAIN": (b"",),
     "LOGIN": (b"Username:", b"Password:"),      # devices compare them letter by letter
 }
-
-
-# ---------------------------------------------------------------------------
-# §5  Credentials
-# ---------------------------------------------------------------------------
-
-_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.I)
-_SHORT_UUID = re.compile("([A-Za-z0-9_-]{22})(?:==)?")
-_DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*",
-                          re.I | re.A)
-
-
-@dataclass(frozen=True)
-class Application:
-    """An Entra ID application and its secret: what a login becomes."""
-
-    tenant: str
-    client: str
-    secret: str = field(repr=False)
-
-
-def parse_username(username: str, delimiter: str) -> tuple[str, str]:
-    """Read "tenant@client" as the two. Raises AuthError.
-
-    Each is a UUID or the 22 characters of its base64url form; the tenant may also be one
-    of its domains. What follows a dot behind the delimiter is ignored, for devices that
-    want an e-mail address.
-    """
-    left, _, right = username.partition(delimiter)
-    tenant = decode_uuid(left) or (left.lower() if _DOMAIN_NAME.fullmatch(left) else None)
-    client = decode_uuid(right.partition(".")[0])
-    if tenant is None or client is None:
-        raise AuthError(f"The user name must be TENANT{delimiter}CLIENT: the tenant's ID "
-                        "or domain, and the application's ID")
-    return tenant, client
-
-
-def decode_uuid(text: str) -> str | None:
-    """Bring a UUID, or its base64url form, into lower case; None if it is neither."""
-    if _UUID.fullmatch(text):
-        return text.lower()
-    short = _SHORT_UUID.fullmatch(text)
-    if short is None:
-        return None
-    return str(uuid.UUID(bytes=base64.urlsafe_b64decode(short[1] + "==")))
 
 
 # ---------------------------------------------------------------------------

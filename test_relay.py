@@ -422,7 +422,43 @@ class PathTests(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------
-# §4  SMTP session
+# §4  Credentials
+# ---------------------------------------------------------------------------
+
+SHORT_TENANT = base64.urlsafe_b64encode(bytes.fromhex(TENANT.replace("-", ""))).decode()[:22]
+SHORT_CLIENT = base64.urlsafe_b64encode(bytes.fromhex(CLIENT.replace("-", ""))).decode()[:22]
+
+
+class UsernameTests(unittest.TestCase):
+    """What a user name means."""
+
+    def test_good_names(self) -> None:
+        for name in (USER, USER.upper(), f"{SHORT_TENANT}@{SHORT_CLIENT}",
+                     f"{TENANT}@{SHORT_CLIENT}", f"{SHORT_TENANT}==@{CLIENT}",
+                     f"{USER}.local", f"{USER}.example.com", f"{USER}.a@b"):
+            with self.subTest(name):
+                self.assertEqual(relay.parse_username(name, "@"), (TENANT, CLIENT))
+        self.assertEqual(relay.parse_username(f"Contoso.com@{CLIENT}.local", "@"),
+                         ("contoso.com", CLIENT))
+        for delimiter in ":|":
+            self.assertEqual(relay.parse_username(f"{TENANT}{delimiter}{CLIENT}", delimiter),
+                             (TENANT, CLIENT))
+
+    def test_bad_names(self) -> None:
+        for name in ("", "scan", "@", TENANT, f"{TENANT}@", f"@{CLIENT}", f"{TENANT}:{CLIENT}",
+                     f"{TENANT}@contoso.com", f"{TENANT} @{CLIENT}", f"{TENANT}@{CLIENT}x",
+                     f"{TENANT}@{SHORT_CLIENT[:-1]}", f"contoso@{CLIENT}", f"a..b@{CLIENT}",
+                     f"-a.b@{CLIENT}", f"../x.y@{CLIENT}", f"{TENANT}@@{CLIENT}",
+                     f"{TENANT}@{CLIENT}\n", "id@lookup", f"a.b/c@{CLIENT}"):
+            with self.subTest(name), self.assertRaises(relay.AuthError) as caught:
+                relay.parse_username(name, "@")
+            with self.subTest(name):
+                self.assertEqual(str(caught.exception.reply)[:9], "535 5.7.8")
+                self.assertIn("TENANT@CLIENT", caught.exception.reply.text)
+
+
+# ---------------------------------------------------------------------------
+# §5  SMTP session
 # ---------------------------------------------------------------------------
 
 def accept(session: relay.Session, event: relay.Event) -> None:
@@ -1107,42 +1143,6 @@ class PropertyTests(SessionCase):
                 codes(whole.said)
                 for message in whole.messages:
                     self.assertNotRegex(message, rb"(?<!\r)\n|\r(?!\n)")
-
-
-# ---------------------------------------------------------------------------
-# §5  Credentials
-# ---------------------------------------------------------------------------
-
-SHORT_TENANT = base64.urlsafe_b64encode(bytes.fromhex(TENANT.replace("-", ""))).decode()[:22]
-SHORT_CLIENT = base64.urlsafe_b64encode(bytes.fromhex(CLIENT.replace("-", ""))).decode()[:22]
-
-
-class UsernameTests(unittest.TestCase):
-    """What a user name means."""
-
-    def test_good_names(self) -> None:
-        for name in (USER, USER.upper(), f"{SHORT_TENANT}@{SHORT_CLIENT}",
-                     f"{TENANT}@{SHORT_CLIENT}", f"{SHORT_TENANT}==@{CLIENT}",
-                     f"{USER}.local", f"{USER}.example.com", f"{USER}.a@b"):
-            with self.subTest(name):
-                self.assertEqual(relay.parse_username(name, "@"), (TENANT, CLIENT))
-        self.assertEqual(relay.parse_username(f"Contoso.com@{CLIENT}.local", "@"),
-                         ("contoso.com", CLIENT))
-        for delimiter in ":|":
-            self.assertEqual(relay.parse_username(f"{TENANT}{delimiter}{CLIENT}", delimiter),
-                             (TENANT, CLIENT))
-
-    def test_bad_names(self) -> None:
-        for name in ("", "scan", "@", TENANT, f"{TENANT}@", f"@{CLIENT}", f"{TENANT}:{CLIENT}",
-                     f"{TENANT}@contoso.com", f"{TENANT} @{CLIENT}", f"{TENANT}@{CLIENT}x",
-                     f"{TENANT}@{SHORT_CLIENT[:-1]}", f"contoso@{CLIENT}", f"a..b@{CLIENT}",
-                     f"-a.b@{CLIENT}", f"../x.y@{CLIENT}", f"{TENANT}@@{CLIENT}",
-                     f"{TENANT}@{CLIENT}\n", "id@lookup", f"a.b/c@{CLIENT}"):
-            with self.subTest(name), self.assertRaises(relay.AuthError) as caught:
-                relay.parse_username(name, "@")
-            with self.subTest(name):
-                self.assertEqual(str(caught.exception.reply)[:9], "535 5.7.8")
-                self.assertIn("TENANT@CLIENT", caught.exception.reply.text)
 
 
 # ---------------------------------------------------------------------------
