@@ -27,7 +27,7 @@ Contents (search for the number; each section uses only those above it)
     §1   Replies and errors         Reply, RelayError and its kinds
     §2   Configuration              Config, of which every field is a setting
     §3   SMTP grammar               paths, parameters, base64
-    §4   Credentials                what a user name means
+    §4   Accounts                   Account: who a client is, and what it may
     §5   SMTP session               Session: bytes in; events and bytes out
     §6   Messages                   who gets it is the envelope; From; all else stays
     §7   Large messages             a message as a draft with attachments
@@ -35,12 +35,13 @@ Contents (search for the number; each section uses only those above it)
     §9   Log                        one line for an event        <- I/O starts here
     §10  HTTP                       HttpPool
     §11  Tokens                     Tokens: one request for all who need the same
-    §12  Graph                      Graph: sendMail, or a draft; 4 at once for a mailbox
-    §13  TLS                        the relay's own certificate
-    §14  Server                     Connection, Server
-    §15  Demo                       a stand-in for Microsoft
-    §16  Explain                    what would become of a message
-    §17  Command line               main
+    §12  Directory                  accounts in a file, in Azure Tables, in a user name
+    §13  Graph                      Graph: sendMail, or a draft; 4 at once for a mailbox
+    §14  TLS                        the relay's own certificate
+    §15  Server                     Connection, Server
+    §16  Demo                       a stand-in for Microsoft
+    §17  Explain                    what would become of a message
+    §18  Command line               main
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ import base64
 import binascii
 import codecs
 import collections
+import concurrent.futures
+import configparser
 import contextlib
 import dataclasses
 import datetime
@@ -62,6 +65,8 @@ import email.utils
 import enum
 import errno
 import functools
+import getpass
+import hashlib
 import hmac
 import html
 import http.client
@@ -81,7 +86,9 @@ import secrets
 import signal
 import socket
 import ssl
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
@@ -93,6 +100,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, Union
 
+try:
+    import ctypes
+except ImportError:                     # so it is if libffi is missing
+    ctypes = None                       # type: ignore[assignment]
 try:
     import pwd
     import resource
@@ -222,18 +233,65 @@ EXCHANGE_LIMIT = 157_286_400        # octets: the most that a mailbox can be set
 PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY")
 
 
+class Cloud(NamedTuple):
+    """Where a cloud of Microsoft's is; Microsoft, "National cloud deployments"."""
+
+    authority: str
+    graph: str
+    vault: str              # what a token for Key Vault is asked for
+
+
+CLOUDS = {
+    "global": Cloud("https://login.microsoftonline.com", "https://graph.microsoft.com",
+                    "https://vault.azure.net"),
+    "usgov": Cloud("https://login.microsoftonline.us", "https://graph.microsoft.us",
+                   "https://vault.usgovcloudapi.net"),
+    "usgov-dod": Cloud("https://login.microsoftonline.us", "https://dod-graph.microsoft.us",
+                       "https://vault.usgovcloudapi.net"),
+    "china": Cloud("https://login.partner.microsoftonline.cn",
+                   "https://microsoftgraph.chinacloudapi.cn", "https://vault.azure.cn"),
+}
+
+
+def _masked(url: str) -> str:
+    """Hide what may be a password in a URL."""
+    return re.sub(r"(?s)^(\w+://)?.*@|[?#].*", r"\1***", url)
+
+
+def _hidden(secret: str) -> str:
+    return "***"
+
+
 class Setting(NamedTuple):
-    """How a setting is read (ValueError says what is accepted) and explained."""
+    """How a setting is read (ValueError says what is accepted), explained and shown."""
 
     parse: Callable[[str], Any]
     default: str
     help: str
+    show: Callable[[str], str] = str
 
 
-def setting(parse: Callable[[str], Any], default: str, text: str) -> Any:
-    """Declare a field of Config; its variable is the field's name in upper case."""
-    return field(default_factory=lambda: parse(default),
-                 metadata={"setting": Setting(parse, default, text)})
+def setting(parse: Callable[[str], Any], default: str, text: str,
+            show: Callable[[str], str] = str) -> Any:
+    """Declare a field that is a setting; a variable of Config has its name in capitals."""
+    return field(default_factory=lambda: parse(default), repr=show is str,
+                 metadata={"setting": Setting(parse, default, text, show)})
+
+
+def declared(kind: type) -> dict[str, Setting]:
+    """List the settings of a dataclass, in its order."""
+    return {one.name: one.metadata["setting"] for one in dataclasses.fields(kind)
+            if "setting" in one.metadata}
+
+
+def _optional(parse: Callable[[str], Any], nothing: Any = "") -> Callable[[str], Any]:
+    """Read nothing too."""
+    return lambda text: parse(text) if text else nothing
+
+
+def _list(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Read values with commas between them."""
+    return lambda text: tuple(parse(one) for one in re.split(r"[,\s]+", text) if one)
 
 
 def _text(text: str) -> str:
@@ -305,13 +363,6 @@ def _ciphers(text: str) -> str:
     return text
 
 
-def _tls_source(text: str) -> str:
-    if text.lower() == "keyvault":
-        raise ValueError("file or off; this version cannot read Azure Key Vault, so "
-                         "download the certificate and use TLS_SOURCE=file")
-    return _choice("file", "off")(text)
-
-
 def _endpoint(text: str) -> str:
     """Read the URL of a Microsoft service; secrets go there, so it must be https."""
     try:
@@ -326,6 +377,37 @@ def _endpoint(text: str) -> str:
                  or (parts.scheme == "http" and is_loopback(parts.hostname or "")))):
         raise ValueError("an https:// URL (http:// for this machine only, as 127.0.0.1)")
     return parts.geturl().rstrip("/")
+
+
+def _table_url(text: str) -> str:
+    """Read the URL of an Azure table; behind a "?" may stand a SAS, which is a secret."""
+    url, mark, sas = text.partition("?")
+    with contextlib.suppress(ValueError):
+        url = _endpoint(url)
+        if (re.fullmatch(r"[^/]+//[^/]+(/[^/]+)?/[A-Za-z][A-Za-z0-9]{2,62}", url)
+                and re.fullmatch(r"[!\"$-~]*", sas)):
+            return url + mark + sas
+    raise ValueError("https://ACCOUNT.table.core.windows.net/TABLE, with a SAS behind it "
+                     "or none")
+
+
+def _vault_name(text: str) -> str:
+    if not re.fullmatch("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?", text):
+        raise ValueError("the name of a certificate: letters, digits and hyphens")
+    return text
+
+
+def _identity_url(text: str) -> str:
+    """Read the URL of a managed identity; it is plain http, so it must be near."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host = parts.hostname or ""
+        if parts.scheme == "http" and parts.port != 0 and "@" not in parts.netloc and (
+                is_loopback(host) or ipaddress.ip_address(host).is_private):
+            return text.rstrip("/")
+    except ValueError:
+        pass
+    raise ValueError("an http:// URL of this machine, or of an address in its own network")
 
 
 def is_loopback(host: str) -> bool:
@@ -352,6 +434,27 @@ def decode_uuid(text: str) -> str | None:
     if short is None:
         return None
     return str(uuid.UUID(bytes=base64.urlsafe_b64decode(short[1] + "==")))
+
+
+def encode_uuid(text: str) -> str:
+    """Shorten a UUID to the 22 characters of its base64url form."""
+    return base64.urlsafe_b64encode(uuid.UUID(text).bytes).decode().rstrip("=")
+
+
+def read_tenant(text: str) -> str:
+    """Read a tenant: a UUID in either form, or a domain. Raises ValueError."""
+    tenant = decode_uuid(text) or (text.lower() if _DOMAIN_NAME.fullmatch(text) else None)
+    if tenant is None:
+        raise ValueError("the ID of a tenant, or one of its domains")
+    return tenant
+
+
+def read_client(text: str) -> str:
+    """Read a client: a UUID in either form. Raises ValueError."""
+    client = decode_uuid(text)
+    if client is None:
+        raise ValueError("the ID of an application (client)")
+    return client
 
 
 _count = _whole(1, 1_000_000)
@@ -381,7 +484,8 @@ class Config:
 
     # TLS with devices
     tls_source: str = setting(
-        _tls_source, "file", "Where the relay's certificate is: file, or off for no TLS.")
+        _choice("file", "keyvault", "off"), "file", "Where the relay's certificate is: "
+        "file, keyvault (Azure), or off for no TLS.")
     tls_cert_filepath: str = setting(
         str, "certs/cert.pem", "PEM file of the certificate and its intermediates.")
     tls_key_filepath: str = setting(
@@ -398,10 +502,53 @@ class Config:
     username_delimiter: str = setting(
         _choice("@", ":", "|"), "@",
         "What stands between tenant and client in a user name.")
+    accounts_file: str = setting(
+        str, "", "INI file of accounts: short names, networks without login, and more.")
+    accounts_required: bool = setting(
+        _boolean, "false", "Whether TENANT@CLIENT cannot log in, unless it is in the Azure "
+        "table.")
+    allowed_tenants: tuple[str, ...] = setting(
+        _list(read_tenant), "", "Tenants that may log in as TENANT@CLIENT, with commas "
+        "between. Empty: all.")
+    azure_cloud: str = setting(
+        _choice(*CLOUDS), "global", "Microsoft's cloud: global, usgov, usgov-dod or china. "
+        "It sets the next two.")
     azure_authority_host: str = setting(
-        _endpoint, "https://login.microsoftonline.com", "Where tokens come from.")
+        _endpoint, CLOUDS["global"].authority, "Where tokens come from.", _masked)
     graph_endpoint: str = setting(
-        _endpoint, "https://graph.microsoft.com", "Microsoft Graph; the token's scope too.")
+        _endpoint, CLOUDS["global"].graph, "Microsoft Graph; the token's scope too.",
+        _masked)
+
+    # Azure
+    azure_tables_url: str = setting(
+        _optional(_table_url), "", "Azure table of accounts, with a SAS or without.",
+        _masked)
+    azure_tables_partition_key: str = setting(
+        str, "user", "PartitionKey of its accounts.")
+    azure_tables_force_usage: bool = setting(
+        _boolean, "false", "Whether TENANT@CLIENT may log in only if it is in the table.")
+    azure_key_vault_url: str = setting(
+        _optional(_endpoint), "", "Key Vault of the certificate.", _masked)
+    azure_key_vault_cert_name: str = setting(
+        _optional(_vault_name), "", "Name of the certificate there.")
+    azure_tenant_id: str = setting(
+        _optional(read_tenant), "", "Tenant of the relay itself, for Tables and Key Vault.")
+    azure_client_id: str = setting(
+        _optional(read_client), "", "Application, or user-assigned identity, of the relay.")
+    azure_client_secret: str = setting(
+        str, "", "Secret of that application.", _hidden)
+    azure_federated_token_file: str = setting(
+        str, "", "Token of a workload identity. Kubernetes sets it.")
+    identity_endpoint: str = setting(
+        _optional(_identity_url), "", "Managed identity. App Service, Container Apps and "
+        "Arc set it.", _masked)
+    identity_header: str = setting(
+        _text, "", "Secret of that endpoint, where it has one. Azure sets it.", _hidden)
+    imds_endpoint: str = setting(
+        str, "", "Says that the machine is one of Arc, which sets it.")
+    azure_pod_identity_authority_host: str = setting(
+        _identity_url, "http://169.254.169.254", "Managed identity of virtual machines.",
+        _masked)
 
     # Messages
     sender_from: str = setting(
@@ -449,21 +596,28 @@ class Config:
             return min(self.max_message_size, GRAPH_MESSAGE_LIMIT)
         return self.max_message_size
 
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The URLs that may be asked, but for those of managed identities."""
+        return tuple(filter(None, (self.azure_authority_host, self.graph_endpoint,
+                                   self.azure_tables_url, self.azure_key_vault_url)))
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
         """Read the settings; raises ConfigError with all faults, a line each."""
         values, faults = {}, []
-        for name, declared in settings().items():
+        cloud = CLOUDS.get(environ.get("AZURE_CLOUD", "").strip().lower(), CLOUDS["global"])
+        defaults = {"AZURE_AUTHORITY_HOST": cloud.authority, "GRAPH_ENDPOINT": cloud.graph}
+        for name, one in settings().items():
             text = environ.get(name, "").strip()
             try:
-                values[name.lower()] = declared.parse(text or declared.default)
+                values[name.lower()] = one.parse(text or defaults.get(name, one.default))
             except ValueError as error:
-                shown = _masked(text) if declared.parse is _endpoint else text
-                faults.append(f"{name}={shown!r}: must be {error}")
+                faults.append(f"{name}={one.show(text)!r}: must be {error}")
         config = cls(**values)      # with defaults for what is faulty, so leave these out
         faults += [text for names, text in config.contradictions()
                    if names <= values.keys()]
-        faults += _check_lookup(environ) + config.check_proxy(environ)
+        faults += config.check_proxy(environ)
         if faults:
             raise ConfigError("\n".join(faults))
         return config
@@ -479,6 +633,18 @@ class Config:
             yield {"tls_source", "smtps_port"}, (
                 f"TLS_SOURCE=off with SMTPS_PORT={self.smtps_port}: that port needs TLS; "
                 "set TLS_SOURCE=file and give a certificate, or set SMTPS_PORT=0")
+        if self.tls_source == "keyvault" and not (self.azure_key_vault_url
+                                                  and self.azure_key_vault_cert_name):
+            yield {"tls_source", "azure_key_vault_url", "azure_key_vault_cert_name"}, (
+                "TLS_SOURCE=keyvault: set AZURE_KEY_VAULT_URL and "
+                "AZURE_KEY_VAULT_CERT_NAME too")
+        if self.azure_tables_force_usage and not self.azure_tables_url:
+            yield {"azure_tables_force_usage", "azure_tables_url"}, (
+                "AZURE_TABLES_FORCE_USAGE=true: set AZURE_TABLES_URL too")
+        if self.accounts_required and not (self.accounts_file or self.azure_tables_url):
+            yield {"accounts_required", "accounts_file", "azure_tables_url"}, (
+                "ACCOUNTS_REQUIRED=true: nobody could log in; set ACCOUNTS_FILE or "
+                "AZURE_TABLES_URL too")
         if self.smtp_port and self.smtp_port == self.smtps_port:
             yield {"smtp_port", "smtps_port"}, (
                 f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: must be "
@@ -490,18 +656,12 @@ class Config:
 
     def check_proxy(self, environ: Mapping[str, str]) -> list[str]:
         """Find proxies that are needed and cannot be used."""
-        endpoints = (self.azure_authority_host, self.graph_endpoint)
-        if not any(url.startswith("https:") for url in endpoints):
+        if not any(url.startswith("https:") for url in self.endpoints):
             return []
         values = {name: environ.get(name, "").strip() for name in PROXY_VARIABLES}
         return [f"{name}={_masked(value)!r}: must be http://host:port, or "
                 "http://user:password@host:port"
                 for name, value in values.items() if not _is_http_proxy(value)]
-
-
-def _masked(url: str) -> str:
-    """Hide what may be a password in a URL."""
-    return re.sub(r"(?s)^(\w+://)?.*@|[?#].*", r"\1***", url)
 
 
 def _is_http_proxy(url: str) -> bool:
@@ -513,34 +673,24 @@ def _is_http_proxy(url: str) -> bool:
         return False
 
 
-def _check_lookup(environ: Mapping[str, str]) -> list[str]:
-    """Refuse the reference's allow-list: to ignore it would let everybody send."""
-    value = environ.get("AZURE_TABLES_FORCE_USAGE", "").strip()
-    if value.lower() in ("", "false"):
-        return []
-    return [f"AZURE_TABLES_FORCE_USAGE={value!r}: must be false; this version has no Azure "
-            "Tables, so it cannot keep out users that are not in the table"]
-
-
 def settings() -> dict[str, Setting]:
     """List the settings by variable, in the order of Config."""
-    return {one.name.upper(): one.metadata["setting"] for one in dataclasses.fields(Config)}
+    return {name.upper(): one for name, one in declared(Config).items()}
 
 
 def settings_help() -> str:
     """Show the settings for --help."""
     lines = []
-    for name, declared in settings().items():
-        lines += [f"  {name} (default: {declared.default or 'empty'})",
-                  f"      {declared.help}"]
+    for name, one in settings().items():
+        lines += [f"  {name} (default: {one.default or 'empty'})", f"      {one.help}"]
     return "\n".join(lines)
 
 
-def settings_table() -> str:
-    """Show the settings as the README's table."""
-    rows = [f"| `{name}` | {f'`{one.default}`' if one.default else ''} | {one.help} |"
-            for name, one in settings().items()]
-    return "\n".join(["| Variable | Default | Meaning |", "| --- | --- | --- |", *rows])
+def table_of(what: str, rows: Mapping[str, Setting]) -> str:
+    """Show settings as a table of the README's."""
+    lines = [f"| `{name}` | {f'`{one.default}`' if one.default else ''} | {one.help} |"
+             for name, one in rows.items()]
+    return "\n".join([f"| {what} | Default | Meaning |", "| --- | --- | --- |", *lines])
 
 
 # ---------------------------------------------------------------------------
@@ -640,16 +790,360 @@ def decode_base64(text: str) -> bytes:
 
 
 # ---------------------------------------------------------------------------
-# §4  Credentials
+# §4  Accounts
 # ---------------------------------------------------------------------------
+#
+# Who a client is. It logs in as
+#
+#     TENANT@CLIENT      an application; the password is its secret
+#     NAME               an account of ACCOUNTS_FILE
+#     NAME@lookup        the same, or else an entry of the Azure table
+#
+# or it comes from a network of an account with "login = optional". Of the networks that
+# hold its address the most specific one decides that, REQUIRE_TLS and TLS_MIN_VERSION.
+
+WIDEST_NETWORK = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
+_HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
+
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+IpAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+
 
 @dataclass(frozen=True)
 class Application:
-    """An Entra ID application and its secret: what a login becomes."""
+    """An application or identity of Entra ID, and how it proves who it is."""
 
     tenant: str
     client: str
-    secret: str = field(repr=False)
+    secret: str = field(default="", repr=False)
+    credential: str = "secret"      # or managed-identity, workload-identity
+    is_ours: bool = False           # no device knows the secret, and none can mend it
+
+
+def own_application(config: Config) -> Application:
+    """Find who the relay is to Azure; in the order of azure-identity's
+    DefaultAzureCredential.
+    """
+    tenant, client = config.azure_tenant_id, config.azure_client_id
+    if tenant and client and config.azure_client_secret:
+        return Application(tenant, client, config.azure_client_secret, is_ours=True)
+    if tenant and client and config.azure_federated_token_file:
+        return Application(tenant, client, "", "workload-identity", is_ours=True)
+    return Application("", client, "", "managed-identity", is_ours=True)
+
+
+def _hash(text: str) -> str:
+    if not _HASHED.fullmatch(text):
+        raise ValueError("what this prints: python3 smtp_oauth_relay.py hash-password "
+                         "(a plain password is not accepted)")
+    if not hasattr(hashlib, "scrypt"):
+        raise ValueError("empty, as this Python has no scrypt")
+    return text
+
+
+def _mailbox(text: str) -> str:
+    if not re.fullmatch(_MAILBOX, text):
+        raise ValueError("an address such as scanner@example.com")
+    return text
+
+
+def _whom(text: str) -> str:
+    """Read a domain, or an address, in comparable form."""
+    if re.fullmatch(_MAILBOX, text):
+        return comparable(text)
+    if not re.fullmatch(_DOMAIN, text):
+        raise ValueError("domains and addresses, with commas between")
+    return comparable(f"@{text}")[1:]
+
+
+def _network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"networks such as 192.168.7.0/24: {error}") from None
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a client may do, and as which application. The fields that are settings are
+    the keys of ACCOUNTS_FILE.
+    """
+
+    name: str = ""                  # "" for TENANT@CLIENT
+    tenant_id: str = setting(
+        _optional(read_tenant), "", "Tenant of the application: its ID, or a domain.")
+    client_id: str = setting(
+        _optional(read_client), "", "The application; or, with `managed-identity`, the "
+        "user-assigned identity, and empty for the system-assigned one.")
+    client_secret: str = setting(
+        str, "", "The application's secret.", _hidden)
+    client_secret_file: str = setting(
+        str, "", "The file that holds it.")
+    credential: str = setting(
+        _optional(_choice("managed-identity", "workload-identity")), "",
+        "`managed-identity` or `workload-identity` instead of a secret.")
+    password: str = setting(
+        _optional(_hash), "", "What the device logs in with, as `hash-password` prints it. "
+        "Without a secret here it stays empty: the device's password is the secret.",
+        _hidden)
+    from_email: str = setting(
+        _optional(_mailbox), "", "The mailbox that sends, whatever the device says; the "
+        "display name is kept.")
+    allowed_recipients: tuple[str, ...] = setting(
+        _list(_whom), "", "Domains and addresses that may get mail. Empty: all.")
+    allowed_senders: tuple[str, ...] = setting(
+        _list(_whom), "", "Domains and addresses that may send. Empty: all.")
+    networks: tuple[Network, ...] = setting(
+        _list(_network), "", "Where the device must be. Empty: anywhere.")
+    login: str = setting(
+        _choice("required", "optional"), "required",
+        "`optional`: whoever comes from `networks` may send without login.")
+    require_tls: bool | None = setting(
+        _optional(_boolean, None), "", "`REQUIRE_TLS` for `networks`.")
+    tls_min_version: str = setting(
+        _optional(_choice("1.0", "1.1", "1.2", "1.3")), "",
+        "`TLS_MIN_VERSION` for `networks`.")
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether the device's password is not the application's secret."""
+        return bool(self.client_secret or self.client_secret_file or self.credential)
+
+    def as_application(self, password: str = "") -> Application:
+        """Find the application of a client that gave this password."""
+        secret = self.client_secret if self.has_secret else password
+        return Application(self.tenant_id, self.client_id, secret,
+                           self.credential or "secret", self.has_secret)
+
+    def holds(self, address: IpAddress | None) -> bool:
+        """Say whether a client may be where it is."""
+        return not self.networks or any(address in one for one in self.networks)
+
+    def check_sender(self, mailbox: str) -> None:
+        """Raise DeliveryError if a mailbox may not send."""
+        if not _is_among(mailbox, self.allowed_senders):
+            raise DeliveryError(f"This account may not send as {mailbox}, see its "
+                                "allowed_senders", 550, "5.7.1")
+
+    def check_recipient(self, mailbox: str) -> None:
+        """Raise DeliveryError if a mailbox may get no mail."""
+        if not _is_among(mailbox, self.allowed_recipients):
+            raise DeliveryError(f"This account may not send to {mailbox}, see its "
+                                "allowed_recipients", 550, "5.7.1")
+
+    def adapt(self, config: Config) -> Config:
+        """Change what is done to its messages."""
+        changes: dict[str, Any] = {}
+        if self.from_email:
+            changes.update(sender_from="envelope", from_mismatch="rewrite")
+        if self.allowed_recipients and config.header_recipients == "keep":
+            changes.update(header_recipients="strip")   # or who is in To would get it
+        return dataclasses.replace(config, **changes)
+
+    def contradictions(self, config: Config) -> Iterator[tuple[set[str], str]]:
+        """Find keys that contradict each other: their names, and the text."""
+        secrets_ = {"client_secret", "client_secret_file", "credential"}
+        yield from self._missing(config)
+        if sum(bool(getattr(self, name)) for name in secrets_) > 1:
+            yield secrets_, "set one of client_secret, client_secret_file, credential"
+        if self.password and not self.has_secret:
+            yield {"password", *secrets_}, (
+                "password: needs client_secret, client_secret_file or credential; without "
+                "one the device's password is the application's secret")
+        if self.login == "required" and self.has_secret and not self.password:
+            yield {"login", "password", *secrets_}, (
+                "password: must be set, as anybody could log in; or login = optional")
+        if self.login == "optional":
+            if not self.has_secret:
+                yield {"login", *secrets_}, (
+                    "login: optional needs client_secret, client_secret_file or credential")
+            if not self.networks:
+                yield {"login", "networks"}, "login: optional needs networks"
+            for network in self.networks:
+                if network.prefixlen < WIDEST_NETWORK[network.version]:
+                    yield {"login", "networks"}, (
+                        f"networks: {network} without login is an open relay: the whole "
+                        "Internet could send mail as you; name the network of the devices")
+        for name in ("require_tls", "tls_min_version"):
+            if getattr(self, name) not in (None, "") and not self.networks:
+                yield {name, "networks"}, f"{name}: needs networks, for which it is"
+        if self.require_tls and config.tls_source == "off":
+            yield {"require_tls"}, "require_tls: true needs a certificate, see TLS_SOURCE"
+
+    def _missing(self, config: Config) -> Iterator[tuple[set[str], str]]:
+        if self.credential == "workload-identity" and not config.azure_federated_token_file:
+            yield {"credential"}, ("credential: workload-identity needs "
+                                   "AZURE_FEDERATED_TOKEN_FILE")
+        if self.credential != "managed-identity":
+            for name in ("tenant_id", "client_id"):
+                if not getattr(self, name):
+                    yield {name, "credential"}, f"{name}: must be set"
+
+
+def _is_among(mailbox: str, allowed: tuple[str, ...]) -> bool:
+    key = comparable(mailbox)
+    return not allowed or key in allowed or key.rpartition("@")[2] in allowed
+
+
+class Login(NamedTuple):
+    """A client that may send: without login, `username` is ""."""
+
+    account: Account
+    application: Application
+    username: str = ""
+
+
+class Access(NamedTuple):
+    """What a client may do before it logs in."""
+
+    guest: Login | None
+    require_tls: bool
+    tls_min_version: str
+
+
+class Accounts:
+    """The accounts of a file, by user name and by network."""
+
+    def __init__(self, accounts: Iterable[Account] = ()) -> None:
+        self._by_name = {one.name.casefold(): one for one in accounts}
+        self.by_network: dict[Network, list[Account]] = {}
+        for account in self:
+            for network in account.networks:
+                self.by_network.setdefault(network, []).append(account)
+
+    def __iter__(self) -> Iterator[Account]:
+        return iter(self._by_name.values())
+
+    def find(self, name: str) -> Account | None:
+        """Find an account by user name."""
+        return self._by_name.get(name.casefold())
+
+    def access(self, address: IpAddress | None, config: Config) -> Access:
+        """Find what a client may do from where it is."""
+        network = max((one for one in self.by_network if address in one),
+                      key=lambda one: one.prefixlen, default=None)
+        accounts = self.by_network[network] if network else []
+        guest = next((one for one in accounts if one.login == "optional"), None)
+        require = [one.require_tls for one in accounts if one.require_tls is not None]
+        least = [one.tls_min_version for one in accounts if one.tls_min_version]
+        return Access(Login(guest, guest.as_application()) if guest else None,
+                      require[0] if require else config.require_tls,
+                      least[0] if least else config.tls_min_version)
+
+
+def read_address(text: str) -> IpAddress | None:
+    """Read a client's address, without its zone; IPv4 in IPv6 is IPv4."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]:
+    """Read an accounts file; returns its accounts, and all faults."""
+    # DEFAULT is read as a section like others, so that a fault in it is told once.
+    parser = configparser.ConfigParser(default_section="", delimiters=("=",),
+                                       inline_comment_prefixes=(";", "#"),
+                                       interpolation=None)
+    try:
+        parser.read_string(text)
+    except configparser.Error as error:
+        return [], list(_syntax_faults(error))
+    faults: list[str] = []
+    sections = {name: _read_section(name, parser.items(name), faults)
+                for name in parser.sections()}
+    defaults = sections.pop("DEFAULT", {})
+    faults += [f"[{name}]: must be [DEFAULT]" for name in sections
+               if name.upper() == "DEFAULT"]
+    accounts = [_make_account(name.strip(), defaults, values, config, faults)
+                for name, values in sections.items()]
+    if not sections:
+        faults.append("there is no account in it")
+    return accounts, faults + list(_conflicts(accounts))
+
+
+def _syntax_faults(error: configparser.Error) -> Iterator[str]:
+    """Say what is no INI; the error's own text shows the line, and it may be a secret."""
+    option = getattr(error, "option", None)
+    if option or isinstance(error, configparser.DuplicateSectionError):
+        where = f"[{getattr(error, 'section', '')}] {option or ''}".strip()
+        yield f"line {getattr(error, 'lineno', '?')}: {where} is there twice"
+        return
+    for number, _ in getattr(error, "errors", None) or [(getattr(error, "lineno", "?"), 0)]:
+        yield f"line {number}: is no [section], key = value or comment that belongs there"
+
+
+def _read_section(section: str, pairs: Iterable[tuple[str, str]],
+                  faults: list[str]) -> dict[str, Any]:
+    """Read the keys of a section; what is faulty is None."""
+    keys = declared(Account)
+    values: dict[str, Any] = {}
+    for key, text in pairs:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            faults.append(f"[{section}] {key}: is no key"
+                          + (f"; is it {near[0]}?" if near else ""))
+            continue
+        try:
+            values[key] = keys[key].parse(text or keys[key].default)
+        except ValueError as error:
+            values[key] = None
+            faults.append(f"[{section}] {key} = {keys[key].show(text)}: must be {error}")
+    return values
+
+
+def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, Any],
+                  config: Config, faults: list[str]) -> Account:
+    """Join a section with the defaults; a secret there gives way to any in the section."""
+    secret = {"client_secret", "client_secret_file", "credential"}
+    if secret & values.keys():
+        defaults = {key: value for key, value in defaults.items() if key not in secret}
+    merged = {**defaults, **values}
+    if merged.get("credential") == "workload-identity":
+        merged["tenant_id"] = merged.get("tenant_id") or config.azure_tenant_id
+        merged["client_id"] = merged.get("client_id") or config.azure_client_id
+    good = {key: value for key, value in merged.items()
+            if value is not None or key == "require_tls"}
+    account = Account(name, **good)
+    faults += [f"[{name}] {text}" for names, text in account.contradictions(config)
+               if names.isdisjoint(merged.keys() - good.keys())]
+    return account
+
+
+def _conflicts(accounts: list[Account]) -> Iterator[str]:
+    """Find accounts that cannot be told apart."""
+    names = collections.Counter(one.name.casefold() for one in accounts)
+    yield from (f"[{one.name}] is there twice; case does not matter" for one in accounts
+                if names[one.name.casefold()] > 1)
+    for network, sharing in Accounts(accounts).by_network.items():
+        who = " and ".join(f"[{one.name}]" for one in sharing)
+        if sum(one.login == "optional" for one in sharing) > 1:
+            yield f"{who} networks: both claim {network} without login"
+        for name in ("require_tls", "tls_min_version"):
+            if len({getattr(one, name) for one in sharing} - {None, ""}) > 1:
+                yield f"{who} {name}: must be the same, as both have {network}"
+
+
+def hash_password(password: str, salt: bytes) -> str:
+    """Hash a password with 16 octets of salt: scrypt, RFC 7914, N=2^15, r=8, p=1."""
+    digest = hashlib.scrypt(password.encode(), salt=salt, n=2 ** 15, r=8, p=1,
+                            maxmem=2 ** 26, dklen=32)
+    return "$".join(["scrypt", *(base64.urlsafe_b64encode(octets).decode().rstrip("=")
+                                 for octets in (salt, digest))])
+
+
+def is_password(password: str, hashed: str) -> bool:
+    """Compare a password with a hash, in constant time."""
+    salt = base64.urlsafe_b64decode(hashed.split("$")[1] + "==")
+    return hmac.compare_digest(hash_password(password, salt), hashed)
+
+
+def lookup_name(username: str, delimiter: str) -> str | None:
+    """Find NAME in NAME@lookup, or in NAME@lookup.local for who wants a dot; or None."""
+    match = re.fullmatch(rf"(.+){re.escape(delimiter)}lookup(?:\..*)?", username,
+                         re.I | re.S)
+    return match[1] if match else None
 
 
 def parse_username(username: str, delimiter: str) -> tuple[str, str]:
@@ -659,13 +1153,12 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
     of its domains. What follows a dot behind the delimiter is ignored, for devices that
     want an e-mail address.
     """
-    left, _, right = username.partition(delimiter)
-    tenant = decode_uuid(left) or (left.lower() if _DOMAIN_NAME.fullmatch(left) else None)
-    client = decode_uuid(right.partition(".")[0])
-    if tenant is None or client is None:
+    tenant, _, client = username.partition(delimiter)
+    try:
+        return read_tenant(tenant), read_client(client.partition(".")[0])
+    except ValueError:
         raise AuthError(f"The user name must be TENANT{delimiter}CLIENT: the tenant's ID "
-                        "or domain, and the application's ID")
-    return tenant, client
+                        "or domain, and the application's ID") from None
 
 
 # ---------------------------------------------------------------------------
@@ -781,16 +1274,18 @@ class Session:
     def __init__(self, config: Config, name: str,
                  trace: Callable[[str, object], None] | None = None,
                  memory: Memory | None = None,
-                 check_upload: Callable[[str], None] | None = None) -> None:
+                 check_upload: Callable[[Login, str], None] | None = None,
+                 access: Access | None = None) -> None:
         """Begin. `check_upload` raises RelayError where it is known that a mailbox cannot
         send a message above GRAPH_MESSAGE_LIMIT.
         """
         self._config = config
         self._name = name
         self._memory = memory or Memory(config.max_memory_for_messages)
-        self._check_upload = check_upload or (lambda mailbox: None)
+        self._check_upload = check_upload or (lambda login, mailbox: None)
+        self._access = access or Accounts().access(None, config)
         self.secure = False
-        self.logged_in = False
+        self.login = self._access.guest             # who may send
         self._trace = trace or (lambda mark, text: None)
         self._phase = Phase.CONNECTED
         self._read = self._read_command
@@ -870,15 +1365,15 @@ class Session:
     def tls_started(self) -> None:
         """Go on under TLS. What came in the clear is forgotten, RFC 3207 section 4.2."""
         self.secure = True
-        self.logged_in = False
+        self.login = self._access.guest
         self._phase = Phase.CONNECTED
         self._buffer.clear()
         self._scanned, self._overlong = 0, ""
         self._resume()
 
-    def authenticated(self) -> None:
+    def authenticated(self, login: Login) -> None:
         """Go on with a client that is who it says."""
-        self.logged_in = True
+        self.login = login
         self._resume(Reply(235, "2.7.0", "Authentication succeeded"))
 
     def delivered(self, text: str) -> None:
@@ -1020,13 +1515,16 @@ class Session:
         return Reply(250, "", self._name)
 
     def _mail(self, argument: str) -> Reply:
+        assert self.login is not None       # the table wants a login
         mailbox, parameters = parse_path(argument, "FROM:")
         for name, value in parameters.items():
             if name not in MAIL_PARAMETERS:
                 raise ProtocolError("MAIL has no such parameter", 555, "5.5.4")
             MAIL_PARAMETERS[name](self, value)
         self._check_ascii(mailbox, "SMTPUTF8" in parameters)
-        self._check_size(mailbox, int(parameters.get("SIZE") or 0))
+        if mailbox:                         # else From says who sends
+            self.login.account.check_sender(mailbox)
+        self._check_size(self.login, mailbox, int(parameters.get("SIZE") or 0))
         self._envelope = Envelope(mailbox)
         self._allow_utf8 = "SMTPUTF8" in parameters
         self._phase = Phase.MAIL
@@ -1036,12 +1534,12 @@ class Session:
         if not _SIZE.fullmatch(value or ""):
             raise ProtocolError("SIZE must be a number of octets")
 
-    def _check_size(self, mailbox: str, size: int) -> None:
+    def _check_size(self, login: Login, mailbox: str, size: int) -> None:
         """Refuse what is known to be in vain before it is transferred."""
         if size > self._config.size_limit:
             raise _above_limit(self._config)
         if size > GRAPH_MESSAGE_LIMIT:
-            self._check_upload(mailbox)
+            self._check_upload(login, mailbox)
         self._memory.check(size)
 
     def _mail_body(self, value: str | None) -> None:
@@ -1068,6 +1566,8 @@ class Session:
         if not mailbox:
             raise ProtocolError("A recipient must have an address", 501, "5.1.3")
         self._check_ascii(mailbox, self._allow_utf8)
+        assert self.login is not None       # MAIL wants a login
+        self.login.account.check_recipient(mailbox)
         recipients = self._envelope.recipients
         key = comparable(mailbox)
         if key not in recipients and len(recipients) >= self._config.max_recipients:
@@ -1113,7 +1613,7 @@ class Session:
         return Reply(220, "2.0.0", "Ready to start TLS")
 
     def _auth(self, argument: str) -> Reply | None:
-        if self.logged_in:
+        if self.login and self.login.username:
             raise ProtocolError("Already logged in", 503, "5.5.1")
         self._mechanism, _, initial = argument.partition(" ")
         self._mechanism = self._mechanism.upper()
@@ -1171,9 +1671,9 @@ class Session:
 
     def _check(self, command: Command, argument: str) -> None:
         """Refuse a command that is out of order; the only place that does."""
-        if command.secure and self._config.require_tls and not self.secure:
+        if command.secure and self._access.require_tls and not self.secure:
             raise ProtocolError("Say STARTTLS first", 530, "5.7.0")
-        if command.login and not self.logged_in:
+        if command.login and not self.login:
             raise ProtocolError("Log in first", 530, "5.7.0")
         if self._phase not in command.phases:
             raise ProtocolError(f"Not {self._phase.value}", 503, "5.5.1")
@@ -1185,7 +1685,7 @@ class Session:
         return not self.secure and self._config.tls_source != "off"
 
     def _may_log_in(self) -> bool:
-        return self.secure or not self._config.require_tls
+        return self.secure or not self._access.require_tls
 
     def _send(self, reply: Reply) -> None:
         self._trace(">", reply)
@@ -1205,7 +1705,8 @@ class Session:
             return
         if reply.code < 300:
             self._errors = 0
-        self._errors += reply.code >= 500
+        # Of many recipients many may be refused.
+        self._errors += reply.code >= 500 and reply.code != 550
         if self._errors >= MAX_ERRORS:
             self.end(Reply(421, "4.7.0", "Too many errors"), "too many errors")
 
@@ -2460,19 +2961,23 @@ class Token:
     life: float
 
 
-def read_token(response: HttpResponse, secret: str) -> Token:
-    """Read Entra's answer. Raises AuthError if it refuses, TemporaryError otherwise."""
+def read_token(response: HttpResponse, secret: str, now: float) -> Token:
+    """Read Entra's answer, or that of a managed identity; `now` is Unix time.
+
+    Raises AuthError if it refuses, TemporaryError otherwise.
+    """
     answer = response.json()
     token = answer.get("access_token")
     if response.status == 200 and isinstance(token, str) and re.fullmatch("[!-~]+", token):
-        life = _number(answer.get("expires_in")) - EXPIRES_EARLY
+        life = (_number(answer.get("expires_in"))       # App Service has only the other
+                or _number(answer.get("expires_on")) - now) - EXPIRES_EARLY
         return Token(token, min(max(life, 0.0), MAX_TOKEN_LIFE))
     codes, error, text = _entra_error(answer)
     code = codes[0] if codes else 0
     if response.status != 200 and not error:    # in a 200 there may be half of a token
         text = response.body.decode("utf-8", "replace")
     facts = {"status": response.status, "aadsts": code or None, "error": error or None,
-             "said": text.replace(secret, "***") or None}
+             "said": (text.replace(secret, "***") if secret else text) or None}
     if (400 <= response.status < 500 and response.status != 429 and error
             and error not in TRANSIENT_ENTRA_ERRORS
             and TRANSIENT_AADSTS.isdisjoint(codes)):
@@ -2630,6 +3135,49 @@ def next_range(response: HttpResponse) -> int | None:
             match = re.match("[0-9]{1,18}", str(value[0]))
             return int(match[0]) if match else None
     return None
+
+
+# x-ms-error-code -> what to do; Microsoft, "Table service error codes".
+TABLE_REMEDIES: Mapping[str, str] = {
+    "TableNotFound": "there is no such table; check AZURE_TABLES_URL",
+    "AuthorizationPermissionMismatch": "give the relay's identity the role Storage Table "
+                                       "Data Reader (it takes minutes), or the SAS sp=r",
+    "AuthorizationFailure": "the storage account's firewall or the SAS does not allow this",
+    "AuthenticationFailed": "the SAS has expired, or the identity is of another tenant",
+}
+_NO_TABLE = "The relay cannot ask its table of accounts now; try again later"
+
+
+def read_entity(response: HttpResponse) -> dict[str, Any] | None:
+    """Read the first entity of an answer of Azure Tables; None: there is none.
+
+    Raises TemporaryError.
+    """
+    answer, code = response.json(), response.headers.get("x-ms-error-code", "")
+    if response.status == 404 and code == "ResourceNotFound":
+        return None
+    found = answer.get("value", [answer])       # a query has a list, a key has not
+    if (response.status == 200 and answer and isinstance(found, list)
+            and all(isinstance(one, dict) for one in found)):
+        return found[0] if found else None
+    raise TemporaryError(_NO_TABLE, facts={
+        "status": response.status, "table": code or None,
+        "remedy": TABLE_REMEDIES.get(code)}, level=logging.ERROR)
+
+
+def read_account(entity: Mapping[str, Any], name: str) -> Account:
+    """Read an entity of the table of accounts. Raises TemporaryError."""
+    values, keys = {}, declared(Account)
+    for key in ("tenant_id", "client_id", "from_email"):
+        text = str(entity.get(key) or "").strip()
+        try:
+            values[key] = keys[key].parse(text)
+            if not text and key != "from_email":
+                raise ValueError("set")
+        except ValueError as error:
+            raise TemporaryError(_NO_TABLE, level=logging.ERROR, facts={
+                "account": name, "problem": f"{key} must be {error}"}) from None
+    return Account(name, **values)
 
 
 def _graph_code(response: HttpResponse) -> str:
@@ -2923,8 +3471,10 @@ class HttpExchange:
         target = f"{url.path}?{url.query}" if url.query else url.path
         self._check(connection)
         try:
-            connection.request(request.method, target, request.body, {
-                **request.headers, "Content-Length": str(len(request.body))})
+            length = {} if request.method == "GET" else {
+                "Content-Length": str(len(request.body))}
+            connection.request(request.method, target, request.body or None,
+                               {**request.headers, **length})
         except OSError as error:
             return self._early_answer(connection, error)
         self._check(connection)
@@ -3094,12 +3644,34 @@ def _cut_off(exchange: HttpExchange,
 # ---------------------------------------------------------------------------
 # §11  Tokens
 # ---------------------------------------------------------------------------
+#
+# A secret or the token of a workload identity is traded at Entra ID; a managed identity
+# is asked for at an address near by, never through a proxy. Microsoft, "How to use
+# managed identities for Azure resources", "... App Service", "... Azure Arc".
 
 REFUSALS_LAST = 30.0            # seconds: a device with a wrong password tries and tries
-MAX_CACHED = 1000               # tokens, and refusals
+MAX_CACHED = 1000               # of anything
+MAX_SECRET = 65536              # octets of a file
+IDENTITY_TIMEOUT = 10.0         # seconds for an answer of a managed identity
+IDENTITY_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)        # before it is asked again
+ARC_ENDPOINT = "http://localhost:40342/metadata/identity/oauth2/token"
+ARC_AGENTS = ("/opt/azcmagent/bin/himds", os.path.expandvars(
+    r"%ProgramFiles%\AzureConnectedMachineAgent\himds.exe"))
+ARC_KEYS = pathlib.Path(os.path.expandvars(
+    r"%ProgramData%\AzureConnectedMachineAgent\Tokens" if os.name == "nt" else
+    "/var/opt/azcmagent/tokens"))
 
-Key = tuple[str, str, bytes]     # tenant, client, keyed hash of the secret
+Key = tuple[str, str, str, str, bytes]  # tenant, client, credential, resource, keyed hash
 K = TypeVar("K")
+
+
+def read_secret(path: str | pathlib.Path) -> str:
+    """Read a secret from a file. Raises OSError; ValueError says what it must be."""
+    with open(path, "rb") as file:
+        octets = file.read(MAX_SECRET + 1).strip()
+    if len(octets) > MAX_SECRET or not re.fullmatch(b"[!-~]([ -~]*[!-~])?", octets):
+        raise ValueError("one line of printable ASCII")
+    return octets.decode()
 
 
 class Tokens:
@@ -3118,10 +3690,27 @@ class Tokens:
         self._tokens: dict[Key, tuple[str, float]] = {}             # and its end
         self._refusals: dict[Key, tuple[AuthError, float]] = {}     # and its end
         self._fetches: dict[Key, asyncio.Task[str]] = {}
+        self._is_arc = bool((config.identity_endpoint and config.imds_endpoint)
+                            or any(map(os.path.exists, ARC_AGENTS)))
 
-    async def get(self, application: Application, deadline: float) -> str:
-        """Return a token that lasts a while. Raises AuthError and TemporaryError."""
-        key, now = self._key(application), self._clock()
+    async def get(self, application: Application, deadline: float,
+                  resource: str = "") -> str:
+        """Return a token that lasts a while; for Graph, or for another resource.
+
+        Raises AuthError and TemporaryError: this if our own credential is refused.
+        """
+        try:
+            return await self._get(application, deadline,
+                                   resource or self._config.graph_endpoint)
+        except AuthError as error:
+            if not application.is_ours:
+                raise
+            raise TemporaryError(
+                f"The relay's own credential is refused ({error.reply.text})", 451, "4.7.0",
+                facts=error.facts, level=logging.ERROR) from None
+
+    async def _get(self, application: Application, deadline: float, resource: str) -> str:
+        key, now = self._key(application, resource), self._clock()
         token, ends_at = self._tokens.get(key, ("", now))
         if now < ends_at:
             return token
@@ -3142,39 +3731,115 @@ class Tokens:
         finally:
             del fetch                   # see _work
 
-    def forget(self, application: Application, token: str) -> None:
-        """Drop a token that Graph does not accept, unless there is another already."""
-        key = self._key(application)
+    def forget(self, application: Application, token: str, resource: str = "") -> None:
+        """Drop a token that is not accepted, unless there is another already."""
+        key = self._key(application, resource or self._config.graph_endpoint)
         if self._tokens.get(key, ("", 0))[0] == token:
             del self._tokens[key]
 
     async def _fetch(self, key: Key, application: Application, deadline: float) -> str:
-        base = self._config.azure_authority_host
-        tenant = urllib.parse.quote(application.tenant, safe="")
-        form = {"client_id": application.client, "client_secret": application.secret,
-                "scope": f"{self._config.graph_endpoint}/.default",
-                "grant_type": "client_credentials"}
-        response = await self._pool.send(HttpRequest(
-            "POST", f"{base}/{tenant}/oauth2/v2.0/token",
-            {"Content-Type": "application/x-www-form-urlencoded",
-             "Accept": "application/json", "User-Agent": USER_AGENT},
-            urllib.parse.urlencode(form).encode()), deadline)
+        resource, secret = key[3], application.secret
+        if application.credential == "managed-identity":
+            response = await self._ask_identity(application.client, resource, deadline)
+        else:
+            if application.credential == "workload-identity":
+                secret = await _in_file(self._config.azure_federated_token_file)
+            response = await self._pool.send(
+                self._request(application, secret, resource), deadline)
         try:
-            token = read_token(response, application.secret)
+            token = read_token(response, secret, time.time())
         except AuthError as error:
             _remember(self._refusals, key, _fresh(error), self._clock() + REFUSALS_LAST)
             raise
         _remember(self._tokens, key, token.value, self._clock() + token.life)
         return token.value
 
+    def _request(self, application: Application, secret: str, resource: str) -> HttpRequest:
+        base = self._config.azure_authority_host
+        tenant = urllib.parse.quote(application.tenant, safe="")
+        proof = {"client_secret": secret}
+        if application.credential == "workload-identity":
+            proof = {"client_assertion": secret, "client_assertion_type":
+                     "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"}
+        form = {"client_id": application.client, **proof, "scope": f"{resource}/.default",
+                "grant_type": "client_credentials"}
+        return HttpRequest(
+            "POST", f"{base}/{tenant}/oauth2/v2.0/token",
+            {"Content-Type": "application/x-www-form-urlencoded",
+             "Accept": "application/json", "User-Agent": USER_AGENT},
+            urllib.parse.urlencode(form).encode())
+
+    async def _ask_identity(self, client: str, resource: str,
+                            deadline: float) -> HttpResponse:
+        """Ask for a managed identity, again while it is not ready."""
+        request = self._identity_request(client, resource)
+        for pause in (*IDENTITY_PAUSES, None):
+            try:
+                response = await self._send_near(request, deadline)
+                if response.status == 401 and self._is_arc:
+                    key = await _in_file(_arc_key(response))
+                    response = await self._send_near(dataclasses.replace(
+                        request, headers={**request.headers,
+                                          "Authorization": f"Basic {key}"}), deadline)
+            except NoAnswer as error:
+                error.facts["identity"] = request.url.partition("?")[0]
+                raise
+            if ((response.status not in (404, 410, 429) and response.status < 500)
+                    or pause is None or time.monotonic() + pause >= deadline):
+                return response
+            await asyncio.sleep(pause)
+        raise AssertionError("the last pause is None")
+
+    async def _send_near(self, request: HttpRequest, deadline: float) -> HttpResponse:
+        return await self._pool.send(request, min(deadline,
+                                                  time.monotonic() + IDENTITY_TIMEOUT))
+
+    def _identity_request(self, client: str, resource: str) -> HttpRequest:
+        config, headers = self._config, {"Metadata": "true"}
+        if config.identity_endpoint and config.identity_header:     # App Service
+            url, version = config.identity_endpoint, "2019-08-01"
+            headers = {"X-IDENTITY-HEADER": config.identity_header}
+        elif self._is_arc:
+            url, version = config.identity_endpoint or ARC_ENDPOINT, "2020-06-01"
+            if client:
+                raise TemporaryError("Azure Arc has no user-assigned identity", facts={
+                    "problem": "leave client_id, or AZURE_CLIENT_ID, empty on Azure Arc"})
+        else:
+            url, version = (f"{config.azure_pod_identity_authority_host}"
+                            "/metadata/identity/oauth2/token", "2018-02-01")
+        query = {"api-version": version, "resource": resource}
+        if client:
+            query["client_id"] = client
+        return HttpRequest("GET", f"{url}?{urllib.parse.urlencode(query)}",
+                           {**headers, "User-Agent": USER_AGENT})
+
     def _fetched(self, key: Key, fetch: asyncio.Task[str]) -> None:
         del self._fetches[key]
         if not fetch.cancelled():
             fetch.exception()           # it is known, even if nobody waits any more
 
-    def _key(self, application: Application) -> Key:
+    def _key(self, application: Application, resource: str) -> Key:
         digest = hmac.digest(self._hash_key, application.secret.encode(), "sha256")
-        return application.tenant, application.client, digest
+        return (application.tenant, application.client, application.credential, resource,
+                digest)
+
+
+async def _in_file(path: str | pathlib.Path) -> str:
+    """Read a secret in a thread. Raises TemporaryError."""
+    try:
+        return await in_thread(functools.partial(read_secret, path))
+    except (OSError, ValueError) as error:
+        raise TemporaryError("The relay's own credential cannot be read", facts={
+            "problem": f"{path}: {getattr(error, 'strerror', None) or error}"}) from None
+
+
+def _arc_key(response: HttpResponse) -> pathlib.Path:
+    """Find the file that only who may have Arc's identity can read."""
+    challenge = response.headers.get("www-authenticate", "")
+    path = pathlib.Path(challenge.partition("realm=")[2].strip())
+    if path.parent != ARC_KEYS or path.suffix != ".key":
+        raise NoAnswer("a challenge that names no key of Azure Arc")
+    return path
 
 
 def _fresh(error: AuthError) -> AuthError:
@@ -3191,7 +3856,313 @@ def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float)
 
 
 # ---------------------------------------------------------------------------
-# §12  Graph
+# §12  Directory
+# ---------------------------------------------------------------------------
+#
+# Where accounts are found: in ACCOUNTS_FILE, in the Azure table, or in a user name itself.
+
+READ_AGAIN = 3.0                # seconds between two looks at ACCOUNTS_FILE
+TABLE_LASTS = 60.0              # seconds that an answer of the table is remembered
+AZURE_PAUSES = (1.0, 3.0)       # seconds before Azure is asked again
+STORAGE = "https://storage.azure.com"
+_NOBODY = f"scrypt${'A' * 22}${'A' * 43}"       # a hash that no password has
+_NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")
+
+
+class AccountsFile:
+    """ACCOUNTS_FILE, and the files of secrets that it names."""
+
+    def __init__(self, config: Config) -> None:
+        self.accounts = Accounts()
+        self._config = config
+        self._states: dict[str, object] = {}        # by path, see _look
+        self._is_asked = False                      # to read it at once
+        self._wake: asyncio.Event | None = None
+
+    def load(self) -> None:
+        """Read it. Raises ConfigError with all faults; the old accounts stay then."""
+        path = self._config.accounts_file
+        self._states = {path: _look(path)}          # before it is read
+        try:
+            text = pathlib.Path(path).read_text("utf-8-sig")
+        except (OSError, UnicodeError) as error:    # which may hold the text
+            problem = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
+                              f"{problem}") from None
+        accounts, faults = parse_accounts(text, self._config)
+        accounts = [self._with_secret(one, faults) for one in accounts]
+        if faults:
+            raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
+        self.accounts = Accounts(accounts)
+        if any(one.client_secret or one.password for one in accounts):
+            self._check_modes()
+
+    def _with_secret(self, account: Account, faults: list[str]) -> Account:
+        path = account.client_secret_file
+        if not path:
+            return account
+        self._states[path] = _look(path)
+        try:
+            return dataclasses.replace(account, client_secret=read_secret(path))
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        except ValueError as error:
+            problem = f"must hold {error}"
+        faults.append(f"[{account.name}] client_secret_file = {path}: {problem}")
+        return account
+
+    def _check_modes(self) -> None:
+        for path in self._states if os.name == "posix" else ():
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_mode & 0o004:
+                    log_event(logging.WARNING, "-", "accounts", file=path, problem="all "
+                              "users of this machine can read these secrets; chmod o-r")
+
+    def check_access(self) -> None:
+        """Warn if it could be read as root, and cannot be read again."""
+        for path in self._states:
+            if not os.access(path, os.R_OK):
+                log_event(logging.WARNING, "-", "accounts", file=path, problem="a change "
+                          "cannot be read; give the file to the user RUN_AS")
+
+    def ask(self) -> None:
+        """Have it read at once."""
+        self._is_asked = True
+        if self._wake:
+            self._wake.set()
+
+    async def watch(self) -> None:
+        """Read it when it has changed, and has then not changed for a moment."""
+        self._wake, seen = asyncio.Event(), self._states
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), READ_AGAIN)
+            self._wake.clear()
+            # In a thread, and without a deadline: if the disk hangs, only this waits.
+            states = await in_thread(lambda: {path: _look(path) for path in self._states})
+            is_new = states not in (self._states,) and states == seen
+            if is_new or self._is_asked:
+                self._is_asked = False
+                await self._load_again()
+                states = self._states
+            seen = states
+
+    async def _load_again(self) -> None:
+        try:
+            await in_thread(self.load)
+        except (ConfigError, RelayError) as error:
+            for line in str(error).splitlines():
+                log_event(logging.ERROR, "-", "accounts", problem=line,
+                          remedy="mend it; the accounts from before stay in force")
+            return
+        log_event(logging.INFO, "-", "accounts", loaded=len(list(self.accounts)))
+
+
+def _look(path: str) -> object:
+    """See whether a file is still the same."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        return error.errno
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+
+
+class Azure:
+    """Asks services of Azure as the relay itself."""
+
+    def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
+        self._application = own_application(config)
+        self._pool = pool
+        self._tokens = tokens
+
+    async def get(self, url: str, resource: str, headers: Mapping[str, str],
+                  deadline: float) -> HttpResponse:
+        """Get what is there, with a token for a resource unless that is "".
+
+        Raises TemporaryError.
+        """
+        renewed, pauses = False, iter(AZURE_PAUSES)
+        headers = {**headers, "User-Agent": USER_AGENT}
+        while True:
+            token = ""
+            if resource:
+                token = await self._tokens.get(self._application, deadline, resource)
+                headers["Authorization"] = f"Bearer {token}"
+            response = await self._pool.send(HttpRequest("GET", url, headers), deadline)
+            if response.status == 401 and token and not renewed:
+                renewed = True
+                self._tokens.forget(self._application, token, resource)
+                continue
+            pause = next(pauses) if response.status in (429, 500, 502, 503, 504) else None
+            if pause is None or time.monotonic() + pause >= deadline:
+                return response
+            await asyncio.sleep(pause)
+
+
+def in_words(error: RelayError) -> str:
+    """Tell an error and its facts to who starts the relay."""
+    facts = "".join(f" {name}={escaped(value)}" for name, value in error.facts.items()
+                    if value is not None)
+    return f"{error.reply.text}{facts}"
+
+
+class Table:
+    """The Azure table of accounts; Microsoft, "Query Entities (REST API)"."""
+
+    def __init__(self, config: Config, azure: Azure,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._azure = azure
+        self._clock = clock             # for what is remembered
+        self._partition = config.azure_tables_partition_key
+        self._url, _, self._sas = config.azure_tables_url.partition("?")
+        host = urllib.parse.urlsplit(self._url).hostname or ""
+        cosmos = host.partition(".table.")[2]
+        self._resource = ("" if self._sas else f"https://{cosmos}"
+                          if cosmos.startswith("cosmos.") else STORAGE)
+        self._found: dict[tuple[str, ...], tuple[Account | None, float]] = {}
+
+    async def find(self, name: str, deadline: float) -> Account | None:
+        """Find the account of NAME@lookup. Raises TemporaryError."""
+        if _NO_ROW_KEY.search(name) or len(name.encode("utf-16-le")) > 1024:
+            return None                 # Azure has no such RowKey
+        where = f"(PartitionKey={_literal(self._partition)},RowKey={_literal(name)})"
+        return await self._find((name,), where, {}, deadline)
+
+    async def find_application(self, tenant: str, client: str,
+                               deadline: float) -> Account | None:
+        """Find an account of an application. Raises TemporaryError."""
+        return await self._find((tenant, client), "()", self._filter(
+            tenant_id=tenant, client_id=client), deadline)
+
+    async def check(self, deadline: float) -> None:
+        """Raise TemporaryError if the table cannot be read."""
+        await self._query("()", self._filter(), deadline)
+
+    def _filter(self, **columns: str) -> dict[str, str]:
+        wanted = {"PartitionKey": self._partition, **columns}
+        condition = " and ".join(
+            f"{name} eq {urllib.parse.unquote(_literal(value))}"
+            for name, value in wanted.items())
+        return {"$filter": condition, "$top": "1"}
+
+    async def _find(self, key: tuple[str, ...], where: str, query: dict[str, str],
+                    deadline: float) -> Account | None:
+        account, ends_at = self._found.get(key, (None, 0.0))
+        if self._clock() < ends_at:
+            return account
+        entity = await self._query(where, query, deadline)
+        account = None if entity is None else read_account(
+            entity, key[0] if len(key) == 1 else "")
+        _remember(self._found, key, account, self._clock() + TABLE_LASTS)
+        return account
+
+    async def _query(self, where: str, query: dict[str, str],
+                     deadline: float) -> dict[str, Any] | None:
+        """Ask for an entity; an answer may be empty, and say where to ask on."""
+        query = {**query, "$select": "tenant_id,client_id,from_email"}
+        while True:
+            text = urllib.parse.urlencode(query, safe="$", quote_via=urllib.parse.quote)
+            response = await self._azure.get(
+                f"{self._url}{where}?{text}{self._sas and '&'}{self._sas}", self._resource,
+                {"Accept": "application/json;odata=nometadata",
+                 "DataServiceVersion": "3.0;NetFx", "x-ms-version": "2020-12-06",
+                 "x-ms-date": email.utils.formatdate(usegmt=True)}, deadline)
+            entity = read_entity(response)
+            following = {name: response.headers.get(f"x-ms-continuation-{name.lower()}", "")
+                         for name in ("NextPartitionKey", "NextRowKey")}
+            if entity is not None or not following["NextPartitionKey"]:
+                return entity
+            query.update({name: value for name, value in following.items() if value})
+
+
+def _literal(value: str) -> str:
+    """Quote a key for a path: whatever is in it is data."""
+    return "'" + urllib.parse.quote(value.replace("'", "''"), safe="") + "'"
+
+
+class Directory:
+    """Finds out who logs in."""
+
+    def __init__(self, config: Config, azure: Azure) -> None:
+        self.file = AccountsFile(config)
+        self.table = Table(config, azure) if config.azure_tables_url else None
+        self._config = config
+        # Two at once, as each takes 32 MiB.
+        self._scrypt = concurrent.futures.ThreadPoolExecutor(2, "relay-scrypt")
+
+    def access(self, address: IpAddress | None) -> Access:
+        """Find what a client may do before it logs in."""
+        return self.file.accounts.access(address, self._config)
+
+    def shown(self, username: str) -> str:
+        """Show a user name for the log; what is none may be a password."""
+        is_name = self.file.accounts.find(username) or self._lookup_name(username)
+        if not is_name:
+            try:
+                parse_username(username, self._config.username_delimiter)
+            except AuthError:
+                return f"*** ({len(username)} characters)"
+        return username
+
+    async def find(self, login: Authenticate, address: IpAddress | None,
+                   deadline: float) -> Login:
+        """Check a login, but for what Entra must say. Raises AuthError, TemporaryError."""
+        name = self._lookup_name(login.username)
+        account = (self.file.accounts.find(login.username)
+                   or (self.file.accounts.find(name) if name else None)
+                   or await self._find_elsewhere(login.username, name, deadline))
+        problem = "" if account else "there is no such account"
+        if account is None or account.has_secret:
+            hashed = account.password if account else ""
+            if not await self._is_password(login.password, hashed or _NOBODY, deadline):
+                problem = problem or "wrong password"
+        if account and not account.holds(address):
+            problem = problem or "not from its networks"
+        if problem or account is None:
+            raise AuthError(
+                "Wrong user name or password, or not from here; the relay's log says which",
+                facts={"account": account.name if account else None, "problem": problem})
+        application = account.as_application(login.password)
+        if application.credential == "secret" and not application.secret:
+            raise AuthError("The password is empty; it must be the client secret")
+        return Login(account, application, login.username)
+
+    def _lookup_name(self, username: str) -> str | None:
+        return lookup_name(username, self._config.username_delimiter)
+
+    async def _find_elsewhere(self, username: str, name: str | None,
+                              deadline: float) -> Account | None:
+        config = self._config
+        if name is not None:
+            return await self.table.find(name, deadline) if self.table else None
+        try:
+            tenant, client = parse_username(username, config.username_delimiter)
+        except AuthError:
+            if config.accounts_file:
+                return None             # as slow as a wrong password, and as silent
+            raise
+        if config.allowed_tenants and tenant not in config.allowed_tenants:
+            raise AuthError("This tenant may not log in here, see ALLOWED_TENANTS")
+        if not (config.accounts_required or config.azure_tables_force_usage):
+            return Account("", tenant, client)
+        account = (await self.table.find_application(tenant, client, deadline)
+                   if self.table else None)
+        if account is None:
+            raise AuthError("Only accounts that the relay knows may log in")
+        return account
+
+    async def _is_password(self, password: str, hashed: str, deadline: float) -> bool:
+        call = asyncio.get_running_loop().run_in_executor(
+            self._scrypt, is_password, password, hashed)
+        await asyncio.wait({call}, timeout=max(0.0, deadline - time.monotonic()))
+        if not call.done():
+            call.cancel()
+            raise TemporaryError("Too many logins at once; try again later")
+        return call.result()
+
+
+# ---------------------------------------------------------------------------
+# §13  Graph
 # ---------------------------------------------------------------------------
 #
 # What is tried again within UPSTREAM_TIMEOUT, as it cannot send a message twice:
@@ -3436,8 +4407,10 @@ class Graph:
                                  421, "4.7.0", close=True,
                                  facts=error.facts | {"entra": error.reply.text}) from None
         except TemporaryError as error:
-            raise TemporaryError("Microsoft does not renew the login now; try again later",
-                                 451, "4.7.0", facts=error.facts) from None
+            text = (error.reply.text if application.is_ours else
+                    "Microsoft does not renew the login now; try again later")
+            raise TemporaryError(text, 451, "4.7.0", facts=error.facts,
+                                 level=error.level) from None
 
 
 def _explain_right(errand: Errand) -> None:
@@ -3454,7 +4427,7 @@ def _explain_right(errand: Errand) -> None:
 
 
 # ---------------------------------------------------------------------------
-# §13  TLS
+# §14  TLS
 # ---------------------------------------------------------------------------
 
 TLS_VERSIONS: Mapping[str, ssl.TLSVersion] = {
@@ -3478,6 +4451,29 @@ TLS_PROBLEMS: Mapping[str, str] = {
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the relay's certificate has expired",
 }
 
+VAULT_REMEDIES: Mapping[int, str] = {
+    401: "the relay's identity is of another tenant than the vault",
+    403: "give the relay's identity the role Key Vault Secrets User, and let it through "
+         "the vault's firewall",
+    404: "there is no such certificate",
+}
+
+# PFX
+COMMAND_SECONDS = 10
+PEM_BLOCK = re.compile(
+    rb"(.*?)(-----BEGIN ([A-Z ]+)-----\r?\n[\w+/=\s]+-----END \3-----\r?\n)", re.S)
+BAG_NAMES = re.compile(rb"^ *(localKeyID|subject|issuer) ?[:=] *(.*)", re.M)
+NO_PAIR = "no private key with its certificate in it"
+BIO_CTRL_INFO = 3       # <openssl/bio.h>: says where a BIO's octets lie
+# result, name, arguments: p(ointer), t(ext), i(nt), l(ong), u(nsigned long), n(othing)
+LIBCRYPTO = """
+    p d2i_PKCS12 p p l; i PKCS12_parse p t p p p; n PKCS12_free p; n EVP_PKEY_free p;
+    n X509_free p; u X509_subject_name_hash p; u X509_issuer_name_hash p;
+    p OPENSSL_sk_shift p; n OPENSSL_sk_free p; n ERR_clear_error; p BIO_s_mem;
+    p BIO_new p; i BIO_free p; l BIO_ctrl p i l p; i PEM_write_bio_X509 p p;
+    i PEM_write_bio_PrivateKey p p p p i p p; p OSSL_LIB_CTX_new; n OSSL_LIB_CTX_free p;
+    p OSSL_LIB_CTX_set0_default p; p OSSL_PROVIDER_load p t; i OSSL_PROVIDER_unload p"""
+
 _CERTIFICATE_EXPIRED = 10       # X509_V_ERR_CERT_HAS_EXPIRED
 _PARTIAL_CHAIN = 0x80000        # X509_V_FLAG_PARTIAL_CHAIN; ssl names it from 3.10 on
 
@@ -3488,50 +4484,78 @@ def describe_failure(error: OSError) -> str:
     return known or str(error) or type(error).__name__
 
 
-def make_tls_context(config: Config) -> ssl.SSLContext:
-    """Read the relay's certificate and key. Raises StartError."""
+def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
+    """Read the relay's certificate and key; returns a context for each TLS_MIN_VERSION
+    that a network may have, as the key cannot be read again after RUN_AS.
+
+    Raises StartError.
+    """
+    if config.tls_source == "off":
+        return {}
+    if config.tls_source == "file":
+        return _make_contexts(config, config.tls_cert_filepath, config.tls_key_filepath,
+                              f"TLS_CERT_FILEPATH={config.tls_cert_filepath!r}",
+                              f"TLS_KEY_FILEPATH={config.tls_key_filepath!r}")
+    name = f"AZURE_KEY_VAULT_CERT_NAME={config.azure_key_vault_cert_name!r}"
+    pem = asyncio.run(fetch_certificate(config, name))
+    try:
+        with _private_file(pem) as path:
+            return _make_contexts(config, path, path, name, name)
+    except OSError as error:
+        raise StartError(f"{name}: no temporary file can be written: "
+                         f"{error.strerror}") from None
+
+
+def _make_contexts(config: Config, cert_path: str, key_path: str, cert_name: str,
+                   key_name: str) -> dict[str, ssl.SSLContext]:
+    for name, path in ((cert_name, cert_path), (key_name, key_path)):
+        try:
+            with open(path, "rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise StartError(f"{name}: cannot be read: {error.strerror}") from None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert_path)
+    except ssl.SSLError as error:
+        raise StartError(f"{cert_name}: holds no PEM certificate that can be used: "
+                         f"{error.reason or error}") from None
+    contexts = {}
+    for version in TLS_VERSIONS:
+        contexts[version] = _make_context(config, version)
+        _load_certificate(contexts[version], cert_path, key_path, key_name)
+    if _is_expired(contexts[config.tls_min_version], cert_path):
+        log_event(logging.WARNING, "-", "tls", problem="the certificate has expired; "
+                  "devices may refuse it", certificate=cert_name)
+    return contexts
+
+
+def _make_context(config: Config, least: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.options |= ssl.OP_NO_RENEGOTIATION
     ciphers = config.tls_cipher_suite
-    if config.tls_min_version in ("1.0", "1.1") and "@SECLEVEL" not in ciphers:
+    if least in ("1.0", "1.1") and "@SECLEVEL" not in ciphers:
         # OpenSSL 3 has these versions at level 0 only: their handshake uses SHA-1.
         ciphers = f"{ciphers or 'DEFAULT'}:@SECLEVEL=0"
     if ciphers:
         context.set_ciphers(ciphers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)     # so is the device
-        context.minimum_version = TLS_VERSIONS[config.tls_min_version]
-    _load_certificate(context, config.tls_cert_filepath, config.tls_key_filepath)
-    if _is_expired(context, config.tls_cert_filepath):
-        log_event(logging.WARNING, "-", "tls", problem="the certificate has expired; "
-                  "devices may refuse it", file=config.tls_cert_filepath)
+        context.minimum_version = TLS_VERSIONS[least]
     return context
 
 
-def _load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str) -> None:
-    for name, path in (("TLS_CERT_FILEPATH", cert_path), ("TLS_KEY_FILEPATH", key_path)):
-        try:
-            with open(path, "rb") as file:
-                file.read(1)
-        except OSError as error:
-            raise StartError(f"{name}={path!r}: cannot be read: {error.strerror}") from None
-
+def _load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str,
+                      key_name: str) -> None:
     def ask_password() -> str:
-        raise StartError(f"TLS_KEY_FILEPATH={key_path!r}: the key is encrypted; give it "
-                         "without a passphrase")
+        raise StartError(f"{key_name}: the key is encrypted; give it without a passphrase")
 
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert_path)
-    except ssl.SSLError as error:
-        raise StartError(f"TLS_CERT_FILEPATH={cert_path!r}: holds no PEM certificate that "
-                         f"can be used: {error.reason or error}") from None
     try:
         context.load_cert_chain(cert_path, key_path, ask_password)
     except ssl.SSLError as error:
         problem = ("does not belong to the certificate"
                    if error.reason == "KEY_VALUES_MISMATCH"
                    else f"holds no PEM key that can be used: {error.reason or error}")
-        raise StartError(f"TLS_KEY_FILEPATH={key_path!r}: {problem}") from None
+        raise StartError(f"{key_name}: {problem}") from None
 
 
 def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
@@ -3554,8 +4578,178 @@ def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
     return False
 
 
+def pfx_to_pem(pfx: bytes) -> bytes:
+    """Key, leaf and chain as PEM, for load_cert_chain() reads nothing else."""
+    reasons = []
+    for name, way in ("libcrypto", _pem_by_libcrypto), ("openssl", _pem_by_command):
+        try:
+            return way(pfx)
+        except (ImportError, AttributeError, TypeError, OSError, ValueError) as problem:
+            reasons.append(f"{name}: {problem}")
+    raise ValueError("PKCS#12 not readable: " + "; ".join(reasons))
+
+
+def _pem_by_libcrypto(pfx: bytes) -> bytes:
+    """By the library that ssl has loaded anyway, so that nothing need be installed."""
+    lib, ref = _libcrypto(), ctypes.byref
+    key, leaf, chain = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+    with contextlib.ExitStack() as last:
+        _admit_old_ciphers(lib, last)
+        last.callback(lib.ERR_clear_error)      # or ssl would take them for its own
+        p12 = lib.d2i_PKCS12(None, ref(ctypes.c_char_p(pfx)), len(pfx))
+        last.callback(lib.PKCS12_free, p12)
+        if not p12 or not lib.PKCS12_parse(p12, b"", ref(key), ref(leaf), ref(chain)):
+            raise ValueError("damaged, of unknown kind, or with a password")
+        last.callback(lib.EVP_PKEY_free, key)
+        certs = [leaf.value, *iter(lambda: lib.OPENSSL_sk_shift(chain), None)]
+        last.callback(lib.OPENSSL_sk_free, chain)
+        for cert in certs:
+            last.callback(lib.X509_free, cert)
+        if not key or not leaf:
+            raise ValueError(NO_PAIR)
+        names = lib.X509_subject_name_hash, lib.X509_issuer_name_hash
+        certs = _chained([(*(name(cert) for name in names), cert) for cert in certs])
+        return _written(lib, last, key, certs)
+
+
+def _libcrypto() -> Any:
+    """Python's own libcrypto with its types, lest ctypes cut a pointer to an int."""
+    import _ssl
+    lib = ctypes.CDLL(getattr(_ssl, "__file__", None))      # None: built into Python
+    types = {"p": ctypes.c_void_p, "t": ctypes.c_char_p, "i": ctypes.c_int,
+             "l": ctypes.c_long, "u": ctypes.c_ulong, "n": None}
+    for result, name, *wants in map(str.split, LIBCRYPTO.split(";")):
+        if hasattr(lib, name) or not name.startswith("OSSL_"):      # OpenSSL 3 has those
+            function = getattr(lib, name)
+            function.restype = types[result]
+            function.argtypes = [types[want] for want in wants]
+    return lib
+
+
+def _admit_old_ciphers(lib: Any, last: contextlib.ExitStack) -> None:
+    """RC2-40 in a context for this call in this thread: TLS shall never know of it."""
+    if not hasattr(lib, "OSSL_LIB_CTX_new"):
+        return      # before OpenSSL 3 they are there
+    context = lib.OSSL_LIB_CTX_new()
+    if not context:
+        raise ValueError("no library context")      # NULL would mean the whole process
+    last.callback(lib.OSSL_LIB_CTX_free, context)
+    for name in b"default", b"legacy":
+        provider = lib.OSSL_PROVIDER_load(context, name)
+        if provider:        # new files do without "legacy", which may not be installed
+            last.callback(lib.OSSL_PROVIDER_unload, provider)
+    before = lib.OSSL_LIB_CTX_set0_default(context)
+    last.callback(lib.OSSL_LIB_CTX_set0_default, before)
+
+
+def _written(lib: Any, last: contextlib.ExitStack, key: Any, certs: list[Any]) -> bytes:
+    """PEM of what libcrypto holds; the key as PKCS#8, not encrypted."""
+    bio, text = lib.BIO_new(lib.BIO_s_mem()), ctypes.c_void_p()
+    last.callback(lib.BIO_free, bio)
+    if not (bio and lib.PEM_write_bio_PrivateKey(bio, key, None, None, 0, None, None)
+            and all(lib.PEM_write_bio_X509(bio, cert) for cert in certs)):
+        raise ValueError("PEM not written")
+    size = lib.BIO_ctrl(bio, BIO_CTRL_INFO, 0, ctypes.byref(text))
+    return bytes(ctypes.string_at(text, size))
+
+
+def _chained(certs: list[Any]) -> list[Any]:
+    """Of (subject, issuer, certificate): the first, its issuer and on, then others."""
+    chain = [certs.pop(0)]
+    while certs:
+        issuers = [cert for cert in certs if cert[0] == chain[-1][1]]
+        chain.append((issuers or certs)[0])
+        certs.remove(chain[-1])
+    return [cert[2] for cert in chain]
+
+
+def _pem_by_command(pfx: bytes) -> bytes:
+    """By OpenSSL's command, which needs no ctypes; nothing comes to the disk."""
+    for legacy in ["-legacy"], []:      # OpenSSL 1.1 neither needs nor knows it
+        command = ["openssl", "pkcs12", "-nodes", "-passin", "pass:", *legacy]
+        try:
+            run = subprocess.run(command, input=pfx, capture_output=True,   # noqa: S603
+                                 timeout=COMMAND_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise ValueError("no end in time") from None
+        if run.returncode == 0:
+            return _sorted_pem(run.stdout)
+    reason = run.stderr.decode(errors="replace").partition("\n")[0].strip()
+    raise ValueError(reason[:120] or f"exit status {run.returncode}")
+
+
+def _sorted_pem(text: bytes) -> bytes:
+    """The PEM blocks alone, key and leaf first: the command keeps the file's order."""
+    keys: list[Any] = []
+    certs: list[Any] = []
+    for names, pem, kind in PEM_BLOCK.findall(text):
+        name = dict(BAG_NAMES.findall(names)).get
+        entry = name(b"subject"), name(b"issuer"), pem, name(b"localKeyID")
+        (keys if b"KEY" in kind else certs).append(entry)
+    if not keys or not certs:
+        raise ValueError(NO_PAIR)
+    *_, key, key_id = keys[0]
+    issuers = {issuer for subject, issuer, *_ in certs if issuer != subject}
+    certs.sort(key=lambda cert: (cert[3] != key_id, cert[0] in issuers))
+    return b"".join([key, *_chained(certs)])
+
+
+async def fetch_certificate(config: Config, name: str) -> bytes:
+    """Get the certificate and its key from Key Vault, as PEM. Raises StartError.
+
+    Microsoft, "Get Secret (Key Vault REST API)"; "About Azure Key Vault certificates".
+    """
+    pool = HttpPool(config.endpoints)
+    try:
+        response = await Azure(config, pool, Tokens(config, pool)).get(
+            f"{config.azure_key_vault_url}/secrets/{config.azure_key_vault_cert_name}"
+            "?api-version=7.4", CLOUDS[config.azure_cloud].vault,
+            {"Accept": "application/json"}, time.monotonic() + config.upstream_timeout)
+    except TemporaryError as error:
+        raise StartError(f"{name}: {in_words(error)}") from None
+    finally:
+        pool.close()
+    answer = response.json()
+    value, kind = answer.get("value"), answer.get("contentType")
+    if response.status != 200 or not isinstance(value, str):
+        remedy = VAULT_REMEDIES.get(response.status, "try again later")
+        raise StartError(f"{name}: Key Vault answers {response.status} "
+                         f"{_vault_code(answer)}: {remedy}")
+    if kind == "application/x-pem-file":
+        return value.encode()
+    try:
+        return pfx_to_pem(base64.b64decode(value, validate=True))
+    except ValueError as error:
+        raise StartError(f"{name}: cannot be turned into PEM ({error}); in Key Vault set "
+                         "the content type in the certificate's issuance policy to PEM, "
+                         "and issue a new version") from None
+
+
+def _vault_code(answer: Mapping[str, Any]) -> str:
+    """Find the error code, and the one within, such as ForbiddenByRbac."""
+    codes: list[str] = []
+    error = answer.get("error")
+    while isinstance(error, dict) and len(codes) < 5:
+        codes.append(str(error.get("code")))
+        error = error.get("innererror")
+    return harmless("/".join(codes)[:200])
+
+
+@contextlib.contextmanager
+def _private_file(octets: bytes) -> Iterator[str]:
+    """Hold octets for a moment in a file that is ours alone, in memory if there is such."""
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None     # noqa: S108
+    handle, path = tempfile.mkstemp(dir=folder)
+    try:
+        with open(handle, "wb") as file:
+            file.write(octets)
+        yield path
+    finally:
+        os.unlink(path)
+
+
 # ---------------------------------------------------------------------------
-# §14  Server
+# §15  Server
 # ---------------------------------------------------------------------------
 
 READ_COMMANDS = 4096            # octets worked on before others have their turn
@@ -3563,6 +4757,10 @@ READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
+MAX_FAILURES = 10               # of logins from one address, in
+FAILURES_LAST = 600.0           # seconds
+FAILURE_PAUSE = 0.5             # seconds for each failure before a refusal
+MAX_FAILURE_PAUSE = 5.0
 RETURNED_BLOCK = 1_048_576      # octets: well above what asyncio asks for at each read
 _M_MMAP_THRESHOLD = -3          # of malloc.h
 
@@ -3575,63 +4773,126 @@ _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
 _BROKEN = Reply(421, "4.3.0", "The relay has a problem; try again later")
 
 
+class Failures:
+    """Counts refused logins of a client's address, or of a /64 network of IPv6."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._times: dict[str, tuple[list[float], float]] = {}      # and their end
+
+    def check(self, address: IpAddress | None) -> None:
+        """Raise TemporaryError for an address that failed too often."""
+        if len(self._recent(address)) >= MAX_FAILURES:
+            raise TemporaryError("Too many failed logins from your address; try again "
+                                 "later", 421, "4.7.0", close=True)
+
+    def add(self, address: IpAddress | None) -> float:
+        """Count a failure; returns the seconds to wait before it is told."""
+        times = [*self._recent(address), self._clock()][-MAX_FAILURES:]
+        _remember(self._times, _whence(address), times, times[-1] + FAILURES_LAST)
+        return min(len(times) * FAILURE_PAUSE, MAX_FAILURE_PAUSE)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._times.clear()
+
+    def _recent(self, address: IpAddress | None) -> list[float]:
+        times, _ = self._times.get(_whence(address), ([], 0.0))
+        return [one for one in times if self._clock() < one + FAILURES_LAST]
+
+
+def _whence(address: IpAddress | None) -> str:
+    if isinstance(address, ipaddress.IPv6Address):      # one client has as many as it likes
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
+
+
 class Relay:
     """What a login and a message mean: the sections above, joined."""
 
     def __init__(self, config: Config) -> None:
-        pool = HttpPool([config.azure_authority_host, config.graph_endpoint])
+        """Join them. Raises ConfigError if ACCOUNTS_FILE cannot be used."""
+        pool = HttpPool(config.endpoints)
         self.config = config
         self._pool = pool
         self._tokens = Tokens(config, pool)
         self._graph = Graph(config, pool, self._tokens)
+        self.directory = Directory(config, Azure(config, pool, self._tokens))
+        self.failures = Failures()
         self.memory = Memory(config.max_memory_for_messages)
+        self._watcher: asyncio.Task[None] | None = None
+        if config.accounts_file:
+            self.directory.file.load()
+
+    async def start(self) -> None:
+        """Begin to watch ACCOUNTS_FILE. Raises StartError if a table that is needed
+        cannot be read.
+        """
+        if self.config.azure_tables_force_usage and self.directory.table:
+            try:
+                await self.directory.table.check(self._deadline())
+            except TemporaryError as error:
+                raise StartError("AZURE_TABLES_FORCE_USAGE=true, and the table cannot be "
+                                 f"read: {in_words(error)}") from None
+        if self.config.accounts_file:
+            self._watcher = asyncio.ensure_future(self.directory.file.watch())
 
     def close(self) -> None:
         """Close what is open to Microsoft."""
+        if self._watcher:
+            self._watcher.cancel()
         self._pool.close()
 
-    async def log_in(self, login: Authenticate, ident: str) -> Application:
-        """Check a login with Entra. Raises AuthError and TemporaryError."""
-        user = f"*** ({len(login.username)} characters)"    # malformed, it may be a secret
+    async def log_in(self, request: Authenticate, address: IpAddress | None,
+                     ident: str) -> Login:
+        """Check a login. Raises AuthError, after a pause, and TemporaryError."""
+        user = self.directory.shown(request.username)
         try:
-            tenant, client = parse_username(login.username, self.config.username_delimiter)
-            user = login.username
-            if not login.password:
-                raise AuthError("The password is empty; it must be the client secret")
-            application = Application(tenant, client, login.password)
-            await self._tokens.get(application, self._deadline())
+            self.failures.check(address)
+            login = await self.directory.find(request, address, self._deadline())
+            await self._tokens.get(login.application, self._deadline())
+            self.failures.check(address)        # others may have failed meanwhile
         except RelayError as error:
-            result = "refused"
-            if isinstance(error, TemporaryError):
-                result = "tempfail"
-                error = TemporaryError("Microsoft cannot check the password now; it may be "
-                                       "right", 454, "4.7.0", facts=error.facts)
+            pause, result = 0.0, "tempfail"
+            if isinstance(error, AuthError):
+                pause, result = self.failures.add(address), "refused"
+            elif error.reply.code != 421:
+                error = TemporaryError("The password cannot be checked now, it may be "
+                                       f"right: {error.reply.text}", 454, "4.7.0",
+                                       facts=error.facts, level=error.level)
             log_event(error.level, ident, "auth", user=user, result=result,
                       reply=error.reply, **error.facts)
+            await asyncio.sleep(pause)
             raise error from None
-        log_event(logging.INFO, ident, "auth", user=user, result="ok")
-        return application
+        log_event(logging.INFO, ident, "auth", user=user, result="ok",
+                  account=login.account.name or None)
+        return login
 
-    def check_upload(self, application: Application, mailbox: str) -> None:
+    def check_upload(self, login: Login, mailbox: str) -> None:
         """Raise DeliveryError if it is known that a large message cannot be sent."""
-        if self.config.sender_from == "envelope":       # else the mailbox is not known yet
-            self._graph.check_upload(application, mailbox)
+        mailbox = login.account.from_email or mailbox
+        if login.account.adapt(self.config).sender_from == "envelope":  # else unknown yet
+            self._graph.check_upload(login.application, mailbox)
 
-    async def deliver(self, application: Application, login: str, envelope: Envelope,
-                      session: str) -> str:
-        """Send a message of the user `login`; returns its id. Raises RelayError."""
+    async def deliver(self, login: Login, envelope: Envelope, session: str) -> str:
+        """Send a message; returns its id. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
+        account = login.account
         facts: dict[str, object] = {
-            "session": session, "sender": envelope.reverse_path,
-            "recipients": len(envelope.recipients), "size": len(envelope.message)}
+            "session": session, "account": account.name or None,
+            "sender": envelope.reverse_path, "recipients": len(envelope.recipients),
+            "size": len(envelope.message)}
+        envelope.reverse_path = account.from_email or envelope.reverse_path
         try:
             # In a thread: a header may have a million lines, and a message 150 MB.
             message = await in_thread(functools.partial(
-                make_outgoing, envelope, self.config, login))
+                make_outgoing, envelope, account.adapt(self.config), login.username))
             facts.update(sender=message.prepared.mailbox, size=message.prepared.size)
+            if not account.from_email:          # From may have said who sends
+                account.check_sender(message.prepared.mailbox)
             if message.draft:
                 facts["attachments"] = len(message.draft.attachments)
-            response = await self._graph.send(application, message, ident, deadline)
+            response = await self._graph.send(login.application, message, ident, deadline)
         except asyncio.CancelledError:
             log_event(logging.WARNING, ident, "cut", **facts,
                       problem="the relay stops; it may have been sent")
@@ -3653,21 +4914,22 @@ class Relay:
 class Connection:
     """A client's connection: the shell around a Session."""
 
-    def __init__(self, relay: Relay, context: ssl.SSLContext | None, name: str,
-                 reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, relay: Relay, contexts: Mapping[str, ssl.SSLContext], name: str,
+                 address: IpAddress | None, reader: asyncio.StreamReader,
+                 writer: asyncio.StreamWriter) -> None:
         self.ident = secrets.token_hex(4)
         self.task: asyncio.Task[None] | None = None
         self.is_running = False
         self.is_stopping = False
         self._relay = relay
-        self._context = context
+        self._address = address
+        self.access = relay.directory.access(address)
+        self._context = contexts.get(self.access.tls_min_version)
         self._reader = reader
         self._writer = writer
         self._plain_writer = writer     # asyncio closes its transport when it is collected
         self._session = Session(relay.config, name, self._trace, relay.memory,
-                                self._check_upload)
-        self._application: Application | None = None
-        self._login = ""
+                                relay.check_upload, self.access)
         self._timeout = relay.config.client_timeout
         self._progress = 0
         self._deadline = 0.0            # for the command under way
@@ -3724,13 +4986,12 @@ class Connection:
             if isinstance(event, StartTls):
                 await self._start_tls()
             elif isinstance(event, Authenticate):
-                self._application = await self._relay.log_in(event, self.ident)
-                self._login = event.username
-                self._session.authenticated()
+                self._session.authenticated(await self._relay.log_in(
+                    event, self._address, self.ident))
             else:
-                assert self._application is not None    # MAIL needs a login
-                ident = await self._relay.deliver(self._application, self._login,
-                                                  event.envelope, self.ident)
+                assert self._session.login is not None      # MAIL needs a login
+                ident = await self._relay.deliver(self._session.login, event.envelope,
+                                                  self.ident)
                 self._session.delivered(f"Accepted by Microsoft 365, id {ident}")
         except RelayError as error:
             self._session.refuse(error.reply)
@@ -3817,10 +5078,6 @@ class Connection:
             await asyncio.wait_for(self._writer.wait_closed(), LINGER)
         self._writer.transport.abort()
 
-    def _check_upload(self, mailbox: str) -> None:
-        assert self._application is not None            # MAIL needs a login
-        self._relay.check_upload(self._application, mailbox)
-
     def _trace(self, mark: str, what: object) -> None:
         if mark == "!":
             # MAX_MEMORY_FOR_MESSAGES is too small for what comes; all else is the client's.
@@ -3834,9 +5091,10 @@ class Connection:
 class Server:
     """Accepts connections, within the limits."""
 
-    def __init__(self, relay: Relay, context: ssl.SSLContext | None) -> None:
+    def __init__(self, relay: Relay, contexts: Mapping[str, ssl.SSLContext]) -> None:
+        """Get ready; `contexts` are by TLS_MIN_VERSION, and none for no TLS."""
         self._relay = relay
-        self._context = context
+        self._contexts = contexts
         self._name = relay.config.server_name or _own_name()
         self._connections: set[Connection] = set()
         self._clients: collections.Counter[str] = collections.Counter()
@@ -3850,7 +5108,7 @@ class Server:
             servers.append(await asyncio.start_server(accept, sock=sock, backlog=BACKLOG))
             log_event(logging.INFO, "-", "listening", address=sock.getsockname()[0],
                       port=sock.getsockname()[1], tls="implicit" if implicit_tls else
-                      "starttls" if self._context else "off")
+                      "starttls" if self._contexts else "off")
         await stop.wait()
         log_event(logging.INFO, "-", "stopping", connections=len(self._connections))
         for server in servers:
@@ -3881,11 +5139,14 @@ class Server:
             writer.close()
             log_event(logging.WARNING, "-", "turned-away", client=client, reason=problem)
             return
-        connection = Connection(self._relay, self._context, self._name, reader, writer)
+        connection = Connection(self._relay, self._contexts, self._name,
+                                read_address(client), reader, writer)
         self._connections.add(connection)
         self._clients[client] += 1
+        guest = connection.access.guest
         log_event(logging.INFO, connection.ident, "connected", client=client,
-                  port=writer.get_extra_info("sockname")[1])
+                  port=writer.get_extra_info("sockname")[1],
+                  account=guest.account.name if guest else None)
         connection.task = asyncio.ensure_future(connection.run(implicit_tls=implicit_tls))
         connection.task.add_done_callback(functools.partial(self._left, connection, client))
 
@@ -3998,8 +5259,7 @@ def return_memory() -> None:
     glibc keeps what has once been freed, up to 32 MiB in each thread's arena. Other
     systems have no such function, and no such need.
     """
-    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):
-        import ctypes
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_BLOCK)
 
 
@@ -4009,13 +5269,14 @@ def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     return_memory()
     for number in STOP_SIGNALS:
         signal.signal(number, _leave)
-    context = make_tls_context(config) if config.tls_source == "file" else None
+    contexts = make_tls_contexts(config)
     relay = Relay(config)
     sockets = bind(config)
     become(config.run_as)
+    relay.directory.file.check_access()
     if announce:
         announce(sockets[0][0].getsockname()[1])
-    asyncio.run(_run(relay, context, sockets))
+    asyncio.run(_run(relay, contexts, sockets))
 
 
 def _leave(number: int, frame: object) -> None:
@@ -4023,20 +5284,26 @@ def _leave(number: int, frame: object) -> None:
     raise SystemExit(0)
 
 
-async def _run(relay: Relay, context: ssl.SSLContext | None,
+async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
                sockets: list[tuple[socket.socket, bool]]) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_loop_error)
     stop = asyncio.Event()
 
-    def request_stop(number: int, frame: object) -> None:
-        with contextlib.suppress(RuntimeError):         # the loop has ended already
-            loop.call_soon_threadsafe(stop.set)
+    def handle(number: int, call: Callable[[], None]) -> None:
+        def from_signal(number: int, frame: object) -> None:
+            with contextlib.suppress(RuntimeError):     # the loop has ended already
+                loop.call_soon_threadsafe(call)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, request_stop)
+        signal.signal(number, from_signal)
+
     try:
-        await Server(relay, context).run(sockets, stop)
+        await relay.start()
+        for number in STOP_SIGNALS:
+            handle(number, stop.set)
+        if relay.config.accounts_file and hasattr(signal, "SIGHUP"):
+            handle(signal.SIGHUP, relay.directory.file.ask)
+        await Server(relay, contexts).run(sockets, stop)
     finally:
         relay.close()
     log_event(logging.INFO, "-", "stopped")
@@ -4049,7 +5316,7 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 # ---------------------------------------------------------------------------
-# §15  Demo
+# §16  Demo
 # ---------------------------------------------------------------------------
 
 _TOKEN_PATH = re.compile("/[^/]+/oauth2/v2.0/token")
@@ -4156,7 +5423,7 @@ Stop with Ctrl-C.
 
 
 # ---------------------------------------------------------------------------
-# §16  Explain
+# §17  Explain
 # ---------------------------------------------------------------------------
 #
 # What would become of a message, told without any network by the code that would do it.
@@ -4196,7 +5463,7 @@ def _receive(config: Config, message: bytes, sender: str,
     """Say to a Session what a device would. Raises RelayError with its first refusal."""
     session = Session(config, "explain", _raise_refusal)
     session.tls_started()
-    session.authenticated()
+    session.authenticated(Login(Account(), Application("", ""), "explain"))
     utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
     lines = ["EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
              *(f"RCPT TO:<{one}>" for one in recipients), "DATA", ""]
@@ -4231,17 +5498,13 @@ def visible(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------
-# §17  Command line
+# §18  Command line
 # ---------------------------------------------------------------------------
 
 def serve(environ: Mapping[str, str]) -> None:
     """Run the relay. Raises ConfigError, StartError."""
     config = Config.from_environ(environ)
     with logging_to_stderr(config.log_level):
-        if environ.get("AZURE_TABLES_URL", "").strip():
-            log_event(logging.WARNING, "-", "settings", problem="this version has no Azure "
-                      "Tables: AZURE_TABLES_URL is ignored, and names such as scan@lookup "
-                      "cannot log in")
         run(config)
 
 
@@ -4257,6 +5520,65 @@ def run_explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> in
     sys.stdout.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]
     config = Config.from_environ(environ)
     return 0 if explain(config, message, arguments.sender, arguments.recipients) else 1
+
+
+def print_hash() -> None:
+    """Ask for a password, or read it from a pipe; print its hash. Raises ConfigError."""
+    if sys.stdin.isatty():
+        password = getpass.getpass()
+        if getpass.getpass("Again: ") != password:
+            raise ConfigError("the two are not the same")
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        raise ConfigError("a password must not be empty")
+    print(hash_password(password, secrets.token_bytes(16)))
+
+
+def print_user_name(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
+    """Print the short user name of an application. Raises ConfigError."""
+    try:
+        tenant, client = read_tenant(arguments.tenant), read_client(arguments.client)
+    except ValueError as error:
+        raise ConfigError(f"needed is {error}") from None
+    short = encode_uuid(tenant) if decode_uuid(tenant) else tenant
+    print(short + Config.from_environ(environ).username_delimiter + encode_uuid(client))
+
+
+def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
+    """Print the accounts as they are understood, or what an address gets."""
+    config = Config.from_environ(environ)
+    if not config.accounts_file:
+        raise ConfigError("ACCOUNTS_FILE is not set")
+    file = AccountsFile(config)
+    file.load()
+    if arguments.match is None:
+        print("\n\n".join(map(describe_account, file.accounts)))
+        return
+    address = read_address(arguments.match)
+    if address is None:
+        raise ConfigError(f"{arguments.match!r} is no IP address")
+    access = file.accounts.access(address, config)
+    guest = f"as [{access.guest.account.name}]" if access.guest else "no"
+    print(f"{address}\n"
+          f"without login:    {guest}\n"
+          f"require_tls:      {str(access.require_tls).lower()}\n"
+          f"tls_min_version:  {access.tls_min_version}\n"
+          "may log in as:    "
+          + (" ".join(f"[{one.name}]" for one in file.accounts
+                      if one.password and one.holds(address)) or "none"))
+
+
+def describe_account(account: Account) -> str:
+    """Show an account as a section of ACCOUNTS_FILE, without its secrets."""
+    lines = [f"[{account.name}]"]
+    for key, one in declared(Account).items():
+        value = getattr(account, key)
+        text = (", ".join(map(str, value)) if isinstance(value, tuple) else
+                str(value).lower() if isinstance(value, bool) else str(value or ""))
+        if text and not (key == "client_secret" and account.client_secret_file):
+            lines.append(f"{key} = {one.show(text)}")
+    return "\n".join(lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4284,7 +5606,23 @@ def build_parser() -> argparse.ArgumentParser:
     explaining.add_argument("--to", dest="recipients", metavar="ADDRESS", required=True,
                             action="append", help="a recipient, as in RCPT TO; repeatable")
     explaining.set_defaults(run=run_explain)
+    _add_account_commands(commands)
     return parser
+
+
+def _add_account_commands(commands: Any) -> None:
+    encoding = commands.add_parser("encode", help="print the short user name of an "
+                                                  "application")
+    encoding.add_argument("tenant", metavar="TENANT", help="its ID, or a domain")
+    encoding.add_argument("client", metavar="CLIENT", help="the application's ID")
+    encoding.set_defaults(run=print_user_name)
+    hashing = commands.add_parser("hash-password", help="print the hash of a password for "
+                                                        "ACCOUNTS_FILE")
+    hashing.set_defaults(run=lambda environ, arguments: print_hash())
+    listing = commands.add_parser("accounts", help="show ACCOUNTS_FILE as it is understood")
+    listing.add_argument("--match", metavar="ADDRESS",
+                         help="show what a client with this IP address may do")
+    listing.set_defaults(run=print_accounts)
 
 
 def main(argv: list[str] | None = None) -> int:
