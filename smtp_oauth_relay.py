@@ -917,7 +917,8 @@ class Account:
 
     def holds(self, address: IpAddress | None) -> bool:
         """Say whether a client may be where it is."""
-        return not self.networks or any(address in one for one in self.networks)
+        return not self.networks or (
+            address is not None and any(address in one for one in self.networks))
 
     def check_sender(self, mailbox: str) -> None:
         """Raise DeliveryError if a mailbox may not send."""
@@ -1020,7 +1021,7 @@ class Accounts:
 
     def access(self, address: IpAddress | None, config: Config) -> Access:
         """Find what a client may do from where it is."""
-        network = max((one for one in self.by_network if address in one),
+        network = max((one for one in self.by_network if address and address in one),
                       key=lambda one: one.prefixlen, default=None)
         accounts = self.by_network[network] if network else []
         guest = next((one for one in accounts if one.login == "optional"), None)
@@ -3875,7 +3876,8 @@ class AccountsFile:
     def __init__(self, config: Config) -> None:
         self.accounts = Accounts()
         self._config = config
-        self._states: dict[str, object] = {}        # by path, see _look
+        self._states: dict[str, object] = {}        # of what was read, see _look
+        self._seen: dict[str, object] = {}          # at the last look
         self._is_asked = False                      # to read it at once
         self._wake: asyncio.Event | None = None
 
@@ -3933,19 +3935,17 @@ class AccountsFile:
 
     async def watch(self) -> None:
         """Read it when it has changed, and has then not changed for a moment."""
-        self._wake, seen = asyncio.Event(), self._states
+        self._wake = asyncio.Event()
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), READ_AGAIN)
             self._wake.clear()
             # In a thread, and without a deadline: if the disk hangs, only this waits.
             states = await in_thread(lambda: {path: _look(path) for path in self._states})
-            is_new = states not in (self._states,) and states == seen
-            if is_new or self._is_asked:
+            if self._is_asked or self._states != states == self._seen:
                 self._is_asked = False
                 await self._load_again()
-                states = self._states
-            seen = states
+            self._seen = states
 
     async def _load_again(self) -> None:
         try:
@@ -3993,7 +3993,8 @@ class Azure:
                 renewed = True
                 self._tokens.forget(self._application, token, resource)
                 continue
-            pause = next(pauses) if response.status in (429, 500, 502, 503, 504) else None
+            is_passing = response.status in (429, 500, 502, 503, 504)
+            pause = next(pauses, None) if is_passing else None
             if pause is None or time.monotonic() + pause >= deadline:
                 return response
             await asyncio.sleep(pause)
@@ -4668,14 +4669,14 @@ def _pem_by_command(pfx: bytes) -> bytes:
     for legacy in ["-legacy"], []:      # OpenSSL 1.1 neither needs nor knows it
         command = ["openssl", "pkcs12", "-nodes", "-passin", "pass:", *legacy]
         try:
-            run = subprocess.run(command, input=pfx, capture_output=True,   # noqa: S603
+            done = subprocess.run(command, input=pfx, capture_output=True,   # noqa: S603
                                  timeout=COMMAND_SECONDS)
         except subprocess.TimeoutExpired:
             raise ValueError("no end in time") from None
-        if run.returncode == 0:
-            return _sorted_pem(run.stdout)
-    reason = run.stderr.decode(errors="replace").partition("\n")[0].strip()
-    raise ValueError(reason[:120] or f"exit status {run.returncode}")
+        if done.returncode == 0:
+            return _sorted_pem(done.stdout)
+    reason = done.stderr.decode(errors="replace").partition("\n")[0].strip()
+    raise ValueError(reason[:120] or f"exit status {done.returncode}")
 
 
 def _sorted_pem(text: bytes) -> bytes:
@@ -5232,6 +5233,8 @@ def become(user: str) -> None:
                   reason="only root can become another user")
         return
     entry = pwd.getpwnam(user)
+    for codec in ("unicode_escape", "idna"):    # Python's own files may be closed to it
+        codecs.lookup(codec)
     try:
         os.initgroups(user, entry.pw_gid)
         os.setgid(entry.pw_gid)

@@ -19,6 +19,7 @@ import email
 import email.utils
 import functools
 import gc
+import hmac
 import io
 import itertools
 import json
@@ -41,6 +42,7 @@ import threading
 import time
 import unittest
 import urllib.parse
+import urllib.request
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -128,6 +130,113 @@ vU1lnyIag3k9ApwwTPKdLMuURetSmH2M4BBCaM9rGuz7KdPge4vgSURW04+sYtLx
 A7028WCSLmQiwOoBgQD4tGM4dw1EuVLX+AvtJMx+Xc1274BfEykWxQBEkd8tcJIy
 yyMvoFcZ2Vo0TjDAzvQjcZDSPt0fiv+gTf5XedNA1ldayrnrkMHK89PN+jX2Cd0=
 -----END ENCRYPTED PRIVATE KEY-----
+"""
+
+
+# A root, an intermediate and a server's certificate, as Key Vault gives them: in PKCS#12
+# of the old kind (RC2-40, 3DES, MAC of one iteration), of the new kind (AES), and as PEM.
+
+ROOT_CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIBbjCCARSgAwIBAgIUaMxfz+TTbLIAV8hd7TmMrMl5Ho0wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJVGVzdCBSb290MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
+MDAwMDAwWjAUMRIwEAYDVQQDDAlUZXN0IFJvb3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAT2SUGu3iEh3PY4z43RUd4EC5tHW4XvoeqB3+2HEKXqZKztVykluC3q
+fCd3OcrcvV7XGZXahuCeUd316MW9ZdrKo0IwQDAPBgNVHRMBAf8EBTADAQH/MA4G
+A1UdDwEB/wQEAwIBBjAdBgNVHQ4EFgQUYUZvGVR285Q8CO3njDuxRDicmTQwCgYI
+KoZIzj0EAwIDSAAwRQIhALbg73Qrm112dJNMlzpMmoxX2zI5UpLpb/m82hgTf8nN
+AiBa7y0jeLo4bDros0TcJ1njqy1uJSwy/n569B180lmaZA==
+-----END CERTIFICATE-----
+"""
+
+OLD_PFX = """\
+MIIFjAIBAzCCBVYGCSqGSIb3DQEHAaCCBUcEggVDMIIFPzCCBDYGCSqGSIb3DQEHBqCCBCcwggQj
+AgEAMIIEHAYJKoZIhvcNAQcBMBsGCiqGSIb3DQEMAQYwDQQI3Lapcyq5RKwCAQGAggPwuM8vWflt
+KHbK18rVu8QJtUvjM/M5wl2z8TUPKmMguky7BQMnetDvk7TEH1NIN2XIiknKVlUXIlW4Cz4SMbna
+JdHwMrfFYmcsxEy7itPP5S2SF0569t20qEqV7PcpFeZZloQIRulFiGW++E4i2lJ0hvKfvc4TWBId
+6b8Tc3HOTB8wWRyABngnZ8WySpt6w3LdCze5nbpIWpIq5IC6hU2YnX0ojj20D9Qof7rT69g3lDeg
+3N9QX61f4XWAGjNLO2qwgVGTagsrsT5j8bF/q0Y6BxXa5gDKVDJYMdWwOA35l6qvQR8uGlfqpRvD
+QHIaTIakjsxzD6zrcIaWuWveocGplXWKkcNKCukVzEJYF/2J6lpQsfR07KRzLFZIG2nhcVpKLGsa
+AWhsg6ZYuWnXyDoMdwEYj1ZRvCUX81+bZeXgk3hUO8JFm3zHxm/8oYzoDEFW6Obr26FhSh5xU96Y
+KM9ZQ2KcOqHTp/XEk9k1CslECZ++nitYiYSSIkytt4lTlmpGrxr6hHZeos+CHJPLv5i2yUBsYDFV
+Wir+LWbuMSL5bseIaP321Hfss1D7TQu/0gF1X3oXCfSwbRY6+lH2EUDjpqgJSCTeQCOp+T1pKAMm
+uvyujZQr0ObyCr0fS+6kZ1aNWNTANw6iNFqX9gvBuq1UruiBbOepZDDeHn0cCc49yMmriujgxSfN
+7ut9YfMCbIrCP6ibXNeNnKLVb6ksZDTuVxs/gnXfUwR53TfOKe4wbvGJ0SwUxkNiUHpk9S7xji3f
+otniJ9BTbgOxfbMSPrfrIg3NeSPW/M31uEvjaBCs0braSZIBhJNLj6QF/GPkjcssaDSOUbGUVUv/
+JaqXPZKkJ30LDC52qWKSc76rJuaDsPEiP4mOJwX6B+uuq0OgrSjVVmjQ7P98UWBSAQW/yNBmtH0o
+b3n4pGu8LrU2QxjKIARSl1n9OhBQgXnbPXdUtLDEnXpz/kpST0AR8gNjNBfHCCXWGWWdCcib+QW2
+6LWfzRLb7E5tp3hczJRTlNiDkbRNOitaj9UJUrlAjCtSiDbDg6+fMTEYb1rK5lHrbcr6+OjqUrrM
+HugZC6uTH0zjUuschwfcSE+UaivIo8hcA749lVtHLETBndyfRLc9hDeBpvHtV1hmsSqRaBJIkwNk
+iyX9NnGme3GjR/8Dxqbrj4gTTajTjOAuEt/xwzO9dk6EEFcAFZb8oJKpYMwsZ561VhSCPfq53lTk
+uy2u1DkaNydok8b7Dvsq7SSKF3VYCtvi/AEqfXREvTE7ehutUNgNbfAksDDOT/mN9uz0INaeFsxO
+Tg+wZiq46r+xL9ukY1g3/rNY+x2Ho3L1Ux08moTFoFuMMIIBAQYJKoZIhvcNAQcBoIHzBIHwMIHt
+MIHqBgsqhkiG9w0BDAoBAqCBszCBsDAbBgoqhkiG9w0BDAEDMA0ECAt324RIx0JcAgEBBIGQm7Fs
+OwNE+9r3J/fVhJjMLexf2gyOkAgxbXPWeIm6IPMhni+3Yr6yLtd2Sh7y+bB02FBzgonJRdRBJTOL
+z4bhAwPQ2cYi0FOZVzDMf5htiaVw8qN+EszRqmKXjWBRTN/SZ1Zyxa2xq90mnne54LvSbWK23qQ3
+yBirTf0QsfIJMF0eX8CbsMbBtDUddR7qFRWSMSUwIwYJKoZIhvcNAQkVMRYEFBHwMP+bEi6yzQcp
+viKW/G3WOV37MC0wITAJBgUrDgMCGgUABBTtxyXwYUx+RiOud2R/Vi9CtVdwMAQICtM6VqitLOY=
+"""
+
+NEW_PFX = """\
+MIIGHAIBAzCCBdIGCSqGSIb3DQEHAaCCBcMEggW/MIIFuzCCBHIGCSqGSIb3DQEHBqCCBGMwggRf
+AgEAMIIEWAYJKoZIhvcNAQcBMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAilQPOumaU1
+hAICCAAwDAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEELRQgtOwaJn1xBr+WSJ9iaAggPwj7C/
+2+JOKfYkqJ0Q76PJQZ72tMmzhYktKCbBA+gFOaJFcMf5iHrXJZ2O8H0t0C0/Qz4RQqXPov04wsEW
+smZehYZaGhfuFV2V6B7StTWDDn2OzJZYA0lH0XtVuri7+iHtXZS0graS79fpvUzXQzeYb4DvZOo8
+CXADa3SyxUgs2QlmvJ5IsSfhOeOhMOyJfZLnYTjOMwgXaxjxL4gq03xYCpYIr5qyxeBIx+HNeQBx
+15PsizDDutU1qlXPvcw3Y6JpYlziUMFv4W7K8ix46dgYZpC/XXFggvoRTKexHa9Se+b3ImKmsipW
+dSCsEuaA1l2UvjauppW7NXjBS7DTteNFrJeA8YVZqdfNnuSsZdUS2z0P0LUt/PEKs1Z8ReqPWpsW
+A1rmjKyGTWrP3pz5kk4UGuLyrAqfGStj7nSHwFqVrV/5NxomuoRjvoIujbL6A7Y3y0ZGvQm4z8fp
+aqvCw6b7UCqJgm5CEyvCG5y4ZMU6svSWdX0FuMShYyznbbd+qk88DpYv1WydlzrkQ9rE7uHp1RmB
+qOkAJmy0aGk6z2n77O98WXPk0caL7p3dvLRsBvDxRma6x8zrXf2fI/QP3Kze/GDR7LouVYedb+Ei
+JkhKCSyJQERn/YTLSsvSsM0MT1avoGg2P8orqt4iXGevGtPXoC8uREoRWeQd8P+reXNvjgVD3uJ6
+iokvyMtAgIqndd0rQYcuQob6lPGc4BNbmHY+hNfklDj9O6PzPWPblEeN+SLWSzAz3dcjLI4PAWAr
+4wxr5h5LstIjZ3kStgYdL//4fwy05buUrie5n47yL78msN3F3MfjLiZrrSOtgqGqkrsbRHgDP75b
+9teQpem7t6RfaXe4AyCEbyPAPtKMN1PZgpG83CngNzT50bt+XluEO6QVEBMQmzhJhoDSlOtr2fiR
+qIFsWkaDSHcni3zV/aCbfc3fWb6sJl+qRha/58yAY4vPkf7bGOaDUlmAgBZ5PguhWdm1B1jn7y0H
+zwumfTNvkHc/ezYuy5pfgdM68qxNIb6eG8+NlkRDoaCGI7H4vaYu1jmHGwDM3NV2E37dNynbWVCc
+widIuBdjYDJf7WyFJwkoWawWkMfh8rZOJh0TiRcn5NsJAurxFN8hILqVyTsQoKCyZBMQaqH9wTx+
+a7HIxVRLUGT9LjNrRoSfazRzhHJmOsXbbqL5ykZpjdKpCmkfSrKpl/kpVTjYJ3VQxq606yhC17gb
+ElCQvWR1E/wM2IZquinE2jOpA7KpfdA06GJ96txm6+YWGiX1565KeXA/k/mofut9oSk9Ke5Wgc4v
+nG05Zct0hwjPTVeNJyCS5bjR5BoGi+fMF8tvc4MjVqjScc5yMIIBQQYJKoZIhvcNAQcBoIIBMgSC
+AS4wggEqMIIBJgYLKoZIhvcNAQwKAQKgge8wgewwVwYJKoZIhvcNAQUNMEowKQYJKoZIhvcNAQUM
+MBwECC//zfsEYdSdAgIIADAMBggqhkiG9w0CCQUAMB0GCWCGSAFlAwQBKgQQDPo+WDorfafARP2F
+kY1SbwSBkCVdCCZCf9jnuxGXnSeKbqCSimGHkphXtd2xcxMyZr9u4t+JW/gwdtg989yUSGWCwzNB
+Ft6N6MUgBPvf9ua6klAL1/92xe2qA37jaaiKOnii5qjDgFqFi4HTvuAsPf7DWlqIgIGrH7VZ1fIt
+bSsIWor6lT6Cr/GFEE4ZZMGvmUCwY7yrZOm+b0YhqOJig0cDxDElMCMGCSqGSIb3DQEJFTEWBBQR
+8DD/mxIuss0HKb4ilvxt1jld+zBBMDEwDQYJYIZIAWUDBAIBBQAEIGrYt5AgnrauIZtL20XiFW9/
+TYcd7IhkhP69+XyezaVDBAjftM6GaVO23QICCAA=
+"""
+
+VAULT_PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgRx82+Y+HP0f4oWZK
+yHlUgGe7oiJFRipIxCt90g4Kd/OhRANCAATPhc0+fYTuKVwM3aKtqm/bW0PBAj5K
+KZAHcH6EbVaJ/VKOHklxBOS+cLMI7h4DA+WYAuExGPHDohDYn9on42V+
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBxzCCAW2gAwIBAgIUJbbZVGlmIic+tukfXF0jBsZrqLAwCgYIKoZIzj0EAwIw
+HDEaMBgGA1UEAwwRVGVzdCBJbnRlcm1lZGlhdGUwIBcNMjAwMTAxMDAwMDAwWhgP
+MjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMMCWxvY2FsaG9zdDBZMBMGByqGSM49
+AgEGCCqGSM49AwEHA0IABM+FzT59hO4pXAzdoq2qb9tbQ8ECPkopkAdwfoRtVon9
+Uo4eSXEE5L5wswjuHgMD5ZgC4TEY8cOiENif2ifjZX6jgZIwgY8wGgYDVR0RBBMw
+EYIJbG9jYWxob3N0hwR/AAABMAwGA1UdEwEB/wQCMAAwDgYDVR0PAQH/BAQDAgeA
+MBMGA1UdJQQMMAoGCCsGAQUFBwMBMB0GA1UdDgQWBBRPG6L6ba1sOVW1oawXKYLa
+C4usIjAfBgNVHSMEGDAWgBTq0SBNKotFyL0JtWYNEjMkhPHl6jAKBggqhkjOPQQD
+AgNIADBFAiEAz+9klAk4UeZeb2Wko2iTOj4Udma15qaLSBzR/SKhISgCIHfVJlIz
+t0Dz9kgZG3R0jk9/+3TfeWv4gZqJyvjEk7De
+-----END CERTIFICATE-----
+-----BEGIN CERTIFICATE-----
+MIIBmTCCAUCgAwIBAgIUcNXE9nykeeB0YbOx8/Mlbh9KykUwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJVGVzdCBSb290MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
+MDAwMDAwWjAcMRowGAYDVQQDDBFUZXN0IEludGVybWVkaWF0ZTBZMBMGByqGSM49
+AgEGCCqGSM49AwEHA0IABMsUoVPGuSW4sD3MDUsPLU1Pj2SnLRPwt5YtaVd/D//7
+1jlDBgLpCmuDFdKmeuKOFbGmyCAqVsBHsxUYsMmgVIyjZjBkMBIGA1UdEwEB/wQI
+MAYBAf8CAQAwDgYDVR0PAQH/BAQDAgEGMB0GA1UdDgQWBBTq0SBNKotFyL0JtWYN
+EjMkhPHl6jAfBgNVHSMEGDAWgBRhRm8ZVHbzlDwI7eeMO7FEOJyZNDAKBggqhkjO
+PQQDAgNHADBEAiB3eB6YpAnW76zX6QGon/Jg8mZ4tluac46Mq5AVWjg1agIgELlN
+OmmtqsIWejMK53rP8aLwOyLb+HfEgRUx8+lJiXk=
+-----END CERTIFICATE-----
 """
 
 
@@ -506,8 +615,240 @@ class PathTests(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------
-# §4  Credentials
+# §4  Accounts
 # ---------------------------------------------------------------------------
+
+PASSWORD = "ten-lettrs"                                 # of a device
+HASH = relay.hash_password(PASSWORD, b"sixteen octets..")
+APPLICATION = f"tenant_id = {TENANT}\nclient_id = {CLIENT}\n"
+
+EXAMPLE = f"""\
+[DEFAULT]
+tenant_id = {TENANT}
+client_id = {CLIENT}
+client_secret = s3cr~t._-            ; or client_secret_file, or neither
+
+[scan2]                              ; the user name that the device types
+password = {HASH}
+from_email = scanner@example.com     # sends as this mailbox
+allowed_recipients = example.com,
+    boss@partner.example
+allowed_senders = example.com
+networks = 192.168.7.0/24, fd00:7::/64
+login = optional
+require_tls = false
+tls_min_version = 1.0
+
+[direct@example.com]
+client_secret =
+"""
+
+
+def parse(text: str, **settings: str) -> list[relay.Account]:
+    """Read accounts that have no faults."""
+    accounts, faults = relay.parse_accounts(text, make_config(**settings))
+    if faults:
+        raise AssertionError(faults)
+    return accounts
+
+
+class AccountTests(unittest.TestCase):
+    """What an accounts file says."""
+
+    def test_the_example(self) -> None:
+        scan, direct = parse(EXAMPLE)
+        self.assertEqual((scan.name, scan.tenant_id, scan.client_id, scan.from_email),
+                         ("scan2", TENANT, CLIENT, "scanner@example.com"))
+        self.assertEqual((scan.password, scan.client_secret), (HASH, "s3cr~t._-"))
+        self.assertEqual(scan.allowed_recipients, ("example.com", "boss@partner.example"))
+        self.assertEqual([str(one) for one in scan.networks],
+                         ["192.168.7.0/24", "fd00:7::/64"])
+        self.assertEqual((scan.login, scan.require_tls, scan.tls_min_version),
+                         ("optional", False, "1.0"))
+        self.assertEqual(scan.as_application("typed"), relay.Application(
+            TENANT, CLIENT, "s3cr~t._-", is_ours=True))
+        # An empty key takes back what DEFAULT says.
+        self.assertEqual(direct.as_application("typed"),
+                         relay.Application(TENANT, CLIENT, "typed"))
+        self.assertNotIn("s3cr", repr(scan))
+        self.assertNotIn("scrypt", repr(scan))
+
+    def test_a_secret_of_a_section_takes_the_place_of_the_default(self) -> None:
+        for line, kind in (("client_secret_file = /x", "secret"), ("client_secret = t", "secret"),
+                           ("credential = managed-identity", "managed-identity")):
+            with self.subTest(line):
+                account, = parse(f"[DEFAULT]\n{APPLICATION}client_secret = s\n"
+                                 f"[a]\n{line}\npassword = {HASH}\n")
+                self.assertEqual(account.as_application().credential, kind)
+                self.assertNotEqual(account.client_secret, "s")
+
+    def test_identities(self) -> None:
+        account, = parse(f"[a]\ncredential = Managed-Identity\npassword = {HASH}\n")
+        self.assertEqual(account.as_application("typed"), relay.Application(
+            "", "", "", "managed-identity", is_ours=True))
+        account, = parse(f"[a]\ncredential = workload-identity\npassword = {HASH}\n",
+                         AZURE_FEDERATED_TOKEN_FILE="/t", AZURE_TENANT_ID=TENANT,
+                         AZURE_CLIENT_ID=CLIENT)
+        self.assertEqual(account.as_application(), relay.Application(
+            TENANT, CLIENT, "", "workload-identity", is_ours=True))
+
+    def test_each_fault_names_section_and_key(self) -> None:
+        own = f"{APPLICATION}client_secret = hidden\n"
+        for lines, fault in (
+                ("tenant_id = x", "[a] tenant_id = x: must be the ID of a tenant"),
+                (f"{APPLICATION}client_id = contoso.com", "line 4: [a] client_id is there twice"),
+                ("client_id = x", "[a] client_id = x: must be the ID of an application"),
+                (f"{own}password = hidden", "[a] password = ***: must be what this prints: "
+                 "python3 smtp_oauth_relay.py hash-password"),
+                (f"{own}password = scrypt$x$y", "[a] password = ***: must be what this prints"),
+                (f"{APPLICATION}from_email = scanner", "[a] from_email = scanner: must be an"),
+                (f"{APPLICATION}allowed_recipients = a@b@c", "[a] allowed_recipients = a@b@c: "),
+                (f"{APPLICATION}allowed_senders = *", "[a] allowed_senders = *: must be domains"),
+                (f"{APPLICATION}networks = 10.0.0.1/8", "[a] networks = 10.0.0.1/8: must be"),
+                (f"{APPLICATION}networks = printer", "[a] networks = printer: must be networks"),
+                (f"{APPLICATION}login = no", "[a] login = no: must be one of required optional"),
+                (f"{APPLICATION}networks = 10.0.0.0/8\nrequire_tls = maybe",
+                 "[a] require_tls = maybe: must be one of true false"),
+                (f"{APPLICATION}networks = 10.0.0.0/8\ntls_min_version = 1.4",
+                 "[a] tls_min_version = 1.4: must be one of"),
+                (f"{APPLICATION}credential = password", "[a] credential = password: must be"),
+                (f"{APPLICATION}colour = red", "[a] colour: is no key"),
+                (f"{APPLICATION}form_email = a@b.c", "[a] form_email: is no key; is it "
+                 "from_email?"),
+                ("", "[a] tenant_id: must be set"),
+                (f"tenant_id = {TENANT}", "[a] client_id: must be set"),
+                (f"{own}client_secret_file = /x\npassword = {HASH}", "[a] set one of "
+                 "client_secret, client_secret_file, credential"),
+                (f"{APPLICATION}password = {HASH}", "[a] password: needs client_secret"),
+                (own, "[a] password: must be set, as anybody could log in"),
+                (f"{APPLICATION}login = optional\nnetworks = 10.0.0.0/8",
+                 "[a] login: optional needs client_secret"),
+                (f"{own}login = optional", "[a] login: optional needs networks"),
+                (f"{own}login = optional\nnetworks = 0.0.0.0/0", "[a] networks: 0.0.0.0/0 "
+                 "without login is an open relay"),
+                (f"{own}login = optional\nnetworks = ::/0", "[a] networks: ::/0 without"),
+                (f"{own}login = optional\nnetworks = 10.0.0.0/7", "[a] networks: 10.0.0.0/7"),
+                (f"{own}login = optional\nnetworks = 128.0.0.0/1", "[a] networks: 128.0.0.0/1"),
+                (f"{APPLICATION}require_tls = false", "[a] require_tls: needs networks"),
+                (f"{APPLICATION}tls_min_version = 1.0", "[a] tls_min_version: needs networks"),
+                (f"{APPLICATION}networks = 10.0.0.0/8\nrequire_tls = true",
+                 "[a] require_tls: true needs a certificate"),
+                ("credential = workload-identity", "[a] credential: workload-identity needs "
+                 "AZURE_FEDERATED_TOKEN_FILE"),
+                ("hidden words", "line 2: is no [section], key = value or comment"),
+                ("[", "line 2: is no [section]"), ("= hidden", "line 2: is no [section]"),
+                (f"{APPLICATION}[a]", "line 4: [a] is there twice"),
+                (f"{APPLICATION}[A]\n{APPLICATION}", "[A] is there twice; case does not"),
+                (f"{APPLICATION}[default]\n{APPLICATION}", "[default]: must be [DEFAULT]")):
+            with self.subTest(lines):
+                _, faults = relay.parse_accounts(f"[a]\n{lines}\n", make_config())
+                self.assertTrue(any(one.startswith(fault) for one in faults), faults)
+                self.assertNotIn("hidden", "".join(faults))
+        for text, fault in (("", "there is no account in it"),
+                            ("[DEFAULT]\n", "there is no account in it"),
+                            ("hidden = x\n", "line 1: is no [section]"),
+                            ("[DEFAULT]\ntenant_id = x\n[a]\n[b]\n", "[DEFAULT] tenant_id = x")):
+            with self.subTest(text):
+                _, faults = relay.parse_accounts(text, make_config())
+                self.assertTrue(faults[0].startswith(fault), faults)
+                self.assertEqual(len([one for one in faults if "DEFAULT" in one]),
+                                 "tenant_id" in text)
+
+    def test_all_faults_are_told_at_once(self) -> None:
+        _, faults = relay.parse_accounts(
+            "[a]\ntenant_id = x\ncolour = red\n[b]\nlogin = x\n", make_config())
+        self.assertEqual([one.partition(":")[0] for one in faults],
+                         ["[a] tenant_id = x", "[a] colour", "[b] login = x",
+                          "[a] client_id", "[b] tenant_id", "[b] client_id"])
+
+    def test_accounts_that_cannot_be_told_apart(self) -> None:
+        def two(first: str, second: str) -> list[str]:
+            return relay.parse_accounts(
+                f"[DEFAULT]\n{APPLICATION}client_secret = s\npassword = {HASH}\n"
+                f"[a]\n{first}\n[b]\n{second}\n", make_config())[1]
+        net = "networks = 10.0.0.0/8\n"
+        self.assertEqual(two(f"{net}login = optional", f"{net}login = optional"),
+                         ["[a] and [b] networks: both claim 10.0.0.0/8 without login"])
+        self.assertEqual(two(f"{net}login = optional", net), [])
+        self.assertEqual(two(f"{net}login = optional", "networks = 10.1.0.0/16\nlogin=optional"),
+                         [])
+        self.assertEqual(two(f"{net}require_tls = false", net), [])
+        self.assertIn("[a] and [b] tls_min_version: must be the same",
+                      two(f"{net}tls_min_version = 1.0", f"{net}tls_min_version = 1.2")[0])
+
+    def test_the_most_specific_network_decides(self) -> None:
+        accounts = relay.Accounts(parse(f"""\
+[DEFAULT]
+{APPLICATION}client_secret = s
+password = {HASH}
+[office]
+networks = 10.0.0.0/8, fd00::/8
+login = optional
+[erp]
+networks = 10.1.2.3
+[old]
+networks = 10.1.0.0/16
+login = optional
+require_tls = false
+tls_min_version = 1.0
+[new]
+networks = 10.1.0.0/16
+"""))
+        for address, guest, require_tls, least in (
+                ("10.2.0.1", "office", True, "1.2"), ("10.1.0.1", "old", False, "1.0"),
+                ("10.1.2.3", None, True, "1.2"), ("192.168.1.1", None, True, "1.2"),
+                ("fd00::1", "office", True, "1.2"), ("fe80::1%eth0", None, True, "1.2"),
+                ("::ffff:10.1.0.1", "old", False, "1.0"), ("unknown", None, True, "1.2")):
+            with self.subTest(address):
+                access = accounts.access(relay.read_address(address),
+                                         tls_config(TLS_MIN_VERSION="1.2"))
+                self.assertEqual(access.guest and access.guest.account.name, guest)
+                self.assertEqual(access[1:], (require_tls, least))
+                if access.guest:
+                    self.assertEqual(access.guest.application.secret, "s")
+
+    def test_who_is_among_the_allowed(self) -> None:
+        account = relay.Account("a", allowed_recipients=relay.declared(relay.Account)[
+            "allowed_recipients"].parse("Example.com, boss@Partner.example \"ab\"@x.y"))
+        for mailbox in ("a@example.com", "A@EXAMPLE.COM", "BOSS@partner.example", "AB@x.y"):
+            account.check_recipient(mailbox)
+        for mailbox in ("a@sub.example.com", "a@example.com.evil.example", "a@xexample.com",
+                        "other@partner.example", '"a@example.com"@evil.example',
+                        "example.com@evil.example"):
+            with self.subTest(mailbox), self.assertRaises(relay.DeliveryError) as caught:
+                account.check_recipient(mailbox)
+            self.assertTrue(str(caught.exception.reply).startswith("550 5.7.1 "))
+        relay.Account("a").check_sender("anybody@x.y")
+
+    def test_passwords(self) -> None:
+        self.assertRegex(HASH, r"^scrypt\$[\w-]{22}\$[\w-]{43}$")
+        self.assertTrue(relay.is_password(PASSWORD, HASH))
+        for wrong in ("", PASSWORD[:-1], PASSWORD + " ", PASSWORD.upper()):
+            self.assertFalse(relay.is_password(wrong, HASH))
+        self.assertFalse(relay.is_password("", relay._NOBODY))
+        # RFC 7914 section 12 has no vector of our parameters; this is OpenSSL's answer.
+        self.assertEqual(relay.hash_password("\u00fc", bytes(range(16))),
+                         "scrypt$AAECAwQFBgcICQoLDA0ODw$AP8dJQet8qsK2VB-snAjmLJ5a-0Oj5eB9CtaFcakSOs")
+
+    def test_names_for_the_table(self) -> None:
+        for username, name in (("scan2@lookup", "scan2"), ("a.b@lookup", "a.b"),
+                               ("a@b.c@LookUp.local", "a@b.c"), ("@lookup", None),
+                               ("scan2", None), ("scan2@lookups", None), (USER, None)):
+            self.assertEqual(relay.lookup_name(username, "@"), name, username)
+        self.assertEqual(relay.lookup_name("a|lookup", "|"), "a")
+
+    def test_who_the_relay_is(self) -> None:
+        env = {"AZURE_TENANT_ID": TENANT, "AZURE_CLIENT_ID": CLIENT}
+        for more, wanted in (
+                ({"AZURE_CLIENT_SECRET": "s", "AZURE_FEDERATED_TOKEN_FILE": "/t"},
+                 relay.Application(TENANT, CLIENT, "s", is_ours=True)),
+                ({"AZURE_FEDERATED_TOKEN_FILE": "/t"}, relay.Application(
+                    TENANT, CLIENT, "", "workload-identity", is_ours=True)),
+                ({}, relay.Application("", CLIENT, "", "managed-identity", is_ours=True)),
+                ({"AZURE_CLIENT_SECRET": "s", "AZURE_TENANT_ID": ""}, relay.Application(
+                    "", CLIENT, "", "managed-identity", is_ours=True))):
+            self.assertEqual(relay.own_application(make_config(**{**env, **more})), wanted)
+
 
 SHORT_TENANT = base64.urlsafe_b64encode(bytes.fromhex(TENANT.replace("-", ""))).decode()[:22]
 SHORT_CLIENT = base64.urlsafe_b64encode(bytes.fromhex(CLIENT.replace("-", ""))).decode()[:22]
@@ -1230,6 +1571,80 @@ class PropertyTests(SessionCase):
                 codes(whole.said)
                 for message in whole.messages:
                     self.assertNotRegex(message, rb"(?<!\r)\n|\r(?!\n)")
+
+
+class AccountSessionTests(SessionCase):
+    """What an account allows, in the dialogue."""
+
+    def begin(self, *, guest: bool = False, require_tls: bool = True, secure: bool = False,
+              **rules: Any) -> Dialogue:
+        login = relay.Login(relay.Account("scan2", **rules), relay.Application("", "", "s"),
+                            "" if guest else "scan2")
+
+        def answer(session: relay.Session, event: relay.Event) -> None:
+            if isinstance(event, relay.Authenticate):
+                session.authenticated(login)
+            else:
+                accept(session, event)
+        return Dialogue(tls_config(), secure=secure, answer=answer, access=relay.Access(
+            login if guest else None, require_tls, "1.2"))
+
+    def test_senders_and_recipients(self) -> None:
+        dialogue = self.begin(secure=True, allowed_senders=("a.b",),
+                              allowed_recipients=("d.e", "boss@f.g"))
+        said = dialogue.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<x@b.c>\r\nMAIL FROM:<x@A.B>\r\n"
+                             b"RCPT TO:<x@y.z>\r\nRCPT TO:<x@d.e>\r\nRCPT TO:<Boss@f.g>\r\n"
+                             b"RCPT TO:<other@f.g>\r\nDATA\r\nText\r\n.\r\n")
+        self.assertEqual(codes(said)[-9:], [235, 550, 250, 550, 250, 250, 550, 354, 250])
+        self.assertIn(b"550 5.7.1 This account may not send as x@b.c", said)
+        self.assertIn(b"550 5.7.1 This account may not send to other@f.g", said)
+        envelope = next(event.envelope for event in dialogue.events
+                        if isinstance(event, relay.Deliver))
+        self.assertEqual(list(envelope.recipients.values()), ["x@d.e", "Boss@f.g"])
+
+    def test_the_null_reverse_path_is_judged_later(self) -> None:
+        dialogue = self.begin(secure=True, allowed_senders=("a.b",))
+        said = dialogue.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<>\r\n")
+        self.assertEqual(codes(said)[-1], 250)
+
+    def test_many_forbidden_recipients_do_not_end_the_session(self) -> None:
+        dialogue = self.begin(secure=True, allowed_recipients=("d.e",))
+        said = dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + b"RCPT TO:<x@y.z>\r\n" * 50
+                             + b"RCPT TO:<x@d.e>\r\n")
+        self.assertEqual(codes(said)[-51:], [550] * 50 + [250])
+
+    def test_without_login(self) -> None:
+        dialogue = self.begin(guest=True, require_tls=False)
+        said = dialogue.feed(b"EHLO x\r\n" + MAIL + RCPT + b"DATA\r\nText\r\n.\r\n")
+        self.assertEqual(codes(said)[-4:], [250, 250, 354, 250])
+        self.assertIn(b"AUTH PLAIN LOGIN", said)
+
+    def test_without_login_but_with_tls(self) -> None:
+        dialogue = self.begin(guest=True)
+        said = dialogue.feed(b"EHLO x\r\n" + MAIL)
+        self.assertIn(b"530 5.7.0 Say STARTTLS first", said)
+        said = dialogue.feed(b"STARTTLS\r\n") + dialogue.feed(b"EHLO x\r\n" + MAIL + RCPT)
+        self.assertEqual(codes(said)[-2:], [250, 250])
+
+    def test_who_may_send_without_login_may_log_in_too(self) -> None:
+        dialogue = self.begin(guest=True, secure=True)
+        said = dialogue.feed(b"EHLO x\r\n" + LOGIN)
+        self.assertEqual(codes(said)[-1], 235)
+        other = Dialogue(tls_config(), secure=True, access=self.begin(
+            guest=True).session._access)
+        other.feed(b"EHLO x\r\n" + LOGIN)
+        assert other.session.login is not None
+        self.assertEqual(other.session.login.username, "test")
+        self.assertEqual(codes(other.feed(LOGIN))[-1], 503)
+
+    def test_tls_is_as_the_network_has_it(self) -> None:
+        for require_tls, secure, login in ((True, False, 530), (False, False, 235),
+                                           (True, True, 235)):
+            with self.subTest(require_tls=require_tls, secure=secure):
+                dialogue = self.begin(require_tls=require_tls, secure=secure)
+                said = dialogue.feed(b"EHLO x\r\n" + LOGIN)
+                self.assertEqual(codes(said)[-1], login)
+                self.assertEqual(b"AUTH PLAIN" in said, login == 235)
 
 
 # ---------------------------------------------------------------------------
@@ -2333,7 +2748,9 @@ KINDS = {                   # what is asked of Entra and Graph, by method and pa
     "draft": "POST .*/users/[^/]+/messages", "attach": "POST .*/messages/[^/]+/attachments",
     "open": "POST .*/messages/[^/]+/attachments/createUploadSession",
     "put": r"PUT /upload/[0-9]+\?authtoken=a%2Fb", "send-draft": "POST .*/messages/[^/]+/send",
-    "delete": "DELETE .*/messages/[^/]+"}
+    "delete": "DELETE .*/messages/[^/]+",
+    "imds": r"GET /metadata/identity/oauth2/token\?.*", "app-service": r"GET /msi/token\?.*",
+    "arc": r"GET /arc/token\?.*", "table": "GET /account/users.*", "vault": "GET /secrets/.*"}
 
 
 # An action answers a request on a socket; it returns whether the connection goes on.
@@ -2389,7 +2806,10 @@ class FakeMicrosoft:
         self._lock = threading.Lock()
         self._script: dict[str, collections.deque[Action]] = collections.defaultdict(
             collections.deque)
-        self._tokens: dict[str, tuple[str, str]] = {}
+        self._tokens: dict[str, str] = {}       # and what for
+        self.entities: dict[str, dict[str, str]] = {}
+        self.secret: dict[str, Any] = {}
+        self.arc_key = ""
         self._busy: collections.Counter[str] = collections.Counter()
         self.most_busy = 0
         self.requests: list[Request] = []
@@ -2474,6 +2894,8 @@ class FakeMicrosoft:
         return {"token": self._give_token, "send": self._send_mail, "draft": self._make_draft,
                 "attach": self._attach, "open": self._open_upload, "put": self._take_piece,
                 "send-draft": self._send_draft, "delete": self._delete_draft,
+                "imds": self._give_identity, "app-service": self._give_identity,
+                "arc": self._give_identity, "table": self._look_up, "vault": self._give_secret,
                 }.get(request.kind, graph_says(404, "ResourceNotFound"))(sock, request)
 
     # One thread for a connection.
@@ -2532,20 +2954,85 @@ class FakeMicrosoft:
 
     def _give_token(self, sock: socket.socket, request: Request) -> bool:
         form = urllib.parse.parse_qs(request.body.decode(), strict_parsing=True)
-        wanted = {"grant_type": ["client_credentials"], "scope": [f"{self.url}/.default"]}
-        if ({name: form.get(name) for name in wanted} != wanted
+        resource, _, default = form["scope"][0].rpartition("/")
+        proofs = ({"client_secret"}, {"client_assertion", "client_assertion_type"})
+        if (form["grant_type"] != ["client_credentials"] or default != ".default"
                 or request.headers["content-type"] != "application/x-www-form-urlencoded"
-                or set(form) != {*wanted, "client_id", "client_secret"}):
+                or set(form) - {"grant_type", "scope", "client_id"} not in proofs):
             self.complaints.append(f"bad token request {form}")
+        return say(200, {"token_type": "Bearer", "expires_in": 3599, "ext_expires_in": 3599,
+                         "access_token": self._make_token(resource)},
+                   content_type="application/json")(sock, request)
+
+    def _make_token(self, resource: str) -> str:
         with self._lock:
             token = f"token-{len(self._tokens)}"
-            self._tokens[token] = (request.path.split("/")[1], form["client_id"][0])
-        return say(200, {"token_type": "Bearer", "expires_in": 3599, "ext_expires_in": 3599,
-                         "access_token": token}, content_type="application/json")(sock, request)
+            self._tokens[token] = resource
+        return token
+
+    def _is_for(self, request: Request, resource: str) -> bool:
+        """Whether a request has a token, and one for what it asks."""
+        bearer, _, token = request.headers.get("authorization", "").partition(" ")
+        return bearer == "Bearer" and self._tokens.get(token) == resource
+
+    # Managed identities, facts 6.
+
+    def _give_identity(self, sock: socket.socket, request: Request) -> bool:
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(request.path).query)
+        version = {"imds": "2018-02-01", "app-service": "2019-08-01", "arc": "2020-06-01"}
+        if query["api-version"] != [version[request.kind]] or not set(query) <= {
+                "api-version", "resource", "client_id"}:
+            self.complaints.append(f"bad request for an identity {request.path}")
+        if request.kind == "app-service":
+            if request.headers.get("x-identity-header") != "header":
+                return say(401)(sock, request)
+        elif request.headers.get("metadata") != "true":
+            return say(400, {"error": "bad_request_102", "error_description":
+                             "Required metadata header not specified"})(sock, request)
+        if request.kind == "arc" and request.headers.get(
+                "authorization") != "Basic key of arc":
+            return say(401, WWW_Authenticate=f"Basic realm={self.arc_key}")(sock, request)
+        resource, = query["resource"]
+        answer = {"access_token": self._make_token(resource), "resource": resource,
+                  "expires_on": str(int(time.time()) + 3599), "token_type": "Bearer"}
+        if request.kind != "app-service":
+            answer["expires_in"] = "3599"
+        return say(200, answer)(sock, request)
+
+    # Tables and Key Vault, facts 7 and 8.
+
+    def _look_up(self, sock: socket.socket, request: Request) -> bool:
+        if "sig=" not in request.path and not self._is_for(request, "https://storage.azure.com"):
+            return say(401, b"<?xml?>", x_ms_error_code="InvalidAuthenticationInfo")(sock, request)
+        where, _, text = request.path.partition("?")
+        query = dict(urllib.parse.parse_qsl(text))
+        literal = "'((?:[^']|'')*)'"
+        match = re.fullmatch(rf"/account/users\(PartitionKey={literal},RowKey={literal}\)",
+                             urllib.parse.unquote(where))
+        if match:
+            partition, row = (one.replace("''", "'") for one in match.groups())
+            entity = self.entities.get(row) if partition == "user" else None
+            if entity is None:
+                return say(404, {"odata.error": {"code": "ResourceNotFound"}},
+                           x_ms_error_code="ResourceNotFound")(sock, request)
+            return say(200, entity)(sock, request)
+        terms = query.get("$filter", "").split(" and ")
+        pairs = [re.fullmatch(rf"(\w+) eq {literal}", term) for term in terms]
+        if where != "/account/users()" or None in pairs:
+            return say(400, {}, x_ms_error_code="InvalidInput")(sock, request)
+        wanted = {pair[1]: pair[2].replace("''", "'") for pair in pairs if pair}
+        found = [one for one in self.entities.values()
+                 if {"PartitionKey": "user", **one}.items() >= wanted.items()]
+        return say(200, {"value": found[:1]})(sock, request)
+
+    def _give_secret(self, sock: socket.socket, request: Request) -> bool:
+        if not any(self._is_for(request, f"https://vault.{domain}") for domain in (
+                "azure.net", "azure.cn", "usgovcloudapi.net")):
+            return say(401)(sock, request)
+        return say(200, self.secret)(sock, request)
 
     def _send_mail(self, sock: socket.socket, request: Request) -> bool:
-        bearer, _, token = request.headers["authorization"].partition(" ")
-        if bearer != "Bearer" or token not in self._tokens:
+        if not self._is_for(request, self.url):
             return graph_says(401, "InvalidAuthenticationToken")(sock, request)
         if len(request.body) > 4_194_304:
             return say(413)(sock, request)
@@ -2568,8 +3055,7 @@ class FakeMicrosoft:
 
     def _refuse_draft(self, sock: socket.socket, request: Request) -> bool | None:
         """Refuse what Graph would; None: all is well."""
-        bearer, _, token = request.headers.get("authorization", "").partition(" ")
-        if bearer != "Bearer" or token not in self._tokens:
+        if not self._is_for(request, self.url):
             return graph_says(401, "InvalidAuthenticationToken")(sock, request)
         if len(request.body) > 4_194_304:
             return say(413)(sock, request)
@@ -3056,6 +3542,1072 @@ class CacheTests(RelayCase):
             relay._remember(tokens._tokens, ("t", str(number), "", "", b""), "x", 9.0)
         self.assertEqual(len(tokens._tokens), relay.MAX_CACHED)
         self.assertNotIn(("t", "0", "", "", b""), tokens._tokens)
+
+
+# ---------------------------------------------------------------------------
+# §11  Tokens: identities, §12  Directory
+# ---------------------------------------------------------------------------
+
+ACCOUNTS = f"""\
+[DEFAULT]
+{APPLICATION}
+[scan2]
+password = {HASH}
+client_secret = secret of the relay
+from_email = scanner@example.com
+allowed_recipients = x.y
+
+[Own.Secret]
+allowed_senders = example.com
+
+[guest]
+client_secret = secret of the relay
+networks = 127.0.0.2, 127.0.2.0/24
+login = optional
+
+[inside]
+client_secret = secret of the relay
+password = {HASH}
+networks = 127.0.0.3
+
+[cloud]
+credential = managed-identity
+client_id =
+password = {HASH}
+"""
+needs_loopbacks = unittest.skipUnless(sys.platform == "linux", "needs 127.0.0.2")
+
+
+class AccountCase(RelayCase):
+    """A relay with accounts."""
+
+    accounts = ACCOUNTS
+
+    @classmethod
+    def config(cls, **settings: str) -> relay.Config:
+        """Settings with the accounts of the class."""
+        if "ACCOUNTS_FILE" not in settings:
+            settings["ACCOUNTS_FILE"] = FILES.write(f"{cls.__name__}.ini", cls.accounts)
+        return super().config(AZURE_POD_IDENTITY_AUTHORITY_HOST=cls.fake.url, **settings)
+
+    def come_from(self, address: str, running: Running | None = None) -> Client:
+        """Connect from an address of this machine, and say EHLO."""
+        client = Client((running or self.running).port, source_address=(address, 0))
+        self.addCleanup(client.close)
+        client.ehlo()
+        return client
+
+    def log_in(self, user: str, password: str = PASSWORD, running: Running | None = None) -> str:
+        """Log in on a new connection; returns the reply."""
+        return self.connect(running).log_in(user, password)
+
+    def another(self, accounts: str = "", **settings: str) -> Running:
+        """Another relay with other settings."""
+        if accounts:
+            settings["ACCOUNTS_FILE"] = FILES.write(f"{self.id()}.ini", accounts)
+        running = Running(self.config(**{"UPSTREAM_TIMEOUT": "3", **settings}))
+        self.addCleanup(running.stop)
+        return running
+
+
+class AccountLoginTests(AccountCase):
+    """A device logs in with a short name."""
+
+    def test_a_short_name_and_a_short_password(self) -> None:
+        running = self.another()
+        for name in ("scan2", "SCAN2", "scan2@lookup", "Scan2@lookup.local"):
+            with self.subTest(name):
+                client = self.connect(running)
+                self.assertReply(client.log_in(name, PASSWORD), "235 2.7.0")
+                self.assertReply(client.post(), "250 2.0.0")
+        request = self.fake.asked("token")[0]
+        form = dict(urllib.parse.parse_qsl(request.body.decode()))
+        self.assertEqual(form["client_secret"], "secret of the relay")
+        self.assertEqual(request.path, f"/{TENANT}/oauth2/v2.0/token")
+        self.assertEqual(len(self.fake.asked("token")), 1)
+        self.assertEqual({one.mailbox for one in self.fake.delivered}, {"scanner@example.com"})
+
+    def test_the_password_may_be_the_secret(self) -> None:
+        client = self.connect()
+        self.assertReply(client.log_in("own.secret", self.password), "235 2.7.0")
+        form = dict(urllib.parse.parse_qsl(self.fake.asked("token")[0].body.decode()))
+        self.assertEqual(form["client_secret"], self.password)
+        self.assertReply(client.post(sender="a@b.c"), "550 5.7.1")
+        self.assertReply(client.post(), "250 2.0.0")
+        self.assertReply(self.log_in("own.secret", ""), "535 5.7.8")
+
+    def test_what_is_wrong_is_told_to_the_log_alone(self) -> None:
+        replies = set()
+        for user, password, problem in (
+                ("scan2", "wrong", "wrong password"), ("scan2", "", "wrong password"),
+                ("nobody", PASSWORD, "there is no such account"),
+                ("nobody@lookup", PASSWORD, "there is no such account"),
+                ("guest", PASSWORD, "wrong password"), ("guest", "", "wrong password"),
+                ("inside", PASSWORD, "not from its networks"),
+                ("inside", "wrong", "wrong password")):
+            with self.subTest(user, password=password), kept_log() as kept:
+                self.running.ask(self.running.relay.failures.clear)
+                replies.add(self.assertReply(self.log_in(user, password), "535 5.7.8"))
+                line, = kept.find("auth")
+                self.assertIn(problem, line[1])
+                self.assertNotIn("wrong ", line[1].replace("wrong password", ""))
+                self.assertEqual("nobody " in line[1], False)
+        self.assertEqual(len(replies), 1)
+        self.assertEqual(self.fake.requests, [])
+
+    @needs_loopbacks
+    def test_a_login_from_its_network(self) -> None:
+        self.assertReply(self.come_from("127.0.0.3").log_in("inside", PASSWORD), "235 2.7.0")
+        self.assertReply(self.come_from("127.0.0.4").log_in("inside", PASSWORD), "535 5.7.8")
+
+    @needs_loopbacks
+    def test_without_login_from_its_network_alone(self) -> None:
+        with kept_log() as kept:
+            self.assertReply(self.come_from("127.0.0.2").post(), "250 2.0.0")
+            wait_for(lambda: kept.find("sent"))
+        self.assertIn("account=guest", kept.find("connected")[0][1])
+        self.assertIn("account=guest", kept.find("sent")[0][1])
+        self.assertReply(self.come_from("127.0.2.77").post(), "250 2.0.0")
+        self.assertReply(self.come_from("127.0.0.4").post(), "530 5.7.0")
+        self.assertReply(self.connect().post(), "530 5.7.0")
+        self.assertEqual(len(self.fake.delivered), 2)
+
+    def test_a_direct_login_goes_on_working(self) -> None:
+        client = self.logged_in()
+        self.assertReply(client.post(sender="any@b.c"), "250 2.0.0")
+
+    def test_it_sends_as_its_mailbox_and_keeps_the_name(self) -> None:
+        client = self.connect()
+        client.log_in("scan2", PASSWORD)
+        for sender in ("printer@localhost.localdomain", "", "scanner@example.com"):
+            with self.subTest(sender):
+                message = b"From: Scan Room <%s>\r\nTo: a@x.y\r\n\r\nText\r\n" % (
+                    sender or "printer@x.y").encode()
+                self.assertReply(client.post(message, sender=sender), "250 2.0.0")
+                delivered = self.fake.delivered[-1]
+                self.assertEqual(delivered.mailbox, "scanner@example.com")
+                self.assertIn(b"From: Scan Room <scanner@example.com>\r\n", delivered.message)
+
+    def test_nobody_else_gets_it_even_if_the_header_says_so(self) -> None:
+        running = self.another(HEADER_RECIPIENTS="keep")
+        for user, whom in (("scan2", ["a@x.y"]), (USER, ["a@x.y", "o@evil.example"])):
+            client = self.connect(running)
+            client.log_in(user, PASSWORD)
+            self.assertReply(client.post(recipients=("o@evil.example",)),
+                             "550 5.7.1" if user == "scan2" else "250 2.0.0")
+            client.say("RSET")
+            self.assertReply(client.post(b"To: a@x.y, o@evil.example\r\n\r\nText\r\n"),
+                             "250 2.0.0")
+            self.assertEqual(sorted(self.fake.delivered[-1].recipients), whom)
+
+    def test_a_sender_that_only_the_header_names(self) -> None:
+        """MAIL FROM:<> and SENDER_FROM=header must not go past allowed_senders."""
+        running = self.another(SENDER_FROM="header")
+        for relay_, sender in ((self.running, ""), (running, "a@example.com")):
+            client = self.connect(relay_)
+            client.log_in("own.secret", self.password)
+            message = b"From: boss@b.c\r\nTo: a@x.y\r\n\r\nText\r\n"
+            self.assertReply(client.post(message, sender=sender), "550 5.7.1")
+            self.assertReply(client.post(message.replace(b"boss@b.c", b"a@example.com"),
+                                         sender=sender), "250 2.0.0")
+        self.assertEqual(len(self.fake.delivered), 2)
+
+    def test_large_messages_of_a_mailbox_that_the_device_does_not_know(self) -> None:
+        self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
+        client = self.connect()
+        client.log_in("scan2", PASSWORD)
+        self.assertReply(client.post_octets(LARGE, "other@x.y", ["a@x.y"]), "552 5.3.4")
+        self.assertIn("scanner@example.com needs" if False else "as scanner@example.com",
+                      self.assertReply(client.say("MAIL FROM:<other@x.y> SIZE=4000000"),
+                                       "552 5.3.4"))
+
+    def test_an_allow_list(self) -> None:
+        running = self.another(ACCOUNTS_REQUIRED="true")
+        with kept_log() as kept:
+            self.assertReply(self.log_in(USER, "x", running), "535 5.7.8")
+        self.assertIn("Only accounts that the relay knows", kept.find("auth")[0][1])
+        self.assertReply(self.log_in("scan2", running=running), "235 2.7.0")
+        named = self.another(f"[{USER}]\n{APPLICATION}", ACCOUNTS_REQUIRED="true")
+        self.assertReply(self.log_in(USER, self.password, named), "235 2.7.0")
+
+    def test_allowed_tenants(self) -> None:
+        running = self.another(ALLOWED_TENANTS=f"contoso.com, {TENANT}")
+        self.assertReply(self.log_in(USER, "x", running), "235 2.7.0")
+        self.assertReply(self.log_in(f"Contoso.com@{CLIENT}", "x", running), "235 2.7.0")
+        reply = self.log_in(f"{CLIENT}@{CLIENT}", "x", running)
+        self.assertIn("ALLOWED_TENANTS", self.assertReply(reply, "535 5.7.8"))
+        self.assertReply(self.log_in("scan2", running=running), "235 2.7.0")
+
+    def test_the_relays_own_secret_is_no_fault_of_the_device(self) -> None:
+        running = self.another()
+        self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
+        with kept_log() as kept:
+            reply = self.log_in("scan2", running=running)
+        self.assertIn("AADSTS7000222", self.assertReply(reply, "454 4.7.0"))
+        self.assertEqual(kept.find("auth")[0][0], "ERROR")
+        self.assertNotIn("secret of the relay", str(kept.lines))
+
+    @needs_loopbacks
+    def test_the_relays_own_secret_without_login(self) -> None:
+        running = self.another()
+        self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
+        client = self.come_from("127.0.0.2", running)
+        reply = client.post()
+        self.assertIn("AADSTS7000222", self.assertReply(reply, "451 4.7.0"))
+        self.assertReply(client.say("NOOP"), "250 2.0.0")       # it may go on
+
+    def test_an_account_without_any_secret(self) -> None:
+        client = self.connect()
+        self.assertReply(client.log_in("cloud", PASSWORD), "235 2.7.0")
+        self.assertReply(client.post(), "250 2.0.0")
+        request, = self.fake.asked("imds")
+        self.assertNotIn("client_id", request.path)
+        self.assertEqual(self.fake.asked("token"), [])
+
+    def test_many_logins_at_once(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            replies = list(pool.map(lambda _: self.log_in("scan2"), range(12)))
+        self.assertEqual({reply[:9] for reply in replies}, {"235 2.7.0"})
+
+    def test_scrypt_runs_two_at_once_and_not_in_the_loop(self) -> None:
+        directory = self.running.relay.directory
+        self.assertEqual(directory._scrypt._max_workers, 2)
+        asked: list[int] = []
+
+        class Password(str):
+            """A password that says which thread works on it."""
+
+            __slots__ = ()
+
+            def encode(self, *arguments: Any) -> bytes:
+                asked.append(threading.get_ident())
+                return super().encode(*arguments)
+        call = asyncio.run_coroutine_threadsafe(directory._is_password(
+            Password(PASSWORD), HASH, time.monotonic() + PATIENCE), self.running._loop)
+        self.assertTrue(call.result(PATIENCE))
+        self.assertNotEqual(asked, [self.running.ask(threading.get_ident)])
+
+    def test_too_many_logins_at_once_are_told_to_try_again(self) -> None:
+        directory = self.running.relay.directory
+        hold = threading.Event()
+        for _ in range(2):
+            directory._scrypt.submit(hold.wait, PATIENCE)
+        call = asyncio.run_coroutine_threadsafe(directory._is_password(
+            PASSWORD, HASH, time.monotonic() + 0.1), self.running._loop)
+        with self.assertRaises(relay.TemporaryError):
+            call.result(PATIENCE)
+        hold.set()
+
+
+class FailureTests(AccountCase):
+    """Who guesses passwords is slowed down, and shut out for a while."""
+
+    def setUp(self) -> None:
+        """Have the pause as it is."""
+        super().setUp()
+        relay.FAILURE_PAUSE = 0.5
+        self.addCleanup(setattr, relay, "FAILURE_PAUSE", 0.0)
+
+    def test_the_pauses_and_the_end(self) -> None:
+        clock = Clock()
+        failures = relay.Failures(clock)
+        one, other = map(relay.read_address, ("192.0.2.1", "192.0.2.2"))
+        pauses = []
+        for _ in range(10):
+            failures.check(one)
+            pauses.append(failures.add(one))
+            clock.now += 1
+        self.assertEqual(pauses, [0.5 * number for number in range(1, 11)])
+        with self.assertRaises(relay.TemporaryError) as caught:
+            failures.check(one)
+        self.assertTrue(str(caught.exception.reply).startswith("421 4.7.0 "))
+        self.assertTrue(caught.exception.reply.close)
+        failures.check(other)
+        clock.now += 600 - 10 + 0.5         # the first is forgotten
+        failures.check(one)
+        self.assertEqual(failures.add(one), 5.0)
+        clock.now += 10_000
+        self.assertEqual(failures.add(one), 0.5)
+
+    def test_an_ipv6_network_is_one_client(self) -> None:
+        failures = relay.Failures()
+        for number in range(10):
+            failures.add(relay.read_address(f"2001:db8::{number}"))
+        with self.assertRaises(relay.TemporaryError):
+            failures.check(relay.read_address("2001:db8::ffff"))
+        failures.check(relay.read_address("2001:db8:0:1::"))
+
+    def test_addresses_are_bounded(self) -> None:
+        failures = relay.Failures()
+        for number in range(relay.MAX_CACHED + 500):
+            failures.add(relay.read_address(f"10.1.{number // 250}.{number % 250}"))
+        self.assertEqual(len(failures._times), relay.MAX_CACHED)
+
+    def test_a_refusal_takes_its_time(self) -> None:
+        client, begun = self.connect(), time.monotonic()
+        self.assertReply(client.log_in("scan2", "wrong"), "535 5.7.8")
+        self.assertGreater(time.monotonic() - begun, 0.5)
+
+    @needs_loopbacks
+    def test_too_many_failures(self) -> None:
+        relay.FAILURE_PAUSE = 0.0
+        for _ in range(4):
+            client = self.come_from("127.0.0.9")
+            for _ in range(3):
+                reply = client.log_in("scan2", "wrong")
+                if reply[:3] != "535":
+                    break
+        self.assertReply(reply, "421 4.7.0")
+        self.assertReply(self.come_from("127.0.0.9").log_in("scan2", PASSWORD), "421 4.7.0")
+        self.assertReply(self.log_in("scan2", PASSWORD), "235 2.7.0")
+
+
+class ReloadTests(AccountCase):
+    """The accounts may change while mail flows."""
+
+    def setUp(self) -> None:
+        """Have a file of one's own."""
+        super().setUp()
+        self.path = FILES.write(f"{self.id()}.ini", ACCOUNTS)
+        self.own = self.another(ACCOUNTS_FILE=self.path)
+
+    def write(self, text: str, name: str = "") -> None:
+        """Replace a file at one stroke."""
+        path = pathlib.Path(name or self.path)
+        path.with_suffix(".new").write_text(text)
+        os.replace(path.with_suffix(".new"), path)
+
+    def test_a_change_takes_effect_and_sessions_keep_their_account(self) -> None:
+        client = self.connect(self.own)
+        client.log_in("scan2", PASSWORD)
+        with kept_log() as kept:
+            self.write(ACCOUNTS.replace("[scan2]", "[scan3]").replace("x.y", "z.z"))
+            wait_for(lambda: kept.find("loaded=5"))
+        self.assertReply(self.log_in("scan2", running=self.own), "535 5.7.8")
+        self.assertReply(self.log_in("scan3", running=self.own), "235 2.7.0")
+        self.assertReply(client.post(), "250 2.0.0")
+
+    def test_a_faulty_version_is_reported_once_and_the_old_one_stays(self) -> None:
+        with kept_log() as kept:
+            self.write(ACCOUNTS.replace("from_email", "form_email") + "[b]\nx = y\n")
+            wait_for(lambda: "[b] x: is no key" in str(kept.lines))
+            self.write(ACCOUNTS.replace("[scan2]", "[scan3]"))
+            wait_for(lambda: kept.find("loaded=5"))
+        faults = [line for line in kept.find("accounts") if line[0] == "ERROR"]
+        self.assertIn("[scan2] form_email: is no key; is it from_email?", faults[0][1])
+        self.assertEqual(len([one for one in faults if "form_email" in one[1]]), 1)
+        self.assertReply(self.log_in("scan3", running=self.own), "235 2.7.0")
+
+    def test_what_cannot_be_read(self) -> None:
+        with kept_log() as kept:
+            os.unlink(self.path)
+            wait_for(lambda: "No such file" in str(kept.lines))
+            pathlib.Path(self.path).write_bytes(b"[\xff]")
+            wait_for(lambda: "UTF-8" in str(kept.lines))
+            self.write("")
+            wait_for(lambda: "there is no account" in str(kept.lines))
+        self.assertReply(self.log_in("scan2", running=self.own), "235 2.7.0")
+
+    def test_a_secret_in_a_file_of_its_own(self) -> None:
+        secret = FILES.write("graph-secret", "first~secret\n")
+        text = ACCOUNTS.replace("client_secret = secret of the relay",
+                                f"client_secret_file = {secret}")
+        with kept_log() as kept:
+            self.write(text)
+            wait_for(lambda: kept.find("loaded=5"))
+        self.assertReply(self.log_in("scan2", running=self.own), "235 2.7.0")
+        with kept_log() as kept:
+            self.write("second~secret\n", secret)
+            wait_for(lambda: kept.find("loaded=5"))
+            os.unlink(secret)
+            wait_for(lambda: "client_secret_file" in str(kept.lines))
+        self.assertReply(self.log_in("scan2", running=self.own), "235 2.7.0")
+        self.assertEqual([dict(urllib.parse.parse_qsl(one.body.decode()))["client_secret"]
+                          for one in self.fake.asked("token")],
+                         ["first~secret", "second~secret"])
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for something in the loop of the test itself."""
+        while not condition():                  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    def test_half_a_file_is_not_read(self) -> None:
+        """A file that still grows from look to look is left alone until it is done."""
+        file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
+        file.load()
+        self.addCleanup(setattr, relay, "READ_AGAIN", relay.READ_AGAIN)
+        relay.READ_AGAIN = PATIENCE
+        text = ACCOUNTS + "[new]\n"
+        found = []
+
+        async def watch() -> None:
+            task = asyncio.ensure_future(file.watch())
+            for part in (ACCOUNTS[:300], ACCOUNTS, text, text):
+                self.write(part)
+                await self.until(lambda: file._wake is not None)
+                file._wake.set()            # look now
+                state = relay._look(self.path)
+                await self.until(lambda: file._seen.get(self.path) == state  # noqa: B023
+                                 and not file._wake.is_set())
+                found.append(len(list(file.accounts)))
+            file._wake.set()
+            await self.until(lambda: len(list(file.accounts)) == 6)
+            task.cancel()
+        asyncio.run(asyncio.wait_for(watch(), PATIENCE))
+        self.assertEqual(found, [5, 5, 5, 5])
+
+    def test_a_change_while_mail_flows(self) -> None:
+        stop, replies = threading.Event(), []
+
+        def send() -> None:
+            while not stop.is_set():
+                with Client(self.own.port) as client:
+                    client.ehlo()
+                    replies.append(client.log_in("scan2", PASSWORD))
+                    replies.extend(client.post() for _ in range(3))
+        threads = [threading.Thread(target=send) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        with kept_log() as kept:
+            for number in range(5):
+                self.write(ACCOUNTS + f"# {number}\n")
+                wait_for(lambda: len(kept.find("loaded=5")) > number)     # noqa: B023
+                self.write("faulty\n")
+                wait_for(lambda: len([line for line in kept.find("accounts")
+                                      if line[0] == "ERROR"]) > number)     # noqa: B023
+        stop.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual({reply[:9] for reply in replies}, {"235 2.7.0", "250 2.0.0"})
+        self.assertEqual(len(self.fake.delivered),
+                         sum(reply.startswith("250") for reply in replies))
+
+
+class IdentityTests(RelayCase):
+    """Who the relay is to Azure, facts 6; asked here for a token of Graph."""
+
+    def ask(self, **settings: Any) -> str:
+        """Ask for a token of `resource` as the relay; returns it."""
+        resource, timeout = settings.pop("resource", ""), settings.pop("timeout", PATIENCE)
+        config = self.config(**settings)
+
+        async def get() -> str:
+            pool = relay.HttpPool(config.endpoints)
+            try:
+                return await relay.Tokens(config, pool).get(
+                    relay.own_application(config), time.monotonic() + timeout, resource)
+            finally:
+                pool.close()
+        return asyncio.run(get())
+
+    def form(self) -> dict[str, str]:
+        """The fields of the last request for a token."""
+        return dict(urllib.parse.parse_qsl(self.fake.asked("token")[-1].body.decode()))
+
+    def test_a_secret_comes_first(self) -> None:
+        self.ask(AZURE_TENANT_ID=TENANT, AZURE_CLIENT_ID=CLIENT, AZURE_CLIENT_SECRET="s&",
+                 AZURE_FEDERATED_TOKEN_FILE="/t", IDENTITY_ENDPOINT=f"{self.fake.url}/msi/token",
+                 IDENTITY_HEADER="header", resource="https://vault.azure.net")
+        self.assertEqual(self.form(), {"client_id": CLIENT, "client_secret": "s&",
+                                       "scope": "https://vault.azure.net/.default",
+                                       "grant_type": "client_credentials"})
+
+    def test_a_workload_identity(self) -> None:
+        path = FILES.write("federated", "eyJ.assertion.1\n")
+        settings = {"AZURE_TENANT_ID": TENANT, "AZURE_CLIENT_ID": CLIENT,
+                    "AZURE_FEDERATED_TOKEN_FILE": path,
+                    "IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token", "IDENTITY_HEADER": "h"}
+        self.ask(**settings)
+        self.assertEqual(self.form(), {
+            "client_id": CLIENT, "client_assertion": "eyJ.assertion.1",
+            "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+            "scope": f"{self.fake.url}/.default", "grant_type": "client_credentials"})
+        FILES.write("federated", "eyJ.assertion.2")         # Kubernetes renews it
+        self.ask(**settings)
+        self.assertEqual(self.form()["client_assertion"], "eyJ.assertion.2")
+        self.fake.will("token", say(401, aadsts(700024, "invalid_client", "eyJ.assertion.2!")))
+        with self.assertRaises(relay.TemporaryError) as caught:
+            self.ask(**settings)
+        self.assertNotIn("assertion", repr(caught.exception.facts))
+        for text in ("", "two\nlines", "\x80", "x" * 70_000):
+            FILES.write("federated", text)
+            with self.assertRaises(relay.TemporaryError) as caught:
+                self.ask(**settings)
+            self.assertIn(f"{path}: one line of", str(caught.exception.facts))
+        with self.assertRaises(relay.TemporaryError) as caught:
+            self.ask(**{**settings, "AZURE_FEDERATED_TOKEN_FILE": "/no/such/file"})
+        self.assertIn("No such file", str(caught.exception.facts))
+
+    def test_app_service_and_container_apps(self) -> None:
+        settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token",
+                    "IDENTITY_HEADER": "header"}
+        self.ask(resource="https://storage.azure.com", **settings)
+        self.ask(AZURE_CLIENT_ID=CLIENT, **settings)
+        first, second = self.fake.asked("app-service")
+        self.assertEqual(first.path, "/msi/token?api-version=2019-08-01&resource="
+                                     "https%3A%2F%2Fstorage.azure.com")
+        self.assertTrue(second.path.endswith(f"&client_id={CLIENT}"))
+        self.assertEqual(first.headers["x-identity-header"], "header")
+        self.assertNotIn("metadata", first.headers)
+
+    def test_arc(self) -> None:
+        folder = FILES.folder / "tokens"
+        folder.mkdir(exist_ok=True)
+        self.addCleanup(setattr, relay, "ARC_KEYS", relay.ARC_KEYS)
+        relay.ARC_KEYS = folder
+        key = FILES.write("tokens/one.key", "key of arc")
+        settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/arc/token",
+                    "IMDS_ENDPOINT": "http://localhost:40342"}
+        self.fake.arc_key = key
+        self.ask(**settings)
+        first, second = self.fake.asked("arc")
+        self.assertNotIn("authorization", first.headers)
+        self.assertEqual(second.headers["authorization"], "Basic key of arc")
+        self.assertIn("api-version=2020-06-01&", second.path)
+        for bad in (FILES.write("one.key", "outside"), f"{folder}/../one.key", "/etc/passwd",
+                    FILES.write("tokens/one.txt", "x"), f"{folder}/none.key", "",
+                    FILES.write("tokens/long.key", "x" * 70_000),
+                    FILES.write("tokens/odd.key", "a\r\nX: hidden")):
+            self.fake.arc_key = bad
+            with self.subTest(bad), self.assertRaises(relay.TemporaryError) as caught:
+                self.ask(**settings)
+            self.assertNotIn("hidden", repr(caught.exception.facts))
+        with self.assertRaises(relay.TemporaryError) as caught:
+            self.ask(AZURE_CLIENT_ID=CLIENT, **settings)
+        self.assertIn("Arc", str(caught.exception.facts))
+
+    def test_imds(self) -> None:
+        self.ask(AZURE_CLIENT_ID=CLIENT, AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
+        request, = self.fake.asked("imds")
+        self.assertEqual(request.headers["metadata"], "true")
+        self.assertEqual(request.path, "/metadata/identity/oauth2/token?api-version=2018-02-01"
+                         f"&resource={urllib.parse.quote(self.fake.url, safe='')}"
+                         f"&client_id={CLIENT}")
+        self.assertNotIn("content-length", request.headers)
+
+    def test_imds_that_is_not_ready(self) -> None:
+        self.addCleanup(setattr, relay, "IDENTITY_PAUSES", relay.IDENTITY_PAUSES)
+        relay.IDENTITY_PAUSES = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self.fake.will("imds", say(404), say(410), say(429), say(500, b"<html>"))
+        self.ask(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
+        self.assertEqual(len(self.fake.asked("imds")), 5)
+
+    def test_imds_that_refuses_and_is_not_there(self) -> None:
+        host = {"AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url}
+        self.fake.will("imds", say(400, {"error": "invalid_request", "error_description":
+                                         "Identity not found"}))
+        with self.assertRaises(relay.TemporaryError) as caught:
+            self.ask(**host)
+        self.assertIn("Identity not found", str(caught.exception.facts))
+        self.fake.will("imds", self.fake.hang)
+        with self.assertRaises(relay.TemporaryError) as caught:
+            self.ask(timeout=0.3, **host)
+        self.assertIn("/metadata/identity/oauth2/token", str(caught.exception.facts))
+        for garbage in (b"[]", b"{\"access_token\": 5}", b"\xff", b""):
+            self.fake.will("imds", say(200, garbage))
+            with self.assertRaises(relay.TemporaryError):
+                self.ask(**host)
+
+    def test_no_proxy_for_what_is_near(self) -> None:
+        """Nothing listens at the proxy: who asks it gets no answer."""
+        with at_environ(HTTP_PROXY="http://127.0.0.1:1", http_proxy="http://127.0.0.1:1",
+                        HTTPS_PROXY="http://127.0.0.1:1", NO_PROXY=""):
+            self.ask(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
+            self.ask(IDENTITY_ENDPOINT=f"{self.fake.url}/msi/token", IDENTITY_HEADER="header")
+
+    def test_tokens_of_other_resources_are_apart(self) -> None:
+        async def get() -> list[str]:
+            config = self.config(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
+            pool = relay.HttpPool(config.endpoints)
+            tokens, deadline = relay.Tokens(config, pool), time.monotonic() + PATIENCE
+            who = relay.own_application(config)
+            found = [await tokens.get(who, deadline, resource)
+                     for resource in ("", "https://vault.azure.net", "", "https://vault.azure.net")]
+            tokens.forget(who, found[1], "https://vault.azure.net")
+            found.append(await tokens.get(who, deadline, "https://vault.azure.net"))
+            pool.close()
+            return found
+        one, two, again, same, new = asyncio.run(get())
+        self.assertEqual((one, two), (again, same))
+        self.assertEqual(len({one, two, new}), 3)
+
+
+@contextlib.contextmanager
+def at_environ(**variables: str) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class TableTests(RelayCase):
+    """Accounts in an Azure table, facts 7."""
+
+    @classmethod
+    def config(cls, **settings: str) -> relay.Config:
+        """Settings with a table, read with a managed identity."""
+        return super().config(**{
+            "AZURE_TABLES_URL": f"{cls.fake.url}/account/users",
+            "AZURE_POD_IDENTITY_AUTHORITY_HOST": cls.fake.url, **settings})
+
+    def setUp(self) -> None:
+        """Have entries, and a relay that remembers none."""
+        super().setUp()
+        entry = {"tenant_id": TENANT, "client_id": CLIENT}
+        self.fake.entities = dict.fromkeys(ODD_NAMES, entry)
+        self.fake.entities["app1"] = {**entry, "from_email": "app1@example.com"}
+        self.own = self.another()
+
+    def another(self, **settings: str) -> Running:
+        """Another relay with other settings."""
+        running = Running(self.config(**{"UPSTREAM_TIMEOUT": "3", **settings}))
+        self.addCleanup(running.stop)
+        return running
+
+    def log_in(self, user: str, running: Running | None = None) -> str:
+        """Log in on a new connection; returns the reply."""
+        (running or self.own).ask((running or self.own).relay.failures.clear)
+        client = self.connect(running or self.own)
+        client.command_encoding = "utf-8"
+        return client.log_in(user, self.password)
+
+    def test_a_name_of_the_table(self) -> None:
+        client = self.connect(self.own)
+        self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
+        self.assertReply(client.post(b"From: X <other@b.c>\r\nTo: a@x.y\r\n\r\nText\r\n",
+                                     sender="printer@x.y"), "250 2.0.0")
+        delivered, = self.fake.delivered
+        self.assertEqual(delivered.mailbox, "app1@example.com")
+        self.assertIn(b"From: X <app1@example.com>\r\n", delivered.message)
+        request, = self.fake.asked("table")
+        self.assertEqual(request.path, "/account/users(PartitionKey='user',RowKey='app1')"
+                                       "?$select=tenant_id%2Cclient_id%2Cfrom_email")
+        self.assertEqual(request.headers["x-ms-version"], "2020-12-06")
+        self.assertRegex(request.headers["x-ms-date"], r"^\w{3}, \d\d \w{3} \d{4} .* GMT$")
+        self.assertEqual(request.headers["accept"], "application/json;odata=nometadata")
+        self.assertIn("resource=https%3A%2F%2Fstorage.azure.com", self.fake.asked("imds")[0].path)
+
+    def test_odd_names_are_data(self) -> None:
+        for name in ODD_NAMES:
+            with self.subTest(name):
+                self.assertReply(self.log_in(f"{name}@lookup"), "235 2.7.0")
+        for name in ("a/b", "a\\b", "a#b", "a?b", "x" * 513, "\u0085"):
+            with self.subTest(name):
+                before = len(self.fake.asked("table"))
+                self.assertReply(self.log_in(f"{name}@lookup"), "535 5.7.8")
+                self.assertEqual(len(self.fake.asked("table")), before)
+        for name in ("none", "' or 'a' eq 'a", "APP1"):
+            self.assertReply(self.log_in(f"{name}@lookup"), "535 5.7.8")
+
+    def test_answers_are_remembered_for_a_minute(self) -> None:
+        clock = Clock()
+        self.own.relay.directory.table._clock = clock
+        for _ in range(3):
+            self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
+            self.assertReply(self.log_in("none@lookup"), "535 5.7.8")
+        self.assertEqual(len(self.fake.asked("table")), 2)
+        clock.now += 61
+        self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
+        self.assertReply(self.log_in("none@lookup"), "535 5.7.8")
+        self.assertEqual(len(self.fake.asked("table")), 4)
+
+    def test_a_table_that_cannot_be_read_is_no_wrong_password(self) -> None:
+        self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
+        relay.AZURE_PAUSES = (0.0, 0.0)
+        xml = b"<?xml version=\"1.0\"?><Error><Code>AuthenticationFailed</Code></Error>"
+        for name, actions, word in (
+                ("missing", [say(404, {"odata.error": {"code": "TableNotFound"}},
+                                 x_ms_error_code="TableNotFound")], "AZURE_TABLES_URL"),
+                ("other 404", [say(404, b"<html>")], "status=404"),
+                ("role", [say(403, {}, x_ms_error_code="AuthorizationPermissionMismatch")],
+                 "Storage Table Data Reader"),
+                ("xml", [say(403, xml, x_ms_error_code="AuthenticationFailed")], "status=403"),
+                ("unauthorized", [say(401, xml)] * 2, "status=401"),
+                ("busy", [say(503, b"")] * 3, "status=503"),
+                ("throttled", [say(429, b"")] * 3, "status=429"),
+                ("garbage", [say(200, b"<html>")], "status=200"),
+                ("list", [say(200, {"value": 5})], "status=200"),
+                ("empty", [say(200, b"{}")], "status=200"),
+                ("closed", [utter(b"")], "problem="),
+                ("tenant", [say(200, {"tenant_id": "x", "client_id": CLIENT})], "tenant_id must"),
+                ("client", [say(200, {"tenant_id": TENANT})], "client_id must be set"),
+                ("mailbox", [say(200, {"tenant_id": TENANT, "client_id": CLIENT,
+                                       "from_email": "x"})], "from_email must be an address")):
+            with self.subTest(name), kept_log() as kept:
+                self.fake.will("table", *actions)
+                self.assertReply(self.log_in(f"{name.replace(' ', '-')}@lookup"), "454 4.7.0")
+                self.assertIn(word, kept.find("auth")[0][1])
+                self.assertNotEqual(kept.find("auth")[0][0], "INFO")
+
+    def test_what_passes_is_tried_again(self) -> None:
+        self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
+        relay.AZURE_PAUSES = (0.0, 0.0)
+        self.fake.will("table", say(503), say(500), say(401))
+        self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
+        self.assertEqual(len(self.fake.asked("imds")), 2)       # the token is another one
+
+    def test_the_identity_is_refused(self) -> None:
+        own = self.another(AZURE_TENANT_ID=TENANT, AZURE_CLIENT_ID=CLIENT,
+                           AZURE_CLIENT_SECRET="hidden")
+        self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
+        with kept_log() as kept:
+            reply = self.log_in("app1@lookup", own)
+        self.assertIn("own credential is refused", self.assertReply(reply, "454 4.7.0"))
+        self.assertNotIn("hidden", str(kept.lines))
+
+    def test_a_sas_needs_no_identity_and_is_never_logged(self) -> None:
+        sas = "sv=2020-12-06&sp=r&sig=hid%2Fden%3D"
+        own = self.another(AZURE_TABLES_URL=f"{self.fake.url}/account/users?{sas}")
+        self.fake.will("table", self.fake.accept, say(403), utter(b"garbage\r\n\r\n"))
+        with kept_log() as kept:
+            self.assertReply(self.log_in("app1@lookup", own), "235 2.7.0")
+            self.assertReply(self.log_in("app2@lookup", own), "454 4.7.0")
+            self.assertReply(self.log_in("app3@lookup", own), "454 4.7.0")
+        self.assertNotIn("hid", str(kept.lines))
+        request = self.fake.asked("table")[0]
+        self.assertTrue(request.path.endswith(f"&{sas}"))
+        self.assertNotIn("authorization", request.headers)
+        self.assertEqual(self.fake.asked("imds"), [])
+
+    def test_an_allow_list(self) -> None:
+        for setting in ("AZURE_TABLES_FORCE_USAGE", "ACCOUNTS_REQUIRED"):
+            with self.subTest(setting):
+                own = self.another(**{setting: "true"})
+                client = self.connect(own)
+                self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
+                self.assertReply(client.post(), "250 2.0.0")
+                self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}", own), "535 5.7.8")
+                self.assertReply(self.log_in(f"o'brien.example@{CLIENT}", own), "535 5.7.8")
+        path = urllib.parse.unquote(self.fake.asked("table")[1].path)
+        self.assertTrue(path.startswith(
+            f"/account/users()?$filter=PartitionKey eq 'user' and tenant_id eq '{TENANT}' and "
+            f"client_id eq '{CLIENT}'&$top=1&$select="), path)
+        # Without it a direct login goes on beside the table, and does not ask it.
+        before = len(self.fake.asked("table"))
+        self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}"), "235 2.7.0")
+        self.assertEqual(len(self.fake.asked("table")), before)
+
+    def test_a_mailbox_of_the_table_is_for_direct_logins_too(self) -> None:
+        self.fake.entities = {"x": {"tenant_id": TENANT, "client_id": CLIENT,
+                                    "from_email": "app1@example.com"}}
+        client = self.connect(self.another(AZURE_TABLES_FORCE_USAGE="true"))
+        client.log_in(USER, self.password)
+        client.post()
+        self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
+
+    def test_an_answer_that_goes_on(self) -> None:
+        own = self.another(ACCOUNTS_REQUIRED="true")
+        self.fake.will("table", say(200, {"value": []}, x_ms_continuation_NextPartitionKey="1!a=",
+                                    x_ms_continuation_NextRowKey="1!b="))
+        self.assertReply(self.log_in(USER, own), "235 2.7.0")
+        self.assertTrue(self.fake.asked("table")[1].path.endswith(
+            "&NextPartitionKey=1%21a%3D&NextRowKey=1%21b%3D"))
+
+    def test_a_hanging_table_holds_up_nobody_else(self) -> None:
+        own = self.another(UPSTREAM_TIMEOUT="1")
+        self.fake.will("table", self.fake.hang)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(self.log_in, "app1@lookup", own)
+            self.fake.arrived.acquire()
+            self.assertReply(self.log_in(USER, own), "235 2.7.0")
+            self.assertFalse(waiting.done())
+            self.assertReply(waiting.result(), "454 4.7.0")
+
+    def test_the_scope_of_cosmos(self) -> None:
+        for url, resource in (
+                ("https://a.table.core.windows.net/users", "https://storage.azure.com"),
+                ("https://a.table.core.chinacloudapi.cn/users", "https://storage.azure.com"),
+                ("https://a.table.cosmos.azure.com/users", "https://cosmos.azure.com"),
+                ("https://a.table.cosmos.azure.us/users", "https://cosmos.azure.us"),
+                ("https://a.table.core.windows.net/users?sig=x", "")):
+            config = make_config(AZURE_TABLES_URL=url)
+            table = relay.Table(config, None)       # type: ignore[arg-type]
+            self.assertEqual(table._resource, resource)
+
+    def test_the_start_tries_the_table(self) -> None:
+        self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
+        environ = {"AZURE_TABLES_URL": f"{self.fake.url}/account/users", "TLS_SOURCE": "off",
+                   "REQUIRE_TLS": "false", "SMTP_PORT": "0", "LISTEN_ADDRESS": "127.0.0.1",
+                   "AZURE_TABLES_FORCE_USAGE": "true",
+                   "AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url}
+        self.fake.will("table", say(403, {}, x_ms_error_code="AuthorizationPermissionMismatch"))
+        with start_program(**environ) as process:
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 1)
+        self.assertRegex(err.splitlines()[-1], "AZURE_TABLES_FORCE_USAGE=true, and the table "
+                         "cannot be read: .*Storage Table Data Reader")
+        self.assertNotIn("listening", err)
+        with start_program(**environ) as process:
+            wait_for_line(process, "listening")
+        self.assertIn("PartitionKey%20eq%20%27user%27&$top=1", self.fake.asked("table")[-1].path)
+
+
+ODD_NAMES = ("o'brien", "a.b", "100%", "%27", "\u00dcn\u00efc\u00f6de \u2603", "a b", "''", "a@b",
+             "' or 'a' eq 'a'", "x)", "a,RowKey='b", "&$top=5", "+", "x" * 512)
+
+
+def find_azurite() -> str | None:
+    """The command of Azurite's table service: of the variable AZURITE, or installed."""
+    return os.environ.get("AZURITE") or shutil.which("azurite-table")
+
+
+# Azurite's account; name and key are in its documentation, and no secret.
+AZURITE_ACCOUNT = "devstoreaccount1"
+AZURITE_KEY = ("Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KB"
+               "HBeksoGMGw==")
+
+
+def storage_token(lifetime: int = 3600) -> str:
+    """A token without a signature, as Azurite takes it."""
+    now = int(time.time())
+    claims = {"aud": "https://storage.azure.com", "iss": f"https://sts.windows.net/{TENANT}/",
+              "iat": now - 7200, "nbf": now - 7200, "exp": now + lifetime}
+    parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=")
+             for part in ({"alg": "none", "typ": "JWT"}, claims)]
+    return ".".join([*parts, "x"])
+
+
+def account_sas(permissions: str) -> str:
+    """A SAS for the tables of Azurite's account; Microsoft, "Create an account SAS"."""
+    expiry = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 3600))
+    lines = (AZURITE_ACCOUNT, permissions, "t", "co", "", expiry, "", "https", "2020-12-06", "")
+    digest = hmac.digest(base64.b64decode(AZURITE_KEY),
+                         "".join(f"{line}\n" for line in lines).encode(), "sha256")
+    return urllib.parse.urlencode({
+        "sv": "2020-12-06", "ss": "t", "srt": "co", "sp": permissions, "se": expiry,
+        "spr": "https", "sig": base64.b64encode(digest).decode()})
+
+
+class Azurite:
+    """A real Azurite with a table."""
+
+    def __init__(self, command: str) -> None:
+        probe = socket.create_server(("127.0.0.1", 0))
+        self.port = probe.getsockname()[1]
+        probe.close()
+        self.account = f"https://127.0.0.1:{self.port}/{AZURITE_ACCOUNT}"
+        self.url = f"{self.account}/users"
+        self._process = subprocess.Popen(
+            [command, "--silent", "--inMemoryPersistence", "--disableTelemetry", "--tableHost",
+             "127.0.0.1", "--tablePort", str(self.port), "--oauth", "basic", "--cert",
+             FILES["cert.pem"], "--key", FILES["key.pem"]], cwd=FILES.folder,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_for(self._answers)
+            self._post("Tables", TableName="users")
+        except BaseException:
+            self.close()
+            raise
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, "Azurite does not start"
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            return True
+        return False
+
+    def insert(self, name: str, **properties: str) -> None:
+        """Put in an entity."""
+        self._post("users", PartitionKey="user", RowKey=name, **properties)
+
+    def _post(self, path: str, **body: str) -> None:
+        request = urllib.request.Request(f"{self.account}/{path}", json.dumps(body).encode(), {
+            "Authorization": f"Bearer {storage_token()}", "x-ms-version": "2020-12-06",
+            "Accept": "application/json;odata=nometadata", "Content-Type": "application/json"})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
+                                             urllib.request.HTTPSHandler(context=trusting()))
+        opener.open(request, timeout=PATIENCE).close()
+
+    def close(self) -> None:
+        """Stop it."""
+        self._process.kill()
+        self._process.wait()
+
+
+@unittest.skipUnless(find_azurite(), "needs Azurite (npm install azurite, AZURITE=its command)")
+class AzuriteTests(RelayCase):
+    """The real thing, as far as it can be had without Azure."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Start all, and fill the table."""
+        with at_environ(SSL_CERT_FILE=FILES["ca.pem"], NO_PROXY="127.0.0.1,localhost"):
+            cls.azurite = Azurite(find_azurite() or "")
+            cls.addClassCleanup(cls.azurite.close)
+            super().setUpClass()
+        entry = {"tenant_id": TENANT, "client_id": CLIENT}
+        for name in ODD_NAMES:
+            cls.azurite.insert(name, **entry)
+        cls.azurite.insert("app1", **entry, from_email="app1@example.com", description="x")
+        cls.azurite.insert("broken", tenant_id=TENANT)
+
+    @classmethod
+    def config(cls, **settings: str) -> relay.Config:
+        """Settings with the table."""
+        return super().config(**{
+            "AZURE_TABLES_URL": cls.azurite.url, "AZURE_TENANT_ID": TENANT,
+            "AZURE_CLIENT_ID": CLIENT, "AZURE_CLIENT_SECRET": "s", **settings})
+
+    def start(self, *tokens: str, **settings: str) -> Running:
+        """Start a relay that gets these tokens for the table."""
+        with at_environ(SSL_CERT_FILE=FILES["ca.pem"], NO_PROXY="127.0.0.1,localhost"):
+            self.fake.will("token", *(say(200, {"access_token": token, "expires_in": 3599})
+                                      for token in tokens))
+            running = Running(self.config(UPSTREAM_TIMEOUT="3", **settings))
+        self.addCleanup(running.stop)
+        return running
+
+    def log_in(self, running: Running, user: str) -> str:
+        """Log in on a new connection; returns the reply."""
+        running.ask(running.relay.failures.clear)
+        client = self.connect(running)
+        return client.log_in(user, self.password)
+
+    def test_names(self) -> None:
+        running = self.start(storage_token())
+        client = self.connect(running)
+        self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
+        self.assertReply(client.post(), "250 2.0.0")
+        self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
+        for name in ODD_NAMES:
+            with self.subTest(name):
+                self.assertReply(self.log_in(running, f"{name}@lookup"), "235 2.7.0")
+        for name in ("none", "APP1", "o''brien", "x' or 'a' eq 'a"):
+            with self.subTest(name):
+                self.assertReply(self.log_in(running, f"{name}@lookup"), "535 5.7.8")
+        self.assertReply(self.log_in(running, "broken@lookup"), "454 4.7.0")
+
+    def test_an_allow_list(self) -> None:
+        running = self.start(storage_token(), AZURE_TABLES_FORCE_USAGE="true")
+        self.assertReply(self.log_in(running, USER), "235 2.7.0")
+        self.assertReply(self.log_in(running, f"{CLIENT}@{CLIENT}"), "535 5.7.8")
+
+    def test_what_is_not_allowed_is_no_wrong_password(self) -> None:
+        for tokens, settings in (((storage_token(-60),), {}), (("garbage",), {}),
+                                 ((storage_token(),), {"AZURE_TABLES_URL":
+                                                       f"{self.azurite.account}/others"})):
+            running = self.start(*tokens, **settings)
+            self.assertReply(self.log_in(running, "app1@lookup"), "454 4.7.0")
+
+    def test_a_sas(self) -> None:
+        for permissions, reply in (("r", "235 2.7.0"), ("a", "454 4.7.0")):
+            running = self.start(AZURE_TABLES_URL=f"{self.azurite.url}?{account_sas(permissions)}")
+            self.assertReply(self.log_in(running, "app1@lookup"), reply)
+        running = self.start(AZURE_TABLES_URL=f"{self.azurite.url}?{account_sas('r')}",
+                             ACCOUNTS_REQUIRED="true")
+        self.assertReply(self.log_in(running, USER), "235 2.7.0")
+
+
+class VaultTests(RelayCase):
+    """A certificate in Key Vault, facts 8."""
+
+    def settings_of(self, **settings: str) -> relay.Config:
+        return self.config(**{
+            "TLS_SOURCE": "keyvault", "AZURE_KEY_VAULT_URL": self.fake.url,
+            "AZURE_KEY_VAULT_CERT_NAME": "relay", "REQUIRE_TLS": "true",
+            "AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url, **settings})
+
+    def give(self, value: str, kind: str = "application/x-pkcs12") -> None:
+        """Have a secret in the vault."""
+        self.fake.secret = {"value": value, "contentType": kind, "attributes": {"enabled": True},
+                            "id": f"{self.fake.url}/secrets/relay/1"}
+
+    def assertServes(self, running: Running) -> None:
+        """The relay's chain leads to the root alone: the intermediate one is sent too."""
+        context = ssl.create_default_context(cadata=ROOT_CERT)
+        with Client(running.port) as client:
+            client._host = "localhost"
+            client.starttls(context=context)
+            client.ehlo()
+            self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
+
+    def files(self) -> set[str]:
+        """What lies where temporary files may be."""
+        return {f"{folder}/{name}" for folder in ("/dev/shm", tempfile.gettempdir())
+                if os.path.isdir(folder) for name in os.listdir(folder)
+                if name.startswith("tmp")}
+
+    def test_each_kind(self) -> None:
+        before = self.files()
+        for name, value, kind in (("old", OLD_PFX, "application/x-pkcs12"),
+                                  ("new", NEW_PFX, "application/x-pkcs12"),
+                                  ("pem", VAULT_PEM, "application/x-pem-file")):
+            with self.subTest(name):
+                self.give(value.replace("\n", "") if name != "pem" else value, kind)
+                running = Running(self.settings_of())
+                self.addCleanup(running.stop)
+                self.assertServes(running)
+        self.assertEqual(self.files(), before)
+        request = self.fake.asked("vault")[0]
+        self.assertEqual(request.path, "/secrets/relay?api-version=7.4")
+        self.assertIn("resource=https%3A%2F%2Fvault.azure.net", self.fake.asked("imds")[0].path)
+
+    def test_the_command_where_libcrypto_fails(self) -> None:
+        if not shutil.which("openssl"):
+            self.skipTest("needs the openssl command")
+        for name, value in (("old", OLD_PFX), ("new", NEW_PFX)):
+            with self.subTest(name):
+                pem = relay._pem_by_command(base64.b64decode(value)).decode()
+                self.assertEqual(blocks(pem), blocks(VAULT_PEM))
+
+    def test_libcrypto_keeps_the_chain_and_leaves_nothing_behind(self) -> None:
+        for name, value in (("old", OLD_PFX), ("new", NEW_PFX)):
+            with self.subTest(name):
+                pem = relay._pem_by_libcrypto(base64.b64decode(value)).decode()
+                self.assertEqual(blocks(pem), blocks(VAULT_PEM))
+
+    def test_garbage(self) -> None:
+        good = base64.b64decode(NEW_PFX)
+        for octets in (b"", b"\x30", b"garbage", good[:100], good[:-1], good[:600] + b"\0" * 500):
+            with self.subTest(octets[:10]), self.assertRaises(ValueError):
+                relay.pfx_to_pem(octets)
+
+    def test_each_failure_is_one_clear_line(self) -> None:
+        self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
+        relay.AZURE_PAUSES = (0.0, 0.0)
+        forbidden = {"error": {"code": "Forbidden", "message": "hidden", "innererror":
+                               {"code": "ForbiddenByRbac"}}}
+        pem = {"value": "hidden", "contentType": "application/x-pem-file"}
+        for actions, word in (
+                ([say(403, forbidden)], "403 Forbidden/ForbiddenByRbac: give the relay's "
+                 "identity the role Key Vault Secrets User"),
+                ([say(404, {"error": {"code": "SecretNotFound"}})],
+                 "404 SecretNotFound: there is no such certificate"),
+                ([say(401, b"")] * 2, "401 : the relay's identity is of another tenant"),
+                ([say(429, b"")] * 3, "429 : try again later"),
+                ([say(200, b"garbage")], "Key Vault answers 200"),
+                ([say(200, {"value": 5})], "Key Vault answers 200"),
+                ([say(200, {"value": "hid den", "contentType": "application/x-pkcs12"})],
+                 "set the content type in the certificate's issuance policy to PEM"),
+                ([say(200, {"value": "aGlkZGVu", "contentType": "application/x-pkcs12"})],
+                 "set the content type in the certificate's issuance policy to PEM"),
+                ([say(200, pem)], "holds no PEM certificate"),
+                ([say(200, {**pem, "value": ROOT_CERT})], "holds no PEM key"),
+                ([utter(b"")], "No answer from Microsoft")):
+            with self.subTest(word):
+                self.fake.will("vault", *actions)
+                with self.assertRaises(relay.StartError) as caught:
+                    relay.make_tls_contexts(self.settings_of())
+                self.assertIn(word, str(caught.exception))
+                self.assertIn("AZURE_KEY_VAULT_CERT_NAME='relay'", str(caught.exception))
+                self.assertNotIn("hid", str(caught.exception))
+
+    def test_the_scope_is_that_of_the_cloud(self) -> None:
+        self.give(VAULT_PEM, "application/x-pem-file")
+        for cloud, scope in (("china", "vault.azure.cn"), ("usgov", "vault.usgovcloudapi.net"),
+                             ("usgov-dod", "vault.usgovcloudapi.net")):
+            relay.make_tls_contexts(self.settings_of(AZURE_CLOUD=cloud))
+            self.assertTrue(self.fake.asked("imds")[-1].path.endswith(f"%2F%2F{scope}"))
+
+
+def blocks(pem: str) -> list[str]:
+    """The PEM blocks of a text, without their line ends."""
+    return [re.sub(r"\s", "", one) for one in
+            re.findall("-----BEGIN.*?-----END [A-Z ]+-----", pem, re.S)]
 
 
 # ---------------------------------------------------------------------------
@@ -4238,8 +5790,7 @@ class MemoryTests(unittest.TestCase):
         with start_program(SMTP_PORT=str(port), AZURE_AUTHORITY_HOST=fake.url,
                            GRAPH_ENDPOINT=fake.url, TLS_SOURCE="off", REQUIRE_TLS="false",
                            LISTEN_ADDRESS="127.0.0.1") as process:
-            while "listening" not in process.stderr.readline():
-                pass
+            wait_for_line(process, "listening")
             with Client(port) as client:
                 client.ehlo()
                 client.log_in()
@@ -4916,6 +6467,84 @@ class OldTlsTests(TlsCase):
                              "ECDHE-ECDSA-AES128-GCM-SHA256")
 
 
+@needs_loopbacks
+class NetworkTlsTests(TlsCase):
+    """What an old printer needs is there for its network alone."""
+
+    @classmethod
+    def config(cls, **settings: str) -> relay.Config:
+        """Settings with accounts for networks."""
+        accounts = f"""\
+[DEFAULT]
+{APPLICATION}
+client_secret = s
+[old]
+networks = 127.0.0.2
+tls_min_version = 1.0
+login = optional
+[plain]
+networks = 127.0.0.3
+require_tls = false
+password = {HASH}
+[strict]
+networks = 127.0.0.4
+tls_min_version = 1.3
+login = optional
+"""
+        return super().config(ACCOUNTS_FILE=FILES.write("networks.ini", accounts), **settings)
+
+    def come_from(self, address: str, *, port: int = 0) -> Client:
+        client = Client(port or self.running.port, source_address=(address, 0))
+        self.addCleanup(client.close)
+        client.ehlo()
+        return client
+
+    def version(self, address: str, version: str) -> str:
+        """Do a handshake of one version; returns it, or "" if it fails."""
+        client = self.come_from(address)
+        try:
+            client.starttls(context=OldTlsTests.old_client(version))
+        except OSError:
+            return ""
+        return str(client.sock.version())
+
+    def test_old_tls_from_its_network_alone(self) -> None:
+        for address, versions in (("127.0.0.2", ["1.0", "1.1", "1.2", "1.3"]),
+                                  ("127.0.0.1", ["1.2", "1.3"]), ("127.0.0.3", ["1.2", "1.3"]),
+                                  ("127.0.0.4", ["1.3"])):
+            with self.subTest(address):
+                self.assertEqual([one for one in relay.TLS_VERSIONS
+                                  if self.version(address, one)], versions)
+
+    def test_implicit_tls_too(self) -> None:
+        for address, fine in (("127.0.0.2", True), ("127.0.0.1", False)):
+            sock = socket.create_connection(("127.0.0.1", self.running._config.smtps_port),
+                                            PATIENCE, (address, 0))
+            self.addCleanup(sock.close)
+            try:
+                tls = OldTlsTests.old_client("1.0").wrap_socket(sock,
+                                                                server_hostname="localhost")
+                self.addCleanup(tls.close)
+                self.assertTrue(self.read_until(tls, b"\r\n").startswith(b"220 "))
+                self.assertTrue(fine)
+            except OSError:
+                self.assertFalse(fine)
+
+    def test_a_message_over_old_tls_without_login(self) -> None:
+        client = self.come_from("127.0.0.2")
+        client.starttls(context=OldTlsTests.old_client("1.0"))
+        client.ehlo()
+        self.assertReply(client.post(), "250 2.0.0")
+
+    def test_no_tls_from_its_network_alone(self) -> None:
+        client = self.come_from("127.0.0.3")
+        self.assertReply(client.log_in("plain", PASSWORD), "235 2.7.0")
+        self.assertReply(client.post(), "250 2.0.0")
+        for address in ("127.0.0.1", "127.0.0.2"):
+            self.assertReply(self.come_from(address).log_in("plain", PASSWORD), "530 5.7.0")
+        self.assertReply(self.come_from("127.0.0.2").post(), "530 5.7.0")
+
+
 class LimitTests(TlsCase):
     """Limits of connections and of time."""
 
@@ -5125,19 +6754,33 @@ def start_python(*arguments: str, folder: str = "", groups: tuple[int, ...] = ()
         process.communicate()
 
 
+def wait_for_line(process: subprocess.Popen[str], word: str) -> str:
+    """Read the log until a word is in a line; returns all that was read."""
+    said = ""
+    for line in process.stderr or ():
+        said += line
+        if word in line:
+            return said
+    raise AssertionError(f"{word} is not in {said}")
+
+
 def start_program(*arguments: str, **options: Any) -> Any:
     """Run the program."""
     return start_python(str(PROGRAM), *arguments, **options)
 
 
-class CommandLineTests(unittest.TestCase):
-    """What the program says and how it ends."""
+class ProgramCase(unittest.TestCase):
+    """Runs the program to its end."""
 
     def outcome(self, *arguments: str, **environ: str) -> tuple[int, str, str]:
         with start_program(*arguments, **environ) as process:
             out, err = process.communicate(timeout=PATIENCE)
         self.assertNotIn("Traceback", err)
         return process.returncode, out, err
+
+
+class CommandLineTests(ProgramCase):
+    """What the program says and how it ends."""
 
     def test_help_lists_every_variable(self) -> None:
         status, out, _ = self.outcome("--help")
@@ -5193,6 +6836,159 @@ class CommandLineTests(unittest.TestCase):
                                       TLS_KEY_FILEPATH=FILES["other.pem"])
         self.assertEqual(status, 1)
         self.assertIn("Permission denied", err)
+
+
+class AccountCommandTests(ProgramCase):
+    """The commands about accounts, and a start with accounts."""
+
+    def test_encode(self) -> None:
+        for tenant, environ, wanted in (
+                (TENANT, {}, f"{SHORT_TENANT}@{SHORT_CLIENT}\n"),
+                (SHORT_TENANT, {"USERNAME_DELIMITER": "|"}, f"{SHORT_TENANT}|{SHORT_CLIENT}\n"),
+                ("Contoso.com", {}, f"contoso.com@{SHORT_CLIENT}\n")):
+            self.assertEqual(self.outcome("encode", tenant, CLIENT, **environ), (0, wanted, ""))
+        for arguments in ((TENANT, "x"), ("x", CLIENT), (TENANT, "contoso.com")):
+            status, out, err = self.outcome("encode", *arguments)
+            self.assertEqual((status, out), (2, ""))
+            self.assertIn("the ID of", err)
+
+    def hash_of(self, text: str) -> tuple[int, str, str]:
+        process = subprocess.run([sys.executable, str(PROGRAM), "hash-password"], input=text,
+                                 capture_output=True, text=True, timeout=PATIENCE, check=False)
+        return process.returncode, process.stdout, process.stderr
+
+    def test_hash_password_from_a_pipe(self) -> None:
+        for text in (PASSWORD, f"{PASSWORD}\n", f"{PASSWORD}\r\nsecond line\n"):
+            status, out, _ = self.hash_of(text)
+            self.assertEqual(status, 0)
+            self.assertTrue(relay.is_password(PASSWORD, out.strip()))
+        self.assertNotEqual(self.hash_of("a")[1], self.hash_of("a")[1])
+        for text in ("", "\n"):
+            status, out, err = self.hash_of(text)
+            self.assertEqual((status, out), (2, ""))
+            self.assertIn("empty", err)
+
+    @unittest.skipUnless(hasattr(os, "openpty"), "needs a terminal")
+    def test_hash_password_asks_twice_and_shows_nothing(self) -> None:
+        for second, status in ((PASSWORD, 0), ("other", 2)):
+            terminal, other = os.openpty()
+            process = subprocess.Popen([sys.executable, str(PROGRAM), "hash-password"],
+                                       stdin=other, stdout=subprocess.PIPE, stderr=other,
+                                       start_new_session=True)      # so without /dev/tty
+            os.close(other)
+            said = b""
+            for prompt, answer in ((b"Password: ", PASSWORD), (b"Again: ", second)):
+                while prompt not in said:
+                    said += os.read(terminal, 1000)
+                os.write(terminal, answer.encode() + b"\n")
+            out, _ = process.communicate(timeout=PATIENCE)
+            with contextlib.suppress(OSError):
+                while part := os.read(terminal, 1000):
+                    said += part
+            os.close(terminal)
+            self.assertEqual(process.returncode, status)
+            self.assertNotIn(PASSWORD.encode(), said + out)
+            self.assertEqual(not status and relay.is_password(PASSWORD, out.decode().strip()),
+                             not status)
+
+    def test_accounts(self) -> None:
+        path = FILES.write("listed.ini", EXAMPLE)
+        secret = FILES.write("listed-secret", "hidden")
+        os.chmod(path, 0o600)
+        status, out, _ = self.outcome("accounts", ACCOUNTS_FILE=path)
+        self.assertEqual((status, out), (0, f"""\
+[scan2]
+tenant_id = {TENANT}
+client_id = {CLIENT}
+client_secret = ***
+password = ***
+from_email = scanner@example.com
+allowed_recipients = example.com, boss@partner.example
+allowed_senders = example.com
+networks = 192.168.7.0/24, fd00:7::/64
+login = optional
+require_tls = false
+tls_min_version = 1.0
+
+[direct@example.com]
+tenant_id = {TENANT}
+client_id = {CLIENT}
+login = required
+"""))
+        text = EXAMPLE.replace("client_secret = s3cr~t._-", f"client_secret_file = {secret}")
+        _, out, _ = self.outcome("accounts", ACCOUNTS_FILE=FILES.write("listed2.ini", text))
+        self.assertIn(f"\nclient_secret_file = {secret}\npassword", out)
+
+    def test_accounts_of_an_address(self) -> None:
+        path = FILES.write("matched.ini", EXAMPLE)
+        for address, lines in (
+                ("192.168.7.9", ["192.168.7.9", "without login:    as [scan2]",
+                                 "require_tls:      false", "tls_min_version:  1.0",
+                                 "may log in as:    [scan2]"]),
+                ("192.168.8.9", ["192.168.8.9", "without login:    no",
+                                 "require_tls:      true", "tls_min_version:  1.2",
+                                 "may log in as:    none"])):
+            status, out, _ = self.outcome("accounts", "--match", address, ACCOUNTS_FILE=path)
+            self.assertEqual((status, out.splitlines()), (0, lines))
+        status, _, err = self.outcome("accounts", "--match", "printer", ACCOUNTS_FILE=path)
+        self.assertEqual(status, 2)
+        self.assertIn("'printer' is no IP address", err)
+
+    def test_what_cannot_be_listed(self) -> None:
+        faulty = FILES.write("faulty.ini", "[a]\ntenant_id = x\n[b]\npassword = hidden\n")
+        for environ, words in (
+                ({}, ["ACCOUNTS_FILE is not set"]),
+                ({"ACCOUNTS_FILE": "/no/such"}, ["ACCOUNTS_FILE='/no/such'", "No such file"]),
+                ({"ACCOUNTS_FILE": faulty}, ["[a] tenant_id = x", "[b] password = ***",
+                                             "[b] tenant_id: must be set"])):
+            for command in (("accounts",), ()) if environ else (("accounts",),):
+                with self.subTest(environ, command=command):
+                    status, _, err = self.outcome(*command, TLS_SOURCE="off",
+                                                  REQUIRE_TLS="false", SMTP_PORT="0", **environ)
+                    self.assertEqual(status, 2)
+                    for word in words:
+                        self.assertIn(word, err)
+                    self.assertNotIn("hidden", err)
+
+    @unittest.skipUnless(os.name == "posix", "needs modes")
+    def test_a_file_that_all_may_read_is_warned_about(self) -> None:
+        for text, mode, warned in ((EXAMPLE, 0o644, True), (EXAMPLE, 0o640, False),
+                                   (f"[a]\n{APPLICATION}", 0o644, False)):
+            path = FILES.write("modes.ini", text)
+            os.chmod(path, mode)
+            with kept_log() as kept:
+                relay.Relay(make_config(ACCOUNTS_FILE=path))
+            self.assertEqual(bool(kept.find("accounts")), warned)
+        secret = FILES.write("mode-secret", "hidden")
+        path = FILES.write("modes.ini", f"[a]\n{APPLICATION}client_secret_file = {secret}\n"
+                                        f"password = {HASH}\n")
+        os.chmod(path, 0o600)
+        with kept_log() as kept:
+            relay.Relay(make_config(ACCOUNTS_FILE=path))
+        line, = kept.find("accounts")
+        self.assertIn(f"file={secret}", line[1])
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
+    def test_sighup_reads_the_accounts_again_at_once(self) -> None:
+        path = FILES.write("hup.ini", EXAMPLE)
+        with start_program(ACCOUNTS_FILE=path, TLS_SOURCE="off", REQUIRE_TLS="false",
+                           SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1") as process:
+            wait_for_line(process, "listening")
+            FILES.write("hup.ini", EXAMPLE.replace("[scan2]", "[scan3]"))
+            process.send_signal(signal.SIGHUP)
+            wait_for_line(process, "loaded=2")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_what_another_user_cannot_read_again_is_warned_about(self) -> None:
+        path = FILES.write("own.ini", EXAMPLE)
+        os.chmod(path, 0o600)
+        with start_program(ACCOUNTS_FILE=path, TLS_SOURCE="off", REQUIRE_TLS="false",
+                           SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1",
+                           RUN_AS="nobody") as process:
+            lines = wait_for_line(process, "listening")
+        self.assertRegex(lines, "WARNING - accounts file=.*own.ini problem=.*RUN_AS")
 
 
 class ServeTests(unittest.TestCase):
