@@ -2044,41 +2044,27 @@ def parse_addresses(value: str, *, any_name: bool = False) -> AddressList:
 def _elements(value: str) -> Iterator[tuple[list[str], str]]:
     """Yield the tokens between separators, and the separator behind them."""
     tokens: list[str] = []
+    start = end = depth = 0             # of the token; of comments within comments
     in_angle = False
-    for token in _tokens(value):
+    while end < len(value):
+        match = (_IN_COMMENT if depth else _TOKEN).match(value, end)
+        assert match is not None        # the last alternative takes anything
+        end = match.end()
+        depth += (match[0] == "(") - (match[0] == ")" and depth > 0)
+        if depth:
+            continue
+        token, start = value[start:end], end
+        if token[0] in '"[' and "\r" in token:
+            raise Doubtful              # not everybody unfolds before reading
         if token in ",;:" and not in_angle:
             yield tokens, token
             tokens = []
         else:
             in_angle = token == "<" or (in_angle and token != ">")
             tokens.append(token)
+    if depth:
+        raise Doubtful
     yield tokens, ""
-
-
-def _tokens(value: str) -> Iterator[str]:
-    """Yield the tokens of an address list."""
-    position = 0
-    while position < len(value):
-        if value[position] == "(":
-            end = _comment_end(value, position)
-        else:
-            match = _TOKEN.match(value, position)
-            assert match is not None    # the last alternative takes anything
-            end = match.end()
-        token = value[position:end]
-        if token[0] in '"[' and "\r" in token:
-            raise Doubtful              # not everybody unfolds before reading
-        yield token
-        position = end
-
-
-def _comment_end(value: str, start: int) -> int:
-    depth = 0
-    for match in _IN_COMMENT.finditer(value, start):
-        depth += (match[0] == "(") - (match[0] == ")")
-        if depth == 0:
-            return match.end()
-    raise Doubtful
 
 
 def _is_name(words: list[str]) -> bool:
