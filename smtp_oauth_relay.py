@@ -1956,11 +1956,8 @@ def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = N
     stands between the last field and the empty line is text. In a part any field will do,
     RFC 2046 section 5.1. Raises DeliveryError.
     """
-    limit = len(message) if end is None else end
-    stop = _header_stop(message, begin, limit)
-    header = Header([], _header_end(message, begin, stop, is_part=is_part))
-    if header.end == stop < limit and not message.startswith(b"\r\n", stop):
-        raise DeliveryError("The header is too large", 552, "5.3.4")
+    header = Header([], _header_end(message, begin, len(message) if end is None else end,
+                                    is_part=is_part))
     # Of each field, or of neighbours that are not read: name, start, stop, is_reached.
     spans: list[tuple[bytes, int, int, bool]] = []
     is_reached = True
@@ -1983,32 +1980,26 @@ def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = N
     return header
 
 
-def _header_end(message: bytes | bytearray, begin: int, stop: int, *,
+def _header_end(message: bytes | bytearray, begin: int, limit: int, *,
                 is_part: bool) -> int:
-    """Find the end of the last field; `begin` if all of it is text."""
-    end, is_header = begin, False
+    """Find the end of the last field; `begin` if all is text. Raises DeliveryError."""
+    if message.startswith(b"\r\n", begin):
+        return begin
+    most = min(limit, begin + MAX_HEADER)
     # To the last CRLF: a line without one would be tried from each of its octets.
-    stop = max(begin, message.rfind(b"\r\n", begin, stop) + 2)
+    stop = message.find(b"\r\n\r\n", begin, most)
+    stop = max(begin, (stop if stop >= 0 else message.rfind(b"\r\n", begin, most)) + 2)
+    end, is_header = begin, False
     for line in _FOLDED_LINE.finditer(message, begin, stop):
         match = _FIELD.match(line[0])
         if match:
             end = line.end()
             is_header = (is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
                          or (is_part and line.start() == begin))
-    return end if is_header else begin
-
-
-def _header_stop(message: bytes | bytearray, begin: int, end: int) -> int:
-    """Find where no line of the header can be any more. Raises DeliveryError."""
-    if message[begin:begin + 2] == b"\r\n":
-        return begin
-    most = min(end, begin + MAX_HEADER)
-    empty_line = message.find(b"\r\n\r\n", begin, most)
-    if empty_line >= 0:
-        return empty_line + 2
-    if most == end:
-        return end
-    return max(begin, message.rfind(b"\r\n", begin, most) + 2)
+    end = end if is_header else begin
+    if end == stop and most < limit and not message.startswith(b"\r\n", stop):
+        raise DeliveryError("The header is too large", 552, "5.3.4")
+    return end
 
 
 def parse_addresses(value: str, *, any_name: bool = False) -> AddressList:
