@@ -1918,10 +1918,11 @@ class Address(NamedTuple):
 
 
 class AddressList(NamedTuple):
-    """The addresses of a field, and whether every reader parts them as we do."""
+    """The addresses of a field; none if it cannot be read beyond doubt."""
 
     addresses: list[Address]
-    is_tidy: bool = True
+    is_tidy: bool = True        # every reader parts them as we do
+    is_doubtful: bool = False
 
 
 class Doubtful(Exception):
@@ -2092,12 +2093,11 @@ def _read_mailbox(tokens: list[str], *, any_name: bool) -> str:
     return mailbox
 
 
-def _read_field(one: Field, *, any_name: bool = False) -> AddressList | None:
-    """Read the addresses of a field; None: they are doubtful."""
+def _read_field(one: Field, *, is_sane: bool = True, any_name: bool = False) -> AddressList:
     with contextlib.suppress(Doubtful):
-        if len(one.octets) <= MAX_ADDRESSES:
+        if is_sane and len(one.octets) <= MAX_ADDRESSES:
             return parse_addresses(one.value, any_name=any_name)
-    return None
+    return AddressList([], is_doubtful=True)
 
 
 def _address_field(name: bytes, texts: list[str]) -> bytes:
@@ -2115,12 +2115,12 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
     """
     fields = header.find(*_ADDRESS_FIELDS)
     is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
-    read = [(one, _read_field(one) if is_sane else None) for one in fields]
+    read = [(one, _read_field(one, is_sane=is_sane)) for one in fields]
     if policy == "refuse":
         _refuse_others(read, recipients)
     keeps = policy == "keep"
     named = {address.key for one, found in read
-             if found and one.is_reached and (found.is_tidy or not keeps)
+             if one.is_reached and (found.is_tidy or not keeps)
              for address in found.addresses}
     if not keeps:
         for one, found in read:
@@ -2130,29 +2130,29 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
         return
     hidden = []                         # there may be one Bcc only, RFC 5322 section 3.6
     for one, found in read:
-        if found and one.name == b"bcc":
+        if one.name == b"bcc" and not found.is_doubtful:
             one.edited = b""
             hidden += [address.text for address in found.addresses
                        if (address.key in named if address.key in recipients else keeps)]
     header.top.append(_address_field(b"Bcc", hidden + missing))
 
 
-def _refuse_others(read: list[tuple[Field, AddressList | None]],
+def _refuse_others(read: list[tuple[Field, AddressList]],
                    recipients: Mapping[str, str]) -> None:
-    others = [address.mailbox for _, found in read if found
-              for address in found.addresses if address.key not in recipients]
+    others = [address.mailbox for _, found in read for address in found.addresses
+              if address.key not in recipients]
     others += [f"what stands in {one.label.decode()}"
-               for one, found in read if found is None]
+               for one, found in read if found.is_doubtful]
     if others:
         names = ", ".join(others)
         names = names if len(names) <= MAX_NAMED else names[:MAX_NAMED] + " ..."
         raise DeliveryError(f"The header names whom RCPT does not: {names}", 550, "5.1.3")
 
 
-def _without_others(one: Field, found: AddressList | None,
+def _without_others(one: Field, found: AddressList,
                     recipients: Mapping[str, str]) -> bytes:
     """Take out of a field whom the envelope does not name, as the table above says."""
-    if found is None:
+    if found.is_doubtful:
         return b"" if one.name == b"bcc" else b"X-Original-" + one.octets
     kept = [address.text for address in found.addresses if address.key in recipients]
     others = [address.text for address in found.addresses if address.key not in recipients]
@@ -2173,13 +2173,13 @@ def read_authors(header: Header) -> Authors:
     """Read the From fields; the key of an author whose address cannot be read is ""."""
     fields = header.find(b"from")
     is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
-    return [(one, _read_from(one) if is_sane else [Address("", "", "<>", ["<", "", ">"])])
-            for one in fields]
+    return [(one, _read_from(one, is_sane=is_sane)) for one in fields]
 
 
-def _read_from(one: Field) -> list[Address]:
+def _read_from(one: Field, *, is_sane: bool = True) -> list[Address]:
     """Read a From field; it mails nobody, so what is no address list is no danger."""
-    value = one.value.replace("\r\n", "") if len(one.octets) <= MAX_ADDRESSES else "<"
+    is_sane = is_sane and len(one.octets) <= MAX_ADDRESSES
+    value = one.value.replace("\r\n", "") if is_sane else "<"
     with contextlib.suppress(Doubtful):
         return parse_addresses(value, any_name=True).addresses
     match = _LOOSE_AUTHOR.fullmatch(value)
@@ -2230,7 +2230,7 @@ def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
         # What is no address list got its quotes when it was read.
         if texts and (texts != [author.text for author in found]
                       or ("@" in texts[0].rpartition("<")[0] and len(texts) == 1
-                          and _read_field(one, any_name=True) is None)):
+                          and _read_field(one, any_name=True).is_doubtful)):
             one.edited = _address_field(one.label, texts)
 
 
@@ -2825,9 +2825,7 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
     people: dict[bytes, list[dict[str, Any]]] = {}
     for one in fields:
         if one.name in _ADDRESS_FIELDS:
-            found = _read_field(one)
-            people.setdefault(one.name, []).extend(
-                map(_person, found.addresses if found else []))
+            people.setdefault(one.name, []).extend(map(_person, _read_field(one).addresses))
         elif one.name in _EDITED_FIELDS:        # they mail nobody
             people.setdefault(one.name, []).extend(
                 _person(author) for author in _read_from(one) if author.key)
@@ -5419,8 +5417,7 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
     prepared = outgoing.prepared
     print(f"Sent by:  {visible(prepared.mailbox)}\nSent to:")
     for one in split_header(prepared.header).find(*_ADDRESS_FIELDS):
-        found = _read_field(one)
-        for address in found.addresses if found else []:
+        for address in _read_field(one).addresses:
             more = "" if address.key in envelope.recipients else ", though no recipient"
             print(f"  {visible(address.mailbox)}  ({one.label.decode()}{more})")
     edits = list(_edits(prepared.before, prepared.header))
