@@ -2169,15 +2169,11 @@ def _without_others(one: Field, found: AddressList,
 Authors = list[tuple[Field, list[Address]]]
 
 
-def read_authors(header: Header) -> Authors:
-    """Read the From fields; the key of an author whose address cannot be read is ""."""
-    fields = header.find(b"from")
-    is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
-    return [(one, _read_from(one, is_sane=is_sane)) for one in fields]
-
-
 def _read_from(one: Field, *, is_sane: bool = True) -> list[Address]:
-    """Read a From field; it mails nobody, so what is no address list is no danger."""
+    """Read a From field; it mails nobody, so what is no address list is no danger.
+
+    The key of an author whose address cannot be read is "".
+    """
     is_sane = is_sane and len(one.octets) <= MAX_ADDRESSES
     value = one.value.replace("\r\n", "") if is_sane else "<"
     with contextlib.suppress(Doubtful):
@@ -2192,17 +2188,6 @@ def _read_from(one: Field, *, is_sane: bool = True) -> list[Address]:
     tokens = [one for word in words for one in (word, " ")] + ["<", mailbox, ">"]
     key = comparable(mailbox) if mailbox else ""
     return [Address(key, mailbox, "".join(tokens), tokens)]
-
-
-def choose_mailbox(envelope: Envelope, authors: Authors, sender_from: str) -> str:
-    """Find the mailbox that sends. Raises DeliveryError if there is none."""
-    named = [author.mailbox for _, found in authors for author in found if author.mailbox]
-    if envelope.reverse_path and (sender_from == "envelope" or not named):
-        return envelope.reverse_path
-    if named:
-        return named[0]
-    raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send from",
-                        550, "5.1.7")
 
 
 def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
@@ -2333,8 +2318,16 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
     message = envelope.message
     mbox_line = _MBOX_LINE.match(message)
     header = split_header(message, mbox_line.end() if mbox_line else 0)
-    authors = read_authors(header)
-    mailbox = choose_mailbox(envelope, authors, config.sender_from)
+    fields = header.find(b"from")
+    is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
+    authors = [(one, _read_from(one, is_sane=is_sane)) for one in fields]
+    named = [author.mailbox for _, found in authors for author in found if author.mailbox]
+    mailbox = envelope.reverse_path
+    if named and (config.sender_from == "header" or not mailbox):
+        mailbox = named[0]
+    if not mailbox:
+        raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send from",
+                            550, "5.1.7")
     edit_author(header, authors, mailbox, config.from_mismatch, login)
     edit_recipients(header, envelope.recipients, config.header_recipients)
     octets, body = bytes(header), memoryview(message)[header.end:]
