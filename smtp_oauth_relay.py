@@ -2489,23 +2489,17 @@ class Part:
 def _decode_base64(slices: Iterator[bytes]) -> Iterator[bytes]:
     """Decode base64; octets outside its alphabet do not count, RFC 2045 section 6.8."""
     rest, is_ended = b"", False
-    for one in slices:
+    for one in itertools.chain(slices, [b"="]):     # the padding may be missing
         text, padding, behind = one.translate(None, _NOT_BASE64).partition(b"=")
         if (is_ended and text) or behind.strip(b"="):
             raise Unsayable("has an attachment that goes on behind its end")
         is_ended = is_ended or bool(padding)
         text = rest + text
         cut = len(text) if is_ended else len(text) // 4 * 4
-        yield _decode_quanta(text[:cut])
+        if cut % 4 == 1:
+            raise Unsayable("has an attachment that is cut off")
+        yield binascii.a2b_base64(text[:cut] + b"=" * (-cut % 4))
         rest = text[cut:]
-    if rest:                            # the padding is missing
-        yield _decode_quanta(rest)
-
-
-def _decode_quanta(text: bytes) -> bytes:
-    if len(text) % 4 == 1:
-        raise Unsayable("has an attachment that is cut off")
-    return binascii.a2b_base64(text + b"=" * (-len(text) % 4))
 
 
 class Attachment(NamedTuple):
