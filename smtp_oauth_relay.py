@@ -2570,11 +2570,15 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
                        "HTML" if is_html else "Text", body)
     if len(content) > GRAPH_REQUEST_LIMIT:
         raise Unsayable("has a text that is too large by itself")
-    return Draft(content, [
-        Attachment(part.file_name or _make_name(number, part.media_type), part,
-                   part.content_id if part in shown else "",
-                   sum(len(piece) for piece in part.pieces()))
-        for number, part in enumerate(files, 1)])
+    # An object of our own, as that of the module reads files of the system.
+    types = mimetypes.MimeTypes()
+    attachments = []
+    for number, part in enumerate(files, 1):
+        suffix = types.guess_extension(part.media_type) or ".bin"
+        attachments.append(Attachment(
+            part.file_name or f"ATT{number:05}{suffix}", part,     # as Exchange names it
+            part.content_id if part in shown else "", sum(map(len, part.pieces()))))
+    return Draft(content, attachments)
 
 
 def _as_json(properties: dict[str, Any], kind: str, body: str) -> bytes:
@@ -2604,10 +2608,11 @@ def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
     parameters = _parameters(header, "content-type")
     name = (_parameters(header, "content-disposition").get("filename")
             or parameters.get("name", ""))
+    file_name = _one_line(name, "_").encode("utf-8", "replace").decode()
     media_type = _media_type(header.get("content-type", "") or "text/plain",
                              name or encoding[1].lower() == "base64")
     return Part(message, begin, end, media_type, parameters,
-                disposition[1].lower() == "attachment", _file_name(name),
+                disposition[1].lower() == "attachment", file_name[-MAX_FILE_NAME:],
                 header.get("content-id", "").strip(" \t<>")[:MAX_CONTENT_ID],
                 header.get("content-location", "").strip(), encoding[1].lower())
 
@@ -2634,19 +2639,6 @@ def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
             value = decode_text(value[2].encode("latin-1", "replace"), value[0] or "")
         parameters[key] = value         # the standard library has it in lower case
     return parameters
-
-
-def _file_name(text: str) -> str:
-    """Make a name of what was given as one, often in encoded words."""
-    name = _decoded(text).strip().encode("utf-8", "replace").decode()
-    return _CONTROL.sub("_", name)[-MAX_FILE_NAME:]
-
-
-def _make_name(number: int, media_type: str) -> str:
-    """Name a file that has no name, as Exchange does."""
-    # An object of our own, as that of the module reads files of the system.
-    suffix = mimetypes.MimeTypes().guess_extension(media_type) or ".bin"
-    return f"ATT{number:05}{suffix}"
 
 
 def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
@@ -2785,11 +2777,11 @@ def _unfolded(one: Field) -> str:
     return decode_text(one.octets.partition(b":")[2].replace(b"\r\n", b"")).strip()
 
 
-def _decoded(text: str) -> str:
-    """Decode encoded words, RFC 2047."""
+def _one_line(text: str, control: str = " ") -> str:
+    """Decode the encoded words of a value, RFC 2047; its control characters go."""
     if text.count("=?") <= MAX_ENCODED_WORDS:
         text = _ENCODED_WORDS.sub(_decode_words, text)
-    return text
+    return _CONTROL.sub(control, text.strip()).strip()
 
 
 def _decode_words(match: re.Match[str]) -> str:
@@ -2799,11 +2791,6 @@ def _decode_words(match: re.Match[str]) -> str:
                        for octets, charset in email.header.decode_header(match[0]))
     except (ValueError, TypeError, email.errors.MessageError):
         return match[0]
-
-
-def _one_line(text: str) -> str:
-    """Decode a value of a header; control characters have no place in it."""
-    return _CONTROL.sub(" ", _decoded(text)).strip()
 
 
 def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
