@@ -5271,8 +5271,6 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 # §16  Demo
 # ---------------------------------------------------------------------------
 
-_TOKEN_PATH = re.compile("/[^/]+/oauth2/v2.0/token")
-_SEND_PATH = re.compile("/v1.0/users/([^/]+)/sendMail")
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
 
 
@@ -5288,36 +5286,35 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,8}", length):
             self.close_connection = True
-            self._answer(411, {"error": {"code": "LengthRequired"}})
+            self._answer(411, "LengthRequired")
             return
         body = self.rfile.read(int(length))
-        sending = _SEND_PATH.fullmatch(self.path)
-        if _TOKEN_PATH.fullmatch(self.path):
-            self._answer(200, {"token_type": "Bearer", "expires_in": 3599,
-                               "access_token": secrets.token_urlsafe()})
+        sending = re.fullmatch("/v1.0/users/([^/]+)/sendMail", self.path)
+        if re.fullmatch("/[^/]+/oauth2/v2.0/token", self.path):
+            self._answer(200, "", {"token_type": "Bearer", "expires_in": 3599,
+                                   "access_token": secrets.token_urlsafe()})
         elif sending:
-            self._send_mail(urllib.parse.unquote(sending[1]), body)
+            self._answer(*self._keep(urllib.parse.unquote(sending[1]), body))
         else:
-            self._answer(404, {"error": {"code": "ResourceNotFound"}})
+            self._answer(404, "ResourceNotFound")
 
-    def _send_mail(self, mailbox: str, body: bytes) -> None:
+    def _keep(self, mailbox: str, body: bytes) -> tuple[int, str]:
         try:
             message = base64.b64decode(body, validate=True)
         except binascii.Error:
-            self._answer(400, {"error": {"code": "ErrorMimeContentInvalidBase64String"}})
-            return
+            return 400, "ErrorMimeContentInvalidBase64String"
         ident = decode_uuid(self.headers.get("client-request-id", "")) or str(uuid.uuid4())
         path = self.outbox / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
         try:
             path.write_bytes(message)
         except OSError as error:
             print(f"{path} cannot be written: {error.strerror}", flush=True)
-            self._answer(507, {"error": {"code": "ErrorQuotaExceeded"}})
-            return
+            return 507, "ErrorQuotaExceeded"
         print(f"{path}: {len(message)} octets from {escaped(mailbox)}", flush=True)
-        self._answer(202)
+        return 202, ""
 
-    def _answer(self, status: int, answer: dict[str, Any] | None = None) -> None:
+    def _answer(self, status: int, code: str = "", answer: object = None) -> None:
+        answer = {"error": {"code": code}} if code else answer
         body = json.dumps(answer).encode() if answer else b""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
