@@ -2685,29 +2685,25 @@ def _text_of(leaves: list[Part]) -> Part | None:
 
 def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
     """Find where the parts of a part begin and end, RFC 2046 section 5.1.1."""
-    begin = part.end + 1                # nothing began yet
-    for match in _delimiters(part):
-        if begin <= part.end:
-            yield begin, match.start()
-        if match[1]:
-            return
-        begin = match.end() + 2
-    if begin <= part.end:               # the last delimiter is missing
-        yield begin, part.end
-
-
-def _delimiters(part: Part) -> Iterator[re.Match[bytes]]:
-    """Find the delimiters of a part; the CRLF behind one may be that before the next."""
     boundary = part.parameters.get("boundary", "").encode("utf-8", "replace")
     if not 0 < len(boundary) <= MAX_BOUNDARY:
         return
+    # The CRLF behind a delimiter may be that before the next.
     delimiter = re.compile(rb"\r\n--" + re.escape(boundary)
                            + rb"(--)?[ \t]{0,999}(?=\r\n|\Z)")
-    for begin in range(max(0, part.begin - 2), part.end, FIND_AT_ONCE):
-        end = begin + FIND_AT_ONCE      # those that begin before it, and end a bit later
-        for match in delimiter.finditer(part.message, begin, min(end + 2048, part.end)):
-            if match.start() < end:
-                yield match
+    begin = part.end + 1                # nothing began yet
+    for start in range(max(0, part.begin - 2), part.end, FIND_AT_ONCE):
+        stop = start + FIND_AT_ONCE     # for those that begin before it, and end a bit later
+        for match in delimiter.finditer(part.message, start, min(stop + 2048, part.end)):
+            if match.start() >= stop:
+                break
+            if begin <= part.end:
+                yield begin, match.start()
+            if match[1]:
+                return
+            begin = match.end() + 2
+    if begin <= part.end:               # the last delimiter is missing
+        yield begin, part.end
 
 
 # Text.
