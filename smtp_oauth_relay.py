@@ -1872,7 +1872,7 @@ _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _HEADER_MAILBOX = re.compile(
     rf'(?:{_DOT_STRING}|"(?:[^"\\\ud800-\udfff]|\\[^\ud800-\udfff])*")'
     rf"@(?:{_DOMAIN}|\[[^\[\]\\\ud800-\udfff]*\])")
-_HEADER_ROUTE = re.compile(_ROUTE)
+_HEADER_ROUTE = re.compile(rf"\A{_ROUTE}")
 # What is no address list, as a name and what stands in "<>"; a comment may be the name.
 _ENCODED_WORD = r"=\?[^?\s]{1,75}\?[bq]\?[^?]*\?="
 _LOOSE_AUTHOR = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
@@ -1957,8 +1957,8 @@ def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = N
     stands between the last field and the empty line is text. In a part any field will do,
     RFC 2046 section 5.1. Raises DeliveryError.
     """
-    header = Header([], _header_end(message, begin, len(message) if end is None else end,
-                                    is_part=is_part))
+    limit = len(message) if end is None else end
+    header = Header([], _header_end(message, begin, limit, is_part=is_part))
     # Of each field, or of neighbours that are not read: name, start, stop, is_reached.
     spans: list[tuple[bytes, int, int, bool]] = []
     is_reached = True
@@ -2084,8 +2084,7 @@ def _read_mailbox(tokens: list[str], *, any_name: bool) -> str:
     if len(words) > MAX_WORDS:
         raise Doubtful
     text = "".join(words).strip(" ")
-    route = _HEADER_ROUTE.match(text)
-    mailbox = text[route.end():] if route else text
+    mailbox = _HEADER_ROUTE.sub("", text)
     if "=?" in mailbox or not _HEADER_MAILBOX.fullmatch(mailbox):
         raise Doubtful
     if not any_name and any(comparable(other) != comparable(mailbox) for other in others):
@@ -2093,7 +2092,8 @@ def _read_mailbox(tokens: list[str], *, any_name: bool) -> str:
     return mailbox
 
 
-def _read_field(one: Field, *, is_sane: bool = True, any_name: bool = False) -> AddressList:
+def _read_field(one: Field, *, is_sane: bool = True,
+                any_name: bool = False) -> AddressList:
     with contextlib.suppress(Doubtful):
         if is_sane and len(one.octets) <= MAX_ADDRESSES:
             return parse_addresses(one.value, any_name=any_name)
@@ -2105,8 +2105,6 @@ def _address_field(name: bytes, texts: list[str]) -> bytes:
     value = ",\r\n ".join(texts).encode("utf-8", "surrogateescape")
     return name + b": " + value + b"\r\n"
 
-
-# Recipients.
 
 def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
     """Make To, Cc and Bcc name these recipients, by comparable form, and nobody else.
@@ -2163,8 +2161,6 @@ def _without_others(one: Field, found: AddressList,
         lines += _address_field(b"X-Original-" + one.label, others)
     return lines
 
-
-# The author.
 
 Authors = list[tuple[Field, list[Address]]]
 
@@ -2269,8 +2265,6 @@ def _quoted(name: str) -> list[str]:
             for number, word in enumerate(map(str.strip, words)) if word]
 
 
-# The message.
-
 ENCODE_AT_ONCE = 58_368         # octets, a multiple of 3
 
 
@@ -2278,8 +2272,7 @@ class Base64:
     """Octets in base64, made anew whenever they are sent; never all at once."""
 
     def __init__(self, first: bytes, rest: memoryview) -> None:
-        self._first = first
-        self._rest = rest
+        self._first, self._rest = first, rest
 
     def __len__(self) -> int:
         return (len(self._first) + len(self._rest) + 2) // 3 * 4
@@ -2287,10 +2280,9 @@ class Base64:
     def __iter__(self) -> Iterator[bytes]:
         # A small message at once; of a large one so much that the rest is in threes.
         borrowed = max(ENCODE_AT_ONCE - len(self._first), -len(self._first) % 3)
-        yield binascii.b2a_base64(self._first + bytes(self._rest[:borrowed]), newline=False)
+        yield base64.b64encode(self._first + bytes(self._rest[:borrowed]))
         for start in range(borrowed, len(self._rest), ENCODE_AT_ONCE):
-            yield binascii.b2a_base64(self._rest[start:start + ENCODE_AT_ONCE],
-                                      newline=False)
+            yield base64.b64encode(self._rest[start:start + ENCODE_AT_ONCE])
 
 
 @dataclass(frozen=True)
@@ -2326,8 +2318,8 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
     if named and (config.sender_from == "header" or not mailbox):
         mailbox = named[0]
     if not mailbox:
-        raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send from",
-                            550, "5.1.7")
+        raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send "
+                            "from", 550, "5.1.7")
     edit_author(header, authors, mailbox, config.from_mismatch, login)
     edit_recipients(header, envelope.recipients, config.header_recipients)
     octets, body = bytes(header), memoryview(message)[header.end:]
@@ -2414,13 +2406,9 @@ CHARSETS: Mapping[str, str] = {
     "undefined": ""}
 
 
-def _replace(error: UnicodeError) -> tuple[str, int]:
-    """Handle a fault as "replace" does, but in Python: other threads run meanwhile."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd", error.end
-
-
-codecs.register_error("relay.replace", _replace)
+# As "replace" does, but in Python: other threads run meanwhile.
+codecs.register_error("relay.replace",
+                      lambda error: ("\ufffd", error.end))  # type: ignore[attr-defined]
 
 
 class Unsayable(DeliveryError):
@@ -2542,10 +2530,7 @@ class Outgoing(NamedTuple):
 
 
 def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoing:
-    """Do all that is done to a message. Raises DeliveryError.
-
-    `login` is the user name of the device.
-    """
+    """Do all to a message of a device with that login. Raises DeliveryError."""
     prepared = prepare(envelope, config, login)
     if prepared.size <= GRAPH_MESSAGE_LIMIT or config.large_messages == "whole":
         return Outgoing(prepared)
@@ -2576,7 +2561,7 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     for number, part in enumerate(files, 1):
         suffix = types.guess_extension(part.media_type) or ".bin"
         attachments.append(Attachment(
-            part.file_name or f"ATT{number:05}{suffix}", part,     # as Exchange names it
+            part.file_name or f"ATT{number:05}{suffix}", part,  # as Exchange names it
             part.content_id if part in shown else "", sum(map(len, part.pieces()))))
     return Draft(content, attachments)
 
@@ -2642,10 +2627,7 @@ def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
 
 
 def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
-    """Find the text and the files of a part, as the table above says. Raises Unsayable.
-
-    The text is the first that `is_text`.
-    """
+    """Find the text and the files of a part by the table above. Raises Unsayable."""
     _check_sayable(part, depth)
     if next(counter) > MAX_PARTS or depth > MAX_DEPTH:
         raise Unsayable("has too many parts")
@@ -2680,6 +2662,7 @@ def _check_sayable(part: Part, depth: int) -> None:
 
 
 def _text_of(leaves: list[Part]) -> Part | None:
+    """The text is the first that may be one."""
     return next((one for one in leaves if one.is_text), None)
 
 
@@ -2693,8 +2676,9 @@ def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
                            + rb"(--)?[ \t]{0,999}(?=\r\n|\Z)")
     begin = part.end + 1                # nothing began yet
     for start in range(max(0, part.begin - 2), part.end, FIND_AT_ONCE):
-        stop = start + FIND_AT_ONCE     # for those that begin before it, and end a bit later
-        for match in delimiter.finditer(part.message, start, min(stop + 2048, part.end)):
+        stop = start + FIND_AT_ONCE     # of those that begin there, but end a bit later
+        most = min(stop + 2048, part.end)
+        for match in delimiter.finditer(part.message, start, most):
             if match.start() >= stop:
                 break
             if begin <= part.end:
@@ -2705,8 +2689,6 @@ def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
     if begin <= part.end:               # the last delimiter is missing
         yield begin, part.end
 
-
-# Text.
 
 def _read_text(part: Part | None) -> str:
     """Read the text of a draft. Raises Unsayable."""
@@ -2795,7 +2777,8 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
     people: dict[bytes, list[dict[str, Any]]] = {}
     for one in fields:
         if one.name in _ADDRESS_FIELDS:
-            people.setdefault(one.name, []).extend(map(_person, _read_field(one).addresses))
+            people.setdefault(one.name, []).extend(
+                map(_person, _read_field(one).addresses))
         elif one.name in _EDITED_FIELDS:        # they mail nobody
             people.setdefault(one.name, []).extend(
                 _person(author) for author in _read_from(one) if author.key)
