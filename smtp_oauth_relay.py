@@ -1810,29 +1810,23 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 # Graph has no envelope: it mails whoever stands in To, Cc and Bcc. So these are made to
 # name the envelope's recipients and nobody else (HEADER_RECIPIENTS=strip):
 #
-#     an address field ...                              becomes
-#     names only people of the envelope                 what it was, octet for octet (with
-#                                                       commas, if it has stray ";")
-#     names others too                                  itself without them; they go to
-#                                                       X-Original-To, X-Original-Cc
-#     cannot be read beyond doubt                       X-Original-To, X-Original-Cc
-#     is a Bcc                                          part of the one Bcc, which also
-#                                                       gets whom no field names
+#     an address field ...            becomes
+#     names only the envelope's       what it was, octet for octet; stray ";" are commas
+#     names others too                itself without them: they go to X-Original-To, -Cc
+#     cannot be read beyond doubt     X-Original-To, -Cc as a whole
+#     is a Bcc                        part of the one Bcc, for whom no field names
 #
 # Whom a field names behind a malformed line, where a reader may have stopped, is in Bcc
 # too. "Beyond doubt" is the point: a field that we read in one way and Exchange in another
 # would send the mail to somebody else.
 #
-# And Graph wants From to name the mailbox in its URL (FROM_MISMATCH):
+# And Graph wants From to name the mailbox in its URL. One that is missing or empty is
+# added; of one that names another, or more, or nobody, FROM_MISMATCH makes
 #
-#     From                          keep        rewrite                     refuse
-#     is missing or empty           added       added                       added
-#     names that mailbox only       as it was   as it was                   as it was
-#     names another, or more        as it was   the mailbox, with the old   550 5.7.1
-#                                               name; the old address goes
-#                                               to Reply-To
-#     has no address                as it was   likewise; the old field is  550 5.7.1
-#                                               X-Original-From
+#     keep        nothing else: Microsoft decides
+#     refuse      550 5.7.1
+#     rewrite     the mailbox, with the old name; the old address goes to Reply-To, and
+#                 what named several or nobody to X-Original-From too
 #
 # A name with a bare "@" is put into quotes, as Exchange takes it for an address.
 #
