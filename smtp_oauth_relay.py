@@ -2077,8 +2077,7 @@ def _read_mailbox(tokens: list[str], *, any_name: bool) -> str:
             others.append("".join(name).strip(" "))
     if len(words) > MAX_WORDS:
         raise Doubtful
-    text = "".join(words).strip(" ")
-    mailbox = _HEADER_ROUTE.sub("", text)
+    mailbox = _HEADER_ROUTE.sub("", "".join(words).strip(" "))
     if "=?" in mailbox or not _HEADER_MAILBOX.fullmatch(mailbox):
         raise Doubtful
     if not any_name and any(comparable(other) != comparable(mailbox) for other in others):
@@ -2439,12 +2438,6 @@ class Part:
         """Whether it may be the body of a draft."""
         return self.media_type in ("text/plain", "text/html") and self.is_form
 
-    @property
-    def is_blank(self) -> bool:
-        """Whether it is a text, and nothing stands in it."""
-        octets = memoryview(self.message)[self.begin:self.end]
-        return self.is_text and len(octets) < 1000 and not bytes(octets).strip()
-
     def pieces(self) -> Iterator[bytes]:
         """Decode it piece by piece, each below 4 MB. Raises Unsayable."""
         if self.encoding == "base64":
@@ -2588,22 +2581,19 @@ def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
     name = (_parameters(header, "content-disposition").get("filename")
             or parameters.get("name", ""))
     file_name = _one_line(name, "_").encode("utf-8", "replace").decode()
-    media_type = _media_type(header.get("content-type", "") or "text/plain",
-                             name or encoding[1].lower() == "base64")
+    value = header.get("content-type", "") or "text/plain"
+    match = _MEDIA_TYPE.match(value)
+    if match:
+        media_type = f"{match[1]}/{match[2]}".lower()
+    elif re.search("multipart|message", value, re.I):
+        raise Unsayable("has a part of an unknown type")
+    else:                               # it is text, RFC 2045 section 5.2, if it can be
+        is_binary = name or encoding[1].lower() == "base64"
+        media_type = "application/octet-stream" if is_binary else "text/plain"
     return Part(message, begin, end, media_type, parameters,
                 disposition[1].lower() == "attachment", file_name[-MAX_FILE_NAME:],
                 header.get("content-id", "").strip(" \t<>")[:MAX_CONTENT_ID],
                 header.get("content-location", "").strip(), encoding[1].lower())
-
-
-def _media_type(value: str, is_binary: object) -> str:
-    """Read a media type; what is none is text, RFC 2045 section 5.2, if it can be."""
-    match = _MEDIA_TYPE.match(value)
-    if match:
-        return f"{match[1]}/{match[2]}".lower()
-    if re.search("multipart|message", value, re.I):
-        raise Unsayable("has a part of an unknown type")
-    return "application/octet-stream" if is_binary else "text/plain"
 
 
 def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
@@ -2626,7 +2616,9 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     if next(counter) > MAX_PARTS or depth > MAX_DEPTH:
         raise Unsayable("has too many parts")
     if not part.media_type.startswith("multipart/"):
-        return [] if part.is_blank else [part]
+        is_empty = (part.end - part.begin < 1000
+                    and not part.message[part.begin:part.end].strip())
+        return [] if is_empty and part.is_text else [part]
     found: list[list[Part]] = []
     for begin, end in _split_parts(part):
         # The CRLF of the next delimiter may be that of the last field.
