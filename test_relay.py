@@ -673,6 +673,14 @@ class AccountTests(unittest.TestCase):
         self.assertNotIn("s3cr", repr(scan))
         self.assertNotIn("scrypt", repr(scan))
 
+    @unittest.skipUnless((HERE / "README.md").exists(), "there is no README here")
+    def test_the_example_of_the_readme(self) -> None:
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        example, = re.findall(r"(?s)```ini\n(\[DEFAULT\].*?)```", readme)
+        scan, nas = parse(example)
+        self.assertEqual((scan.name, scan.login, scan.tls_min_version, nas.name, nas.login),
+                         ("scan2", "optional", "1.0", "nas", "required"))
+
     def test_a_secret_of_a_section_takes_the_place_of_the_default(self) -> None:
         for line, kind in (("client_secret_file = /x", "secret"), ("client_secret = t", "secret"),
                            ("credential = managed-identity", "managed-identity")):
