@@ -3854,30 +3854,37 @@ class AccountsFile:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), READ_AGAIN)
             self._wake.clear()
-            # In a thread, and without a deadline: if the disk hangs, only this waits.
-            states = await in_thread(lambda: {path: _look(path) for path in self._states})
-            if self._is_asked or self._states != states == self._seen:
-                self._is_asked = False
-                await self._load_again()
-            self._seen = states
-
-    async def _load_again(self) -> None:
-        try:
-            await in_thread(self.load)
-        except (ConfigError, RelayError) as error:
-            for line in str(error).splitlines():
+            problem = ""
+            try:
+                # In a thread, and without a deadline: if the disk hangs, only this waits.
+                if await in_thread(self._look_again):
+                    log_event(logging.INFO, "-", "accounts",
+                              loaded=len(list(self.accounts)))
+            except (ConfigError, RelayError) as error:
+                problem = str(error)
+            except Exception as error:          # noqa: BLE001 - else it never looks again
+                problem = type(error).__name__
+            for line in problem.splitlines():
                 log_event(logging.ERROR, "-", "accounts", problem=line,
                           remedy="mend it; the accounts from before stay in force")
-            return
-        log_event(logging.INFO, "-", "accounts", loaded=len(list(self.accounts)))
+
+    def _look_again(self) -> bool:
+        """Read it if that is due; returns whether it was."""
+        is_asked, self._is_asked = self._is_asked, False
+        states = {path: _look(path) for path in self._states}
+        is_due = is_asked or self._states != states == self._seen
+        self._seen = states
+        if is_due:
+            self.load()
+        return is_due
 
 
 def _look(path: str) -> object:
     """See whether a file is still the same."""
     try:
         found = os.stat(path)
-    except OSError as error:
-        return error.errno
+    except (OSError, ValueError) as error:
+        return str(error)
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
 
 
