@@ -255,7 +255,7 @@ CLOUDS = {
 
 def _masked(url: str) -> str:
     """Hide what may be a password in a URL."""
-    return re.sub(r"(?s)^(\w+://)?.*@|[?#].*", r"\1***", url)
+    return re.sub(r"(?s)^(\w+://)?(?:.*[?#].*@.*|.*@)|[?#].*", r"\1***", url)
 
 
 def _hidden(secret: str) -> str:
@@ -291,12 +291,23 @@ def _optional(parse: Callable[[str], Any], nothing: Any = "") -> Callable[[str],
 
 def _list(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """Read values with commas between them."""
-    return lambda text: tuple(parse(one) for one in re.split(r"[,\s]+", text) if one)
+    def parse_all(text: str) -> tuple[Any, ...]:
+        found = tuple(parse(one) for one in re.split(r"[,\s]+", text) if one)
+        if text and not found:
+            raise ValueError("values, or empty")
+        return tuple(dict.fromkeys(found))
+    return parse_all
 
 
 def _text(text: str) -> str:
     if not text.isprintable() or not text.isascii():
         raise ValueError("printable ASCII text")
+    return text
+
+
+def _utf8(text: str) -> str:
+    if text != text.encode(errors="ignore").decode():
+        raise ValueError("text in UTF-8")
     return text
 
 
@@ -397,14 +408,18 @@ def _vault_name(text: str) -> str:
     return text
 
 
-def _identity_url(text: str) -> str:
-    """Read the URL of a managed identity; it is plain http, so it must be near."""
+def near_url(text: str) -> str:
+    """Read the URL of a managed identity; it is plain http, so it must be near.
+
+    Raises ValueError.
+    """
     try:
         parts = urllib.parse.urlsplit(text)
         host = parts.hostname or ""
-        if parts.scheme == "http" and parts.port != 0 and "@" not in parts.netloc and (
-                is_loopback(host) or ipaddress.ip_address(host).is_private):
-            return text.rstrip("/")
+        if (parts.scheme == "http" and parts.port != 0 and "@" not in parts.netloc
+                and re.fullmatch("[!\"$-~]+", text)
+                and (is_loopback(host) or ipaddress.ip_address(host).is_private)):
+            return text.rstrip("/") if parts.path == "/" else text
     except ValueError:
         pass
     raise ValueError("an http:// URL of this machine, or of an address in its own network")
@@ -524,7 +539,7 @@ class Config:
         _optional(_table_url), "", "Azure table of accounts, with a SAS or without.",
         _masked)
     azure_tables_partition_key: str = setting(
-        str, "user", "PartitionKey of its accounts.")
+        _utf8, "user", "PartitionKey of its accounts.")
     azure_tables_force_usage: bool = setting(
         _boolean, "false", "Whether TENANT@CLIENT may log in only if it is in the table.")
     azure_key_vault_url: str = setting(
@@ -536,18 +551,18 @@ class Config:
     azure_client_id: str = setting(
         _optional(read_client), "", "Application, or user-assigned identity, of the relay.")
     azure_client_secret: str = setting(
-        str, "", "Secret of that application.", _hidden)
+        _utf8, "", "Secret of that application.", _hidden)
     azure_federated_token_file: str = setting(
         str, "", "Token of a workload identity. Kubernetes sets it.")
     identity_endpoint: str = setting(
-        _optional(_identity_url), "", "Managed identity. App Service, Container Apps and "
+        str, "", "Managed identity. App Service, Container Apps and "
         "Arc set it.", _masked)
     identity_header: str = setting(
         _text, "", "Secret of that endpoint, where it has one. Azure sets it.", _hidden)
     imds_endpoint: str = setting(
         str, "", "Says that the machine is one of Arc, which sets it.")
     azure_pod_identity_authority_host: str = setting(
-        _identity_url, "http://169.254.169.254", "Managed identity of virtual machines.",
+        near_url, "http://169.254.169.254", "Managed identity of virtual machines.",
         _masked)
 
     # Messages
@@ -800,7 +815,8 @@ def decode_base64(text: str) -> bytes:
 #     NAME@lookup        the same, or else an entry of the Azure table
 #
 # or it comes from a network of an account with "login = optional". Of the networks that
-# hold its address the most specific one decides that, REQUIRE_TLS and TLS_MIN_VERSION.
+# hold its address the most specific one decides that; and require_tls, tls_min_version
+# the most specific one for which they are set.
 
 WIDEST_NETWORK = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
@@ -836,7 +852,7 @@ def _hash(text: str) -> str:
     if not _HASHED.fullmatch(text):
         raise ValueError("what this prints: python3 smtp_oauth_relay.py hash-password "
                          "(a plain password is not accepted)")
-    if not hasattr(hashlib, "scrypt"):
+    if not has_scrypt():
         raise ValueError("empty, as this Python has no scrypt")
     return text
 
@@ -849,7 +865,7 @@ def _mailbox(text: str) -> str:
 
 def _whom(text: str) -> str:
     """Read a domain, or an address, in comparable form."""
-    if re.fullmatch(_MAILBOX, text):
+    if re.fullmatch(_MAILBOX, text) and "*" not in text:
         return comparable(text)
     if not re.fullmatch(_DOMAIN, text):
         raise ValueError("domains and addresses, with commas between")
@@ -858,7 +874,10 @@ def _whom(text: str) -> str:
 
 def _network(text: str) -> Network:
     try:
-        return ipaddress.ip_network(text)
+        network = ipaddress.ip_network(text)
+        if getattr(network.network_address, "ipv4_mapped", None):
+            raise ValueError("write it as IPv4")
+        return network
     except ValueError as error:
         raise ValueError(f"networks such as 192.168.7.0/24: {error}") from None
 
@@ -1021,15 +1040,19 @@ class Accounts:
 
     def access(self, address: IpAddress | None, config: Config) -> Access:
         """Find what a client may do from where it is."""
-        network = max((one for one in self.by_network if address and address in one),
-                      key=lambda one: one.prefixlen, default=None)
-        accounts = self.by_network[network] if network else []
-        guest = next((one for one in accounts if one.login == "optional"), None)
-        require = [one.require_tls for one in accounts if one.require_tls is not None]
-        least = [one.tls_min_version for one in accounts if one.tls_min_version]
+        found = sorted((one for one in self.by_network if address and address in one),
+                       key=lambda one: -one.prefixlen)
+        guest = next((one for one in self.by_network[found[0]]
+                      if one.login == "optional"), None) if found else None
+
+        def rule(key: str, default: Any) -> Any:
+            values = (getattr(one, key) for network in found
+                      for one in self.by_network[network])
+            return next((one for one in values if one not in (None, "")), default)
+
         return Access(Login(guest, guest.as_application()) if guest else None,
-                      require[0] if require else config.require_tls,
-                      least[0] if least else config.tls_min_version)
+                      rule("require_tls", config.require_tls),
+                      rule("tls_min_version", config.tls_min_version))
 
 
 def read_address(text: str) -> IpAddress | None:
@@ -1047,6 +1070,7 @@ def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]
     parser = configparser.ConfigParser(default_section="", delimiters=("=",),
                                        inline_comment_prefixes=(";", "#"),
                                        interpolation=None)
+    parser.SECTCRE = re.compile(r"\[\s*(?P<header>[^\]]*[^\]\s])\s*\]\s*$")
     try:
         parser.read_string(text)
     except configparser.Error as error:
@@ -1057,7 +1081,7 @@ def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]
     defaults = sections.pop("DEFAULT", {})
     faults += [f"[{name}]: must be [DEFAULT]" for name in sections
                if name.upper() == "DEFAULT"]
-    accounts = [_make_account(name.strip(), defaults, values, config, faults)
+    accounts = [_make_account(name, defaults, values, config, faults)
                 for name, values in sections.items()]
     if not sections:
         faults.append("there is no account in it")
@@ -1082,9 +1106,16 @@ def _read_section(section: str, pairs: Iterable[tuple[str, str]],
     values: dict[str, Any] = {}
     for key, text in pairs:
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, 1)
-            faults.append(f"[{section}] {key}: is no key"
+            near = difflib.get_close_matches(key[:100], keys, 1)
+            shown = key if re.fullmatch("[a-z_]{1,40}", key) else "***"
+            faults.append(f"[{section}] {shown}: is no key"
                           + (f"; is it {near[0]}?" if near else ""))
+            continue
+        is_list = isinstance(keys[key].parse(keys[key].default), tuple)
+        if "\n" in text and ("=" in text or not is_list):
+            values[key] = None
+            faults.append(f"[{section}] {key}: goes on in a line that is indented; do not "
+                          "indent keys")
             continue
         try:
             values[key] = keys[key].parse(text or keys[key].default)
@@ -1126,6 +1157,15 @@ def _conflicts(accounts: list[Account]) -> Iterator[str]:
                 yield f"{who} {name}: must be the same, as both have {network}"
 
 
+@functools.lru_cache
+def has_scrypt() -> bool:
+    """Say whether there is scrypt: LibreSSL has none, and FIPS forbids it."""
+    try:
+        return bool(hash_password("", bytes(16)))
+    except (AttributeError, ValueError):
+        return False
+
+
 def hash_password(password: str, salt: bytes) -> str:
     """Hash a password with 16 octets of salt: scrypt, RFC 7914, N=2^15, r=8, p=1."""
     digest = hashlib.scrypt(password.encode(), salt=salt, n=2 ** 15, r=8, p=1,
@@ -1136,6 +1176,8 @@ def hash_password(password: str, salt: bytes) -> str:
 
 def is_password(password: str, hashed: str) -> bool:
     """Compare a password with a hash, in constant time."""
+    if not has_scrypt():
+        return False                    # then no account has a hash
     salt = base64.urlsafe_b64decode(hashed.split("$")[1] + "==")
     return hmac.compare_digest(hash_password(password, salt), hashed)
 
@@ -2889,10 +2931,12 @@ def read_token(response: HttpResponse, secret: str, now: float) -> Token:
         return Token(token, min(max(life, 0.0), MAX_TOKEN_LIFE))
     codes, error, text = _entra_error(answer)
     code = codes[0] if codes else 0
-    if response.status != 200 and not error:    # in a 200 there may be half of a token
+    if response.status >= 400 and not error:    # in others there may be half of a token
         text = response.body.decode("utf-8", "replace")
+    for form in filter(None, (secret, urllib.parse.quote_plus(secret))):
+        text = text.replace(form, "***")
     facts = {"status": response.status, "aadsts": code or None, "error": error or None,
-             "said": (text.replace(secret, "***") if secret else text) or None}
+             "said": text or None}
     if (400 <= response.status < 500 and response.status != 429 and error
             and error not in TRANSIENT_ENTRA_ERRORS
             and TRANSIENT_AADSTS.isdisjoint(codes)):
@@ -3113,6 +3157,9 @@ MAX_LOGGED_TEXT = 1000          # characters of one value
 LOG_QUEUE = 10_000              # lines that may wait to be written
 
 log = logging.getLogger("smtp_oauth_relay")
+
+for _needed in ("unicode_escape", "idna"):      # Python would load them when it may be
+    codecs.lookup(_needed)                      # too late: after RUN_AS, or out of files
 
 
 def log_event(level: int, ident: str, event: str, **facts: object) -> None:
@@ -3655,10 +3702,11 @@ class Tokens:
     async def _fetch(self, key: Key, application: Application, deadline: float) -> str:
         resource, secret = key[3], application.secret
         if application.credential == "managed-identity":
-            response = await self._ask_identity(application.client, resource, deadline)
+            response, secret = await self._ask_identity(application.client, resource,
+                                                        deadline)
         else:
             if application.credential == "workload-identity":
-                secret = await _in_file(self._config.azure_federated_token_file)
+                secret = await _in_file(self._config.azure_federated_token_file, deadline)
             response = await self._pool.send(
                 self._request(application, secret, resource), deadline)
         try:
@@ -3685,14 +3733,17 @@ class Tokens:
             urllib.parse.urlencode(form).encode())
 
     async def _ask_identity(self, client: str, resource: str,
-                            deadline: float) -> HttpResponse:
-        """Ask for a managed identity, again while it is not ready."""
+                            deadline: float) -> tuple[HttpResponse, str]:
+        """Ask for a managed identity, again while it is not ready; returns the answer, and
+        the secret that it may repeat.
+        """
         request = self._identity_request(client, resource)
+        is_service, key = "Metadata" not in request.headers, self._config.identity_header
         for pause in (*IDENTITY_PAUSES, None):
             try:
                 response = await self._send_near(request, deadline)
-                if response.status == 401 and self._is_arc:
-                    key = await _in_file(_arc_key(response))
+                if response.status == 401 and self._is_arc and not is_service:
+                    key = await _in_file(_arc_key(response), deadline)
                     response = await self._send_near(dataclasses.replace(
                         request, headers={**request.headers,
                                           "Authorization": f"Basic {key}"}), deadline)
@@ -3701,7 +3752,7 @@ class Tokens:
                 raise
             if ((response.status not in (404, 410, 429) and response.status < 500)
                     or pause is None or time.monotonic() + pause >= deadline):
-                return response
+                return response, key
             await asyncio.sleep(pause)
         raise AssertionError("the last pause is None")
 
@@ -3711,11 +3762,16 @@ class Tokens:
 
     def _identity_request(self, client: str, resource: str) -> HttpRequest:
         config, headers = self._config, {"Metadata": "true"}
+        try:
+            endpoint = near_url(config.identity_endpoint or ARC_ENDPOINT)
+        except ValueError as error:
+            raise TemporaryError("The relay has no identity that it can ask for", facts={
+                "problem": f"IDENTITY_ENDPOINT must be {error}"}) from None
         if config.identity_endpoint and config.identity_header:     # App Service
-            url, version = config.identity_endpoint, "2019-08-01"
+            url, version = endpoint, "2019-08-01"
             headers = {"X-IDENTITY-HEADER": config.identity_header}
         elif self._is_arc:
-            url, version = config.identity_endpoint or ARC_ENDPOINT, "2020-06-01"
+            url, version = endpoint, "2020-06-01"
             if client:
                 raise TemporaryError("Azure Arc has no user-assigned identity", facts={
                     "problem": "leave client_id, or AZURE_CLIENT_ID, empty on Azure Arc"})
@@ -3725,7 +3781,8 @@ class Tokens:
         query = {"api-version": version, "resource": resource}
         if client:
             query["client_id"] = client
-        return HttpRequest("GET", f"{url}?{urllib.parse.urlencode(query)}",
+        mark = "&" if "?" in url else "?"
+        return HttpRequest("GET", f"{url}{mark}{urllib.parse.urlencode(query)}",
                            {**headers, "User-Agent": USER_AGENT})
 
     def _fetched(self, key: Key, fetch: asyncio.Task[str]) -> None:
@@ -3739,13 +3796,17 @@ class Tokens:
                 digest)
 
 
-async def _in_file(path: str | pathlib.Path) -> str:
+async def _in_file(path: str | pathlib.Path, deadline: float) -> str:
     """Read a secret in a thread. Raises TemporaryError."""
     try:
-        return await in_thread(functools.partial(read_secret, path))
+        return await asyncio.wait_for(in_thread(functools.partial(read_secret, path)),
+                                      max(0.0, deadline - time.monotonic()))
+    except asyncio.TimeoutError:
+        problem = "time is up"
     except (OSError, ValueError) as error:
-        raise TemporaryError("The relay's own credential cannot be read", facts={
-            "problem": f"{path}: {getattr(error, 'strerror', None) or error}"}) from None
+        problem = getattr(error, "strerror", None) or str(error)
+    raise TemporaryError("The relay's own credential cannot be read", facts={
+        "problem": f"{path}: {problem}"}, level=logging.ERROR)
 
 
 def _arc_key(response: HttpResponse) -> pathlib.Path:
@@ -3777,8 +3838,15 @@ def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float)
 # Where accounts are found: in ACCOUNTS_FILE, in the Azure table, or in a user name itself.
 
 READ_AGAIN = 3.0                # seconds between two looks at ACCOUNTS_FILE
+MAX_LOOKS = 3                   # that see it change until it is read all the same
+MAX_ACCOUNTS = 4_194_304        # octets of ACCOUNTS_FILE
+MAX_FAILURES = 10               # of logins from one address, in
+FAILURES_LAST = 600.0           # seconds
+FAILURE_PAUSE = 0.5             # seconds for each failure before a refusal
+MAX_FAILURE_PAUSE = 5.0
 TABLE_LASTS = 60.0              # seconds that an answer of the table is remembered
 AZURE_PAUSES = (1.0, 3.0)       # seconds before Azure is asked again
+MAX_PAGES = 20                  # of an answer of the table
 STORAGE = "https://storage.azure.com"
 _NOBODY = f"scrypt${'A' * 22}${'A' * 43}"       # a hash that no password has
 _NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")
@@ -3792,6 +3860,8 @@ class AccountsFile:
         self._config = config
         self._states: dict[str, object] = {}        # of what was read, see _look
         self._seen: dict[str, object] = {}          # at the last look
+        self._looks = 0                             # that have seen it change
+        self._problem = ""                          # that was told
         self._is_asked = False                      # to read it at once
         self._wake: asyncio.Event | None = None
 
@@ -3800,8 +3870,10 @@ class AccountsFile:
         path = self._config.accounts_file
         self._states = {path: _look(path)}          # before it is read
         try:
-            text = pathlib.Path(path).read_text("utf-8-sig")
+            with open(path, "rb") as file:
+                text = file.read(MAX_ACCOUNTS).decode("utf-8-sig")
         except (OSError, UnicodeError) as error:    # which may hold the text
+            self._states[path] = None               # so that it is tried again
             problem = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
                               f"{problem}") from None
@@ -3821,6 +3893,7 @@ class AccountsFile:
         try:
             return dataclasses.replace(account, client_secret=read_secret(path))
         except OSError as error:
+            self._states[path] = None
             problem = f"cannot be read: {error.strerror}"
         except ValueError as error:
             problem = f"must hold {error}"
@@ -3864,19 +3937,24 @@ class AccountsFile:
                 problem = str(error)
             except Exception as error:          # noqa: BLE001 - else it never looks again
                 problem = type(error).__name__
-            for line in problem.splitlines():
-                log_event(logging.ERROR, "-", "accounts", problem=line,
-                          remedy="mend it; the accounts from before stay in force")
+            if problem != self._problem:
+                self._problem = problem
+                for line in problem.splitlines():
+                    log_event(logging.ERROR, "-", "accounts", problem=line,
+                              remedy="mend it; the accounts from before stay in force")
 
     def _look_again(self) -> bool:
         """Read it if that is due; returns whether it was."""
         is_asked, self._is_asked = self._is_asked, False
         states = {path: _look(path) for path in self._states}
-        is_due = is_asked or self._states != states == self._seen
+        self._looks = self._looks + 1 if states != self._states else 0
+        is_due = is_asked or (self._looks and (states == self._seen
+                                               or self._looks >= MAX_LOOKS))
         self._seen = states
         if is_due:
+            self._looks = 0
             self.load()
-        return is_due
+        return bool(is_due)
 
 
 def _look(path: str) -> object:
@@ -3910,7 +3988,9 @@ class Azure:
                 token = await self._tokens.get(self._application, deadline, resource)
                 headers["Authorization"] = f"Bearer {token}"
             response = await self._pool.send(HttpRequest("GET", url, headers), deadline)
-            if response.status == 401 and token and not renewed:
+            is_stale = (response.status == 401 or response.headers.get("x-ms-error-code")
+                        == "AuthenticationFailed")      # of Tables, with 403
+            if is_stale and token and not renewed:
                 renewed = True
                 self._tokens.forget(self._application, token, resource)
                 continue
@@ -3925,7 +4005,7 @@ def in_words(error: RelayError) -> str:
     """Tell an error and its facts to who starts the relay."""
     facts = "".join(f" {name}={escaped(value)}" for name, value in error.facts.items()
                     if value is not None)
-    return f"{error.reply.text}{facts}"
+    return f"{harmless(error.reply.text)}{facts}"
 
 
 class Table:
@@ -3961,11 +4041,15 @@ class Table:
         await self._query("()", self._filter(), deadline)
 
     def _filter(self, **columns: str) -> dict[str, str]:
-        wanted = {"PartitionKey": self._partition, **columns}
-        condition = " and ".join(
-            f"{name} eq {urllib.parse.unquote(_literal(value))}"
-            for name, value in wanted.items())
-        return {"$filter": condition, "$top": "1"}
+        def matches(name: str, *values: str) -> str:
+            return "(" + " or ".join(f"{name} eq {urllib.parse.unquote(_literal(value))}"
+                                     for value in dict.fromkeys(values)) + ")"
+
+        conditions = [matches("PartitionKey", self._partition)]
+        for name, value in columns.items():     # who filled the table wrote it so or so
+            short = [encode_uuid(value)] if decode_uuid(value) else []
+            conditions.append(matches(name, value, value.upper(), *short))
+        return {"$filter": " and ".join(conditions), "$top": "1"}
 
     async def _find(self, key: tuple[str, ...], where: str, query: dict[str, str],
                     deadline: float) -> Account | None:
@@ -3982,7 +4066,7 @@ class Table:
                      deadline: float) -> dict[str, Any] | None:
         """Ask for an entity; an answer may be empty, and say where to ask on."""
         query = {**query, "$select": "tenant_id,client_id,from_email"}
-        while True:
+        for _ in range(MAX_PAGES):
             text = urllib.parse.urlencode(query, safe="$", quote_via=urllib.parse.quote)
             response = await self._azure.get(
                 f"{self._url}{where}?{text}{self._sas and '&'}{self._sas}", self._resource,
@@ -3995,11 +4079,44 @@ class Table:
             if entity is not None or not following["NextPartitionKey"]:
                 return entity
             query.update({name: value for name, value in following.items() if value})
+        raise NoAnswer("a table without an end")
 
 
 def _literal(value: str) -> str:
     """Quote a key for a path: whatever is in it is data."""
     return "'" + urllib.parse.quote(value.replace("'", "''"), safe="") + "'"
+
+
+class Failures:
+    """Counts refused logins, by a client's address."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._times: dict[IpAddress | None, tuple[list[float], float]] = {}     # and end
+
+    def check(self, address: IpAddress | None) -> None:
+        """Raise TemporaryError for an address that failed too often."""
+        if self.is_blocked(address):
+            raise TemporaryError("Too many failed logins from your address; try again "
+                                 "later", 421, "4.7.0", close=True)
+
+    def is_blocked(self, address: IpAddress | None) -> bool:
+        """Say whether an address failed too often."""
+        return len(self._recent(address)) >= MAX_FAILURES
+
+    def add(self, address: IpAddress | None) -> float:
+        """Count a failure; returns the seconds to wait before it is told."""
+        times = [*self._recent(address), self._clock()]
+        _remember(self._times, address, times, times[-1] + FAILURES_LAST)
+        return min(len(times) * FAILURE_PAUSE, MAX_FAILURE_PAUSE)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._times.clear()
+
+    def _recent(self, address: IpAddress | None) -> list[float]:
+        times, _ = self._times.get(address, ([], 0.0))
+        return [one for one in times if self._clock() < one + FAILURES_LAST]
 
 
 class Directory:
@@ -4008,9 +4125,14 @@ class Directory:
     def __init__(self, config: Config, azure: Azure) -> None:
         self.file = AccountsFile(config)
         self.table = Table(config, azure) if config.azure_tables_url else None
+        self.failures = Failures()
         self._config = config
         # Two at once, as each takes 32 MiB.
         self._scrypt = concurrent.futures.ThreadPoolExecutor(2, "relay-scrypt")
+
+    def close(self) -> None:
+        """Check no more passwords."""
+        self._scrypt.shutdown(wait=False, cancel_futures=True)
 
     def access(self, address: IpAddress | None) -> Access:
         """Find what a client may do before it logs in."""
@@ -4033,21 +4155,26 @@ class Directory:
         account = (self.file.accounts.find(login.username)
                    or (self.file.accounts.find(name) if name else None)
                    or await self._find_elsewhere(login.username, name, deadline))
-        problem = "" if account else "there is no such account"
-        if account is None or account.has_secret:
+        problem = ""
+        if account is None:
+            problem = "there is no such account"
+        elif not account.holds(address):
+            problem = "not from its networks"
+        elif not account.has_secret and not login.password:
+            problem = "the password is empty"
+            if not account.name:
+                raise AuthError("The password is empty; it must be the client secret")
+        if problem or account is None or account.has_secret:
+            # Who has none costs as much, so that nobody learns which names there are.
             hashed = account.password if account else ""
-            if not await self._is_password(login.password, hashed or _NOBODY, deadline):
-                problem = problem or "wrong password"
-        if account and not account.holds(address):
-            problem = problem or "not from its networks"
+            is_right = await self._is_password(login.password, hashed or _NOBODY, address,
+                                               deadline)
+            problem = problem or ("" if is_right else "wrong password")
         if problem or account is None:
             raise AuthError(
                 "Wrong user name or password, or not from here; the relay's log says which",
                 facts={"account": account.name if account else None, "problem": problem})
-        application = account.as_application(login.password)
-        if application.credential == "secret" and not application.secret:
-            raise AuthError("The password is empty; it must be the client secret")
-        return Login(account, application, login.username)
+        return Login(account, account.as_application(login.password), login.username)
 
     def _lookup_name(self, username: str) -> str | None:
         return lookup_name(username, self._config.username_delimiter)
@@ -4073,9 +4200,12 @@ class Directory:
             raise AuthError("Only accounts that the relay knows may log in")
         return account
 
-    async def _is_password(self, password: str, hashed: str, deadline: float) -> bool:
-        call = asyncio.get_running_loop().run_in_executor(
-            self._scrypt, is_password, password, hashed)
+    async def _is_password(self, password: str, hashed: str, address: IpAddress | None,
+                           deadline: float) -> bool:
+        def check() -> bool:            # others may have failed while this one waited
+            return not self.failures.is_blocked(address) and is_password(password, hashed)
+
+        call = asyncio.get_running_loop().run_in_executor(self._scrypt, check)
         await asyncio.wait({call}, timeout=max(0.0, deadline - time.monotonic()))
         if not call.done():
             call.cancel()
@@ -4420,12 +4550,8 @@ def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
                               f"TLS_KEY_FILEPATH={config.tls_key_filepath!r}")
     name = f"AZURE_KEY_VAULT_CERT_NAME={config.azure_key_vault_cert_name!r}"
     pem = asyncio.run(fetch_certificate(config, name))
-    try:
-        with _private_file(pem) as path:
-            return _make_contexts(config, path, path, name, name)
-    except OSError as error:
-        raise StartError(f"{name}: no temporary file can be written: "
-                         f"{error.strerror}") from None
+    with _private_file(pem) as path:
+        return _make_contexts(config, path, path, name, name)
 
 
 def _make_contexts(config: Config, cert_path: str, key_path: str, cert_name: str,
@@ -4441,10 +4567,12 @@ def _make_contexts(config: Config, cert_path: str, key_path: str, cert_name: str
     except ssl.SSLError as error:
         raise StartError(f"{cert_name}: holds no PEM certificate that can be used: "
                          f"{error.reason or error}") from None
-    contexts = {}
-    for version in TLS_VERSIONS:
-        contexts[version] = _make_context(config, version)
-        _load_certificate(contexts[version], cert_path, key_path, key_name)
+    contexts = {config.tls_min_version: _make_context(config, config.tls_min_version)}
+    for version in TLS_VERSIONS:        # but what this OpenSSL does not have
+        with contextlib.suppress(ssl.SSLError, ValueError):
+            contexts.setdefault(version, _make_context(config, version))
+    for context in contexts.values():
+        _load_certificate(context, cert_path, key_path, key_name)
     if _is_expired(contexts[config.tls_min_version], cert_path):
         log_event(logging.WARNING, "-", "tls", problem="the certificate has expired; "
                   "devices may refuse it", certificate=cert_name)
@@ -4455,8 +4583,9 @@ def _make_context(config: Config, least: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.options |= ssl.OP_NO_RENEGOTIATION
     ciphers = config.tls_cipher_suite
-    if least in ("1.0", "1.1") and "@SECLEVEL" not in ciphers:
-        # OpenSSL 3 has these versions at level 0 only: their handshake uses SHA-1.
+    if {least, config.tls_min_version} & {"1.0", "1.1"} and "@SECLEVEL" not in ciphers:
+        # OpenSSL 3 has these versions at level 0 only: their handshake uses SHA-1. And
+        # who needs them may have a certificate that is as old.
         ciphers = f"{ciphers or 'DEFAULT'}:@SECLEVEL=0"
     if ciphers:
         context.set_ciphers(ciphers)
@@ -4632,15 +4761,15 @@ async def fetch_certificate(config: Config, name: str) -> bytes:
     finally:
         pool.close()
     answer = response.json()
-    value, kind = answer.get("value"), answer.get("contentType")
+    value = answer.get("value")
     if response.status != 200 or not isinstance(value, str):
         remedy = VAULT_REMEDIES.get(response.status, "try again later")
         raise StartError(f"{name}: Key Vault answers {response.status} "
                          f"{_vault_code(answer)}: {remedy}")
-    if kind == "application/x-pem-file":
-        return value.encode()
     try:
-        return pfx_to_pem(base64.b64decode(value, validate=True))
+        if "-----BEGIN" in value:       # the content type PEM
+            return value.encode()
+        return pfx_to_pem(base64.b64decode("".join(value.split()), validate=True))
     except ValueError as error:
         raise StartError(f"{name}: cannot be turned into PEM ({error}); in Key Vault set "
                          "the content type in the certificate's issuance policy to PEM, "
@@ -4659,15 +4788,23 @@ def _vault_code(answer: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _private_file(octets: bytes) -> Iterator[str]:
-    """Hold octets for a moment in a file that is ours alone, in memory if there is such."""
-    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None     # noqa: S108
-    handle, path = tempfile.mkstemp(dir=folder)
+    """Hold octets in a file that is ours alone: in memory, or else for a moment on disk."""
+    handle, path, is_named = -1, "", False
     try:
-        with open(handle, "wb") as file:
+        if hasattr(os, "memfd_create"):
+            handle = os.memfd_create("relay")
+            path = f"/proc/self/fd/{handle}"
+        if not os.path.exists(path):
+            handle, path = tempfile.mkstemp()
+            is_named = True
+        with open(handle, "wb", closefd=False) as file:
             file.write(octets)
         yield path
     finally:
-        os.unlink(path)
+        if handle >= 0:
+            os.close(handle)
+        if is_named:
+            os.unlink(path)
 
 
 # ---------------------------------------------------------------------------
@@ -4679,10 +4816,6 @@ READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
-MAX_FAILURES = 10               # of logins from one address, in
-FAILURES_LAST = 600.0           # seconds
-FAILURE_PAUSE = 0.5             # seconds for each failure before a refusal
-MAX_FAILURE_PAUSE = 5.0
 RETURNED_BLOCK = 1_048_576      # octets: well above what asyncio asks for at each read
 _M_MMAP_THRESHOLD = -3          # of malloc.h
 
@@ -4693,40 +4826,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _TIMED_OUT = Reply(421, "4.4.2", "Waited too long for you; goodbye")
 _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
 _BROKEN = Reply(421, "4.3.0", "The relay has a problem; try again later")
-
-
-class Failures:
-    """Counts refused logins of a client's address, or of a /64 network of IPv6."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._times: dict[str, tuple[list[float], float]] = {}      # and their end
-
-    def check(self, address: IpAddress | None) -> None:
-        """Raise TemporaryError for an address that failed too often."""
-        if len(self._recent(address)) >= MAX_FAILURES:
-            raise TemporaryError("Too many failed logins from your address; try again "
-                                 "later", 421, "4.7.0", close=True)
-
-    def add(self, address: IpAddress | None) -> float:
-        """Count a failure; returns the seconds to wait before it is told."""
-        times = [*self._recent(address), self._clock()][-MAX_FAILURES:]
-        _remember(self._times, _whence(address), times, times[-1] + FAILURES_LAST)
-        return min(len(times) * FAILURE_PAUSE, MAX_FAILURE_PAUSE)
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._times.clear()
-
-    def _recent(self, address: IpAddress | None) -> list[float]:
-        times, _ = self._times.get(_whence(address), ([], 0.0))
-        return [one for one in times if self._clock() < one + FAILURES_LAST]
-
-
-def _whence(address: IpAddress | None) -> str:
-    if isinstance(address, ipaddress.IPv6Address):      # one client has as many as it likes
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
 
 
 class Relay:
@@ -4740,7 +4839,6 @@ class Relay:
         self._tokens = Tokens(config, pool)
         self._graph = Graph(config, pool, self._tokens)
         self.directory = Directory(config, Azure(config, pool, self._tokens))
-        self.failures = Failures()
         self.memory = Memory(config.max_memory_for_messages)
         self._watcher: asyncio.Task[None] | None = None
         if config.accounts_file:
@@ -4760,24 +4858,22 @@ class Relay:
             self._watcher = asyncio.ensure_future(self.directory.file.watch())
 
     def close(self) -> None:
-        """Close what is open to Microsoft."""
+        """Close what is open to Microsoft, and end what is under way."""
         if self._watcher:
             self._watcher.cancel()
+        self.directory.close()
         self._pool.close()
 
     async def log_in(self, request: Authenticate, address: IpAddress | None,
                      ident: str) -> Login:
         """Check a login. Raises AuthError, after a pause, and TemporaryError."""
-        user = self.directory.shown(request.username)
+        user, failures = self.directory.shown(request.username), self.directory.failures
         try:
-            self.failures.check(address)
-            login = await self.directory.find(request, address, self._deadline())
-            await self._tokens.get(login.application, self._deadline())
-            self.failures.check(address)        # others may have failed meanwhile
+            login = await self._check_login(request, address)
         except RelayError as error:
             pause, result = 0.0, "tempfail"
             if isinstance(error, AuthError):
-                pause, result = self.failures.add(address), "refused"
+                pause, result = failures.add(address), "refused"
             elif error.reply.code != 421:
                 error = TemporaryError("The password cannot be checked now, it may be "
                                        f"right: {error.reply.text}", 454, "4.7.0",
@@ -4788,6 +4884,19 @@ class Relay:
             raise error from None
         log_event(logging.INFO, ident, "auth", user=user, result="ok",
                   account=login.account.name or None)
+        return login
+
+    async def _check_login(self, request: Authenticate,
+                           address: IpAddress | None) -> Login:
+        failures, deadline = self.directory.failures, self._deadline()
+        failures.check(address)
+        try:
+            login = await self.directory.find(request, address, deadline)
+            await self._tokens.get(login.application, deadline)
+        except AuthError:
+            failures.check(address)     # who guesses at once must not see by the replies
+            raise                       # which guess was right
+        failures.check(address)
         return login
 
     def check_upload(self, login: Login, mailbox: str) -> None:
@@ -4846,7 +4955,8 @@ class Connection:
         self._relay = relay
         self._address = address
         self.access = relay.directory.access(address)
-        self._context = contexts.get(self.access.tls_min_version)
+        self._context = contexts.get(self.access.tls_min_version,
+                                     contexts.get(relay.config.tls_min_version))
         self._reader = reader
         self._writer = writer
         self._plain_writer = writer     # asyncio closes its transport when it is collected
@@ -5154,8 +5264,6 @@ def become(user: str) -> None:
                   reason="only root can become another user")
         return
     entry = pwd.getpwnam(user)
-    for codec in ("unicode_escape", "idna"):    # Python's own files may be closed to it
-        codecs.lookup(codec)
     try:
         os.initgroups(user, entry.pw_gid)
         os.setgid(entry.pw_gid)
@@ -5193,6 +5301,8 @@ def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     return_memory()
     for number in STOP_SIGNALS:
         signal.signal(number, _leave)
+    if config.accounts_file and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)    # it is handled later, see _run
     contexts = make_tls_contexts(config)
     relay = Relay(config)
     sockets = bind(config)
@@ -5449,9 +5559,11 @@ def print_hash() -> None:
         if getpass.getpass("Again: ") != password:
             raise ConfigError("the two are not the same")
     else:
-        password = sys.stdin.readline().rstrip("\r\n")
-    if not password:
-        raise ConfigError("a password must not be empty")
+        password = sys.stdin.buffer.readline().decode(errors="replace").rstrip("\r\n")
+    if not password.isprintable() or not password or "\ufffd" in password:
+        raise ConfigError("a password must be printable text in UTF-8, and not empty")
+    if not has_scrypt():
+        raise ConfigError("this Python has no scrypt; use another one")
     print(hash_password(password, secrets.token_bytes(16)))
 
 
@@ -5486,7 +5598,8 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
           f"tls_min_version:  {access.tls_min_version}\n"
           "may log in as:    "
           + (" ".join(f"[{one.name}]" for one in file.accounts
-                      if one.password and one.holds(address)) or "none"))
+                      if (one.password or not one.has_secret) and one.holds(address))
+             or "none"))
 
 
 def describe_account(account: Account) -> str:
