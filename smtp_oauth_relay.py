@@ -629,45 +629,39 @@ class Config:
                 values[name.lower()] = one.parse(text or defaults.get(name, one.default))
             except ValueError as error:
                 faults.append(f"{name}={one.show(text)!r}: must be {error}")
-        config = cls(**values)      # with defaults for what is faulty, so leave these out
-        faults += [text for names, text in config.contradictions()
-                   if names <= values.keys()]
+        config = cls(**values)      # with defaults for what is faulty
+        faults += untainted(config.contradictions(),
+                            {name for name in settings() if name.lower() not in values})
         faults += config.check_proxy(environ)
         if faults:
             raise ConfigError("\n".join(faults))
         return config
 
-    def contradictions(self) -> Iterator[tuple[set[str], str]]:
-        """Find settings that contradict each other: their fields, and the text."""
+    def contradictions(self) -> Iterator[str]:
+        """Find settings that contradict each other, and name them all."""
         if self.tls_source == "off" and self.require_tls:
-            yield {"tls_source", "require_tls"}, (
-                "TLS_SOURCE=off with REQUIRE_TLS=true: nobody could log in; set "
-                "TLS_SOURCE=file and give a certificate, or set REQUIRE_TLS=false "
-                "(passwords then cross the network readable)")
+            yield ("TLS_SOURCE=off with REQUIRE_TLS=true: nobody could log in; set "
+                   "TLS_SOURCE=file and give a certificate, or set REQUIRE_TLS=false "
+                   "(passwords then cross the network readable)")
         if self.tls_source == "off" and self.smtps_port:
-            yield {"tls_source", "smtps_port"}, (
-                f"TLS_SOURCE=off with SMTPS_PORT={self.smtps_port}: that port needs TLS; "
-                "set TLS_SOURCE=file and give a certificate, or set SMTPS_PORT=0")
+            yield (f"TLS_SOURCE=off with SMTPS_PORT={self.smtps_port}: that port needs "
+                   "TLS; set TLS_SOURCE=file and give a certificate, or set SMTPS_PORT=0")
         if self.tls_source == "keyvault" and not (self.azure_key_vault_url
                                                   and self.azure_key_vault_cert_name):
-            yield {"tls_source", "azure_key_vault_url", "azure_key_vault_cert_name"}, (
-                "TLS_SOURCE=keyvault: set AZURE_KEY_VAULT_URL and "
-                "AZURE_KEY_VAULT_CERT_NAME too")
+            yield ("TLS_SOURCE=keyvault: set AZURE_KEY_VAULT_URL and "
+                   "AZURE_KEY_VAULT_CERT_NAME too")
         if self.azure_tables_force_usage and not self.azure_tables_url:
-            yield {"azure_tables_force_usage", "azure_tables_url"}, (
-                "AZURE_TABLES_FORCE_USAGE=true: set AZURE_TABLES_URL too")
+            yield "AZURE_TABLES_FORCE_USAGE=true: set AZURE_TABLES_URL too"
         if self.accounts_required and not (self.accounts_file or self.azure_tables_url):
-            yield {"accounts_required", "accounts_file", "azure_tables_url"}, (
-                "ACCOUNTS_REQUIRED=true: nobody could log in; set ACCOUNTS_FILE or "
-                "AZURE_TABLES_URL too")
+            yield ("ACCOUNTS_REQUIRED=true: nobody could log in; set ACCOUNTS_FILE or "
+                   "AZURE_TABLES_URL too")
         if self.smtp_port and self.smtp_port == self.smtps_port:
-            yield {"smtp_port", "smtps_port"}, (
-                f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: must be "
-                "different ports")
+            yield (f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: must be "
+                   "different ports")
         if self.max_memory_for_messages < self.size_limit:
-            yield {"max_memory_for_messages", "max_message_size", "large_messages"}, (
-                f"MAX_MEMORY_FOR_MESSAGES={self.max_memory_for_messages}: must hold one "
-                f"message, {self.size_limit} octets; raise it, or lower MAX_MESSAGE_SIZE")
+            yield (f"MAX_MEMORY_FOR_MESSAGES={self.max_memory_for_messages}: must hold one "
+                   f"message, {self.size_limit} octets; raise it, or lower "
+                   "MAX_MESSAGE_SIZE, or set LARGE_MESSAGES=refuse")
 
     def check_proxy(self, environ: Mapping[str, str]) -> list[str]:
         """Find proxies that are needed and cannot be used."""
@@ -686,6 +680,11 @@ def _is_http_proxy(url: str) -> bool:
                            and parts.port != 0)
     except ValueError:
         return False
+
+
+def untainted(texts: Iterable[str], faulty: set[str]) -> list[str]:
+    """Leave out the texts that name a faulty setting: only its default was looked at."""
+    return [text for text in texts if faulty.isdisjoint(re.findall(r"\w+", text))]
 
 
 def settings() -> dict[str, Setting]:
@@ -819,6 +818,8 @@ def decode_base64(text: str) -> bytes:
 # the most specific one for which they are set.
 
 WIDEST_NETWORK = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
+SECRET_KEYS = {"client_secret", "client_secret_file", "credential"}
+NETWORK_KEYS = ("require_tls", "tls_min_version")       # what settings `networks` replace
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -960,44 +961,36 @@ class Account:
             changes.update(header_recipients="strip")   # or who is in To would get it
         return dataclasses.replace(config, **changes)
 
-    def contradictions(self, config: Config) -> Iterator[tuple[set[str], str]]:
-        """Find keys that contradict each other: their names, and the text."""
-        secrets_ = {"client_secret", "client_secret_file", "credential"}
-        yield from self._missing(config)
-        if sum(bool(getattr(self, name)) for name in secrets_) > 1:
-            yield secrets_, "set one of client_secret, client_secret_file, credential"
+    def contradictions(self, config: Config) -> Iterator[str]:
+        """Find keys that contradict each other, and name them all."""
+        if self.credential == "workload-identity" and not config.azure_federated_token_file:
+            yield "credential: workload-identity needs AZURE_FEDERATED_TOKEN_FILE"
+        for name in ("tenant_id", "client_id"):
+            if not getattr(self, name) and self.credential != "managed-identity":
+                yield f"{name}: must be set, unless credential = managed-identity"
+        if sum(bool(getattr(self, name)) for name in SECRET_KEYS) > 1:
+            yield "set one of client_secret, client_secret_file, credential"
         if self.password and not self.has_secret:
-            yield {"password", *secrets_}, (
-                "password: needs client_secret, client_secret_file or credential; without "
-                "one the device's password is the application's secret")
+            yield ("password: needs client_secret, client_secret_file or credential; "
+                   "without one the device's password is the application's secret")
         if self.login == "required" and self.has_secret and not self.password:
-            yield {"login", "password", *secrets_}, (
-                "password: must be set, as anybody could log in; or login = optional")
+            yield "password: must be set, as anybody could log in; or login = optional"
         if self.login == "optional":
             if not self.has_secret:
-                yield {"login", *secrets_}, (
-                    "login: optional needs client_secret, client_secret_file or credential")
+                yield ("login: optional needs client_secret, client_secret_file or "
+                       "credential")
             if not self.networks:
-                yield {"login", "networks"}, "login: optional needs networks"
+                yield "login: optional needs networks"
             for network in self.networks:
                 if network.prefixlen < WIDEST_NETWORK[network.version]:
-                    yield {"login", "networks"}, (
-                        f"networks: {network} without login is an open relay: the whole "
-                        "Internet could send mail as you; name the network of the devices")
-        for name in ("require_tls", "tls_min_version"):
+                    yield (f"networks: {network} without login is an open relay: the "
+                           "whole Internet could send mail as you; name the network of the "
+                           "devices")
+        for name in NETWORK_KEYS:
             if getattr(self, name) not in (None, "") and not self.networks:
-                yield {name, "networks"}, f"{name}: needs networks, for which it is"
+                yield f"{name}: needs networks, for which it is"
         if self.require_tls and config.tls_source == "off":
-            yield {"require_tls"}, "require_tls: true needs a certificate, see TLS_SOURCE"
-
-    def _missing(self, config: Config) -> Iterator[tuple[set[str], str]]:
-        if self.credential == "workload-identity" and not config.azure_federated_token_file:
-            yield {"credential"}, ("credential: workload-identity needs "
-                                   "AZURE_FEDERATED_TOKEN_FILE")
-        if self.credential != "managed-identity":
-            for name in ("tenant_id", "client_id"):
-                if not getattr(self, name):
-                    yield {name, "credential"}, f"{name}: must be set"
+            yield "require_tls: true needs a certificate, see TLS_SOURCE"
 
 
 def _is_among(mailbox: str, allowed: tuple[str, ...]) -> bool:
@@ -1128,9 +1121,8 @@ def _read_section(section: str, pairs: Iterable[tuple[str, str]],
 def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, Any],
                   config: Config, faults: list[str]) -> Account:
     """Join a section with the defaults; a secret there gives way to any in the section."""
-    secret = {"client_secret", "client_secret_file", "credential"}
-    if secret & values.keys():
-        defaults = {key: value for key, value in defaults.items() if key not in secret}
+    if SECRET_KEYS & values.keys():
+        defaults = {key: defaults[key] for key in defaults.keys() - SECRET_KEYS}
     merged = {**defaults, **values}
     if merged.get("credential") == "workload-identity":
         merged["tenant_id"] = merged.get("tenant_id") or config.azure_tenant_id
@@ -1138,8 +1130,8 @@ def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, A
     good = {key: value for key, value in merged.items()
             if value is not None or key == "require_tls"}
     account = Account(name, **good)
-    faults += [f"[{name}] {text}" for names, text in account.contradictions(config)
-               if names.isdisjoint(merged.keys() - good.keys())]
+    faults += [f"[{name}] {text}" for text in untainted(account.contradictions(config),
+                                                        merged.keys() - good.keys())]
     return account
 
 
@@ -1152,7 +1144,7 @@ def _conflicts(accounts: list[Account]) -> Iterator[str]:
         who = " and ".join(f"[{one.name}]" for one in sharing)
         if sum(one.login == "optional" for one in sharing) > 1:
             yield f"{who} networks: both claim {network} without login"
-        for name in ("require_tls", "tls_min_version"):
+        for name in NETWORK_KEYS:
             if len({getattr(one, name) for one in sharing} - {None, ""}) > 1:
                 yield f"{who} {name}: must be the same, as both have {network}"
 
