@@ -4238,49 +4238,38 @@ class Turns:
     @contextlib.asynccontextmanager
     async def turn(self, key: object, deadline: float) -> AsyncIterator[None]:
         """Wait for a turn, and have it. Raises TemporaryError if none comes in time."""
-        await self._wait(key, deadline)
+        if self._busy[key] < self._limit:
+            self._busy[key] += 1
+        else:
+            await self._wait(key, deadline)
         try:
             yield
         finally:
             self._pass_on(key)
 
     async def _wait(self, key: object, deadline: float) -> None:
-        if self._busy[key] < self._limit:
-            self._busy[key] += 1
-            return
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._waiting.setdefault(key, collections.deque()).append(future)
-        timer = loop.call_later(deadline - time.monotonic(), _end_wait, future)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, collections.deque()).append(turn)
         try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and not future.exception():
-                self._pass_on(key)      # the turn came at the same moment
+            await asyncio.wait({turn}, timeout=max(0.0, deadline - time.monotonic()))
+            if not turn.done():
+                raise TemporaryError("Too many messages for this mailbox at once; try "
+                                     "again later", 451, "4.4.5")
+        except BaseException:
+            if turn.done():
+                self._pass_on(key)      # it came at the moment of a cancellation
+            else:
+                self._waiting[key].remove(turn)
             raise
-        finally:
-            timer.cancel()
-            with contextlib.suppress(KeyError, ValueError):     # it has been taken out
-                self._waiting[key].remove(future)
-            del future                  # see _work
 
     def _pass_on(self, key: object) -> None:
-        line = self._waiting.get(key, collections.deque())
-        while line:
-            future = line.popleft()
-            if not future.done():
-                future.set_result(None)
-                return
+        if self._waiting.get(key):
+            self._waiting[key].popleft().set_result(None)
+            return
         self._waiting.pop(key, None)
         self._busy[key] -= 1
         if not self._busy[key]:
             del self._busy[key]
-
-
-def _end_wait(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_exception(TemporaryError(
-            "Too many messages for this mailbox at once; try again later", 451, "4.4.5"))
 
 
 @dataclass(frozen=True)
