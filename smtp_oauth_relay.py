@@ -3530,12 +3530,18 @@ class HttpPool:
         exchange = HttpExchange(origin, request, self._context, self._take(origin),
                                 deadline)
         future = in_thread(exchange.run)
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(deadline - time.monotonic(), _cut_off, exchange, future)
         try:
-            response = await future
+            await asyncio.wait({future}, timeout=max(0.0, deadline - time.monotonic()))
+            if not future.done():
+                exchange.cut_off()
+                # A thread with a connection soon says how it ended, perhaps with a 202;
+                # one that has none yet may hang in a look-up, and will send nothing.
+                await asyncio.wait({future}, timeout=GRACE if exchange.is_connected else 0)
+            if not future.done():
+                raise TimeoutError("time is up")
+            response = future.result()
         finally:
-            timer.cancel()
+            future.cancel()             # or asyncio would tell of an error nobody asked for
             del future                  # see _work
         if exchange.connection is not None:
             self._give_back(origin, exchange.connection)
@@ -3576,23 +3582,6 @@ class HttpPool:
 
 def _base(url: str) -> str:
     return "/".join(url.split("/", 3)[:3])
-
-
-def _cut_off(exchange: HttpExchange,
-             future: asyncio.Future[HttpResponse]) -> None:
-    """End an exchange at its deadline.
-
-    A thread with a connection soon says how it ended, perhaps with a 202; one that has
-    none yet may hang in a look-up, and will send nothing when it comes back.
-    """
-    def give_up() -> None:
-        if not future.done():
-            future.set_exception(TimeoutError("time is up"))
-
-    exchange.cut_off()
-    timer = asyncio.get_running_loop().call_later(
-        GRACE if exchange.is_connected else 0, give_up)
-    future.add_done_callback(lambda _: timer.cancel())      # it holds the request
 
 
 # ---------------------------------------------------------------------------
