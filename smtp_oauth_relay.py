@@ -3240,7 +3240,7 @@ class NoAnswer(TemporaryError):
                          facts={"problem": what})
 
 
-class NotSent(Exception):
+class NotSent(ConnectionError):
     """A connection ended before the request went out whole: nothing can have happened."""
 
 
@@ -3284,19 +3284,17 @@ class Origin(NamedTuple):
                 timeout: float) -> http.client.HTTPConnection:
         """Make a connection, not yet open. Without a context there is one of its own."""
         if self.scheme == "http":
-            plain = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
-            plain.response_class = _Response
-            return plain
-        if not self.proxy:
-            secure = http.client.HTTPSConnection(self.host, self.port, timeout=timeout,
-                                                 context=context)
+            connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        elif not self.proxy:
+            connection = http.client.HTTPSConnection(self.host, self.port, timeout=timeout,
+                                                     context=context)
         else:
             proxy = urllib.parse.urlsplit(self.proxy)
-            secure = http.client.HTTPSConnection(proxy.hostname or "", proxy.port or 80,
-                                                 timeout=timeout, context=context)
-            secure.set_tunnel(self.host, self.port, headers=_proxy_headers(proxy))
-        secure.response_class = _Response
-        return secure
+            connection = http.client.HTTPSConnection(
+                proxy.hostname or "", proxy.port or 80, timeout=timeout, context=context)
+            connection.set_tunnel(self.host, self.port, headers=_proxy_headers(proxy))
+        connection.response_class = _Response
+        return connection
 
 
 def _proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
@@ -3414,10 +3412,7 @@ class HttpExchange:
         self.connection = self.origin.connect(self._context, self._time_left())
         self.connection.connect()
         self.is_connected = True
-        try:
-            return self._exchange(self.connection)
-        except NotSent as error:
-            raise ConnectionError(str(error)) from None
+        return self._exchange(self.connection)
 
     def _exchange(self, connection: http.client.HTTPConnection) -> HttpResponse:
         request = self._request
