@@ -299,10 +299,20 @@ def _list(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return parse_all
 
 
-def _text(text: str) -> str:
-    if not text.isprintable() or not text.isascii():
-        raise ValueError("printable ASCII text")
-    return text
+def _like(pattern: str, accepted: str) -> Callable[[str], str]:
+    """Read what matches a pattern."""
+    def parse(text: str) -> str:
+        if re.fullmatch(pattern, text):
+            return text
+        raise ValueError(accepted)
+    return parse
+
+
+_text = _like("[ -~]*", "printable ASCII text")
+_host_name = _like("[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?",
+                   "a host name such as relay.example.com")
+_vault_name = _like("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
+                    "the name of a certificate: letters, digits and hyphens")
 
 
 def _utf8(text: str) -> str:
@@ -338,14 +348,8 @@ def _seconds(text: str) -> float:
     raise ValueError("a number of seconds above 0, up to 86400")
 
 
-def _host_name(text: str) -> str:
-    if text and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", text):
-        raise ValueError("a host name such as relay.example.com")
-    return text
-
-
 def _address(text: str) -> str:
-    if text and text.lower() != "localhost":
+    if text.lower() != "localhost":
         try:
             ipaddress.ip_address(text)
         except ValueError:
@@ -355,22 +359,20 @@ def _address(text: str) -> str:
 
 
 def _user(text: str) -> str:
-    if text and pwd is None:
+    if pwd is None:
         raise ValueError("nothing: this system has no users to become")
-    if text:
-        try:
-            pwd.getpwnam(text)
-        except KeyError:
-            raise ValueError("the name of a user of this system, or nothing") from None
+    try:
+        pwd.getpwnam(text)
+    except KeyError:
+        raise ValueError("the name of a user of this system, or nothing") from None
     return text
 
 
 def _ciphers(text: str) -> str:
-    if text:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
-        except (ssl.SSLError, UnicodeError):
-            raise ValueError("an OpenSSL cipher list that names a known cipher") from None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
+    except (ssl.SSLError, UnicodeError):
+        raise ValueError("an OpenSSL cipher list that names a known cipher") from None
     return text
 
 
@@ -400,12 +402,6 @@ def _table_url(text: str) -> str:
             return url + mark + sas
     raise ValueError("https://ACCOUNT.table.core.windows.net/TABLE, with a SAS behind it "
                      "or none")
-
-
-def _vault_name(text: str) -> str:
-    if not re.fullmatch("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?", text):
-        raise ValueError("the name of a certificate: letters, digits and hyphens")
-    return text
 
 
 def near_url(text: str) -> str:
@@ -481,17 +477,17 @@ class Config:
 
     # Server
     listen_address: str = setting(
-        _address, "", "Address to listen on. Empty: all, IPv4 and IPv6.")
+        _optional(_address), "", "Address to listen on. Empty: all, IPv4 and IPv6.")
     smtp_port: int = setting(
         _whole(0, 65535), "8025", "Port for SMTP with STARTTLS. 0 picks a free one.")
     smtps_port: int = setting(
         _whole(0, 65535), "0", "Port for SMTP with TLS from the first octet. 0: none.")
     server_name: str = setting(
-        _host_name, "", "Name in the greeting. Empty: this machine's host name.")
+        _optional(_host_name), "", "Name in the greeting. Empty: this machine's host name.")
     server_greeting: str = setting(
         _text, "Microsoft Graph SMTP OAuth Relay", "Text in the greeting.")
     run_as: str = setting(
-        _user, "", "User to become once ports are open and the TLS key is read. "
+        _optional(_user), "", "User to become once ports are open and the TLS key is read. "
         "Empty: stay.")
     log_level: str = setting(
         _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "INFO",
@@ -509,7 +505,7 @@ class Config:
         _choice("1.0", "1.1", "1.2", "1.3"), "1.2",
         "Oldest TLS version accepted; old printers need 1.0.")
     tls_cipher_suite: str = setting(
-        _ciphers, "", "OpenSSL cipher list. Empty: OpenSSL's own.")
+        _optional(_ciphers), "", "OpenSSL cipher list. Empty: OpenSSL's own.")
     require_tls: bool = setting(
         _boolean, "true", "Whether devices may log in under TLS only.")
 
@@ -858,10 +854,7 @@ def _hash(text: str) -> str:
     return text
 
 
-def _mailbox(text: str) -> str:
-    if not re.fullmatch(_MAILBOX, text):
-        raise ValueError("an address such as scanner@example.com")
-    return text
+_mailbox = _like(_MAILBOX, "an address such as scanner@example.com")
 
 
 def _whom(text: str) -> str:
@@ -1006,14 +999,6 @@ class Login(NamedTuple):
     username: str = ""
 
 
-class Access(NamedTuple):
-    """What a client may do before it logs in."""
-
-    guest: Login | None
-    require_tls: bool
-    tls_min_version: str
-
-
 class Accounts:
     """The accounts of a file, by user name and by network."""
 
@@ -1031,21 +1016,18 @@ class Accounts:
         """Find an account by user name."""
         return self._by_name.get(name.casefold())
 
-    def access(self, address: IpAddress | None, config: Config) -> Access:
-        """Find what a client may do from where it is."""
+    def at(self, address: IpAddress | None, config: Config) -> tuple[Login | None, Config]:
+        """Find who a client is without login, and the settings for where it is."""
         found = sorted((one for one in self.by_network if address and address in one),
-                       key=lambda one: -one.prefixlen)
-        guest = next((one for one in self.by_network[found[0]]
+                       key=lambda one: one.prefixlen)
+        guest = next((one for one in self.by_network[found[-1]]
                       if one.login == "optional"), None) if found else None
-
-        def rule(key: str, default: Any) -> Any:
-            values = (getattr(one, key) for network in found
-                      for one in self.by_network[network])
-            return next((one for one in values if one not in (None, "")), default)
-
-        return Access(Login(guest, guest.as_application()) if guest else None,
-                      rule("require_tls", config.require_tls),
-                      rule("tls_min_version", config.tls_min_version))
+        changes: dict[str, Any] = {
+            name: getattr(one, name) for network in found       # the most specific is last
+            for one in self.by_network[network] for name in NETWORK_KEYS
+            if getattr(one, name) not in (None, "")}
+        return (Login(guest, guest.as_application()) if guest else None,
+                dataclasses.replace(config, **changes))
 
 
 def read_address(text: str) -> IpAddress | None:
@@ -1310,17 +1292,17 @@ class Session:
                  trace: Callable[[str, object], None] | None = None,
                  memory: Memory | None = None,
                  check_upload: Callable[[Login, str], None] | None = None,
-                 access: Access | None = None) -> None:
-        """Begin. `check_upload` raises RelayError where it is known that a mailbox cannot
-        send a message above GRAPH_MESSAGE_LIMIT.
+                 guest: Login | None = None) -> None:
+        """Begin. A guest may send without login. `check_upload` raises RelayError where it
+        is known that a mailbox cannot send a message above GRAPH_MESSAGE_LIMIT.
         """
         self._config = config
         self._name = name
         self._memory = memory or Memory(config.max_memory_for_messages)
         self._check_upload = check_upload or (lambda login, mailbox: None)
-        self._access = access or Accounts().access(None, config)
+        self._guest = guest
         self.secure = False
-        self.login = self._access.guest             # who may send
+        self.login = guest              # who may send
         self._trace = trace or (lambda mark, text: None)
         self._phase = Phase.CONNECTED
         self._read = self._read_command
@@ -1400,7 +1382,7 @@ class Session:
     def tls_started(self) -> None:
         """Go on under TLS. What came in the clear is forgotten, RFC 3207 section 4.2."""
         self.secure = True
-        self.login = self._access.guest
+        self.login = self._guest
         self._phase = Phase.CONNECTED
         self._buffer.clear()
         self._scanned, self._overlong = 0, ""
@@ -1706,7 +1688,7 @@ class Session:
 
     def _check(self, command: Command, argument: str) -> None:
         """Refuse a command that is out of order; the only place that does."""
-        if command.secure and self._access.require_tls and not self.secure:
+        if command.secure and self._config.require_tls and not self.secure:
             raise ProtocolError("Say STARTTLS first", 530, "5.7.0")
         if command.login and not self.login:
             raise ProtocolError("Log in first", 530, "5.7.0")
@@ -1720,7 +1702,7 @@ class Session:
         return not self.secure and self._config.tls_source != "off"
 
     def _may_log_in(self) -> bool:
-        return self.secure or not self._access.require_tls
+        return self.secure or not self._config.require_tls
 
     def _send(self, reply: Reply) -> None:
         self._trace(">", reply)
@@ -3155,11 +3137,15 @@ for _needed in ("unicode_escape", "idna"):      # Python would load them when it
 
 
 def log_event(level: int, ident: str, event: str, **facts: object) -> None:
-    """Log an event; facts that are None are left out."""
+    """Log an event with its facts."""
     if log.isEnabledFor(level):
-        pairs = "".join(f" {name.replace('_', '-')}={escaped(value)}"
-                        for name, value in facts.items() if value is not None)
-        log.log(level, "%s %s%s", ident, event, pairs)
+        log.log(level, "%s %s%s", ident, event, in_words(facts))
+
+
+def in_words(facts: Mapping[str, object]) -> str:
+    """Write facts behind something; those that are None are left out."""
+    return "".join(f" {name.replace('_', '-')}={escaped(value)}"
+                   for name, value in facts.items() if value is not None)
 
 
 def escaped(value: object) -> str:
@@ -3716,13 +3702,14 @@ class Tokens:
         request = self._identity_request(client, resource)
         is_service, key = "Metadata" not in request.headers, self._config.identity_header
         for pause in (*IDENTITY_PAUSES, None):
+            soon = min(deadline, time.monotonic() + IDENTITY_TIMEOUT)
             try:
-                response = await self._send_near(request, deadline)
+                response = await self._pool.send(request, soon)
                 if response.status == 401 and self._is_arc and not is_service:
-                    key = await _in_file(_arc_key(response), deadline)
-                    response = await self._send_near(dataclasses.replace(
+                    key = await _in_file(_arc_key(response), soon)
+                    response = await self._pool.send(dataclasses.replace(
                         request, headers={**request.headers,
-                                          "Authorization": f"Basic {key}"}), deadline)
+                                          "Authorization": f"Basic {key}"}), soon)
             except NoAnswer as error:
                 error.facts["identity"] = request.url.partition("?")[0]
                 raise
@@ -3731,10 +3718,6 @@ class Tokens:
                 return response, key
             await asyncio.sleep(pause)
         raise AssertionError("the last pause is None")
-
-    async def _send_near(self, request: HttpRequest, deadline: float) -> HttpResponse:
-        return await self._pool.send(request, min(deadline,
-                                                  time.monotonic() + IDENTITY_TIMEOUT))
 
     def _identity_request(self, client: str, resource: str) -> HttpRequest:
         config, headers = self._config, {"Metadata": "true"}
@@ -3854,27 +3837,28 @@ class AccountsFile:
             raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
                               f"{problem}") from None
         accounts, faults = parse_accounts(text, self._config)
-        accounts = [self._with_secret(one, faults) for one in accounts]
+        users = {one.client_secret_file: one.name for one in reversed(accounts)}
+        found = {file: self._read_secret(file, name, faults)
+                 for file, name in users.items() if file}
         if faults:
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
-        self.accounts = Accounts(accounts)
-        if any(one.client_secret or one.password for one in accounts):
+        self.accounts = Accounts(dataclasses.replace(
+            one, client_secret=found.get(one.client_secret_file, one.client_secret))
+            for one in accounts)
+        if any(one.client_secret or one.password for one in self.accounts):
             self._check_modes()
 
-    def _with_secret(self, account: Account, faults: list[str]) -> Account:
-        path = account.client_secret_file
-        if not path:
-            return account
+    def _read_secret(self, path: str, name: str, faults: list[str]) -> str:
         self._states[path] = _look(path)
         try:
-            return dataclasses.replace(account, client_secret=read_secret(path))
+            return read_secret(path)
         except OSError as error:
             self._states[path] = None
             problem = f"cannot be read: {error.strerror}"
         except ValueError as error:
             problem = f"must hold {error}"
-        faults.append(f"[{account.name}] client_secret_file = {path}: {problem}")
-        return account
+        faults.append(f"[{name}] client_secret_file = {path}: {problem}")
+        return ""
 
     def _check_modes(self) -> None:
         for path in self._states if os.name == "posix" else ():
@@ -3975,13 +3959,6 @@ class Azure:
             if pause is None or time.monotonic() + pause >= deadline:
                 return response
             await asyncio.sleep(pause)
-
-
-def in_words(error: RelayError) -> str:
-    """Tell an error and its facts to who starts the relay."""
-    facts = "".join(f" {name}={escaped(value)}" for name, value in error.facts.items()
-                    if value is not None)
-    return f"{harmless(error.reply.text)}{facts}"
 
 
 class Table:
@@ -4086,10 +4063,6 @@ class Failures:
         _remember(self._times, address, times, times[-1] + FAILURES_LAST)
         return min(len(times) * FAILURE_PAUSE, MAX_FAILURE_PAUSE)
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._times.clear()
-
     def _recent(self, address: IpAddress | None) -> list[float]:
         times, _ = self._times.get(address, ([], 0.0))
         return [one for one in times if self._clock() < one + FAILURES_LAST]
@@ -4109,10 +4082,6 @@ class Directory:
     def close(self) -> None:
         """Check no more passwords."""
         self._scrypt.shutdown(wait=False, cancel_futures=True)
-
-    def access(self, address: IpAddress | None) -> Access:
-        """Find what a client may do before it logs in."""
-        return self.file.accounts.access(address, self._config)
 
     def shown(self, username: str) -> str:
         """Show a user name for the log; what is none may be a password."""
@@ -4145,7 +4114,8 @@ class Directory:
             hashed = account.password if account else ""
             is_right = await self._is_password(login.password, hashed or _NOBODY, address,
                                                deadline)
-            problem = problem or ("" if is_right else "wrong password")
+            if not (problem or is_right):
+                problem = "wrong password" if hashed else "it has no password"
         if problem or account is None:
             raise AuthError(
                 "Wrong user name or password, or not from here; the relay's log says which",
@@ -4722,15 +4692,17 @@ async def fetch_certificate(config: Config, name: str) -> bytes:
             "?api-version=7.4", CLOUDS[config.azure_cloud].vault,
             {"Accept": "application/json"}, time.monotonic() + config.upstream_timeout)
     except TemporaryError as error:
-        raise StartError(f"{name}: {in_words(error)}") from None
+        raise StartError(f"{name}: {harmless(str(error))}"
+                         f"{in_words(error.facts)}") from None
     finally:
         pool.close()
-    answer = response.json()
-    value = answer.get("value")
+    value = response.json().get("value")
     if response.status != 200 or not isinstance(value, str):
         remedy = VAULT_REMEDIES.get(response.status, "try again later")
+        # The code, and the one within, such as ForbiddenByRbac.
+        codes = re.findall(rb'"code"\s*:\s*"([A-Za-z]{1,60})"', response.body)[:5]
         raise StartError(f"{name}: Key Vault answers {response.status} "
-                         f"{_vault_code(answer)}: {remedy}")
+                         f"{b'/'.join(codes).decode()}: {remedy}")
     try:
         if "-----BEGIN" in value:       # the content type PEM
             return value.encode()
@@ -4739,16 +4711,6 @@ async def fetch_certificate(config: Config, name: str) -> bytes:
         raise StartError(f"{name}: cannot be turned into PEM ({error}); in Key Vault set "
                          "the content type in the certificate's issuance policy to PEM, "
                          "and issue a new version") from None
-
-
-def _vault_code(answer: Mapping[str, Any]) -> str:
-    """Find the error code, and the one within, such as ForbiddenByRbac."""
-    codes: list[str] = []
-    error = answer.get("error")
-    while isinstance(error, dict) and len(codes) < 5:
-        codes.append(str(error.get("code")))
-        error = error.get("innererror")
-    return harmless("/".join(codes)[:200])
 
 
 @contextlib.contextmanager
@@ -4818,7 +4780,8 @@ class Relay:
                 await self.directory.table.check(self._deadline())
             except TemporaryError as error:
                 raise StartError("AZURE_TABLES_FORCE_USAGE=true, and the table cannot be "
-                                 f"read: {in_words(error)}") from None
+                                 f"read: {harmless(str(error))}"
+                                 f"{in_words(error.facts)}") from None
         if self.config.accounts_file:
             self._watcher = asyncio.ensure_future(self.directory.file.watch())
 
@@ -4843,7 +4806,11 @@ class Relay:
                 error = TemporaryError("The password cannot be checked now, it may be "
                                        f"right: {error.reply.text}", 454, "4.7.0",
                                        facts=error.facts, level=error.level)
-            log_event(error.level, ident, "auth", user=user, result=result,
+            if result == "refused" and self.directory.file.accounts.at(
+                    address, self.config)[0]:
+                error.facts["remedy"] = ("from here no login is needed: switch it off in "
+                                         "the device")
+            log_event(error.level, ident, "auth", user=user, client=address, result=result,
                       reply=error.reply, **error.facts)
             await asyncio.sleep(pause)
             raise error from None
@@ -4919,14 +4886,14 @@ class Connection:
         self.is_stopping = False
         self._relay = relay
         self._address = address
-        self.access = relay.directory.access(address)
-        self._context = contexts.get(self.access.tls_min_version,
+        self.guest, config = relay.directory.file.accounts.at(address, relay.config)
+        self._context = contexts.get(config.tls_min_version,
                                      contexts.get(relay.config.tls_min_version))
         self._reader = reader
         self._writer = writer
         self._plain_writer = writer     # asyncio closes its transport when it is collected
-        self._session = Session(relay.config, name, self._trace, relay.memory,
-                                relay.check_upload, self.access)
+        self._session = Session(config, name, self._trace, relay.memory,
+                                relay.check_upload, self.guest)
         self._timeout = relay.config.client_timeout
         self._progress = 0
         self._deadline = 0.0            # for the command under way
@@ -5140,7 +5107,7 @@ class Server:
                                 read_address(client), reader, writer)
         self._connections.add(connection)
         self._clients[client] += 1
-        guest = connection.access.guest
+        guest = connection.guest
         log_event(logging.INFO, connection.ident, "connected", client=client,
                   port=writer.get_extra_info("sockname")[1],
                   account=guest.account.name if guest else None)
@@ -5164,11 +5131,9 @@ class Server:
 
 def _own_name() -> str:
     """This machine's name, without asking DNS."""
-    name = socket.gethostname()
-    try:
-        return _host_name(name) or "localhost"
-    except ValueError:
-        return "localhost"
+    with contextlib.suppress(ValueError):
+        return _host_name(socket.gethostname())
+    return "localhost"
 
 
 def bind(config: Config) -> list[tuple[socket.socket, bool]]:
@@ -5250,7 +5215,7 @@ def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     allow_open_files(config)
     return_memory()
     for number in STOP_SIGNALS:
-        signal.signal(number, _leave)
+        signal.signal(number, lambda *_: sys.exit(0))   # nothing has begun yet
     if config.accounts_file and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)    # it is handled later, see _run
     contexts = make_tls_contexts(config)
@@ -5263,30 +5228,23 @@ def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     asyncio.run(_run(relay, contexts, sockets))
 
 
-def _leave(number: int, frame: object) -> None:
-    """End before there is anything to end."""
-    raise SystemExit(0)
-
-
 async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
                sockets: list[tuple[socket.socket, bool]]) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_loop_error)
     stop = asyncio.Event()
 
-    def handle(number: int, call: Callable[[], None]) -> None:
-        def from_signal(number: int, frame: object) -> None:
-            with contextlib.suppress(RuntimeError):     # the loop has ended already
-                loop.call_soon_threadsafe(call)
-
-        signal.signal(number, from_signal)
+    def handle(number: int, frame: object) -> None:
+        with contextlib.suppress(RuntimeError):         # the loop has ended already
+            loop.call_soon_threadsafe(stop.set if number in STOP_SIGNALS
+                                      else relay.directory.file.ask)
 
     try:
         await relay.start()
         for number in STOP_SIGNALS:
-            handle(number, stop.set)
+            signal.signal(number, handle)
         if relay.config.accounts_file and hasattr(signal, "SIGHUP"):
-            handle(signal.SIGHUP, relay.directory.file.ask)
+            signal.signal(signal.SIGHUP, handle)
         await Server(relay, contexts).run(sockets, stop)
     finally:
         relay.close()
@@ -5540,12 +5498,11 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
     address = read_address(arguments.match)
     if address is None:
         raise ConfigError(f"{arguments.match!r} is no IP address")
-    access = file.accounts.access(address, config)
-    guest = f"as [{access.guest.account.name}]" if access.guest else "no"
+    guest, config = file.accounts.at(address, config)
     print(f"{address}\n"
-          f"without login:    {guest}\n"
-          f"require_tls:      {str(access.require_tls).lower()}\n"
-          f"tls_min_version:  {access.tls_min_version}\n"
+          f"without login:    {f'as [{guest.account.name}]' if guest else 'no'}\n"
+          f"require_tls:      {str(config.require_tls).lower()}\n"
+          f"tls_min_version:  {config.tls_min_version}\n"
           "may log in as:    "
           + (" ".join(f"[{one.name}]" for one in file.accounts
                       if (one.password or not one.has_secret) and one.holds(address))

@@ -58,6 +58,7 @@ TENANT = "11111111-1111-4111-8111-111111111111"
 CLIENT = "22222222-2222-4222-8222-222222222222"
 USER = f"{TENANT}@{CLIENT}"
 SENDER = "scanner@example.com"
+READ_AGAIN = relay.READ_AGAIN       # as it is; setUpModule makes it shorter
 
 
 # ---------------------------------------------------------------------------
@@ -680,9 +681,16 @@ class AccountTests(unittest.TestCase):
     def test_the_example_of_the_readme(self) -> None:
         readme = (HERE / "README.md").read_text(encoding="utf-8")
         example, = re.findall(r"(?s)```ini\n(\[DEFAULT\].*?)```", readme)
+        example = example.replace("scrypt$...", HASH)
         scan, nas = parse(example)
         self.assertEqual((scan.name, scan.login, scan.tls_min_version, nas.name, nas.login),
                          ("scan2", "optional", "1.0", "nas", "required"))
+        file = FILES.folder / "bom.ini"
+        file.write_bytes(b"\xef\xbb\xbf" + example.replace(
+            "client_secret_file = /opt/smtp-relay/accounts/graph", "client_secret = s").encode())
+        accounts = relay.AccountsFile(make_config(ACCOUNTS_FILE=str(file)))
+        accounts.load()
+        self.assertEqual(len(list(accounts.accounts)), 2)
 
     def test_a_secret_of_a_section_takes_the_place_of_the_default(self) -> None:
         for line, kind in (("client_secret_file = /x", "secret"), ("client_secret = t", "secret"),
@@ -826,12 +834,12 @@ require_tls = true
                 ("fd00::1", "office", True, "1.2"), ("fe80::1%eth0", None, True, "1.2"),
                 ("::ffff:10.1.0.1", "old", False, "1.0"), ("unknown", None, True, "1.2")):
             with self.subTest(address):
-                access = accounts.access(relay.read_address(address),
-                                         tls_config(TLS_MIN_VERSION="1.2"))
-                self.assertEqual(access.guest and access.guest.account.name, guest)
-                self.assertEqual(access[1:], (require_tls, least))
-                if access.guest:
-                    self.assertEqual(access.guest.application.secret, "s")
+                login, config = accounts.at(relay.read_address(address), tls_config())
+                self.assertEqual(login and login.account.name, guest)
+                self.assertEqual((config.require_tls, config.tls_min_version),
+                                 (require_tls, least))
+                if login:
+                    self.assertEqual(login.application.secret, "s")
 
     def test_who_is_among_the_allowed(self) -> None:
         account = relay.Account("a", allowed_recipients=relay.declared(relay.Account)[
@@ -1612,8 +1620,8 @@ class AccountSessionTests(SessionCase):
                 session.authenticated(login)
             else:
                 accept(session, event)
-        return Dialogue(tls_config(), secure=secure, answer=answer, access=relay.Access(
-            login if guest else None, require_tls, "1.2"))
+        config = tls_config(REQUIRE_TLS=str(require_tls))
+        return Dialogue(config, secure=secure, answer=answer, guest=login if guest else None)
 
     def test_senders_and_recipients(self) -> None:
         dialogue = self.begin(secure=True, allowed_senders=("a.b",),
@@ -1656,8 +1664,8 @@ class AccountSessionTests(SessionCase):
         dialogue = self.begin(guest=True, secure=True)
         said = dialogue.feed(b"EHLO x\r\n" + LOGIN)
         self.assertEqual(codes(said)[-1], 235)
-        other = Dialogue(tls_config(), secure=True, access=self.begin(
-            guest=True).session._access)
+        other = Dialogue(tls_config(), secure=True, guest=self.begin(
+            guest=True).session._guest)
         other.feed(b"EHLO x\r\n" + LOGIN)
         assert other.session.login is not None
         self.assertEqual(other.session.login.username, "test")
@@ -3336,7 +3344,7 @@ class RelayCase(unittest.TestCase):
         """Begin with a clean fake, and without the clients of other tests."""
         self.fake.reset()
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
-        self.running.ask(self.running.relay.directory.failures.clear)
+        self.running.ask(self.running.relay.directory.failures._times.clear)
         self.password = f"secret of {self.id()}"
         self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
 
@@ -3366,7 +3374,7 @@ class SignInTests(RelayCase):
     """A login is a request for a token."""
 
     def log_in(self, user: str = USER, password: str = "") -> str:
-        self.running.ask(self.running.relay.directory.failures.clear)
+        self.running.ask(self.running.relay.directory.failures._times.clear)
         return self.connect().log_in(user, password or self.password)
 
     def test_a_good_login(self) -> None:
@@ -3680,7 +3688,7 @@ class AccountLoginTests(AccountCase):
                 ("secret.inside", "x", "not from its networks"),
                 ("own.secret", "", "the password is empty")):
             with self.subTest(user, password=password), kept_log() as kept:
-                self.running.ask(self.running.relay.directory.failures.clear)
+                self.running.ask(self.running.relay.directory.failures._times.clear)
                 replies.add(self.assertReply(self.log_in(user, password), "535 5.7.8"))
                 line, = kept.find("auth")
                 self.assertIn(problem, line[1])
@@ -3721,6 +3729,14 @@ class AccountLoginTests(AccountCase):
                 delivered = self.fake.delivered[-1]
                 self.assertEqual(delivered.mailbox, "scanner@example.com")
                 self.assertIn(b"From: Scan Room <scanner@example.com>\r\n", delivered.message)
+
+    def test_its_mailbox_sends_whatever_the_settings_say(self) -> None:
+        for settings in ({"FROM_MISMATCH": "refuse"}, {"SENDER_FROM": "header"}):
+            client = self.connect(self.another(**settings))
+            client.log_in("scan2", PASSWORD)
+            self.assertReply(client.post(b"From: X <o@b.c>\r\nTo: a@x.y\r\n\r\nText\r\n"),
+                             "250 2.0.0")
+            self.assertIn(b"From: X <scanner@example.com>\r\n", self.fake.delivered[-1].message)
 
     def test_nobody_else_gets_it_even_if_the_header_says_so(self) -> None:
         running = self.another(HEADER_RECIPIENTS="keep")
@@ -3797,11 +3813,80 @@ class AccountLoginTests(AccountCase):
         request, = self.fake.asked("imds")
         self.assertNotIn("client_id", request.path)
         self.assertEqual(self.fake.asked("token"), [])
+        running = self.another(ACCOUNTS.replace("client_id =\n", f"client_id = {TENANT}\n"))
+        self.assertReply(self.log_in("cloud", running=running), "235 2.7.0")
+        self.assertTrue(self.fake.asked("imds")[-1].path.endswith(f"&client_id={TENANT}"))
+
+    def test_a_workload_identity_of_an_account(self) -> None:
+        running = self.another(f"[a]\n{APPLICATION}credential = workload-identity\n"
+                               f"password = {HASH}\n", AZURE_FEDERATED_TOKEN_FILE=FILES.write(
+                                   "assertion", "eyJ.of.account"))
+        client = self.connect(running)
+        self.assertReply(client.log_in("a", PASSWORD), "235 2.7.0")
+        self.assertReply(client.post(), "250 2.0.0")
+        form = dict(urllib.parse.parse_qsl(self.fake.asked("token")[0].body.decode()))
+        self.assertEqual((form["client_id"], form["client_assertion"]),
+                         (CLIENT, "eyJ.of.account"))
 
     def test_many_logins_at_once(self) -> None:
+        running = self.another(UPSTREAM_TIMEOUT="60")
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            replies = list(pool.map(lambda _: self.log_in("scan2"), range(12)))
+            replies = list(pool.map(lambda _: self.log_in("scan2", running=running), range(12)))
         self.assertEqual({reply[:9] for reply in replies}, {"235 2.7.0"})
+
+    def test_a_name_that_is_not_there_costs_as_much(self) -> None:
+        asked: list[bytes] = []
+        scrypt = relay.hashlib.scrypt
+        self.addCleanup(setattr, relay.hashlib, "scrypt", scrypt)
+
+        def count(password: bytes, **options: Any) -> bytes:
+            asked.append(password)
+            return scrypt(password, **options)
+        relay.hashlib.scrypt = count
+        for user, password in (("scan2", "wrong"), ("none", "x"), ("none@lookup", "x"),
+                               ("guest", "x"), ("inside", "x"), ("secret.inside", "x"),
+                               ("own.secret", "")):
+            before = len(asked)
+            self.assertReply(self.log_in(user, password), "535 5.7.8")
+            self.assertEqual(len(asked) - before, 1, user)
+
+    def test_without_scrypt_in_this_python(self) -> None:
+        def refuse(*arguments: Any, **options: Any) -> bytes:
+            raise ValueError("disabled for FIPS")
+        self.addCleanup(relay.has_scrypt.cache_clear)
+        self.addCleanup(setattr, relay.hashlib, "scrypt", relay.hashlib.scrypt)
+        relay.hashlib.scrypt = refuse
+        relay.has_scrypt.cache_clear()
+        _, faults = relay.parse_accounts(ACCOUNTS, make_config())
+        self.assertIn("[scan2] password = ***: must be empty, as this Python has no scrypt",
+                      faults)
+        running = self.another(f"[a]\n{APPLICATION}")
+        self.assertReply(self.log_in("none", "x", running), "535 5.7.8")
+        self.assertReply(self.log_in("a", self.password, running), "235 2.7.0")
+
+    @needs_loopbacks
+    def test_a_login_where_none_is_needed(self) -> None:
+        with kept_log() as kept:
+            client = self.come_from("127.0.0.2")
+            self.assertReply(client.log_in("printer", "x"), "535 5.7.8")
+            self.assertReply(client.post(), "250 2.0.0")
+        line, = kept.find("auth")
+        self.assertIn("client=127.0.0.2", line[1])
+        self.assertIn("from here no login is needed", line[1])
+
+    @needs_loopbacks
+    def test_what_is_allowed_without_login(self) -> None:
+        running = self.another(f"""[a]\n{APPLICATION}client_secret = s
+login = optional
+networks = 127.0.0.0/8
+allowed_senders = example.com
+allowed_recipients = x.y
+""")
+        client = self.connect(running)
+        self.assertReply(client.post(sender="a@b.c"), "550 5.7.1")
+        self.assertReply(client.post(recipients=("a@b.c",)), "550 5.7.1")
+        client.say("RSET")
+        self.assertReply(client.post(), "250 2.0.0")
 
     def test_scrypt_runs_two_at_once_and_not_in_the_loop(self) -> None:
         directory = self.running.relay.directory
@@ -4013,6 +4098,9 @@ class ReloadTests(AccountCase):
         asyncio.run(asyncio.wait_for(watch(), PATIENCE))
         self.assertEqual(found, [6, 6])
 
+    def test_a_change_is_read_within_10_seconds(self) -> None:
+        self.assertLess((relay.MAX_LOOKS + 0.3) * READ_AGAIN, 10)
+
     def test_a_file_that_never_rests_is_read_all_the_same(self) -> None:
         file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
         file.load()
@@ -4141,6 +4229,7 @@ class IdentityTests(RelayCase):
                 self.ask(timeout=0.2, **{**settings, "AZURE_FEDERATED_TOKEN_FILE":
                                          FILES["fifo"]})
             self.assertIn("time is up", str(caught.exception.facts))
+            os.close(os.open(FILES["fifo"], os.O_WRONLY | os.O_NONBLOCK))   # its thread ends
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(**{**settings, "AZURE_FEDERATED_TOKEN_FILE": "/no/such/file"})
         self.assertIn("No such file", str(caught.exception.facts))
@@ -4149,7 +4238,7 @@ class IdentityTests(RelayCase):
         settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token",
                     "IDENTITY_HEADER": "header"}
         self.ask(resource="https://storage.azure.com", **settings)
-        self.ask(AZURE_CLIENT_ID=CLIENT, **settings)
+        self.ask(AZURE_CLIENT_ID=CLIENT, IMDS_ENDPOINT="http://localhost:40342", **settings)
         first, second = self.fake.asked("app-service")
         self.assertEqual(first.path, "/msi/token?api-version=2019-08-01&resource="
                                      "https%3A%2F%2Fstorage.azure.com")
@@ -4176,6 +4265,12 @@ class IdentityTests(RelayCase):
         settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/arc/token",
                     "IMDS_ENDPOINT": "http://localhost:40342"}
         self.fake.arc_key = key
+        for name in ("ARC_AGENTS", "ARC_ENDPOINT"):     # it is known by its agent too
+            self.addCleanup(setattr, relay, name, getattr(relay, name))
+        relay.ARC_AGENTS, relay.ARC_ENDPOINT = (key, key), settings["IDENTITY_ENDPOINT"]
+        self.ask()
+        relay.ARC_AGENTS = ("/no/such", "/no/such")
+        self.fake.reset()
         self.ask(**settings)
         first, second = self.fake.asked("arc")
         self.assertNotIn("authorization", first.headers)
@@ -4287,7 +4382,7 @@ class TableTests(RelayCase):
 
     def log_in(self, user: str, running: Running | None = None) -> str:
         """Log in on a new connection; returns the reply."""
-        (running or self.own).ask((running or self.own).relay.directory.failures.clear)
+        (running or self.own).ask((running or self.own).relay.directory.failures._times.clear)
         client = self.connect(running or self.own)
         client.command_encoding = "utf-8"
         return client.log_in(user, self.password)
@@ -4409,6 +4504,27 @@ class TableTests(RelayCase):
         before = len(self.fake.asked("table"))
         self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}"), "235 2.7.0")
         self.assertEqual(len(self.fake.asked("table")), before)
+        own = self.another(ACCOUNTS_REQUIRED="true", ALLOWED_TENANTS="contoso.com")
+        self.assertReply(self.log_in(USER, own), "535 5.7.8")
+        self.assertReply(self.log_in("app1@lookup", own), "235 2.7.0")
+
+    def test_another_partition(self) -> None:
+        own = self.another(AZURE_TABLES_PARTITION_KEY="o'p q", ACCOUNTS_REQUIRED="true")
+        for user in ("app1@lookup", USER):
+            self.assertReply(self.log_in(user, own), "535 5.7.8")
+        by_key, by_filter = (urllib.parse.unquote(one.path) for one in self.fake.asked("table"))
+        self.assertIn("(PartitionKey='o''p q',RowKey='app1')", by_key)
+        self.assertIn("(PartitionKey eq 'o''p q') and ", by_filter)
+
+    def test_the_file_is_asked_first(self) -> None:
+        path = FILES.write("first.ini", f"[App1]\n{APPLICATION}from_email = file@example.com\n")
+        own = self.another(ACCOUNTS_FILE=path)
+        client = self.connect(own)
+        self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
+        self.assertReply(client.post(), "250 2.0.0")
+        self.assertEqual(self.fake.delivered[0].mailbox, "file@example.com")
+        self.assertEqual(self.fake.asked("table"), [])
+        self.assertReply(self.log_in("a.b@lookup", own), "235 2.7.0")
 
     def test_ids_in_the_table_may_be_written_as_devices_may(self) -> None:
         tenant = "aaaaaaaa-1111-4111-8111-111111111111"
@@ -4608,7 +4724,7 @@ class AzuriteTests(RelayCase):
 
     def log_in(self, running: Running, user: str) -> str:
         """Log in on a new connection; returns the reply."""
-        running.ask(running.relay.directory.failures.clear)
+        running.ask(running.relay.directory.failures._times.clear)
         client = self.connect(running)
         return client.log_in(user, self.password)
 
@@ -4670,14 +4786,25 @@ class VaultTests(RelayCase):
             client.ehlo()
             self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
 
-    def files(self) -> set[str]:
-        """What lies where temporary files may be."""
-        return {f"{folder}/{name}" for folder in ("/dev/shm", tempfile.gettempdir())
-                if os.path.isdir(folder) for name in os.listdir(folder)
-                if name.startswith("tmp")}
+    def test_the_key_is_nobodys_else_and_soon_gone(self) -> None:
+        folder = tempfile.mkdtemp(dir=FILES.folder)
+        self.addCleanup(setattr, tempfile, "tempdir", tempfile.tempdir)
+        tempfile.tempdir = folder
+        with relay._private_file(b"key") as path:
+            self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
+            if hasattr(os, "memfd_create"):
+                self.assertEqual(os.listdir(folder), [])
+        if hasattr(os, "memfd_create"):
+            self.addCleanup(setattr, os, "memfd_create", os.memfd_create)
+            del os.memfd_create                 # as elsewhere
+        with self.assertRaises(relay.StartError), relay._private_file(b"key") as path:
+            self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
+            if os.name == "posix":
+                self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            raise relay.StartError("while it is there")
+        self.assertEqual(os.listdir(folder), [])
 
     def test_each_kind(self) -> None:
-        before = self.files()
         for name, value, kind in (("old", OLD_PFX, "application/x-pkcs12"),
                                   ("new", NEW_PFX, "application/x-pkcs12"),
                                   ("lines", OLD_PFX, "application/x-pkcs12"),
@@ -4689,7 +4816,6 @@ class VaultTests(RelayCase):
                 running = Running(self.settings_of())
                 self.addCleanup(running.stop)
                 self.assertServes(running)
-        self.assertEqual(self.files(), before)
         request = self.fake.asked("vault")[0]
         self.assertEqual(request.path, "/secrets/relay?api-version=7.4")
         self.assertIn("resource=https%3A%2F%2Fvault.azure.net", self.fake.asked("imds")[0].path)
@@ -6670,6 +6796,17 @@ login = optional
         except OSError:
             return ""
         return str(client.sock.version())
+
+    def test_weak_ciphers_are_for_old_tls_alone(self) -> None:
+        contexts = relay.make_tls_contexts(tls_config())
+        names = {version: {one["name"] for one in context.get_ciphers()}
+                 for version, context in contexts.items()}
+        self.assertEqual(names["1.2"], {one["name"] for one in ssl.SSLContext(
+            ssl.PROTOCOL_TLS_SERVER).get_ciphers()})
+        if hasattr(ssl.SSLContext, "security_level"):
+            self.assertEqual([one.security_level for one in contexts.values()
+                              if one.minimum_version >= ssl.TLSVersion.TLSv1_2],
+                             [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).security_level] * 2)
 
     def test_old_tls_from_its_network_alone(self) -> None:
         for address, versions in (("127.0.0.2", ["1.0", "1.1", "1.2", "1.3"]),
