@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Accept mail over SMTP, and send it through Microsoft 365.
+r"""Accept mail over SMTP, and send it through Microsoft 365.
 
 Printers, scanners, NAS boxes and old applications that can only say SMTP with a user
 name and a password log in here. The relay trades these for an OAuth 2.0 token (client
@@ -13,12 +13,15 @@ told "250" when Microsoft has accepted the message, and at no other time.
 
 What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS files, and
 connects to AZURE_AUTHORITY_HOST and GRAPH_ENDPOINT, and with large messages to the host
-that Graph names for the upload, all through HTTPS_PROXY if that is set. It writes nothing
-but its log, to standard error; only the demo writes files (outbox/).
+that Graph names for the upload, all through HTTPS_PROXY if that is set. Only where they
+are set: ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL,
+AZURE_KEY_VAULT_URL, and the managed identity of the machine. It writes nothing but its
+log, to standard error; only the demo writes files (outbox/).
 
     device --SMTP--> Connection --bytes--> Session       the protocol, without I/O
                          |  Authenticate, Deliver        its events
-                       Relay --> Tokens --HTTPS--> Entra ID
+                       Relay --> Directory               who may log in, and as whom
+                         |  \--> Tokens --HTTPS--> Entra ID
                          |
                        Graph --HTTPS--> Microsoft 365     in worker threads
 

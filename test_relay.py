@@ -3839,7 +3839,7 @@ class AccountLoginTests(AccountCase):
         scrypt = relay.hashlib.scrypt
         self.addCleanup(setattr, relay.hashlib, "scrypt", scrypt)
 
-        def count(password: bytes, **options: Any) -> bytes:
+        def count(password: bytes, **options: Any) -> Any:
             asked.append(password)
             return scrypt(password, **options)
         relay.hashlib.scrypt = count
