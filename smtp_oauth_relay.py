@@ -1030,7 +1030,7 @@ class Accounts:
             for one in self.by_network[network] for name in NETWORK_KEYS
             if getattr(one, name) not in (None, "")}
         return (Login(guest, guest.as_application()) if guest else None,
-                dataclasses.replace(config, **changes))
+                dataclasses.replace(config, **changes) if changes else config)
 
 
 def read_address(text: str) -> IpAddress | None:
