@@ -15,8 +15,10 @@ What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS fil
 connects to AZURE_AUTHORITY_HOST and GRAPH_ENDPOINT, and with large messages to the host
 that Graph names for the upload, all through HTTPS_PROXY if that is set. Only where they
 are set: ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL,
-AZURE_KEY_VAULT_URL, and the managed identity of the machine. It writes nothing but its
-log, to standard error; only the demo writes files (outbox/).
+AZURE_KEY_VAULT_URL, and the token file or the managed identity of the machine, which is
+asked directly. It writes nothing but its log, to standard error; only the demo writes
+files (outbox/), and a key from Key Vault is for a moment in a file of mode 0600 where the
+system has no file in memory. It may run `openssl` to read such a key.
 
     device --SMTP--> Connection --bytes--> Session       the protocol, without I/O
                          |  Authenticate, Deliver        its events
@@ -682,7 +684,9 @@ def _is_http_proxy(url: str) -> bool:
 
 
 def untainted(texts: Iterable[str], faulty: set[str]) -> list[str]:
-    """Leave out the texts that name a faulty setting: only its default was looked at."""
+    """Leave out contradictions that name a faulty setting: this was told already, and only
+    its default was looked at. So a contradiction names every setting that it looks at.
+    """
     return [text for text in texts if faulty.isdisjoint(re.findall(r"\w+", text))]
 
 
@@ -818,7 +822,9 @@ def decode_base64(text: str) -> bytes:
 
 WIDEST_NETWORK = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
 SECRET_KEYS = {"client_secret", "client_secret_file", "credential"}
+LIST_KEYS = {"allowed_recipients", "allowed_senders", "networks"}
 NETWORK_KEYS = ("require_tls", "tls_min_version")       # what settings `networks` replace
+_FAULTY = object()                  # in place of a value
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -921,15 +927,23 @@ class Account:
         "`TLS_MIN_VERSION` for `networks`.")
 
     @property
-    def has_secret(self) -> bool:
-        """Whether the device's password is not the application's secret."""
+    def has_credential(self) -> bool:
+        """Whether the relay can prove who the application is; if not, the device does: its
+        password is the secret.
+        """
         return bool(self.client_secret or self.client_secret_file or self.credential)
 
     def as_application(self, password: str = "") -> Application:
         """Find the application of a client that gave this password."""
-        secret = self.client_secret if self.has_secret else password
+        secret = self.client_secret if self.has_credential else password
         return Application(self.tenant_id, self.client_id, secret,
-                           self.credential or "secret", self.has_secret)
+                           self.credential or "secret", self.has_credential)
+
+    @property
+    def network_settings(self) -> dict[str, Any]:
+        """The settings that it changes for its networks."""
+        return {name: getattr(self, name) for name in NETWORK_KEYS
+                if getattr(self, name) not in (None, "")}
 
     def holds(self, address: IpAddress | None) -> bool:
         """Say whether a client may be where it is."""
@@ -955,7 +969,7 @@ class Account:
             changes.update(sender_from="envelope", from_mismatch="rewrite")
         if self.allowed_recipients and config.header_recipients == "keep":
             changes.update(header_recipients="strip")   # or who is in To would get it
-        return dataclasses.replace(config, **changes)
+        return dataclasses.replace(config, **changes) if changes else config
 
     def contradictions(self, config: Config) -> Iterator[str]:
         """Find keys that contradict each other, and name them all."""
@@ -966,13 +980,13 @@ class Account:
                 yield f"{name}: must be set, unless credential = managed-identity"
         if sum(bool(getattr(self, name)) for name in SECRET_KEYS) > 1:
             yield "set one of client_secret, client_secret_file, credential"
-        if self.password and not self.has_secret:
+        if self.password and not self.has_credential:
             yield ("password: needs client_secret, client_secret_file or credential; "
                    "without one the device's password is the application's secret")
-        if self.login == "required" and self.has_secret and not self.password:
+        if self.login == "required" and self.has_credential and not self.password:
             yield "password: must be set, as anybody could log in; or login = optional"
         if self.login == "optional":
-            if not self.has_secret:
+            if not self.has_credential:
                 yield ("login: optional needs client_secret, client_secret_file or "
                        "credential")
             if not self.networks:
@@ -982,9 +996,8 @@ class Account:
                     yield (f"networks: {network} without login is an open relay: the "
                            "whole Internet could send mail as you; name the network of the "
                            "devices")
-        for name in NETWORK_KEYS:
-            if getattr(self, name) not in (None, "") and not self.networks:
-                yield f"{name}: needs networks, for which it is"
+        for name in () if self.networks else self.network_settings:
+            yield f"{name}: needs networks, for which it is"
         if self.require_tls and config.tls_source == "off":
             yield "require_tls: true needs a certificate, see TLS_SOURCE"
 
@@ -1025,10 +1038,10 @@ class Accounts:
                        key=lambda one: one.prefixlen)
         guest = next((one for one in self.by_network[found[-1]]
                       if one.login == "optional"), None) if found else None
-        changes: dict[str, Any] = {
-            name: getattr(one, name) for network in found       # the most specific is last
-            for one in self.by_network[network] for name in NETWORK_KEYS
-            if getattr(one, name) not in (None, "")}
+        changes: dict[str, Any] = {}
+        for network in found:           # the most specific one is last, and prevails
+            for one in self.by_network[network]:
+                changes.update(one.network_settings)
         return (Login(guest, guest.as_application()) if guest else None,
                 dataclasses.replace(config, **changes) if changes else config)
 
@@ -1079,27 +1092,26 @@ def _syntax_faults(error: configparser.Error) -> Iterator[str]:
 
 def _read_section(section: str, pairs: Iterable[tuple[str, str]],
                   faults: list[str]) -> dict[str, Any]:
-    """Read the keys of a section; what is faulty is None."""
+    """Read the keys of a section; what is wrong is _FAULTY."""
     keys = declared(Account)
     values: dict[str, Any] = {}
     for key, text in pairs:
-        if key not in keys:
+        one = keys.get(key)
+        if one is None:
             near = difflib.get_close_matches(key[:100], keys, 1)
             shown = key if re.fullmatch("[a-z_]{1,40}", key) else "***"
             faults.append(f"[{section}] {shown}: is no key"
                           + (f"; is it {near[0]}?" if near else ""))
             continue
-        is_list = isinstance(keys[key].parse(keys[key].default), tuple)
-        if "\n" in text and ("=" in text or not is_list):
-            values[key] = None
+        values[key] = _FAULTY
+        if "\n" in text and ("=" in text or key not in LIST_KEYS):
             faults.append(f"[{section}] {key}: goes on in a line that is indented; do not "
                           "indent keys")
             continue
         try:
-            values[key] = keys[key].parse(text or keys[key].default)
+            values[key] = one.parse(text or one.default)
         except ValueError as error:
-            values[key] = None
-            faults.append(f"[{section}] {key} = {keys[key].show(text)}: must be {error}")
+            faults.append(f"[{section}] {key} = {one.show(text)}: must be {error}")
     return values
 
 
@@ -1112,8 +1124,7 @@ def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, A
     if merged.get("credential") == "workload-identity":
         merged["tenant_id"] = merged.get("tenant_id") or config.azure_tenant_id
         merged["client_id"] = merged.get("client_id") or config.azure_client_id
-    good = {key: value for key, value in merged.items()
-            if value is not None or key == "require_tls"}
+    good = {key: value for key, value in merged.items() if value is not _FAULTY}
     account = Account(name, **good)
     faults += [f"[{name}] {text}" for text in untainted(account.contradictions(config),
                                                         merged.keys() - good.keys())]
@@ -1130,7 +1141,7 @@ def _conflicts(accounts: list[Account]) -> Iterator[str]:
         if sum(one.login == "optional" for one in sharing) > 1:
             yield f"{who} networks: both claim {network} without login"
         for name in NETWORK_KEYS:
-            if len({getattr(one, name) for one in sharing} - {None, ""}) > 1:
+            if len({one.network_settings.get(name) for one in sharing} - {None}) > 1:
                 yield f"{who} {name}: must be the same, as both have {network}"
 
 
@@ -3208,8 +3219,9 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------
 #
 # http.client in worker threads, one call each; the event loop only waits, and never
-# longer than the call's deadline (time.monotonic). http.client's own time-outs are for
-# one socket operation, so at the deadline the loop shuts the socket under the thread.
+# longer than the call's deadline (time.monotonic) and GRACE. http.client's own time-outs
+# are for one socket operation, so at the deadline the loop shuts the socket under the
+# thread.
 
 MAX_ANSWER = 65536              # octets of a body that are read
 KEEP = 60.0                     # seconds an idle connection is kept: firewalls forget them
@@ -3820,25 +3832,28 @@ class AccountsFile:
     def __init__(self, config: Config) -> None:
         self.accounts = Accounts()
         self._config = config
-        self._states: dict[str, object] = {}        # of what was read, see _look
-        self._seen: dict[str, object] = {}          # at the last look
-        self._looks = 0                             # that have seen it change
+        self._when_read: dict[str, object] = {}     # what _look saw, by path
+        self._last_look: dict[str, object] = {}
+        self._changed_looks = 0                     # in a row
         self._problem = ""                          # that was told
-        self._is_asked = False                      # to read it at once
-        self._wake: asyncio.Event | None = None
+        self._wake: asyncio.Event | None = None     # to read it at once
 
     def load(self) -> None:
         """Read it. Raises ConfigError with all faults; the old accounts stay then."""
         path = self._config.accounts_file
-        self._states = {path: _look(path)}          # before it is read
+        self._when_read = {path: _look(path)}          # before it is read
         try:
             with open(path, "rb") as file:
-                text = file.read(MAX_ACCOUNTS).decode("utf-8-sig")
+                octets = file.read(MAX_ACCOUNTS + 1)
+            text = octets.decode("utf-8-sig")
         except (OSError, UnicodeError) as error:    # which may hold the text
-            self._states[path] = None               # so that it is tried again
+            self._when_read[path] = None               # so that it is tried again
             problem = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
                               f"{problem}") from None
+        if len(octets) > MAX_ACCOUNTS:
+            raise ConfigError(f"ACCOUNTS_FILE={path!r}: is larger than {MAX_ACCOUNTS} "
+                              "octets")
         accounts, faults = parse_accounts(text, self._config)
         users = {one.client_secret_file: one.name for one in reversed(accounts)}
         found = {file: self._read_secret(file, name, faults)
@@ -3852,11 +3867,11 @@ class AccountsFile:
             self._check_modes()
 
     def _read_secret(self, path: str, name: str, faults: list[str]) -> str:
-        self._states[path] = _look(path)
+        self._when_read[path] = _look(path)
         try:
             return read_secret(path)
         except OSError as error:
-            self._states[path] = None
+            self._when_read[path] = None
             problem = f"cannot be read: {error.strerror}"
         except ValueError as error:
             problem = f"must hold {error}"
@@ -3864,7 +3879,7 @@ class AccountsFile:
         return ""
 
     def _check_modes(self) -> None:
-        for path in self._states if os.name == "posix" else ():
+        for path in self._when_read if os.name == "posix" else ():
             with contextlib.suppress(OSError):
                 if os.stat(path).st_mode & 0o004:
                     log_event(logging.WARNING, "-", "accounts", file=path, problem="all "
@@ -3872,14 +3887,13 @@ class AccountsFile:
 
     def check_access(self) -> None:
         """Warn if it could be read as root, and cannot be read again."""
-        for path in self._states:
+        for path in self._when_read:
             if not os.access(path, os.R_OK):
                 log_event(logging.WARNING, "-", "accounts", file=path, problem="a change "
                           "cannot be read; give the file to the user RUN_AS")
 
     def ask(self) -> None:
         """Have it read at once."""
-        self._is_asked = True
         if self._wake:
             self._wake.set()
 
@@ -3889,11 +3903,11 @@ class AccountsFile:
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), READ_AGAIN)
+            is_asked, problem = self._wake.is_set(), ""
             self._wake.clear()
-            problem = ""
             try:
                 # In a thread, and without a deadline: if the disk hangs, only this waits.
-                if await in_thread(self._look_again):
+                if await in_thread(functools.partial(self._look_again, is_asked)):
                     log_event(logging.INFO, "-", "accounts",
                               loaded=len(list(self.accounts)))
             except (ConfigError, RelayError) as error:
@@ -3906,18 +3920,17 @@ class AccountsFile:
                     log_event(logging.ERROR, "-", "accounts", problem=line,
                               remedy="mend it; the accounts from before stay in force")
 
-    def _look_again(self) -> bool:
+    def _look_again(self, is_asked: bool) -> bool:
         """Read it if that is due; returns whether it was."""
-        is_asked, self._is_asked = self._is_asked, False
-        states = {path: _look(path) for path in self._states}
-        self._looks = self._looks + 1 if states != self._states else 0
-        is_due = is_asked or (self._looks and (states == self._seen
-                                               or self._looks >= MAX_LOOKS))
-        self._seen = states
-        if is_due:
-            self._looks = 0
-            self.load()
-        return bool(is_due)
+        look = {path: _look(path) for path in self._when_read}
+        self._changed_looks = self._changed_looks + 1 if look != self._when_read else 0
+        is_at_rest, self._last_look = look == self._last_look, look
+        if not is_asked and (not self._changed_looks or (
+                not is_at_rest and self._changed_looks < MAX_LOOKS)):
+            return False
+        self._changed_looks = 0
+        self.load()
+        return True
 
 
 def _look(path: str) -> object:
@@ -4048,7 +4061,8 @@ class Failures:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._times: dict[IpAddress | None, tuple[list[float], float]] = {}     # and end
+        # With an end that _remember wants; _recent looks at each.
+        self._times: dict[IpAddress | None, tuple[list[float], float]] = {}
 
     def check(self, address: IpAddress | None) -> None:
         """Raise TemporaryError for an address that failed too often."""
@@ -4108,22 +4122,23 @@ class Directory:
             problem = "there is no such account"
         elif not account.holds(address):
             problem = "not from its networks"
-        elif not account.has_secret and not login.password:
-            problem = "the password is empty"
+        elif not account.has_credential:        # Entra will judge the password
+            if login.password:
+                return Login(account, account.as_application(login.password),
+                             login.username)
             if not account.name:
                 raise AuthError("The password is empty; it must be the client secret")
-        if problem or account is None or account.has_secret:
-            # Who has none costs as much, so that nobody learns which names there are.
-            hashed = account.password if account else ""
-            is_right = await self._is_password(login.password, hashed or _NOBODY, address,
-                                               deadline)
-            if not (problem or is_right):
-                problem = "wrong password" if hashed else "it has no password"
-        if problem or account is None:
+            problem = "the password is empty"
+        # Every way from here costs one scrypt: nobody learns which names there are.
+        hashed = account.password if account else ""
+        is_right = await self._is_password(login.password, hashed or _NOBODY, address,
+                                           deadline)
+        if account is None or problem or not is_right:
             raise AuthError(
                 "Wrong user name or password, or not from here; the relay's log says which",
-                facts={"account": account.name if account else None, "problem": problem})
-        return Login(account, account.as_application(login.password), login.username)
+                facts={"account": account.name if account else None, "problem":
+                       problem or ("wrong password" if hashed else "it has no password")})
+        return Login(account, account.as_application(), login.username)
 
     def _lookup_name(self, username: str) -> str | None:
         return lookup_name(username, self._config.username_delimiter)
@@ -4154,12 +4169,18 @@ class Directory:
         def check() -> bool:            # others may have failed while this one waited
             return not self.failures.is_blocked(address) and is_password(password, hashed)
 
-        call = asyncio.get_running_loop().run_in_executor(self._scrypt, check)
-        await asyncio.wait({call}, timeout=max(0.0, deadline - time.monotonic()))
-        if not call.done():
-            call.cancel()
-            raise TemporaryError("Too many logins at once; try again later")
-        return call.result()
+        try:
+            call = asyncio.get_running_loop().run_in_executor(self._scrypt, check)
+        except RuntimeError as error:                   # the system has no more threads
+            raise TemporaryError(f"The relay is too busy: {error}") from None
+        try:
+            await asyncio.wait({call}, timeout=max(0.0, deadline - time.monotonic()))
+            if not call.done():
+                raise TemporaryError("Too many logins at once; try again later")
+            return call.result()
+        finally:
+            call.cancel()               # nobody waits for it any more
+            del call                    # see _work
 
 
 # ---------------------------------------------------------------------------
@@ -4721,7 +4742,7 @@ def _private_file(octets: bytes) -> Iterator[str]:
     """Hold octets in a file that is ours alone: in memory, or else for a moment on disk."""
     handle, path, is_named = -1, "", False
     try:
-        if hasattr(os, "memfd_create"):
+        with contextlib.suppress(AttributeError, OSError):  # other systems, old kernels
             handle = os.memfd_create("relay")
             path = f"/proc/self/fd/{handle}"
         if not os.path.exists(path):
@@ -4802,19 +4823,17 @@ class Relay:
         try:
             login = await self._check_login(request, address)
         except RelayError as error:
-            pause, result = 0.0, "tempfail"
+            pause, result, facts = 0.0, "tempfail", dict(error.facts)
             if isinstance(error, AuthError):
                 pause, result = failures.add(address), "refused"
+                if self.directory.file.accounts.at(address, self.config)[0]:
+                    facts["remedy"] = "from here no login is needed: switch it off there"
             elif error.reply.code != 421:
                 error = TemporaryError("The password cannot be checked now, it may be "
                                        f"right: {error.reply.text}", 454, "4.7.0",
-                                       facts=error.facts, level=error.level)
-            if result == "refused" and self.directory.file.accounts.at(
-                    address, self.config)[0]:
-                error.facts["remedy"] = ("from here no login is needed: switch it off in "
-                                         "the device")
+                                       level=error.level)
             log_event(error.level, ident, "auth", user=user, client=address, result=result,
-                      reply=error.reply, **error.facts)
+                      reply=error.reply, **facts)
             await asyncio.sleep(pause)
             raise error from None
         log_event(logging.INFO, ident, "auth", user=user, result="ok",
@@ -5508,7 +5527,7 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
           f"tls_min_version:  {config.tls_min_version}\n"
           "may log in as:    "
           + (" ".join(f"[{one.name}]" for one in file.accounts
-                      if (one.password or not one.has_secret) and one.holds(address))
+                      if (one.password or not one.has_credential) and one.holds(address))
              or "none"))
 
 

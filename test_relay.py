@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import email
 import email.utils
+import errno
 import functools
 import gc
 import hmac
@@ -3906,6 +3907,29 @@ allowed_recipients = x.y
         self.assertTrue(call.result(PATIENCE))
         self.assertNotEqual(asked, [self.running.ask(threading.get_ident)])
 
+    def test_two_that_are_refused_by_one_answer_are_told_apart_in_the_log(self) -> None:
+        self.fake.will("token", self.fake.hang_then(say(401, aadsts(7000215, "invalid_client"))))
+        clients = [self.connect(), self.come_from("127.0.0.2")]
+        line = f"AUTH PLAIN {plain(USER, self.password).decode()}\r\n".encode()
+        with kept_log() as kept:
+            for client in clients:
+                client.sock.sendall(line)
+            self.fake.arrived.acquire()
+            table = self.running.relay._tokens
+            wait_for(lambda: self.running.ask(lambda: len(table._fetches)) == 1)
+            self.fake.release.set()
+            for client in clients:
+                self.assertReply(client.next_reply(), "535 5.7.8")
+        for _, text in kept.find("auth"):
+            self.assertEqual("no login is needed" in text, "client=127.0.0.2" in text)
+
+    def test_no_more_threads(self) -> None:
+        directory = self.running.relay.directory
+        scrypt, directory._scrypt = directory._scrypt, concurrent.futures.ThreadPoolExecutor(1)
+        self.addCleanup(setattr, directory, "_scrypt", scrypt)
+        directory._scrypt.shutdown()            # it says RuntimeError too
+        self.assertReply(self.log_in("scan2"), "454 4.7.0")
+
     def test_too_many_logins_at_once_are_told_to_try_again(self) -> None:
         directory = self.running.relay.directory
         hold = threading.Event()
@@ -4051,11 +4075,6 @@ class ReloadTests(AccountCase):
                           for one in self.fake.asked("token")],
                          ["first~secret", "second~secret"])
 
-    async def until(self, condition: Callable[[], Any]) -> None:
-        """Wait for something in the loop of the test itself."""
-        while not condition():                  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-
     def test_secrets_that_are_none(self) -> None:
         secret = FILES["none-secret"]
         for octets, word in ((b"", "one line"), (b"a\nb", "one line"), (b"\xff", "one line"),
@@ -4069,6 +4088,10 @@ class ReloadTests(AccountCase):
                 relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path)).load()
             self.assertIn("[a] client_secret_file = ", str(caught.exception))
             self.assertIn(word, str(caught.exception))
+        self.write(f"{ACCOUNTS}{'#' * relay.MAX_ACCOUNTS}\n")
+        with self.assertRaises(relay.ConfigError) as caught:
+            relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path)).load()
+        self.assertIn("larger than", str(caught.exception))
         self.write(f"[a]\n{APPLICATION}client_secret_file = a\0b\npassword = {HASH}\n")
         with self.assertRaises(relay.ConfigError):
             relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path)).load()
@@ -4077,26 +4100,13 @@ class ReloadTests(AccountCase):
         """A file that still grows from look to look is left alone until it is done."""
         file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
         file.load()
-        self.addCleanup(setattr, relay, "READ_AGAIN", relay.READ_AGAIN)
-        relay.READ_AGAIN = PATIENCE
-        text = ACCOUNTS + "[new]\n"
         found = []
-
-        async def watch() -> None:
-            task = asyncio.ensure_future(file.watch())
-            for part in (ACCOUNTS[:300], text):
-                self.write(part)
-                await self.until(lambda: file._wake is not None)
-                file._wake.set()            # look now
-                state = relay._look(self.path)
-                await self.until(lambda: file._seen.get(self.path) == state  # noqa: B023
-                                 and not file._wake.is_set())
-                found.append(len(list(file.accounts)))
-            file._wake.set()
-            await self.until(lambda: len(list(file.accounts)) == 7)
-            task.cancel()
-        asyncio.run(asyncio.wait_for(watch(), PATIENCE))
-        self.assertEqual(found, [6, 6])
+        for text in (ACCOUNTS[:300], f"{ACCOUNTS}[new]\n", ""):
+            if text:
+                self.write(text)
+            self.assertEqual(file._look_again(False), not text)
+            found.append(len(list(file.accounts)))
+        self.assertEqual(found, [6, 6, 7])
 
     def test_a_change_is_read_within_10_seconds(self) -> None:
         self.assertLess((relay.MAX_LOOKS + 0.3) * READ_AGAIN, 10)
@@ -4107,7 +4117,7 @@ class ReloadTests(AccountCase):
         found = []
         for number in range(4):
             self.write(f"{ACCOUNTS}[new{number}]\n")
-            file._look_again()
+            file._look_again(False)
             found.append(list(file.accounts)[-1].name)
         self.assertEqual(found, ["cloud", "cloud", "new2", "new2"])
 
@@ -4117,16 +4127,16 @@ class ReloadTests(AccountCase):
         self.write(f"{ACCOUNTS}[new]\n")
         limit = relay.resource.getrlimit(relay.resource.RLIMIT_NOFILE)
         self.addCleanup(relay.resource.setrlimit, relay.resource.RLIMIT_NOFILE, limit)
-        file._look_again()
+        file._look_again(False)
         relay.resource.setrlimit(relay.resource.RLIMIT_NOFILE, (0, limit[1]))
         try:
             with self.assertRaises(relay.ConfigError) as caught:
-                file._look_again()
+                file._look_again(False)
         finally:
             relay.resource.setrlimit(relay.resource.RLIMIT_NOFILE, limit)
         self.assertIn("Too many open files", str(caught.exception))
-        file._look_again()
-        file._look_again()
+        file._look_again(False)
+        file._look_again(False)
         self.assertEqual(len(list(file.accounts)), 7)
 
     def test_nothing_ends_the_watch(self) -> None:
@@ -4795,8 +4805,10 @@ class VaultTests(RelayCase):
             if hasattr(os, "memfd_create"):
                 self.assertEqual(os.listdir(folder), [])
         if hasattr(os, "memfd_create"):
+            def refuse(name: str) -> int:
+                raise OSError(errno.ENOSYS, "as of an old kernel")
             self.addCleanup(setattr, os, "memfd_create", os.memfd_create)
-            del os.memfd_create                 # as elsewhere
+            os.memfd_create = refuse            # type: ignore[assignment]
         with self.assertRaises(relay.StartError), relay._private_file(b"key") as path:
             self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
             if os.name == "posix":
