@@ -418,7 +418,8 @@ class SettingTests(unittest.TestCase):
 
     def test_a_password_in_a_url_is_not_shown(self) -> None:
         for url in ("https://user:hidden@x", "user:hidden@x.y", "https://u:p@hidden/x@y.z",
-                    "https://x.y/?sig=hidden", "https://x.y/#hidden", "https://[hidden@"):
+                    "https://x.y/?sig=hidden", "https://x.y/#hidden", "https://[hidden@",
+                    "https://user:hidden\n@x.y"):
             text = self.assertFaults({"GRAPH_ENDPOINT": url}, "GRAPH_ENDPOINT")
             self.assertNotIn("hidden", text)
             self.assertIn("must be an https:// URL", text)
@@ -427,8 +428,11 @@ class SettingTests(unittest.TestCase):
                                  "https_proxy", "HTTPS_PROXY")
         self.assertNotIn("hidden", text)
         self.assertIn("HTTPS_PROXY='socks5://***x'", text)
-        make_config(HTTPS_PROXY="socks5://x", GRAPH_ENDPOINT="http://127.0.0.1",
-                    AZURE_AUTHORITY_HOST="http://127.0.0.1")     # no proxy is needed
+        local = {"HTTPS_PROXY": "socks5://x", "GRAPH_ENDPOINT": "http://127.0.0.1",
+                 "AZURE_AUTHORITY_HOST": "http://127.0.0.1"}
+        make_config(**local)            # no proxy is needed
+        for more in ({"AZURE_KEY_VAULT_URL": "https://x"}, {"AZURE_TABLES_URL": "https://x/users"}):
+            self.assertFaults({**local, **more}, "HTTPS_PROXY")
 
     def test_without_tls_nobody_could_log_in_and_both_ways_out_are_named(self) -> None:
         text = self.assertFaults({"TLS_SOURCE": "off"}, "TLS_SOURCE")
@@ -477,7 +481,7 @@ class SettingTests(unittest.TestCase):
                 ("Global", "login.microsoftonline.com", "graph.microsoft.com"),
                 ("usgov", "login.microsoftonline.us", "graph.microsoft.us"),
                 ("usgov-dod", "login.microsoftonline.us", "dod-graph.microsoft.us"),
-                ("CHINA", "login.partner.microsoftonline.cn",
+                (" CHINA ", "login.partner.microsoftonline.cn",
                  "microsoftgraph.chinacloudapi.cn")):
             with self.subTest(cloud):
                 config = relay.Config.from_environ({"AZURE_CLOUD": cloud})
@@ -495,10 +499,11 @@ class SettingTests(unittest.TestCase):
         for name, good, bad in (
                 ("AZURE_TABLES_URL",
                  ("https://x.table.core.windows.net/users", "http://127.0.0.1:1/account/users",
-                  f"https://x.table.core.windows.net/users?{sas}"),
+                  f"https://x.table.core.windows.net/users?{sas}", f"https://x/{'a' * 63}"),
                  ("https://x.table.core.windows.net", "https://x/a/b/users", "https://x/us",
                   "http://x.table.core.windows.net/users", "https://x/users?a b",
-                  "https://x/users?a#b", "https://x/1users", "https://u:p@x/users")),
+                  "https://x/users?a#b", "https://x/1users", "https://u:p@x/users",
+                  f"https://x/{'a' * 64}")),
                 ("AZURE_KEY_VAULT_URL", ("https://v.vault.azure.net", "http://localhost:8"),
                  ("http://v.vault.azure.net", "https://v?x")),
                 ("AZURE_KEY_VAULT_CERT_NAME", ("relay-1", "relay/0123456789abcdef"),
@@ -521,15 +526,19 @@ class SettingTests(unittest.TestCase):
             for text in bad:
                 with self.subTest(name, bad=text):
                     self.assertNotIn("u:p", self.assertFaults({name: text}, name))
+        for text, wanted in (("http://[fd00::1]/", "http://[fd00::1]"),
+                             ("http://127.0.0.1/msi/", "http://127.0.0.1/msi/")):
+            self.assertEqual(relay.near_url(text), wanted)
         # A SAS, and what else is secret, is never shown.
         hidden = "https://x.table.core.windows.net/users?sig=hidden"
         config = relay.Config.from_environ({
             "AZURE_TABLES_URL": hidden, "AZURE_CLIENT_SECRET": "hidden",
-            "IDENTITY_HEADER": "hidden"})
+            "IDENTITY_HEADER": "hidden", "IDENTITY_ENDPOINT": "http://localhost/?hidden"})
         self.assertEqual(config.azure_tables_url, hidden)
         self.assertNotIn("hidden", repr(config))
         for environ in ({"AZURE_TABLES_URL": "https://x?sig=hidden"},
                         {"AZURE_TABLES_URL": "https://x/us?sv=1&sig=ab@hidden"},
+                        {"AZURE_KEY_VAULT_URL": "https://u:hidden@x"},
                         {"IDENTITY_HEADER": "hidden\n\x01"}):
             self.assertNotIn("hidden", self.assertFaults(environ, *environ))
 
@@ -711,6 +720,12 @@ class AccountTests(unittest.TestCase):
                          AZURE_CLIENT_ID=CLIENT)
         self.assertEqual(account.as_application(), relay.Application(
             TENANT, CLIENT, "", "workload-identity", is_ours=True))
+        account, = parse(f"[a]\n{APPLICATION}credential = workload-identity\npassword = {HASH}\n",
+                         AZURE_FEDERATED_TOKEN_FILE="/t", AZURE_TENANT_ID=CLIENT,
+                         AZURE_CLIENT_ID=TENANT)        # what the section says comes first
+        self.assertEqual((account.tenant_id, account.client_id), (TENANT, CLIENT))
+        account, = parse(f"[a]\n{APPLICATION}client_secret = %~%(x)s:\npassword = {HASH}\n")
+        self.assertEqual(account.as_application().secret, "%~%(x)s:")
 
     def test_each_fault_names_section_and_key(self) -> None:
         own = f"{APPLICATION}client_secret = hidden\n"
@@ -736,6 +751,8 @@ class AccountTests(unittest.TestCase):
                 (f"{APPLICATION}client_secret: hidden=", "[a] ***: is no key; is it client_s"),
                 (f"{APPLICATION}networks = 10.0.0.0/8\n  client_secret = hidden",
                  "[a] networks: goes on in a line that is indented"),
+                (f"{APPLICATION}client_secret = x\n  hidden",
+                 "[a] client_secret: goes on in a line that is indented"),
                 (f"{APPLICATION}client_secret = x\n\u00a0networks = 10.0.0.0/8",
                  "[a] client_secret: goes on in a line that is indented"),
                 (f"{APPLICATION}networks = ,", "[a] networks = ,: must be values, or empty"),
@@ -751,6 +768,8 @@ class AccountTests(unittest.TestCase):
                  "client_secret, client_secret_file, credential"),
                 (f"{APPLICATION}password = {HASH}", "[a] password: needs client_secret"),
                 (own, "[a] password: must be set, as anybody could log in"),
+                (f"{APPLICATION}client_secret_file = /x", "[a] password: must be set, as any"),
+                ("credential = managed-identity", "[a] password: must be set, as anybody"),
                 (f"{APPLICATION}login = optional\nnetworks = 10.0.0.0/8",
                  "[a] login: optional needs client_secret"),
                 (f"{own}login = optional", "[a] login: optional needs networks"),
@@ -758,6 +777,7 @@ class AccountTests(unittest.TestCase):
                  "without login is an open relay"),
                 (f"{own}login = optional\nnetworks = ::/0", "[a] networks: ::/0 without"),
                 (f"{own}login = optional\nnetworks = 10.0.0.0/7", "[a] networks: 10.0.0.0/7"),
+                (f"{own}login = optional\nnetworks = fc00::/6", "[a] networks: fc00::/6"),
                 (f"{own}login = optional\nnetworks = 128.0.0.0/1", "[a] networks: 128.0.0.0/1"),
                 (f"{APPLICATION}require_tls = false", "[a] require_tls: needs networks"),
                 (f"{APPLICATION}tls_min_version = 1.0", "[a] tls_min_version: needs networks"),
@@ -845,7 +865,8 @@ require_tls = true
     def test_who_is_among_the_allowed(self) -> None:
         account = relay.Account("a", allowed_recipients=relay.declared(relay.Account)[
             "allowed_recipients"].parse("Example.com, boss@Partner.example \"ab\"@x.y"))
-        for mailbox in ("a@example.com", "A@EXAMPLE.COM", "BOSS@partner.example", "AB@x.y"):
+        for mailbox in ("a@example.com", "A@EXAMPLE.COM", "BOSS@partner.example", "AB@x.y",
+                        '"a@b"@example.com'):
             account.check_recipient(mailbox)
         for mailbox in ("a@sub.example.com", "a@example.com.evil.example", "a@xexample.com",
                         "other@partner.example", '"a@example.com"@evil.example',
@@ -854,6 +875,16 @@ require_tls = true
                 account.check_recipient(mailbox)
             self.assertTrue(str(caught.exception.reply).startswith("550 5.7.1 "))
         relay.Account("a").check_sender("anybody@x.y")
+
+    def test_where_a_device_must_be(self) -> None:
+        account = relay.Account("a", networks=relay.declared(relay.Account)["networks"].parse(
+            "10.0.0.0/8, 192.0.2.1, fd00::/8"))
+        for address, is_held in (("10.1.2.3", True), ("192.0.2.1", True), ("fd00::1", True),
+                                 ("192.0.2.2", False), ("::1", False), ("unknown", False)):
+            self.assertEqual(account.holds(relay.read_address(address)), is_held, address)
+            self.assertTrue(relay.Account("a").holds(relay.read_address(address)))
+        for text, wanted in (("fe80::1%eth0", "fe80::1"), ("::ffff:10.0.0.1", "10.0.0.1")):
+            self.assertEqual(str(relay.read_address(text)), wanted)
 
     def test_passwords(self) -> None:
         self.assertRegex(HASH, r"^scrypt\$[\w-]{22}\$[\w-]{43}$")
@@ -868,7 +899,8 @@ require_tls = true
     def test_names_for_the_table(self) -> None:
         for username, name in (("scan2@lookup", "scan2"), ("a.b@lookup", "a.b"),
                                ("a@b.c@LookUp.local", "a@b.c"), ("@lookup", None),
-                               ("scan2", None), ("scan2@lookups", None), (USER, None)):
+                               ("scan2", None), ("scan2@lookups", None), (USER, None),
+                               ("a\nb@lookup.c\nd", "a\nb")):
             self.assertEqual(relay.lookup_name(username, "@"), name, username)
         self.assertEqual(relay.lookup_name("a|lookup", "|"), "a")
 
@@ -881,7 +913,12 @@ require_tls = true
                     TENANT, CLIENT, "", "workload-identity", is_ours=True)),
                 ({}, relay.Application("", CLIENT, "", "managed-identity", is_ours=True)),
                 ({"AZURE_CLIENT_SECRET": "s", "AZURE_TENANT_ID": ""}, relay.Application(
-                    "", CLIENT, "", "managed-identity", is_ours=True))):
+                    "", CLIENT, "", "managed-identity", is_ours=True)),
+                ({"AZURE_FEDERATED_TOKEN_FILE": "/t", "AZURE_TENANT_ID": ""}, relay.Application(
+                    "", CLIENT, "", "managed-identity", is_ours=True)),
+                ({"AZURE_FEDERATED_TOKEN_FILE": "/t", "AZURE_CLIENT_SECRET": "s",
+                  "AZURE_CLIENT_ID": ""}, relay.Application(
+                    "", "", "", "managed-identity", is_ours=True))):
             self.assertEqual(relay.own_application(make_config(**{**env, **more})), wanted)
 
 
@@ -898,6 +935,8 @@ class UsernameTests(unittest.TestCase):
                      f"{USER}.local", f"{USER}.example.com", f"{USER}.a@b"):
             with self.subTest(name):
                 self.assertEqual(relay.parse_username(name, "@"), (TENANT, CLIENT))
+        self.assertEqual(relay.parse_username(f"{TENANT[:-1]}A@{CLIENT[:-1]}B", "@"),
+                         (f"{TENANT[:-1]}a", f"{CLIENT[:-1]}b"))
         self.assertEqual(relay.parse_username(f"Contoso.com@{CLIENT}.local", "@"),
                          ("contoso.com", CLIENT))
         for delimiter in ":|":
@@ -909,7 +948,8 @@ class UsernameTests(unittest.TestCase):
                      f"{TENANT}@contoso.com", f"{TENANT} @{CLIENT}", f"{TENANT}@{CLIENT}x",
                      f"{TENANT}@{SHORT_CLIENT[:-1]}", f"contoso@{CLIENT}", f"a..b@{CLIENT}",
                      f"-a.b@{CLIENT}", f"../x.y@{CLIENT}", f"{TENANT}@@{CLIENT}",
-                     f"{TENANT}@{CLIENT}\n", "id@lookup", f"a.b/c@{CLIENT}"):
+                     f"{TENANT}@{CLIENT}\n", "id@lookup", f"a.b/c@{CLIENT}",
+                     f"{SHORT_TENANT}=@{CLIENT}", f"a.\u212abc@{CLIENT}"):
             with self.subTest(name), self.assertRaises(relay.AuthError) as caught:
                 relay.parse_username(name, "@")
             with self.subTest(name):
@@ -2600,9 +2640,9 @@ class EntraAnswerTests(unittest.TestCase):
 
     def test_the_secret_is_never_repeated(self) -> None:
         with self.assertRaises(relay.AuthError) as caught:
-            relay.read_token(response(401, aadsts(7000215, "invalid_client", "no hidden!")),
-                             "hidden", 0)
-        self.assertNotIn("hidden", repr(caught.exception.facts))
+            relay.read_token(response(401, aadsts(7000215, "invalid_client",
+                                                  "no hid den&, no hid+den%26!")), "hid den&", 0)
+        self.assertNotIn("hid", repr(caught.exception.facts))
 
 
 class GraphAnswerTests(unittest.TestCase):
@@ -3398,7 +3438,8 @@ class SignInTests(RelayCase):
 
     def test_a_malformed_name_is_refused_without_asking(self) -> None:
         for user, password in (("scanner", "x"), (f"{TENANT}@lookup", "x"), ("", "x")):
-            self.assertReply(self.log_in(user, password), "535 5.7.8")
+            reply = self.assertReply(self.log_in(user, password), "535 5.7.8")
+            self.assertEqual("TENANT@CLIENT" in reply, "lookup" not in user)
         client = self.connect()
         self.assertReply(client.say(f"AUTH PLAIN {plain(USER, '').decode()}"), "535 5.7.8")
         self.assertEqual(self.fake.requests, [])
@@ -3573,6 +3614,12 @@ class CacheTests(RelayCase):
         application = relay.Application(TENANT, CLIENT, "s")
         self.assertNotEqual(self.tokens()[0]._key(application, "r"),
                             self.tokens()[0]._key(application, "r"))
+        tokens, _ = self.tokens()
+        others = (relay.Application("x", CLIENT, "s"), relay.Application(TENANT, "x", "s"),
+                  relay.Application(TENANT, CLIENT, "x"),
+                  relay.Application(TENANT, CLIENT, "s", "managed-identity"))
+        keys = {tokens._key(one, "r") for one in (application, *others)}
+        self.assertEqual(len({*keys, tokens._key(application, "x")}), 6)
 
     def test_the_caches_are_bounded(self) -> None:
         tokens, _ = self.tokens()
@@ -3580,6 +3627,10 @@ class CacheTests(RelayCase):
             relay._remember(tokens._tokens, ("t", str(number), "", "", b""), "x", 9.0)
         self.assertEqual(len(tokens._tokens), relay.MAX_CACHED)
         self.assertNotIn(("t", "0", "", "", b""), tokens._tokens)
+        for number in (10, 2000):           # what is put there again is new
+            relay._remember(tokens._tokens, ("t", str(number), "", "", b""), "x", 9.0)
+        self.assertIn(("t", "10", "", "", b""), tokens._tokens)
+        self.assertNotIn(("t", "11", "", "", b""), tokens._tokens)
 
 
 # ---------------------------------------------------------------------------
@@ -3651,6 +3702,18 @@ class AccountCase(RelayCase):
         return running
 
 
+class Password(str):
+    """A password that says which threads work on it."""
+
+    __slots__ = ()
+    threads: list[int] = []
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        """Say it."""
+        self.threads.append(threading.get_ident())
+        return str.encode(self, encoding, errors)
+
+
 class AccountLoginTests(AccountCase):
     """A device logs in with a short name."""
 
@@ -3695,6 +3758,7 @@ class AccountLoginTests(AccountCase):
                 self.assertIn(problem, line[1])
                 self.assertNotIn("wrong ", line[1].replace("wrong password", ""))
                 self.assertEqual("nobody " in line[1], False)
+                self.assertEqual("user=nobody@lookup " in line[1], user == "nobody@lookup")
         self.assertEqual(len(replies), 1)
         self.assertEqual(self.fake.requests, [])
 
@@ -3750,6 +3814,9 @@ class AccountLoginTests(AccountCase):
             self.assertReply(client.post(b"To: a@x.y, o@evil.example\r\n\r\nText\r\n"),
                              "250 2.0.0")
             self.assertEqual(sorted(self.fake.delivered[-1].recipients), whom)
+        client = self.connect(self.another(HEADER_RECIPIENTS="refuse"))     # this is stricter
+        client.log_in("scan2", PASSWORD)
+        self.assertReply(client.post(b"To: a@x.y, o@evil.example\r\n\r\nText\r\n"), "550 5.1.3")
 
     def test_a_sender_that_only_the_header_names(self) -> None:
         """MAIL FROM:<> and SENDER_FROM=header must not go past allowed_senders."""
@@ -3764,13 +3831,14 @@ class AccountLoginTests(AccountCase):
         self.assertEqual(len(self.fake.delivered), 2)
 
     def test_large_messages_of_a_mailbox_that_the_device_does_not_know(self) -> None:
-        self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
-        client = self.connect()
-        client.log_in("scan2", PASSWORD)
-        self.assertReply(client.post_octets(LARGE, "other@x.y", ["a@x.y"]), "552 5.3.4")
-        self.assertIn("as scanner@example.com",
-                      self.assertReply(client.say("MAIL FROM:<other@x.y> SIZE=4000000"),
-                                       "552 5.3.4"))
+        for running in (self.another(), self.another(SENDER_FROM="header")):
+            self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
+            client = self.connect(running)
+            client.log_in("scan2", PASSWORD)
+            self.assertReply(client.post_octets(LARGE, "other@x.y", ["a@x.y"]), "552 5.3.4")
+            self.assertIn("as scanner@example.com",
+                          self.assertReply(client.say("MAIL FROM:<other@x.y> SIZE=4000000"),
+                                           "552 5.3.4"))
 
     def test_an_allow_list(self) -> None:
         running = self.another(ACCOUNTS_REQUIRED="true")
@@ -3842,7 +3910,8 @@ class AccountLoginTests(AccountCase):
 
         def count(password: bytes, **options: Any) -> Any:
             asked.append(password)
-            return scrypt(password, **options)
+            digest: bytes = scrypt(password, **options)
+            return digest
         relay.hashlib.scrypt = count
         for user, password in (("scan2", "wrong"), ("none", "x"), ("none@lookup", "x"),
                                ("guest", "x"), ("inside", "x"), ("secret.inside", "x"),
@@ -3871,15 +3940,19 @@ class AccountLoginTests(AccountCase):
             client = self.come_from("127.0.0.2")
             self.assertReply(client.log_in("printer", "x"), "535 5.7.8")
             self.assertReply(client.post(), "250 2.0.0")
-        line, = kept.find("auth")
+            self.fake.will("token", say(503))
+            self.assertReply(self.come_from("127.0.0.2").log_in(USER, "x"), "454 4.7.0")
+        line, passing = kept.find("auth")
         self.assertIn("client=127.0.0.2", line[1])
         self.assertIn("from here no login is needed", line[1])
+        self.assertNotIn("remedy", passing[1])
 
     @needs_loopbacks
     def test_what_is_allowed_without_login(self) -> None:
         running = self.another(f"""[a]\n{APPLICATION}client_secret = s
 login = optional
 networks = 127.0.0.0/8
+from_email = scanner@b.c
 allowed_senders = example.com
 allowed_recipients = x.y
 """)
@@ -3888,24 +3961,17 @@ allowed_recipients = x.y
         self.assertReply(client.post(recipients=("a@b.c",)), "550 5.7.1")
         client.say("RSET")
         self.assertReply(client.post(), "250 2.0.0")
+        self.assertEqual(self.fake.delivered[0].mailbox, "scanner@b.c")
 
     def test_scrypt_runs_two_at_once_and_not_in_the_loop(self) -> None:
         directory = self.running.relay.directory
         self.assertEqual(directory._scrypt._max_workers, 2)
-        asked: list[int] = []
-
-        class Password(str):
-            """A password that says which thread works on it."""
-
-            __slots__ = ()
-
-            def encode(self, *arguments: Any) -> bytes:
-                asked.append(threading.get_ident())
-                return super().encode(*arguments)
+        Password.threads.clear()
         call = asyncio.run_coroutine_threadsafe(directory._is_password(
             Password(PASSWORD), HASH, None, time.monotonic() + PATIENCE), self.running._loop)
         self.assertTrue(call.result(PATIENCE))
-        self.assertNotEqual(asked, [self.running.ask(threading.get_ident)])
+        self.assertEqual(len(Password.threads), 1)
+        self.assertNotEqual(Password.threads, [self.running.ask(threading.get_ident)])
 
     def test_two_that_are_refused_by_one_answer_are_told_apart_in_the_log(self) -> None:
         self.fake.will("token", self.fake.hang_then(say(401, aadsts(7000215, "invalid_client"))))
@@ -3933,12 +3999,24 @@ allowed_recipients = x.y
     def test_too_many_logins_at_once_are_told_to_try_again(self) -> None:
         directory = self.running.relay.directory
         hold = threading.Event()
+        self.addCleanup(hold.set)
         for _ in range(2):
             directory._scrypt.submit(hold.wait, PATIENCE)
+        Password.threads.clear()
         call = asyncio.run_coroutine_threadsafe(directory._is_password(
-            PASSWORD, HASH, None, time.monotonic() + 0.1), self.running._loop)
+            Password(PASSWORD), HASH, None, time.monotonic() + 0.1), self.running._loop)
         with self.assertRaises(relay.TemporaryError):
             call.result(PATIENCE)
+        hold.set()
+        both = threading.Barrier(2)         # of its threads: nothing else is under way then
+        for one in [directory._scrypt.submit(both.wait, PATIENCE) for _ in range(2)]:
+            one.result(PATIENCE)
+        self.assertEqual(Password.threads, [])
+        hold.clear()
+        other = relay.Directory(make_config(), None)    # type: ignore[arg-type]
+        waiting = [other._scrypt.submit(hold.wait, PATIENCE) for _ in range(3)]
+        other.close()
+        self.assertTrue(waiting[2].cancelled())
         hold.set()
 
 
@@ -3992,6 +4070,18 @@ class FailureTests(AccountCase):
         self.assertReply(replies[-1], "421 4.7.0")
         self.assertGreater(len([one for one in replies if one == replies[-1]]), 25)
 
+    @needs_loopbacks
+    def test_a_right_secret_behind_too_many_wrong_ones(self) -> None:
+        failures, address = self.running.relay.directory.failures, "127.0.0.10"
+        self.fake.will("token", self.fake.hang_then(self.fake.accept))
+        client = self.come_from(address)
+        client.putcmd(f"AUTH PLAIN {plain(USER, self.password).decode()}")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        for _ in range(10):
+            self.running.ask(functools.partial(failures.add, relay.read_address(address)))
+        self.fake.release.set()
+        self.assertReply(client.next_reply(), "421 4.7.0")
+
     def test_a_refusal_takes_its_time(self) -> None:
         client, begun = self.connect(), time.monotonic()
         self.assertReply(client.log_in("scan2", "wrong"), "535 5.7.8")
@@ -4008,6 +4098,8 @@ class FailureTests(AccountCase):
                     break
         self.assertReply(reply, "421 4.7.0")
         self.assertReply(self.come_from("127.0.0.9").log_in("scan2", PASSWORD), "421 4.7.0")
+        self.assertReply(self.come_from("127.0.0.9").log_in(USER, "x"), "421 4.7.0")
+        self.assertEqual(self.fake.requests, [])
         self.assertReply(self.log_in("scan2", PASSWORD), "235 2.7.0")
 
 
@@ -4051,6 +4143,11 @@ class ReloadTests(AccountCase):
         with kept_log() as kept:
             os.unlink(self.path)
             wait_for(lambda: "No such file" in str(kept.lines))
+            watched = self.own.relay.directory.file
+            for _ in range(2):              # at the second look the first has ended
+                self.own.ask(watched.ask)
+                wait_for(lambda: not watched._wake.is_set())
+            self.assertEqual(str(kept.lines).count("No such file"), 1)
             pathlib.Path(self.path).write_bytes(b"[\xff]")
             wait_for(lambda: "UTF-8" in str(kept.lines))
             self.write("")
@@ -4120,6 +4217,33 @@ class ReloadTests(AccountCase):
             file._look_again(False)
             found.append(list(file.accounts)[-1].name)
         self.assertEqual(found, ["cloud", "cloud", "new2", "new2"])
+
+    def test_what_is_a_change(self) -> None:
+        """Each of time, size and file alone; what was read is not read again."""
+        path = pathlib.Path(self.path)
+        file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
+        file.load()
+        os.utime(path, (1, 1))
+        for change in (lambda: os.utime(path, (2, 2)), lambda: path.write_text(ACCOUNTS + "#"),
+                       lambda: self.write(path.read_text())):
+            self.assertEqual([file._look_again(False) for _ in range(4)],
+                             [False, True, False, False])
+            before = os.stat(path).st_mtime_ns
+            change()
+            if path.read_text() != ACCOUNTS:
+                os.utime(path, ns=(before, before))
+        self.assertEqual([file._look_again(False) for _ in range(4)],
+                         [False, True, False, False])
+
+    def test_a_secret_that_cannot_be_read_is_tried_again(self) -> None:
+        """Although its file does not change: so it is if its mode was wrong."""
+        file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
+        self.write(f"[a]\n{APPLICATION}client_secret_file = {FILES.folder}\npassword = {HASH}\n")
+        for read in (file.load, lambda: file._look_again(False)):
+            with self.assertRaises(relay.ConfigError) as caught:
+                read()
+                file._look_again(False)
+            self.assertIn("Is a directory", str(caught.exception))
 
     def test_what_fails_for_a_moment_is_tried_again(self) -> None:
         file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
@@ -4238,7 +4362,7 @@ class IdentityTests(RelayCase):
             with self.assertRaises(relay.TemporaryError) as caught:
                 self.ask(timeout=0.2, **{**settings, "AZURE_FEDERATED_TOKEN_FILE":
                                          FILES["fifo"]})
-            self.assertIn("time is up", str(caught.exception.facts))
+            self.assertIn(f"{FILES['fifo']}: time is up", str(caught.exception.facts))
             os.close(os.open(FILES["fifo"], os.O_WRONLY | os.O_NONBLOCK))   # its thread ends
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(**{**settings, "AZURE_FEDERATED_TOKEN_FILE": "/no/such/file"})
@@ -4257,11 +4381,12 @@ class IdentityTests(RelayCase):
         self.assertNotIn("metadata", first.headers)
         self.ask(**{**settings, "IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token?x=y"})
         self.assertIn("/msi/token?x=y&api-version=", self.fake.asked("app-service")[-1].path)
-        self.fake.will("app-service", say(400, {"error": "x", "error_description":
-                                                "bad header%20: header"}))
-        with self.assertRaises(relay.TemporaryError) as caught:
-            self.ask(**settings)
-        self.assertEqual(caught.exception.facts["said"], "bad ***%20: ***")
+        for status, more in ((400, {}), (401, {"IMDS_ENDPOINT": "http://localhost:40342"})):
+            self.fake.will("app-service", say(status, {"error": "x", "error_description":
+                                                       "bad header%20: header"}))
+            with self.assertRaises(relay.TemporaryError) as caught:
+                self.ask(**settings, **more)
+            self.assertEqual(caught.exception.facts["said"], "bad ***%20: ***")
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(IDENTITY_ENDPOINT="https://10.0.0.1:2377/metadata", IDENTITY_HEADER="h")
         self.assertIn("IDENTITY_ENDPOINT must be an http:// URL", str(caught.exception.facts))
@@ -4286,6 +4411,7 @@ class IdentityTests(RelayCase):
         self.assertNotIn("authorization", first.headers)
         self.assertEqual(second.headers["authorization"], "Basic key of arc")
         self.assertIn("api-version=2020-06-01&", second.path)
+        self.fake.reset()
         for bad in (FILES.write("one.key", "outside"), f"{folder}/../one.key", "/etc/passwd",
                     FILES.write("tokens/one.txt", "x"), f"{folder}/none.key", "",
                     FILES.write("tokens/long.key", "x" * 70_000),
@@ -4294,12 +4420,25 @@ class IdentityTests(RelayCase):
             with self.subTest(bad), self.assertRaises(relay.TemporaryError) as caught:
                 self.ask(**settings)
             self.assertNotIn("hidden", repr(caught.exception.facts))
+        self.assertEqual([one for one in self.fake.asked("arc") if "authorization" in one.headers],
+                         [])
+        self.addCleanup(setattr, relay, "IDENTITY_TIMEOUT", relay.IDENTITY_TIMEOUT)
+        relay.IDENTITY_TIMEOUT, begun = 0.3, time.monotonic()
+        self.fake.arc_key = key
+        self.fake.will("arc", self.fake.accept, self.fake.hang)
+        with self.assertRaises(relay.TemporaryError):
+            self.ask(**settings)
+        self.assertLess(time.monotonic() - begun, PATIENCE / 2)
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(AZURE_CLIENT_ID=CLIENT, **settings)
         self.assertIn("Arc", str(caught.exception.facts))
+        for name, value in settings.items():        # one of the two is not Arc
+            self.ask(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url, **{name: value})
+        self.assertEqual(len(self.fake.asked("imds")), 2)
 
     def test_imds(self) -> None:
-        self.ask(AZURE_CLIENT_ID=CLIENT, AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
+        self.ask(AZURE_CLIENT_ID=CLIENT, AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url,
+                 IDENTITY_HEADER="header")      # this alone is not App Service
         request, = self.fake.asked("imds")
         self.assertEqual(request.headers["metadata"], "true")
         self.assertEqual(request.path, "/metadata/identity/oauth2/token?api-version=2018-02-01"
@@ -4313,18 +4452,31 @@ class IdentityTests(RelayCase):
         self.fake.will("imds", say(404), say(410), say(429), say(500, b"<html>"))
         self.ask(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
         self.assertEqual(len(self.fake.asked("imds")), 5)
+        relay.IDENTITY_PAUSES = (PATIENCE,) * 5     # but not if there is no time for it
+        self.fake.will("imds", say(404))
+        with self.assertRaises(relay.TemporaryError) as caught:
+            self.ask(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url, timeout=PATIENCE - 0.1)
+        self.assertEqual(caught.exception.facts["status"], 404)
 
     def test_imds_that_refuses_and_is_not_there(self) -> None:
         host = {"AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url}
-        self.fake.will("imds", say(400, {"error": "invalid_request", "error_description":
-                                         "Identity not found"}))
-        with self.assertRaises(relay.TemporaryError) as caught:
-            self.ask(**host)
-        self.assertIn("Identity not found", str(caught.exception.facts))
+        for status in (400, 401):
+            self.fake.will("imds", say(status, {"error": "invalid_request", "error_description":
+                                                "Identity not found"}))
+            with self.assertRaises(relay.TemporaryError) as caught:
+                self.ask(**host)
+            self.assertIn("Identity not found", str(caught.exception.facts))
         self.fake.will("imds", self.fake.hang)
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(timeout=0.3, **host)
-        self.assertIn("/metadata/identity/oauth2/token", str(caught.exception.facts))
+        self.assertEqual(caught.exception.facts["identity"],
+                         f"{self.fake.url}/metadata/identity/oauth2/token")
+        self.addCleanup(setattr, relay, "IDENTITY_TIMEOUT", relay.IDENTITY_TIMEOUT)
+        relay.IDENTITY_TIMEOUT, begun = 0.1, time.monotonic()
+        self.fake.will("imds", self.fake.hang)
+        with self.assertRaises(relay.TemporaryError):
+            self.ask(**host)
+        self.assertLess(time.monotonic() - begun, PATIENCE / 2)
         for garbage in (b"[]", b"{\"access_token\": 5}", b"\xff", b""):
             self.fake.will("imds", say(200, garbage))
             with self.assertRaises(relay.TemporaryError):
@@ -4399,7 +4551,9 @@ class TableTests(RelayCase):
 
     def test_a_name_of_the_table(self) -> None:
         client = self.connect(self.own)
-        self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
+        with kept_log() as kept:
+            self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
+        self.assertIn(" account=app1", kept.find("auth")[0][1])
         self.assertReply(client.post(b"From: X <other@b.c>\r\nTo: a@x.y\r\n\r\nText\r\n",
                                      sender="printer@x.y"), "250 2.0.0")
         delivered, = self.fake.delivered
@@ -4445,6 +4599,7 @@ class TableTests(RelayCase):
                 ("missing", [say(404, {"odata.error": {"code": "TableNotFound"}},
                                  x_ms_error_code="TableNotFound")], "AZURE_TABLES_URL"),
                 ("other 404", [say(404, b"<html>")], "status=404"),
+                ("no 404", [say(403, {}, x_ms_error_code="ResourceNotFound")], "status=403"),
                 ("role", [say(403, {}, x_ms_error_code="AuthorizationPermissionMismatch")],
                  "Storage Table Data Reader"),
                 ("xml", [say(403, xml, x_ms_error_code="AuthenticationFailed")] * 2,
@@ -4454,6 +4609,7 @@ class TableTests(RelayCase):
                 ("throttled", [say(429, b"")] * 3, "status=429"),
                 ("garbage", [say(200, b"<html>")], "status=200"),
                 ("list", [say(200, {"value": 5})], "status=200"),
+                ("entity", [say(200, {"value": [5]})], "status=200"),
                 ("empty", [say(200, b"{}")], "status=200"),
                 ("closed", [utter(b"")], "problem="),
                 ("tenant", [say(200, {"tenant_id": "x", "client_id": CLIENT})], "tenant_id must"),
@@ -4472,6 +4628,14 @@ class TableTests(RelayCase):
         self.fake.will("table", say(503), say(500), say(401))
         self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
         self.assertEqual(len(self.fake.asked("imds")), 2)       # the token is another one
+        for name, status in zip(ODD_NAMES, (429, 500, 502, 503, 504)):
+            self.fake.will("table", say(status))
+            self.assertReply(self.log_in(f"{name}@lookup"), "235 2.7.0")
+        relay.AZURE_PAUSES = (PATIENCE, PATIENCE)       # but not if there is no time for it
+        self.fake.will("table", say(503))
+        with kept_log() as kept:
+            self.assertReply(self.log_in("late@lookup"), "454 4.7.0")
+        self.assertIn("status=503", kept.find("auth")[0][1])
 
     def test_the_identity_is_refused(self) -> None:
         own = self.another(AZURE_TENANT_ID=TENANT, AZURE_CLIENT_ID=CLIENT,
@@ -4485,7 +4649,9 @@ class TableTests(RelayCase):
     def test_a_sas_needs_no_identity_and_is_never_logged(self) -> None:
         sas = "sv=2020-12-06&sp=r&sig=hid%2Fden%3D"
         own = self.another(AZURE_TABLES_URL=f"{self.fake.url}/account/users?{sas}")
-        self.fake.will("table", self.fake.accept, say(403), utter(b"garbage\r\n\r\n"))
+        self.fake.will("table", self.fake.accept,
+                       say(403, {}, x_ms_error_code="AuthenticationFailed"),
+                       utter(b"garbage\r\n\r\n"))
         with kept_log() as kept:
             self.assertReply(self.log_in("app1@lookup", own), "235 2.7.0")
             self.assertReply(self.log_in("app2@lookup", own), "454 4.7.0")
@@ -4543,6 +4709,8 @@ class TableTests(RelayCase):
             client = CLIENT[:-1] + str(number)
             self.fake.entities = {"x": {"tenant_id": form, "client_id": client}}
             self.assertReply(self.log_in(f"{tenant}@{client}", own), "235 2.7.0")
+        self.fake.entities = {"x": {"tenant_id": f" {tenant}\n", "client_id": f"{CLIENT} "}}
+        self.assertReply(self.log_in("x@lookup", own), "235 2.7.0")
 
     def test_a_table_without_an_end(self) -> None:
         own = self.another(ACCOUNTS_REQUIRED="true")
@@ -4550,6 +4718,7 @@ class TableTests(RelayCase):
                                   ] * 30)
         self.assertReply(self.log_in(USER, own), "454 4.7.0")
         self.assertEqual(len(self.fake.asked("table")), relay.MAX_PAGES)
+        self.assertTrue(self.fake.asked("table")[-1].path.endswith("&NextPartitionKey=1"))
 
     def test_table_and_entra_share_the_time_of_a_login(self) -> None:
         own, begun = self.another(UPSTREAM_TIMEOUT="1"), time.monotonic()
@@ -4565,7 +4734,9 @@ class TableTests(RelayCase):
         self.fake.entities = {"x": {"tenant_id": TENANT, "client_id": CLIENT,
                                     "from_email": "app1@example.com"}}
         client = self.connect(self.another(AZURE_TABLES_FORCE_USAGE="true"))
-        client.log_in(USER, self.password)
+        with kept_log() as kept:
+            client.log_in(USER, self.password)
+        self.assertNotIn("account=", str(kept.lines))       # it has no name
         client.post()
         self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
 
@@ -4804,10 +4975,15 @@ class VaultTests(RelayCase):
             self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
             if hasattr(os, "memfd_create"):
                 self.assertEqual(os.listdir(folder), [])
+        self.assertFalse(os.path.exists(path))
         if hasattr(os, "memfd_create"):
             def refuse(name: str) -> int:
                 raise OSError(errno.ENOSYS, "as of an old kernel")
             self.addCleanup(setattr, os, "memfd_create", os.memfd_create)
+            # As where /proc is missing.
+            os.memfd_create = lambda name: 10 ** 6      # type: ignore[assignment, misc]
+            with relay._private_file(b"key") as path:
+                self.assertEqual(os.listdir(folder), [os.path.basename(path)])
             os.memfd_create = refuse            # type: ignore[assignment]
         with self.assertRaises(relay.StartError), relay._private_file(b"key") as path:
             self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
@@ -4845,6 +5021,36 @@ class VaultTests(RelayCase):
             with self.subTest(name):
                 pem = relay._pem_by_libcrypto(base64.b64decode(value)).decode()
                 self.assertEqual(blocks(pem), blocks(VAULT_PEM))
+        with self.assertRaises(ValueError):
+            relay._pem_by_libcrypto(b"garbage")
+        self.assertEqual(relay._libcrypto().ERR_peek_error(), 0)    # ssl would take it for its
+
+    def test_the_order_of_a_chain(self) -> None:
+        """Each certificate is followed by its issuer, whatever the order of the file."""
+        def bag(names: str, ident: str = "") -> bytes:
+            subject, _, issuer = names.partition("<")
+            kind, about = ("CERTIFICATE", f"subject={subject}\nissuer={issuer}\n") if issuer else \
+                ("PRIVATE KEY", "")
+            return (f"Bag Attributes\n    localKeyID: {ident}\n{about}-----BEGIN {kind}-----\n"
+                    f"{subject}\n-----END {kind}-----\n").encode()
+        for bags, wanted in (
+                ((bag("root<root"), bag("mid<root"), bag("leaf<mid"), bag("key")),
+                 "key leaf mid root"),
+                ((bag("other<x", "1"), bag("root<root"), bag("leaf<mid", "2"), bag("mid<root"),
+                  bag("key", "2")), "key leaf mid root other"),
+                ((bag("leaf<leaf"), bag("other<x"), bag("key")), "key leaf other")):
+            pem = relay._sorted_pem(b"".join(bags)).decode()
+            self.assertEqual(" ".join(re.findall("^[a-z]+$", pem, re.M)), wanted)
+        self.assertEqual(relay._chained([("leaf", "mid", 1), ("root", "root", 3),
+                                         ("mid", "root", 2)]), [1, 2, 3])
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
+    def test_a_certificate_without_its_key(self) -> None:
+        done = subprocess.run(["openssl", "pkcs12", "-export", "-nokeys", "-passout", "pass:"],
+                              input=ROOT_CERT.encode(), check=True, capture_output=True)
+        with self.assertRaises(ValueError) as caught:
+            relay.pfx_to_pem(done.stdout)
+        self.assertEqual(str(caught.exception).count(relay.NO_PAIR), 2)
 
     def test_garbage(self) -> None:
         good = base64.b64decode(NEW_PFX)
@@ -4866,6 +5072,7 @@ class VaultTests(RelayCase):
                 ([say(401, b"")] * 2, "401 : the relay's identity is of another tenant"),
                 ([say(429, b"")] * 3, "429 : try again later"),
                 ([say(200, b"garbage")], "Key Vault answers 200"),
+                ([say(404, pem)], "Key Vault answers 404"),
                 ([say(200, {"value": 5})], "Key Vault answers 200"),
                 ([say(200, {"value": "hid den", "contentType": "application/x-pkcs12"})],
                  "set the content type in the certificate's issuance policy to PEM"),
@@ -6819,6 +7026,11 @@ login = optional
             self.assertEqual([one.security_level for one in contexts.values()
                               if one.minimum_version >= ssl.TLSVersion.TLSv1_2],
                              [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).security_level] * 2)
+            own = relay.make_tls_contexts(tls_config(TLS_CIPHER_SUITE="DEFAULT:@SECLEVEL=2"))
+            self.assertEqual({one.security_level for one in own.values()}, {2})
+        for context in contexts.values():       # a client must see whom it talks to
+            self.assertNotIn("Au=None", str(context.get_ciphers()))
+            self.assertTrue(context.options & ssl.OP_NO_RENEGOTIATION)
 
     def test_old_tls_from_its_network_alone(self) -> None:
         for address, versions in (("127.0.0.2", ["1.0", "1.1", "1.2", "1.3"]),
@@ -7170,12 +7382,13 @@ class AccountCommandTests(ProgramCase):
         return process.returncode, process.stdout, process.stderr
 
     def test_hash_password_from_a_pipe(self) -> None:
-        for text in (PASSWORD, f"{PASSWORD}\n", f"{PASSWORD}\r\nsecond line\n"):
+        for text, password in ((PASSWORD, PASSWORD), (f" {PASSWORD} \n", f" {PASSWORD} "),
+                               (f"{PASSWORD}\r\nsecond line\n", PASSWORD)):
             status, out, _ = self.hash_of(text)
             self.assertEqual(status, 0)
-            self.assertTrue(relay.is_password(PASSWORD, out.strip()))
+            self.assertTrue(relay.is_password(password, out.strip()))
         self.assertNotEqual(self.hash_of("a")[1], self.hash_of("a")[1])
-        for text in ("", "\n"):
+        for text in ("", "\n", "a\tb", "\ufffd"):
             status, out, err = self.hash_of(text)
             self.assertEqual((status, out), (2, ""))
             self.assertIn("empty", err)
@@ -7230,14 +7443,19 @@ login = required
         text = EXAMPLE.replace("client_secret = s3cr~t._-", f"client_secret_file = {secret}")
         _, out, _ = self.outcome("accounts", ACCOUNTS_FILE=FILES.write("listed2.ini", text))
         self.assertIn(f"\nclient_secret_file = {secret}\npassword", out)
+        self.assertNotIn("client_secret = ", out)
 
     def test_accounts_of_an_address(self) -> None:
-        path = FILES.write("matched.ini", EXAMPLE)
+        path = FILES.write("matched.ini", f"{EXAMPLE}\n[guest]\nclient_secret = s\npassword =\n"
+                                          "networks = 192.168.0.0/16\nlogin = optional\n")
         for address, lines in (
                 ("192.168.7.9", ["192.168.7.9", "without login:    as [scan2]",
                                  "require_tls:      false", "tls_min_version:  1.0",
                                  "may log in as:    [scan2] [direct@example.com]"]),
-                ("192.168.8.9", ["192.168.8.9", "without login:    no",
+                ("192.168.8.9", ["192.168.8.9", "without login:    as [guest]",
+                                 "require_tls:      true", "tls_min_version:  1.2",
+                                 "may log in as:    [direct@example.com]"]),
+                ("10.0.0.1", ["10.0.0.1", "without login:    no",
                                  "require_tls:      true", "tls_min_version:  1.2",
                                  "may log in as:    [direct@example.com]"])):
             status, out, _ = self.outcome("accounts", "--match", address, ACCOUNTS_FILE=path)
@@ -7265,7 +7483,11 @@ login = required
     @unittest.skipUnless(os.name == "posix", "needs modes")
     def test_a_file_that_all_may_read_is_warned_about(self) -> None:
         for text, mode, warned in ((EXAMPLE, 0o644, True), (EXAMPLE, 0o640, False),
-                                   (f"[a]\n{APPLICATION}", 0o644, False)):
+                                   (f"[a]\n{APPLICATION}", 0o644, False),
+                                   (f"[a]\n{APPLICATION}client_secret = s\nlogin = optional\n"
+                                    "networks = 10.0.0.0/8", 0o604, True),
+                                   (f"[a]\ncredential = managed-identity\npassword = {HASH}",
+                                    0o604, True)):
             path = FILES.write("modes.ini", text)
             os.chmod(path, mode)
             with kept_log() as kept:
