@@ -3841,13 +3841,13 @@ class AccountsFile:
     def load(self) -> None:
         """Read it. Raises ConfigError with all faults; the old accounts stay then."""
         path = self._config.accounts_file
-        self._when_read = {path: _look(path)}          # before it is read
+        self._when_read = {path: _look(path)}       # before it is read
         try:
             with open(path, "rb") as file:
                 octets = file.read(MAX_ACCOUNTS + 1)
             text = octets.decode("utf-8-sig")
         except (OSError, UnicodeError) as error:    # which may hold the text
-            self._when_read[path] = None               # so that it is tried again
+            self._when_read[path] = None            # so that it is tried again
             problem = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
                               f"{problem}") from None
