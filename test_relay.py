@@ -6857,6 +6857,18 @@ class ShellTests(TlsCase):
         self.assertEqual(words.count('"EHLO x"'), 6000)
         self.assertLess(words.index("NOOP"), 3000)
 
+    def test_replies_leave_at_once(self) -> None:
+        """Without TCP_NODELAY the second of two would wait for 40 ms."""
+        sock = self.raw()
+        self.read_until(sock, b"\r\n")
+
+        def delays() -> list[int]:
+            return [one._writer.get_extra_info("socket").getsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                for one in self.running.server._connections]
+        self.assertTrue(all(self.running.ask(delays)))
+        self.assertTrue(self.running.ask(delays))
+
     def test_an_http_client_is_closed_at_once(self) -> None:
         sock = self.raw()
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
