@@ -3323,6 +3323,23 @@ def find_origin(url: str) -> Origin:
     return Origin(parts.scheme, host, port, proxy)
 
 
+async def done_by(deadline: float, future: asyncio.Future[Any]) -> bool:
+    """Wait for a future, but not longer than until `deadline`; say whether it is done."""
+    await asyncio.wait({future}, timeout=max(0.0, deadline - time.monotonic()))
+    return future.done()
+
+
+async def in_time(deadline: float, future: asyncio.Future[T]) -> T:
+    """Wait for what nobody else waits for. Raises TimeoutError when time is up."""
+    try:
+        if not await done_by(deadline, future):
+            raise TimeoutError("time is up")
+        return future.result()
+    finally:
+        future.cancel()                 # or asyncio would tell of an error nobody asked for
+        del future                      # see _work
+
+
 def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
     """Run a blocking call in a thread of its own; the future is its outcome.
 
@@ -3372,7 +3389,7 @@ class HttpExchange:
         self.origin = origin
         self.connection = kept
         self.is_connected = kept is not None
-        self._request = request
+        self._request: HttpRequest | None = request
         self._context = context
         self._deadline = deadline
         self._sock: socket.socket | None = None     # the connection may let go of it
@@ -3383,6 +3400,8 @@ class HttpExchange:
     def cut_off(self) -> None:
         """Make the thread end soon: shut its socket."""
         self._is_cut_off = True         # first, see _check
+        if not self.is_connected:       # a look-up may hang for long: not with a message
+            self._request = None
         sock = self._sock or (self.connection.sock if self.connection else None)
         if sock is not None:
             with contextlib.suppress(OSError):
@@ -3416,35 +3435,35 @@ class HttpExchange:
         return self._exchange(self.connection)
 
     def _exchange(self, connection: http.client.HTTPConnection) -> HttpResponse:
+        self._check(connection)
         request = self._request
+        assert request is not None      # or _check had known
         url = urllib.parse.urlsplit(request.url)
         target = f"{url.path}?{url.query}" if url.query else url.path
-        self._check(connection)
         try:
             length = {} if request.method == "GET" else {
                 "Content-Length": str(len(request.body))}
             connection.request(request.method, target, request.body or None,
                                {**request.headers, **length})
         except OSError as error:
-            return self._early_answer(connection, error)
+            return self._early_answer(connection, request.most, error)
         self._check(connection)
-        return self._answer(connection)
+        return self._answer(connection, request.most)
 
-    def _early_answer(self, connection: http.client.HTTPConnection,
+    def _early_answer(self, connection: http.client.HTTPConnection, most: int,
                       error: OSError) -> HttpResponse:
         """Read why a request was not taken whole, such as 413."""
         try:
-            return self._answer(connection)
+            return self._answer(connection, most)
         except (OSError, http.client.HTTPException, ValueError):
             # Not from the error: that would close a ring, see _work.
             raise NotSent(str(error) or type(error).__name__) from None
 
-    def _answer(self, connection: http.client.HTTPConnection) -> HttpResponse:
+    def _answer(self, connection: http.client.HTTPConnection, most: int) -> HttpResponse:
         response = connection.getresponse()
         if self._is_cut_off and response.status != 202:
             raise TimeoutError("time is up")    # the header may have lost its end
         headers = {name.lower(): value for name, value in response.getheaders()}
-        most = self._request.most
         if response.status == 202:
             assert self._sock is not None
             self._sock.settimeout(REST_OF_202)
@@ -3527,8 +3546,7 @@ class HttpPool:
                                 deadline)
         future = in_thread(exchange.run)
         try:
-            await asyncio.wait({future}, timeout=max(0.0, deadline - time.monotonic()))
-            if not future.done():
+            if not await done_by(deadline, future):
                 exchange.cut_off()
                 # A thread with a connection soon says how it ended, perhaps with a 202;
                 # one that has none yet may hang in a look-up, and will send nothing.
@@ -3662,8 +3680,7 @@ class Tokens:
             fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
             self._fetches[key] = fetch
             fetch.add_done_callback(functools.partial(self._fetched, key))
-        await asyncio.wait({fetch}, timeout=max(0.0, deadline + GRACE - time.monotonic()))
-        if not fetch.done():
+        if not await done_by(deadline + GRACE, fetch):
             raise NoAnswer("time is up")
         try:
             return fetch.result()
@@ -3773,10 +3790,7 @@ class Tokens:
 async def _in_file(path: str | pathlib.Path, deadline: float) -> str:
     """Read a secret in a thread. Raises TemporaryError."""
     try:
-        return await asyncio.wait_for(in_thread(functools.partial(read_secret, path)),
-                                      max(0.0, deadline - time.monotonic()))
-    except asyncio.TimeoutError:
-        problem = "time is up"
+        return await in_time(deadline, in_thread(functools.partial(read_secret, path)))
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
     raise TemporaryError("The relay's own credential cannot be read", facts={
@@ -4174,12 +4188,10 @@ class Directory:
         except RuntimeError as error:                   # the system has no more threads
             raise TemporaryError(f"The relay is too busy: {error}") from None
         try:
-            await asyncio.wait({call}, timeout=max(0.0, deadline - time.monotonic()))
-            if not call.done():
-                raise TemporaryError("Too many logins at once; try again later")
-            return call.result()
+            return await in_time(deadline, call)
+        except TimeoutError:
+            raise TemporaryError("Too many logins at once; try again later") from None
         finally:
-            call.cancel()               # nobody waits for it any more
             del call                    # see _work
 
 
@@ -4190,7 +4202,7 @@ class Directory:
 # What is tried again within UPSTREAM_TIMEOUT, as it cannot send a message twice:
 #
 #     401, but of an upload                once, with a new token
-#     429, 503 with Retry-After           after that time
+#     429, 503 with Retry-After           after that time, in which the mailbox rests
 #     connection refused, or a kept one   §10
 #     closed before all was written
 #
@@ -4200,54 +4212,134 @@ class Directory:
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
+MOST_PAUSE = 1800.0             # seconds, whatever Microsoft says
+THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
 LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a turn to be of use
 NO_RIGHT_LASTS = 3600.0         # seconds that a missing Mail.ReadWrite is remembered
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
+SPOOLED = None                  # in place of a client: what no client waits for
+
+
+@dataclass
+class Line:
+    """Those who wait for one mailbox, by client, and whose turn it is next comes first."""
+
+    busy: int = 0
+    opens_at: float = 0.0       # time.monotonic(); before it nobody may ask
+    waiting: dict[object, collections.deque[asyncio.Future[bool]]] = field(
+        default_factory=dict)
+    deadlines: dict[asyncio.Future[bool], float] = field(default_factory=dict)
+
+    def next(self) -> asyncio.Future[bool]:
+        """Take out who is next; the other messages of this client go behind all others."""
+        client = next((one for one in self.waiting if one is not SPOOLED), SPOOLED)
+        turns = self.waiting.pop(client)
+        turn = turns.popleft()
+        if turns:
+            self.waiting[client] = turns
+        return turn
+
+    def leave(self, client: object, turn: asyncio.Future[bool]) -> None:
+        """Take out one who waits no more."""
+        self.waiting[client].remove(turn)
+        if not self.waiting[client]:
+            del self.waiting[client]
 
 
 class Turns:
-    """Lets so many at once do something with the same key; the others wait in line."""
+    """Lets so many at once do something with a mailbox; the others wait in line.
+
+    Clients take turns, so that a burst of one does not hold up another. While a line is
+    held nobody's turn comes, and whose deadline is before its end is told so at once.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._busy: collections.Counter[object] = collections.Counter()
-        self._waiting: dict[object, collections.deque[asyncio.Future[None]]] = {}
+        self._lines: dict[object, Line] = {}
 
     @contextlib.asynccontextmanager
-    async def turn(self, key: object, deadline: float) -> AsyncIterator[None]:
+    async def turn(self, key: object, client: object,
+                   deadline: float) -> AsyncIterator[None]:
         """Wait for a turn, and have it. Raises TemporaryError if none comes in time."""
-        if self._busy[key] < self._limit:
-            self._busy[key] += 1
+        line = self._lines.setdefault(key, Line())
+        if line.busy < self._limit and not line.waiting and not line.opens_at:
+            line.busy += 1
         else:
-            await self._wait(key, deadline)
+            await self._wait(line, key, client, deadline)
         try:
             yield
         finally:
+            line.busy -= 1
             self._pass_on(key)
 
-    async def _wait(self, key: object, deadline: float) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(key, collections.deque()).append(turn)
+    async def _wait(self, line: Line, key: object, client: object, deadline: float) -> None:
+        if deadline < line.opens_at:
+            raise _too_fast()
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        line.waiting.setdefault(client, collections.deque()).append(turn)
+        line.deadlines[turn] = deadline
         try:
-            await asyncio.wait({turn}, timeout=max(0.0, deadline - time.monotonic()))
-            if not turn.done():
+            if not await done_by(deadline, turn):
                 raise TemporaryError("Too many messages for this mailbox at once; try "
                                      "again later", 451, "4.4.5")
+            if not turn.result():
+                raise _too_fast()
         except BaseException:
-            if turn.done():
-                self._pass_on(key)      # it came at the moment of a cancellation
-            else:
-                self._waiting[key].remove(turn)
+            if not turn.done():
+                line.leave(client, turn)
+            elif turn.result():             # it came at the moment of a cancellation
+                line.busy -= 1
+            self._pass_on(key)
             raise
+        finally:
+            del line.deadlines[turn]
+
+    def hold(self, key: object, seconds: float) -> None:
+        """Let nobody's turn come for a while; that is what Microsoft wants."""
+        line = self._lines.setdefault(key, Line())
+        opens_at = time.monotonic() + seconds
+        if opens_at <= line.opens_at:
+            return
+        line.opens_at = opens_at
+        asyncio.get_running_loop().call_later(seconds, self._open, key, opens_at)
+        for client, turns in list(line.waiting.items()):
+            for turn in [one for one in turns if line.deadlines[one] < opens_at]:
+                line.leave(client, turn)
+                turn.set_result(False)
+
+    def held_for(self, key: object) -> float:
+        """Seconds for which a line is held."""
+        line = self._lines.get(key)
+        return max(0.0, line.opens_at - time.monotonic()) if line else 0.0
+
+    async def opened(self, key: object, deadline: float) -> None:
+        """Wait until a line is open, as one whose turn it is. Raises TemporaryError if
+        that is too late.
+        """
+        while self.held_for(key):
+            if time.monotonic() + self.held_for(key) >= deadline:
+                raise _too_fast()
+            await asyncio.sleep(self.held_for(key))
+
+    def _open(self, key: object, opens_at: float) -> None:
+        line = self._lines.get(key)
+        if line and line.opens_at == opens_at:      # it was not held for longer meanwhile
+            line.opens_at = 0.0
+            self._pass_on(key)
 
     def _pass_on(self, key: object) -> None:
-        if self._waiting.get(key):
-            self._waiting[key].popleft().set_result(None)
+        line = self._lines.get(key)
+        if line is None:                    # all is done already
             return
-        self._waiting.pop(key, None)
-        self._busy[key] -= 1
-        if not self._busy[key]:
-            del self._busy[key]
+        while line.waiting and line.busy < self._limit and not line.opens_at:
+            line.next().set_result(True)
+            line.busy += 1
+        if not (line.busy or line.waiting or line.opens_at):
+            del self._lines[key]
+
+
+def _too_fast() -> TemporaryError:
+    return TemporaryError(_BUSY.text, _BUSY.code, _BUSY.status)
 
 
 @dataclass(frozen=True)
@@ -4259,6 +4351,11 @@ class Errand:
     ident: str
     deadline: float
     latest: float           # for the request that sends
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Whose limits it is under."""
+        return limits_key(self.application, self.mailbox)
 
 
 def limits_key(application: Application, mailbox: str) -> tuple[str, str, str]:
@@ -4275,27 +4372,29 @@ class Graph:
         self._pool = pool
         self._tokens = tokens
         self._clock = clock             # for what is remembered
-        self._turns = Turns(REQUESTS_AT_ONCE)
+        self.turns = Turns(REQUESTS_AT_ONCE)
         self._no_uploads: dict[tuple[str, str, str], tuple[Reply, float]] = {}
 
-    async def send(self, application: Application, message: Outgoing,
-                   ident: str, deadline: float) -> HttpResponse:
-        """Send a message; returns the 202. Raises RelayError for anything else."""
+    async def send(self, application: Application, message: Outgoing, ident: str,
+                   deadline: float, client: object = SPOOLED) -> HttpResponse:
+        """Send a message; returns the 202. Raises RelayError for anything else.
+
+        Clients of a mailbox take turns; what was spooled comes after them all.
+        """
         mailbox = message.prepared.mailbox
         # A request that is soon cut off may have been obeyed, and nobody would know.
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
         errand = Errand(application, mailbox, ident, deadline, latest)
-        key = limits_key(application, mailbox)
         if message.draft:
             self.check_upload(application, mailbox)
-        async with self._turns.turn(key, latest):
+        async with self.turns.turn(errand.key, client, latest):
             if not message.draft:
                 return await self._ask(errand, Step.SEND, self._request(
                     errand, "sendMail", message.prepared.encoded))
             try:
                 return await self._send_draft(errand, message.draft)
             except NoUploadRight as error:
-                _remember(self._no_uploads, key, error.reply,
+                _remember(self._no_uploads, errand.key, error.reply,
                           self._clock() + NO_RIGHT_LASTS)
                 _explain_right(errand)
                 raise
@@ -4385,10 +4484,12 @@ class Graph:
 
     async def _ask(self, errand: Errand, step: Step, request: HttpRequest) -> HttpResponse:
         """Send a request until it succeeds. Raises RelayError."""
-        renewed = False
+        renewed, pause = False, 0.0
         # When it is too late to begin: what sends must have time to be heard.
         latest = errand.latest if step in (Step.SEND, Step.SEND_DRAFT) else errand.deadline
         while True:
+            if pause or request.method != "DELETE":     # a draft must not stay for a pause
+                await self.turns.opened(errand.key, latest)
             token, headers = "", request.headers
             if step is not Step.UPLOAD:
                 token = await self._token(errand.application, errand.deadline)
@@ -4403,11 +4504,11 @@ class Graph:
                 renewed = True
                 self._tokens.forget(errand.application, token)
                 continue
-            pause = (response.retry_after(time.time())
-                     if response.status in (429, 503) else None)
-            if pause is None or time.monotonic() + max(pause, LEAST_PAUSE) >= latest:
+            pause = _pause(response)
+            if pause:
+                self.turns.hold(errand.key, pause)
+            if not pause or time.monotonic() + pause >= latest:
                 raise graph_error(response, errand.mailbox, step)
-            await asyncio.sleep(max(pause, LEAST_PAUSE))
 
     async def _token(self, application: Application, deadline: float) -> str:
         """Get the token again; the device logged in long ago."""
@@ -4422,6 +4523,16 @@ class Graph:
                     "Microsoft does not renew the login now; try again later")
             raise TemporaryError(text, 451, "4.7.0", facts=error.facts,
                                  level=error.level) from None
+
+
+def _pause(response: HttpResponse) -> float:
+    """Seconds for which Microsoft wants no request; 0 is none, or it does not say."""
+    if response.status not in (429, 503):
+        return 0.0
+    pause = response.retry_after(time.time())
+    if pause is None:
+        return THROTTLED_PAUSE if response.status == 429 else 0.0
+    return min(max(pause, LEAST_PAUSE), MOST_PAUSE)
 
 
 def _explain_right(errand: Errand) -> None:
@@ -4767,6 +4878,7 @@ READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
+SPARE_FILES = 100               # that may be open besides those of connections
 RETURNED_BLOCK = 1_048_576      # octets: well above what asyncio asks for at each read
 _M_MMAP_THRESHOLD = -3          # of malloc.h
 
@@ -4859,7 +4971,8 @@ class Relay:
         if login.account.adapt(self.config).sender_from == "envelope":  # else unknown yet
             self._graph.check_upload(login.application, mailbox)
 
-    async def deliver(self, login: Login, envelope: Envelope, session: str) -> str:
+    async def deliver(self, login: Login, envelope: Envelope, session: str,
+                      address: IpAddress | None) -> str:
         """Send a message; returns its id. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
         account = login.account
@@ -4869,15 +4982,14 @@ class Relay:
             "size": len(envelope.message)}
         envelope.reverse_path = account.from_email or envelope.reverse_path
         try:
-            # In a thread: a header may have a million lines, and a message 150 MB.
-            message = await in_thread(functools.partial(
-                make_outgoing, envelope, account.adapt(self.config), login.username))
+            message = await self._prepare(login, envelope, deadline)
             facts.update(sender=message.prepared.mailbox, size=message.prepared.size)
             if not account.from_email:          # From may have said who sends
                 account.check_sender(message.prepared.mailbox)
             if message.draft:
                 facts["attachments"] = len(message.draft.attachments)
-            response = await self._graph.send(login.application, message, ident, deadline)
+            response = await self._graph.send(login.application, message, ident, deadline,
+                                              (address, login.username))
         except asyncio.CancelledError:
             log_event(logging.WARNING, ident, "cut", **facts,
                       problem="the relay stops; it may have been sent")
@@ -4891,6 +5003,17 @@ class Relay:
         facts["request_id"] = response.headers.get("request-id")
         log_event(logging.INFO, ident, "sent", **facts, seconds=time.monotonic() - started)
         return ident
+
+    async def _prepare(self, login: Login, envelope: Envelope,
+                       deadline: float) -> Outgoing:
+        """Edit a message; in a thread, as it may have 150 MB, and a million lines."""
+        call = functools.partial(make_outgoing, envelope, login.account.adapt(self.config),
+                                 login.username)
+        try:
+            return await in_time(deadline, in_thread(call))
+        except TimeoutError:
+            raise TemporaryError("The message takes too long to read; try again later"
+                                 ) from None
 
     def _deadline(self) -> float:
         return time.monotonic() + self.config.upstream_timeout
@@ -4977,7 +5100,7 @@ class Connection:
             else:
                 assert self._session.login is not None      # MAIL needs a login
                 ident = await self._relay.deliver(self._session.login, event.envelope,
-                                                  self.ident)
+                                                  self.ident, self._address)
                 self._session.delivered(f"Accepted by Microsoft 365, id {ident}")
         except RelayError as error:
             self._session.refuse(error.reply)
@@ -5091,7 +5214,10 @@ class Server:
         servers = []
         for sock, implicit_tls in sockets:
             accept = functools.partial(self._accept, implicit_tls)
-            servers.append(await asyncio.start_server(accept, sock=sock, backlog=BACKLOG))
+            # With a backlog of 1: when there are no more file descriptors, asyncio tries
+            # as often as that each second, and logs each.
+            servers.append(await asyncio.start_server(accept, sock=sock, backlog=1))
+            sock.listen(BACKLOG)
             log_event(logging.INFO, "-", "listening", address=sock.getsockname()[0],
                       port=sock.getsockname()[1], tls="implicit" if implicit_tls else
                       "starttls" if self._contexts else "off")
@@ -5227,16 +5353,26 @@ def become(user: str) -> None:
                          "as another user, with RUN_AS empty") from None
 
 
-def allow_open_files(config: Config) -> None:
-    """Raise the soft limit of open files: a connection needs one, and one to Microsoft."""
+def within_open_files(config: Config) -> Config:
+    """Raise the soft limit of open files, as a connection needs one, and one to Microsoft;
+    where the hard limit is too low, allow fewer connections, so that there is always one
+    for Microsoft.
+    """
     if resource is None:
-        return
+        return config
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * config.max_connections + 100
+    wanted = 2 * config.max_connections + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return config
+    most = max(1, (soft - SPARE_FILES) // 2)
+    log_event(logging.WARNING, "-", "limited", max_connections=most, open_files=soft,
+              remedy=f"raise the limit of open files (ulimit -n, LimitNOFILE=) to {wanted}")
+    return dataclasses.replace(config, max_connections=most)
 
 
 def return_memory() -> None:
@@ -5251,7 +5387,7 @@ def return_memory() -> None:
 
 def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises StartError."""
-    allow_open_files(config)
+    config = within_open_files(config)
     return_memory()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))   # nothing has begun yet

@@ -3386,8 +3386,13 @@ class RelayCase(unittest.TestCase):
         self.fake.reset()
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
         self.running.ask(self.running.relay.directory.failures._times.clear)
+        self.open_lines()
         self.password = f"secret of {self.id()}"
         self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
+
+    def open_lines(self) -> None:
+        """Let mailboxes send that Microsoft has made wait."""
+        self.running.ask(self.running.relay._graph.turns._lines.clear)
 
     def connect(self, running: Running | None = None) -> Client:
         """Connect and say EHLO."""
@@ -3400,6 +3405,13 @@ class RelayCase(unittest.TestCase):
         """Connect and log in."""
         client = self.connect()
         self.assertIn("235 2.7.0", client.log_in(password=self.password))
+        return client
+
+    def begun(self) -> Client:
+        """Connect, log in, and begin a message."""
+        client = self.logged_in()
+        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+            client.docmd(line)
         return client
 
     def assertReply(self, reply: str, wanted: str) -> str:
@@ -5459,6 +5471,7 @@ class SendTests(RelayCase):
             with self.subTest(f"{status} {code}"):
                 self.fake.will("send", graph_says(status, code) if code else
                                say(status, b"" if status == 204 else b"<html>oops"))
+                self.open_lines()
                 reply = self.assertReply(client.post(), wanted)
                 ident = self.fake.asked("send")[-1].headers["client-request-id"]
                 self.assertTrue(reply.endswith(f", id {ident}"))
@@ -5590,10 +5603,45 @@ class SendTests(RelayCase):
                                (utter(b""), "451 4.4.1")):
             before = len(self.fake.asked("send"))
             self.fake.will("send", action)
+            self.open_lines()
             begun = time.monotonic()
             self.assertReply(client.post(), wanted)
             self.assertLess(time.monotonic() - begun, 4)
             self.assertEqual(len(self.fake.asked("send")), before + 1)
+
+    def test_a_429_that_does_not_say_how_long(self) -> None:
+        self.addCleanup(setattr, relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
+        self.assertEqual(relay.THROTTLED_PAUSE, 5)
+        relay.THROTTLED_PAUSE = 0.1
+        for headers in ({}, {"retry_after": "soon"}):
+            self.fake.will("send", graph_says(429, "X", **headers))
+            self.assertReply(self.logged_in().post(), "250 2.0.0")
+        self.assertEqual(len(self.fake.asked("send")), 4)
+
+    def test_a_429_is_for_all_of_its_mailbox_and_for_no_other(self) -> None:
+        """Nobody tries in turn: who waits is told at once, and who comes later too."""
+        clients = [self.begun() for _ in range(7)]
+        self.fake.will("send", self.fake.hang_then(graph_says(429, "X", retry_after="99")),
+                       *[self.fake.hang_then(self.fake.accept)] * 3)
+        for client in clients:
+            client.send(b"\r\n.\r\n")
+        for _ in range(4):
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        self.fake.release.set()
+        self.assertEqual(sorted(client.getreply()[0] for client in clients),
+                         [250] * 3 + [451] * 4)
+        for _ in range(3):
+            self.assertReply(self.logged_in().post(), "451 4.4.5")
+        self.assertEqual(len(self.fake.asked("send")), 4)
+        self.assertReply(self.logged_in().post(sender="other@example.com"), "250 2.0.0")
+
+    def test_a_pause_has_an_end_whatever_microsoft_says(self) -> None:
+        self.fake.will("send", graph_says(429, "X", retry_after="999999999"))
+        self.assertReply(self.logged_in().post(), "451 4.4.5")
+        held, = self.running.ask(lambda: [
+            self.running.relay._graph.turns.held_for(key)
+            for key in self.running.relay._graph.turns._lines])
+        self.assertLessEqual(held, 1800)
 
     def test_connections_are_kept(self) -> None:
         client = self.logged_in()
@@ -5849,7 +5897,8 @@ class LargeMessageTests(RelayCase):
         for step in STEPS:
             for action, wanted in (
                     (graph_says(403, "ErrorQuotaExceeded"), "452 4.2.2"), (say(413), "552 5.3.4"),
-                    (say(500), "451 4.3.0"), (say(429), "451 4.4.5"), (utter(b""), "451 4.4.1"),
+                    (say(500), "451 4.3.0"), (utter(b""), "451 4.4.1"),
+                    (say(429, retry_after="99"), "451 4.4.5"),
                     (graph_says(400, "BadRequest"), "554 5.6.0"),
                     (graph_says(404, "ErrorInvalidUser"), "550 5.1.8"), (say(302), "554 5.3.0")):
                 if step == "put" and wanted[:3] in ("550", "554"):
@@ -5858,12 +5907,14 @@ class LargeMessageTests(RelayCase):
                     wanted = "451 4.3.0"        # the mailbox was there a moment ago
                 with self.subTest(step, wanted=wanted):
                     self.fake.reset()
+                    self.open_lines()
                     self.fake.will(step, action)
                     self.assertReply(self.post(client, message), wanted)
                     self.assertEqual(self.fake.drafts, {})
                     self.assertEqual(len(self.fake.deleted), int(step != "draft"))
                     self.assertEqual(len(self.fake.asked(step)), 1)
         self.fake.reset()
+        self.open_lines()
         self.assertReply(self.post(client, message), "250 2.0.0")
 
     def test_a_200_is_not_sent(self) -> None:
@@ -6634,27 +6685,81 @@ class TurnsTests(unittest.TestCase):
     def test_no_turn_in_time(self) -> None:
         async def play() -> None:
             turns = relay.Turns(1)
-            async with turns.turn("key", time.monotonic() + PATIENCE):
-                async with turns.turn("other", time.monotonic() + PATIENCE):
+            async with turns.turn("key", "c", time.monotonic() + PATIENCE):
+                async with turns.turn("other", "c", time.monotonic() + PATIENCE):
                     pass
                 with self.assertRaises(relay.TemporaryError) as caught:
-                    async with turns.turn("key", time.monotonic() + 0.05):
+                    async with turns.turn("key", "c", time.monotonic() + 0.05):
                         self.fail("two at once")
                 self.assertEqual(str(caught.exception.reply)[:9], "451 4.4.5")
-            async with turns.turn("key", time.monotonic()):
+            async with turns.turn("key", "c", time.monotonic()):
                 pass
         asyncio.run(play())
+
+    def order_of(self, *clients: object) -> list[object]:
+        """Whose turn comes first of those who wait for one."""
+        async def play() -> list[object]:
+            turns, order = relay.Turns(1), []
+
+            async def work(client: object) -> None:
+                async with turns.turn("key", client, time.monotonic() + PATIENCE):
+                    order.append(client)
+                    await asyncio.sleep(0)
+
+            async with turns.turn("key", "first", time.monotonic()):
+                tasks = [asyncio.ensure_future(work(client)) for client in clients]
+                await asyncio.sleep(0)
+            await asyncio.wait(tasks)
+            self.assertEqual(turns._lines, {})
+            return order
+        return asyncio.run(play())
+
+    def test_clients_take_turns_and_what_was_spooled_comes_last(self) -> None:
+        self.assertEqual(self.order_of("a", "a", "a", "b", "b", "c"), list("abcaba"))
+        self.assertEqual(self.order_of(relay.SPOOLED, "a", relay.SPOOLED, "a", "b"),
+                         ["a", "b", "a", relay.SPOOLED, relay.SPOOLED])
+
+    def test_a_held_line(self) -> None:
+        """Who cannot wait for its end is told at once; it is open for the others then."""
+        async def ask(turns: relay.Turns, seconds: float) -> str:
+            try:
+                async with turns.turn("key", "c", time.monotonic() + seconds):
+                    return "turn"
+            except relay.TemporaryError as error:
+                return str(error.reply)[:9]
+
+        async def play() -> list[str]:
+            turns = relay.Turns(2)
+            async with turns.turn("key", "c", time.monotonic()):
+                turns.hold("key", 0.4)
+                turns.hold("key", 0.1)          # shorter than what is known
+                waiting = [asyncio.ensure_future(ask(turns, seconds)) for seconds in (9, 99)]
+                await asyncio.sleep(0)
+                turns.hold("key", 10)
+                early, late = [await ask(turns, 9), await waiting[0]], waiting[1]
+                self.assertFalse(late.done())
+                with self.assertRaises(relay.TemporaryError):
+                    await turns.opened("key", time.monotonic() + 9)
+                self.assertGreater(turns.held_for("key"), 9)
+                async with turns.turn("other", "c", time.monotonic()):
+                    pass
+            turns._open("key", turns._lines["key"].opens_at)
+            self.assertEqual((await late, turns._lines), ("turn", {}))
+            turns.hold("key", 0.05)
+            self.assertEqual(await ask(turns, PATIENCE), "turn")
+            return early
+        self.assertEqual(asyncio.run(play()), ["451 4.4.5"] * 2)
 
     def test_who_has_waited_in_vain_is_not_held(self) -> None:
         """Not even until the garbage collector comes."""
         async def wait(turns: relay.Turns, message: relay.Envelope) -> None:
-            async with turns.turn("key", time.monotonic()):
+            async with turns.turn("key", "c", time.monotonic()):
                 self.fail(f"two at once, {message}")
 
         async def play() -> bool:
             turns, message = relay.Turns(1), relay.Envelope("")
             held = weakref.ref(message)
-            async with turns.turn("key", time.monotonic() + PATIENCE):
+            async with turns.turn("key", "c", time.monotonic() + PATIENCE):
                 with contextlib.suppress(relay.TemporaryError):
                     await wait(turns, message)
                 del message
@@ -6672,7 +6777,7 @@ class TurnsTests(unittest.TestCase):
             async def worker() -> None:
                 nonlocal busy, most
                 with contextlib.suppress(relay.TemporaryError, asyncio.CancelledError):
-                    async with turns.turn("key", time.monotonic() + chance.random() / 50):
+                    async with turns.turn("key", "c", time.monotonic() + chance.random() / 50):
                         busy += 1
                         most = max(most, busy)
                         try:
@@ -6686,7 +6791,7 @@ class TurnsTests(unittest.TestCase):
                 for task in chance.sample(tasks, 6):
                     task.cancel()
                 await asyncio.wait(tasks)
-            self.assertEqual((busy, dict(turns._busy), dict(turns._waiting)), (0, {}, {}))
+            self.assertEqual((busy, turns._lines), (0, {}))
             return most
         self.assertEqual(asyncio.run(play()), 2)
 
@@ -7565,6 +7670,21 @@ class ServeTests(unittest.TestCase):
                 self.assertTrue(client.next_reply().startswith("421 4.3.2"))
                 client.close()
                 self.assertEqual(process.wait(PATIENCE), 0)
+
+    @unittest.skipUnless(relay.resource, "needs limits of open files")
+    def test_more_connections_than_open_files(self) -> None:
+        """The soft limit is raised; else fewer connections are allowed, and it is said."""
+        code = ("import dataclasses, logging, resource, smtp_oauth_relay as relay\n"
+                "logging.basicConfig()\n"
+                "resource.setrlimit(resource.RLIMIT_NOFILE, ({}, {}))\n"
+                "config = relay.within_open_files(relay.Config(max_connections=200))\n"
+                "print(config.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])")
+        for soft, hard, wanted in ((50, 600, "200 500"), (550, 600, "200 550"),
+                                   (50, 300, "100 300"), (50, 60, "1 60")):
+            with self.subTest(hard), start_python("-c", code.format(soft, hard)) as process:
+                out, err = process.communicate(timeout=PATIENCE)
+                self.assertEqual(out.strip(), wanted, err)
+                self.assertEqual("limited max-connections=" in err, hard < 500)
 
     def test_an_expired_certificate_is_warned_about(self) -> None:
         lines: list[str] = []
