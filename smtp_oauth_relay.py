@@ -3,8 +3,8 @@ r"""Accept mail over SMTP, and send it through Microsoft 365.
 
 Printers, scanners, NAS boxes and old applications that can only say SMTP with a user
 name and a password log in here. The relay trades these for an OAuth 2.0 token (client
-credentials) and hands each message to Microsoft Graph. It keeps no queue: a device is
-told "250" when Microsoft has accepted the message, and at no other time.
+credentials) and hands each message to Microsoft Graph. A device is told "250" when
+Microsoft has accepted the message, or when it is safe in SPOOL_DIRECTORY, if that is set.
 
     python3 smtp_oauth_relay.py demo      try it, without any account
     python3 smtp_oauth_relay.py           serve, configured by environment variables
@@ -16,16 +16,18 @@ connects to AZURE_AUTHORITY_HOST and GRAPH_ENDPOINT, and with large messages to 
 that Graph names for the upload, all through HTTPS_PROXY if that is set. Only where they
 are set: ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL,
 AZURE_KEY_VAULT_URL, and the token file or the managed identity of the machine, which is
-asked directly. It writes nothing but its log, to standard error; only the demo writes
-files (outbox/), and a key from Key Vault is for a moment in a file of mode 0600 where the
-system has no file in memory. It may run `openssl` to read such a key.
+asked directly. It writes its log, to standard error, and messages that must wait to
+SPOOL_DIRECTORY, if that is set; only the demo writes other files (outbox/), and a key from
+Key Vault is for a moment in a file of mode 0600 where the system has no file in memory. It
+may run `openssl` to read such a key.
 
     device --SMTP--> Connection --bytes--> Session       the protocol, without I/O
                          |  Authenticate, Deliver        its events
                        Relay --> Directory               who may log in, and as whom
                          |  \--> Tokens --HTTPS--> Entra ID
-                         |
-                       Graph --HTTPS--> Microsoft 365     in worker threads
+                         |  \--> Spool                   what must wait, on disk
+                         |         |
+                       Graph <-----+ --HTTPS--> Microsoft 365     in worker threads
 
 Contents (search for the number; each section uses only those above it)
 
@@ -37,16 +39,18 @@ Contents (search for the number; each section uses only those above it)
     §6   Messages                   who gets it is the envelope; From; all else stays
     §7   Large messages             a message as a draft with attachments
     §8   Microsoft's answers        which answer is which reply
-    §9   Log                        one line for an event        <- I/O starts here
-    §10  HTTP                       HttpPool
-    §11  Tokens                     Tokens: one request for all who need the same
-    §12  Directory                  accounts in a file, in Azure Tables, in a user name
-    §13  Graph                      Graph: sendMail, or a draft; 4 at once for a mailbox
-    §14  TLS                        the relay's own certificate
-    §15  Server                     Connection, Server
-    §16  Demo                       a stand-in for Microsoft
-    §17  Explain                    what would become of a message
-    §18  Command line               main
+    §9   Queued messages            Entry: what the spool knows; the notice of a failure
+    §10  Log                        one line for an event        <- I/O starts here
+    §11  HTTP                       HttpPool
+    §12  Tokens                     Tokens: one request for all who need the same
+    §13  Directory                  accounts in a file, in Azure Tables, in a user name
+    §14  Graph                      Graph: sendMail, or a draft; 4 at once for a mailbox
+    §15  Spool                      what Microsoft could not take yet, on disk
+    §16  TLS                        the relay's own certificate
+    §17  Server                     Connection, Server
+    §18  Demo                       a stand-in for Microsoft
+    §19  Explain                    what would become of a message
+    §20  Command line               main
 """
 
 from __future__ import annotations
@@ -110,10 +114,12 @@ try:
 except ImportError:                     # so it is if libffi is missing
     ctypes = None                       # type: ignore[assignment]
 try:
+    import fcntl
     import pwd
     import resource
-except ImportError:                     # Windows has neither users nor limits to set
-    pwd = resource = None               # type: ignore[assignment]
+    import termios
+except ImportError:                     # Windows has none of them
+    fcntl = pwd = resource = termios = None     # type: ignore[assignment]
 
 __version__ = "1.0.0"
 USER_AGENT = f"smtp-oauth-relay/{__version__}"
@@ -582,6 +588,19 @@ class Config:
         _choice("upload", "refuse"), "upload",
         f"What to do with messages above {GRAPH_MESSAGE_LIMIT} octets: upload their "
         "attachments (this needs the right Mail.ReadWrite), or refuse them.")
+
+    # Spool
+    spool_directory: str = setting(
+        str, "", "Folder for messages that Microsoft cannot take now; the relay sends them "
+        "later. Empty: none, the device is told to try again.")
+    spool_lifetime: int = setting(
+        _whole(1, 10 ** 8), "172800", "How long it tries, before it gives a message up.")
+    spool_max_bytes: int = setting(
+        _whole(1000, 10 ** 12 - 1), "1073741824",
+        "Most octets of that folder, with those of messages that were given up.")
+    duplicate_window: int = setting(
+        _whole(0, 86400), "900", "How long a message is remembered whose 250 did not reach "
+        "the device, so that it is not sent twice. 0: not.")
 
     # Limits
     max_message_size: int = setting(
@@ -3134,7 +3153,146 @@ def _graph_code(response: HttpResponse) -> str:
 
 
 # ---------------------------------------------------------------------------
-# §9  Log
+# §9  Queued messages
+# ---------------------------------------------------------------------------
+#
+# A message of the spool is one file: a line of JSON, an Entry, that says what it is; its
+# octets as they are to go out; and a line of JSON for each thing that happened to it. Of
+# these the last whole one counts, so that nothing is written twice. No secret is there: the
+# name of an account, or tenant and client, lead to it.
+
+FIRST_PAUSE = 60.0              # seconds before a mailbox is tried again; doubled up to
+LAST_PAUSE = 1800.0
+MAX_NOTICE_HEADER = 65536       # octets of a header that a notice repeats
+
+
+@dataclass(eq=False)
+class Entry:
+    """A message of the spool. Times are Unix times."""
+
+    ident: str
+    account: str                # of ACCOUNTS_FILE, or ""
+    tenant: str
+    client: str
+    mailbox: str                # that sends
+    reverse_path: str           # that a notice goes to
+    recipients: list[str]
+    header_size: int            # octets
+    size: int                   # octets of all
+    digest: str                 # SHA-256 of all
+    is_notice: bool
+    queued_at: float            # this and what follows may change
+    tries: int = 0
+    next_at: float = 0.0
+    reason: str = ""            # why it is still here
+    is_told: bool = False       # its sender, that it was given up
+    asked_at: float = 0.0       # when `spool retry` was said
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Whose limits it is under, and with whom it waits."""
+        return self.tenant, self.client, self.mailbox.lower()
+
+    @property
+    def first_line(self) -> bytes:
+        """What stands before the message."""
+        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+
+    @property
+    def last_line(self) -> bytes:
+        """What stands behind it; one that was cut off before does no harm."""
+        state = {name: getattr(self, name) for name in _ENTRY_STATE}
+        return b"\n" + json.dumps(state).encode() + b"\n"
+
+
+_ENTRY_STATE = ("queued_at", "tries", "next_at", "reason", "is_told",
+                "asked_at")
+_ENTRY = Entry("", "", "", "", "", "", [], 0, 0, "", False, 0.0)
+
+
+def read_entry(first_line: bytes, last_lines: bytes) -> Entry:
+    """Read what stands before and behind a message. Raises ValueError."""
+    names = [one.name for one in dataclasses.fields(Entry)]
+    entry = Entry(**_read_values(first_line, names))
+    for line in reversed(last_lines.split(b"\n")):
+        with contextlib.suppress(ValueError):
+            return dataclasses.replace(entry, **_read_values(line, _ENTRY_STATE))
+    return entry
+
+
+def _read_values(line: bytes, names: Iterable[str]) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+        found = {name: values[name] for name in names}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("it is damaged") from None
+    for name, value in found.items():
+        kind = type(getattr(_ENTRY, name))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError("it is damaged")
+    return found
+
+
+def as_stored(message: bytes, entry: Entry) -> Outgoing:
+    """Make ready what was made ready before it was stored. Raises DeliveryError."""
+    header = message[:entry.header_size]
+    prepared = Prepared(entry.mailbox, header, header,
+                        memoryview(message)[entry.header_size:])
+    if prepared.size <= GRAPH_MESSAGE_LIMIT:
+        return Outgoing(prepared)
+    return Outgoing(prepared, make_draft(message, prepared))
+
+
+def pause_after(failures: int, chance: float) -> float:
+    """Seconds to wait after so many failures; `chance` is from 0 to 1."""
+    pause = min(FIRST_PAUSE * 2.0 ** min(failures - 1, 20), LAST_PAUSE)
+    return pause * (0.8 + 0.4 * chance)
+
+
+def make_notice(entry: Entry, header: bytes, reporter: str, ident: str,
+                now: float) -> bytes:
+    """Write to who sent a message that it was given up; RFC 3464, RFC 3834 section 3."""
+    subject = split_header(header, is_read=b"subject".__eq__).find(b"subject")
+    named = f"Subject:     {_one_line(_unfolded(subject[0]))}\n" if subject else ""
+    arrived, ended = (email.utils.formatdate(one) for one in (entry.queued_at, now))
+    status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", entry.reason)
+    text = (f"This is the SMTP relay at {reporter}. A message could not be delivered, and "
+            f"is not tried any more.\n\n{named}Recipients:  {', '.join(entry.recipients)}\n"
+            f"Arrived:     {arrived}\nTries:       {entry.tries}\n"
+            f"Reason:      {entry.reason}\nID:          {entry.ident}\n\nIt is kept by the "
+            "relay; its administrator can send it again.\n")
+    report = "".join(
+        f"\nFinal-Recipient: {_typed_address(one)}\nAction: failed\n"
+        f"Status: 5{status[0][1:] if status else '.0.0'}\n"
+        f"Diagnostic-Code: smtp; {harmless(entry.reason)[:900]}\n"
+        f"Last-Attempt-Date: {ended}\n"
+        for one in entry.recipients)
+    report = f"Reporting-MTA: dns; {reporter}\nArrival-Date: {arrived}\n{report}"
+    mark = f"=_{ident}"
+    head = (f"From: Mail relay <{entry.mailbox}>\nTo: <{entry.reverse_path}>\n"
+            f"Subject: Undelivered mail\nDate: {ended}\nMessage-ID: <{ident}@{reporter}>\n"
+            "Auto-Submitted: auto-replied\nMIME-Version: 1.0\n"
+            "Content-Type: multipart/report; report-type=delivery-status;\n"
+            f' boundary="{mark}"\n')
+    parts = [("text/plain; charset=utf-8", text.encode()),
+             ("message/delivery-status", report.encode()),
+             ("text/rfc822-headers", header[:MAX_NOTICE_HEADER])]
+    return head.encode().replace(b"\n", b"\r\n") + b"".join(
+        f"\r\n--{mark}\r\nContent-Type: {kind}\r\nContent-Transfer-Encoding: 8bit\r\n\r\n"
+        .encode() + octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        for kind, octets in parts) + f"\r\n--{mark}--\r\n".encode()
+
+
+def _typed_address(mailbox: str) -> str:
+    """Name a recipient in a report; RFC 6533 section 3 for one beyond ASCII."""
+    if mailbox.isascii():
+        return f"rfc822; {mailbox}"
+    return "utf-8; " + "".join(c if "!" <= c <= "~" and c not in "\\+=" else
+                               f"\\x{{{ord(c):X}}}" for c in mailbox)
+
+
+# ---------------------------------------------------------------------------
+# §10  Log
 # ---------------------------------------------------------------------------
 #
 # One line for an event: time, level, the id of the session or the message, the event,
@@ -3215,7 +3373,7 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------
-# §10  HTTP
+# §11  HTTP
 # ---------------------------------------------------------------------------
 #
 # http.client in worker threads, one call each; the event loop only waits, and never
@@ -3528,7 +3686,11 @@ class HttpPool:
         """
         origin = self._origins.get(_base(request.url))
         if origin is None:              # in a thread: some systems look names up for this
-            origin = await in_thread(functools.partial(find_origin, request.url))
+            try:
+                origin = await in_time(deadline, in_thread(
+                    functools.partial(find_origin, request.url)))
+            except TimeoutError as error:
+                raise NoAnswer(error) from None
         for pause in (*REFUSED_PAUSES, None):
             try:
                 return await self._exchange(origin, request, deadline)
@@ -3554,6 +3716,9 @@ class HttpPool:
             if not future.done():
                 raise TimeoutError("time is up")
             response = future.result()
+        except asyncio.CancelledError:
+            exchange.cut_off()
+            raise
         finally:
             future.cancel()             # or asyncio would tell of an error nobody asked for
             del future                  # see _work
@@ -3599,7 +3764,7 @@ def _base(url: str) -> str:
 
 
 # ---------------------------------------------------------------------------
-# §11  Tokens
+# §12  Tokens
 # ---------------------------------------------------------------------------
 #
 # A secret or the token of a workload identity is traded at Entra ID; a managed identity
@@ -3820,7 +3985,7 @@ def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float)
 
 
 # ---------------------------------------------------------------------------
-# §12  Directory
+# §13  Directory
 # ---------------------------------------------------------------------------
 #
 # Where accounts are found: in ACCOUNTS_FILE, in the Azure table, or in a user name itself.
@@ -4076,7 +4241,7 @@ class Failures:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         # With an end that _remember wants; _recent looks at each.
-        self._times: dict[IpAddress | None, tuple[list[float], float]] = {}
+        self._times: dict[object, tuple[list[float], float]] = {}
 
     def check(self, address: IpAddress | None) -> None:
         """Raise TemporaryError for an address that failed too often."""
@@ -4091,12 +4256,19 @@ class Failures:
     def add(self, address: IpAddress | None) -> float:
         """Count a failure; returns the seconds to wait before it is told."""
         times = [*self._recent(address), self._clock()]
-        _remember(self._times, address, times, times[-1] + FAILURES_LAST)
+        _remember(self._times, _site(address), times, times[-1] + FAILURES_LAST)
         return min(len(times) * FAILURE_PAUSE, MAX_FAILURE_PAUSE)
 
     def _recent(self, address: IpAddress | None) -> list[float]:
-        times, _ = self._times.get(address, ([], 0.0))
+        times, _ = self._times.get(_site(address), ([], 0.0))
         return [one for one in times if self._clock() < one + FAILURES_LAST]
+
+
+def _site(address: IpAddress | None) -> object:
+    """Whoever has an IPv6 address has all of its /64."""
+    if isinstance(address, ipaddress.IPv6Address):
+        return ipaddress.ip_network((address, 64), strict=False)
+    return address
 
 
 class Directory:
@@ -4196,14 +4368,14 @@ class Directory:
 
 
 # ---------------------------------------------------------------------------
-# §13  Graph
+# §14  Graph
 # ---------------------------------------------------------------------------
 #
 # What is tried again within UPSTREAM_TIMEOUT, as it cannot send a message twice:
 #
 #     401, but of an upload                once, with a new token
 #     429, 503 with Retry-After           after that time, in which the mailbox rests
-#     connection refused, or a kept one   §10
+#     connection refused, or a kept one   §11
 #     closed before all was written
 #
 # Anything else goes to the client as it stands: after a time-out or a 504 the message may
@@ -4427,7 +4599,7 @@ class Graph:
 
     async def _attach(self, errand: Errand, path: str, attachment: Attachment) -> None:
         if not attachment.is_large:
-            content = await in_thread(attachment.as_json)
+            content = await _worked_out(errand, attachment.as_json)
             await self._ask(errand, Step.ATTACH, self._request(errand, path, content))
             return
         item = {"attachmentType": "file", "size": attachment.size,
@@ -4445,7 +4617,7 @@ class Graph:
         """Send a file in pieces, to the host that Graph named, and without the token."""
         pieces, begin = attachment.part.pieces(), 0
         while begin < attachment.size:
-            piece = await in_thread(functools.partial(next, pieces))
+            piece = await _worked_out(errand, functools.partial(next, pieces))
             end = begin + len(piece)
             if end == begin:            # nothing but line ends stood there
                 continue
@@ -4525,6 +4697,14 @@ class Graph:
                                  level=error.level) from None
 
 
+async def _worked_out(errand: Errand, call: Callable[[], bytes]) -> bytes:
+    """Encode a piece of a message, in a thread. Raises NoAnswer if time is up."""
+    try:
+        return await in_time(errand.deadline, in_thread(call))
+    except TimeoutError as error:
+        raise NoAnswer(error) from None
+
+
 def _pause(response: HttpResponse) -> float:
     """Seconds for which Microsoft wants no request; 0 is none, or it does not say."""
     if response.status not in (429, 503):
@@ -4549,7 +4729,600 @@ def _explain_right(errand: Errand) -> None:
 
 
 # ---------------------------------------------------------------------------
-# §14  TLS
+# §15  Spool
+# ---------------------------------------------------------------------------
+#
+#     lock                      held by the relay that works with the spool; the command
+#                               line touches it, and the relay looks again
+#     queue/ID, failed/ID       what waits, and what was given up
+#     queue/ID.part             is being written; after a crash it goes to failed/
+#
+# A client is told of a message when its file is on the disk under its name, and the file
+# goes when Microsoft has accepted the message. So after a crash a message is there, or was
+# sent, or both: at least once. A mailbox is sent to one by one, oldest first. If one fails,
+# another is tried at once: if that goes out, the first is at fault and rests alone, so that
+# it holds up nobody; else the mailbox rests.
+
+SPARE_DISK = 67_108_864         # octets of the disk that stay free
+DISK_TIMEOUT = 10.0             # seconds for the disk to take a message
+SENDERS = 20                    # messages of the spool on their way at once
+LOOK_AGAIN = 2.0                # seconds until a command is noticed
+IDLE = 30.0                     # seconds until a change of ACCOUNTS_FILE is noticed
+MAX_FIRST_LINE = 16_777_216     # octets
+
+
+class Store:
+    """The files of the spool. Its methods wait for the disk, and raise OSError."""
+
+    def __init__(self, path: str) -> None:
+        self._path = pathlib.Path(path)
+        self.queue, self.failed = self._path / "queue", self._path / "failed"
+        self._lock = self._path / "lock"
+        self._locked = -1               # its descriptor
+
+    def open(self) -> None:
+        """Take it for this process. Raises StartError."""
+        try:
+            self._path.mkdir(0o700, exist_ok=True)
+            problem = self._find_problem()
+            if problem:
+                raise StartError(f"SPOOL_DIRECTORY={str(self._path)!r}: {problem}")
+            for folder in (self.queue, self.failed):
+                folder.mkdir(0o700, exist_ok=True)
+                probe = folder / "probe.part"
+                probe.unlink(missing_ok=True)
+                _write(probe, [b"x"])
+                probe.unlink()
+            _sync(self._path)
+        except OSError as error:
+            raise StartError(f"SPOOL_DIRECTORY={str(self._path)!r}: cannot be used: "
+                             f"{error.strerror}") from None
+
+    def _find_problem(self) -> str:
+        if fcntl is None:
+            return "this system has no locks of the kind that it needs"
+        found = self._path.stat()
+        if found.st_uid != os.geteuid():
+            return "belongs to another user; give it to the one who runs the relay (chown)"
+        if found.st_mode & 0o022:
+            return "others can write there; chmod go-w"
+        self._locked = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "another relay works with it"
+        return ""
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._locked >= 0:
+            os.close(self._locked)
+            self._locked = -1
+
+    def load(self) -> list[Entry]:
+        """Read all that waits, and set aside what is damaged."""
+        entries = []
+        for path in self.queue.iterdir():
+            entry = self.read(path)
+            if entry:
+                entries.append(entry)
+            else:
+                log_event(logging.ERROR, path.name, "set-aside", problem="it is not whole; "
+                          "its client was not told 250" if path.suffix == ".part" else
+                          "it is damaged", file=self.failed / path.name)
+                path.rename(self.failed / path.name)
+        return entries
+
+    def read(self, path: pathlib.Path) -> Entry | None:
+        """Read what is said of a message; None if it is damaged, or not there."""
+        try:
+            with open(path, "rb") as file:
+                first_line = file.readline(MAX_FIRST_LINE)
+                begin = len(first_line) + read_entry(first_line, b"").size
+                file.seek(begin)
+                entry = read_entry(first_line, file.read())
+                is_whole = os.fstat(file.fileno()).st_size >= begin
+        except (ValueError, FileNotFoundError, IsADirectoryError):
+            return None
+        return entry if is_whole and entry.ident == path.name else None
+
+    def survey(self) -> tuple[dict[str, Entry], int]:
+        """See what waits, and how many octets there are in all."""
+        entries = map(self.read, self.queue.iterdir())
+        found = {entry.ident: entry for entry in entries if entry}
+        octets = 0
+        for path in (*self.queue.iterdir(), *self.failed.iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                octets += path.stat().st_size
+        return found, octets
+
+    def message(self, entry: Entry) -> bytes:
+        """Read a message. Raises ValueError if it is damaged."""
+        with open(self.queue / entry.ident, "rb") as file:
+            file.readline(MAX_FIRST_LINE)
+            octets = file.read(entry.size)
+        if hashlib.sha256(octets).hexdigest() != entry.digest:
+            raise ValueError("it is damaged")
+        return octets
+
+    def add(self, entry: Entry, parts: list[bytes | memoryview], reserved: int,
+            is_late: threading.Event) -> None:
+        """Store a message, so that a crash does not take it; with the octets of all that
+        is being stored `reserved`, so much is left free.
+        """
+        free = os.statvfs(self.queue)
+        if free.f_bavail * free.f_frsize - reserved < SPARE_DISK:
+            raise OSError(errno.ENOSPC, f"less than {SPARE_DISK} octets would be free")
+        digest = hashlib.sha256()
+        for octets in parts:
+            digest.update(octets)
+        entry.digest = digest.hexdigest()
+        path, part = self.queue / entry.ident, self.queue / f"{entry.ident}.part"
+        try:
+            _write(part, [entry.first_line, *parts])
+            part.rename(path)
+            _sync(self.queue)
+            if is_late.is_set():        # its client was told otherwise
+                raise TimeoutError("time is up")
+        except OSError:
+            for one in (part, path):
+                with contextlib.suppress(OSError):
+                    one.unlink()
+            raise
+
+    def note(self, entry: Entry) -> None:
+        """Write down what is new about it."""
+        self._append(self.queue / entry.ident, entry)
+
+    def remove(self, entry: Entry) -> None:
+        """Remove a message that was sent."""
+        (self.queue / entry.ident).unlink(missing_ok=True)
+        _sync(self.queue)
+
+    def fail(self, entry: Entry) -> None:
+        """Put a message with those that were given up."""
+        self.note(entry)
+        self._move(entry.ident, self.queue, self.failed)
+
+    def _move(self, name: str, source: pathlib.Path, target: pathlib.Path) -> None:
+        (source / name).rename(target / name)
+        _sync(target)
+        _sync(source)
+
+    def _append(self, path: pathlib.Path, entry: Entry) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)   # and not create
+        try:
+            os.write(descriptor, entry.last_line)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    # For the command line, which may work beside a relay.
+
+    def names(self) -> Iterator[tuple[pathlib.Path, Entry | None]]:
+        """All that is there, the oldest first; what is damaged comes last."""
+        paths = [*self.queue.iterdir(), *self.failed.iterdir()]
+        found = [(path, self.read(path)) for path in paths if path.parent == self.failed
+                 or path.suffix != ".part"]
+        yield from sorted(found, key=lambda one: one[1].queued_at if one[1] else math.inf)
+
+    def retry(self, path: pathlib.Path, entry: Entry) -> None:
+        """Have a message sent at once; one that was given up begins anew."""
+        if path.parent == self.failed:
+            entry.queued_at, entry.is_told = time.time(), False
+        entry.asked_at = time.time()
+        self._append(path, entry)
+        if path.parent == self.failed:
+            self._move(path.name, self.failed, self.queue)
+
+    def drop(self, path: pathlib.Path) -> None:
+        """Delete a message."""
+        path.unlink()
+        _sync(path.parent)
+
+    def touch(self) -> None:
+        """Have the relay look again."""
+        if self._lock.exists():
+            os.utime(self._lock)
+
+    def touched(self) -> int:
+        """When it was told to look."""
+        return self._lock.stat().st_mtime_ns
+
+
+def _write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a new file that only its owner can read, down to the disk."""
+    def open_private(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600)
+
+    with open(path, "xb", opener=open_private) as file:
+        for octets in parts:
+            file.write(octets)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Write the names in a folder down to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Backlog:
+    """What waits for one mailbox, oldest first."""
+
+    def __init__(self, key: tuple[str, str, str]) -> None:
+        self.key = key
+        self.entries: list[Entry] = []
+        self.failures = 0               # in a row
+        self.resume_at = 0.0            # time.monotonic()
+        self.suspect: Entry | None = None       # failed, and another one is to fail too
+        self.wake = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self.is_sending = False
+
+    def rest(self, seconds: float) -> None:
+        """Try nothing for a while."""
+        self.resume_at = time.monotonic() + seconds
+        self.suspect = None
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait until something is new, or for a while."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.wake.wait(), seconds)
+
+
+class Spool:
+    """Keeps messages that Microsoft could not take, and sends them when it can."""
+
+    def __init__(self, config: Config, graph: Graph, accounts: AccountsFile, memory: Memory,
+                 name: str) -> None:
+        """Get ready; `name` is that of this machine."""
+        self._config = config
+        self._graph = graph
+        self._accounts = accounts
+        self._memory = memory
+        self._name = name
+        self._store = Store(config.spool_directory)
+        self._octets = 0                # of all files, and those
+        self._writing = 0               # that are being written
+        self._idents: set[str] = set()  # of what is in `queue`, or will be
+        self._sent: set[str] = set()    # that could not be removed then
+        self._backlogs: dict[tuple[str, str, str], Backlog] = {}
+        # Secrets that devices gave, by tenant and client, while anything waits for them.
+        self._waiting: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._applications: dict[tuple[str, str], Application] = {}
+        self._watcher: asyncio.Task[None] | None = None
+        self._is_stopping = False
+
+    async def start(self) -> None:
+        """Take the folder, and begin to send what is there. Raises StartError."""
+        self._store.open()              # nobody is served yet, so the loop may wait here
+        self._senders = asyncio.Semaphore(SENDERS)
+        try:
+            entries = sorted(self._store.load(), key=lambda one: one.queued_at)
+            _, self._octets = self._store.survey()
+            touched = self._store.touched()
+        except OSError as error:
+            raise StartError(f"SPOOL_DIRECTORY: {error.filename!r} cannot be read: "
+                             f"{error.strerror}") from None
+        for entry in entries:
+            entry.next_at = 0.0         # a restart may have mended it
+            self._admit(entry)
+        if entries:
+            log_event(logging.INFO, "-", "spool", waiting=len(entries))
+        self._watcher = asyncio.ensure_future(self._watch(touched))
+
+    def stop(self) -> set[asyncio.Task[None]]:
+        """Begin nothing more; returns what is under way."""
+        self._is_stopping = True
+        if self._watcher:
+            self._watcher.cancel()
+        under_way = set()
+        for backlog in self._backlogs.values():
+            if backlog.task and backlog.is_sending:
+                under_way.add(backlog.task)
+            elif backlog.task:
+                backlog.task.cancel()
+        return under_way
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._store.close()
+
+    def logged_in(self, application: Application) -> None:
+        """Take the secret that a device gave, if anything waits for it."""
+        key = application.tenant, application.client
+        if self._waiting[key] and not application.is_ours:
+            self._applications[key] = application
+            for backlog in self._backlogs.values():
+                if backlog.key[:2] == key:
+                    backlog.wake.set()
+
+    async def put(self, entry: Entry, parts: list[bytes | memoryview],
+                  application: Application | None = None) -> None:
+        """Store a message; it is safe when this returns. Raises TemporaryError."""
+        octets = len(entry.first_line) + entry.size
+        is_stored, is_late = False, threading.Event()
+        try:
+            self._octets += octets
+            self._writing += octets
+            self._idents.add(entry.ident)
+            if self._octets > self._config.spool_max_bytes:
+                raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
+            await in_time(time.monotonic() + DISK_TIMEOUT, in_thread(functools.partial(
+                self._store.add, entry, parts, self._writing, is_late)))
+            is_stored = True
+        except OSError as error:
+            raise TemporaryError("The message cannot be queued now; try again later", 452,
+                                 "4.3.1", level=logging.ERROR, facts={
+                                     "spool": error.strerror or str(error)}) from None
+        finally:
+            self._writing -= octets
+            if not is_stored:
+                is_late.set()
+                self._octets -= octets
+                self._idents.discard(entry.ident)
+        backlog = self._admit(entry)
+        if application and not application.is_ours:
+            self._applications[entry.tenant, entry.client] = application
+        if len(backlog.entries) == 1 and application:       # it has just failed
+            backlog.failures = 1
+            backlog.rest(self._graph.turns.held_for(entry.key) or self._pause(1))
+
+    def _admit(self, entry: Entry) -> Backlog:
+        backlog = self._backlogs.setdefault(entry.key, Backlog(entry.key))
+        backlog.entries.append(entry)
+        backlog.entries.sort(key=lambda one: one.queued_at)
+        self._idents.add(entry.ident)
+        self._waiting[entry.tenant, entry.client] += 1
+        if backlog.task is None and not self._is_stopping:
+            backlog.task = asyncio.ensure_future(self._work(backlog))
+        backlog.wake.set()
+        return backlog
+
+    def _leave(self, backlog: Backlog, entry: Entry) -> None:
+        """Forget a message, and the secret that nothing else waits for."""
+        if entry.ident not in self._idents:
+            return
+        backlog.entries.remove(entry)
+        self._idents.discard(entry.ident)
+        self._sent.discard(entry.ident)
+        if backlog.suspect is entry:
+            backlog.suspect = None
+        key = entry.tenant, entry.client
+        self._waiting[key] -= 1
+        if not self._waiting[key]:
+            del self._waiting[key]
+            self._applications.pop(key, None)
+
+    # One task for a mailbox.
+
+    async def _work(self, backlog: Backlog) -> None:
+        """Send to a mailbox as long as anything waits for it."""
+        while backlog.entries and not self._is_stopping:
+            backlog.wake.clear()
+            try:
+                entry = self._next(backlog)
+                if entry:
+                    await self._try(backlog, entry)
+                else:
+                    await self._note_who_is_missing(backlog)
+                    await backlog.sleep(self._idle(backlog))
+            except Exception:           # or nothing would be sent any more
+                log.error("%s broken", backlog.key[2], exc_info=True)
+                await asyncio.sleep(FIRST_PAUSE)
+        if not backlog.entries:
+            del self._backlogs[backlog.key]
+
+    def _next(self, backlog: Backlog) -> Entry | None:
+        """Choose what to try now."""
+        first, now = backlog.entries[0], time.time()
+        if self._is_expired(first):
+            return first
+        if time.monotonic() < backlog.resume_at:
+            return None
+        ready = [one for one in backlog.entries
+                 if one.next_at <= now and self._application(one)]
+        others = [one for one in ready if one is not backlog.suspect]
+        if backlog.suspect and others:
+            return min(others, key=lambda one: one.tries)
+        return ready[0] if ready else None
+
+    def _idle(self, backlog: Backlog) -> float:
+        """Seconds until there may be something to try."""
+        now = time.time()
+        due = min((one.next_at for one in backlog.entries if self._application(one)),
+                  default=math.inf)
+        due_in = max(due - now, backlog.resume_at - time.monotonic())
+        ends_in = backlog.entries[0].queued_at + self._config.spool_lifetime - now
+        return min(max(min(due_in, ends_in), 0.0), IDLE)
+
+    def _is_expired(self, entry: Entry) -> bool:
+        return time.time() >= entry.queued_at + self._config.spool_lifetime
+
+    def _application(self, entry: Entry) -> Application | None:
+        """Find as whom to send, if that can be proved now."""
+        account = self._accounts.accounts.find(entry.account) if entry.account else None
+        if account and account.has_credential:
+            return account.as_application()
+        return self._given(entry)
+
+    def _given(self, entry: Entry) -> Application | None:
+        return self._applications.get((entry.tenant, entry.client))
+
+    async def _try(self, backlog: Backlog, entry: Entry) -> None:
+        application = self._application(entry)
+        try:
+            if entry.ident in self._sent:
+                await self._forget(backlog, entry)
+            elif self._is_expired(entry) or not application:
+                await self._give_up(backlog, entry, "It could not be sent for "
+                                    f"{self._config.spool_lifetime} seconds; at last: "
+                                    f"{entry.reason or 'it was not tried yet'}")
+            else:
+                async with self._senders:
+                    backlog.is_sending = True
+                    await self._send(backlog, entry, application)
+        except FileNotFoundError:
+            self._drop(backlog, entry)
+        except DeliveryError as error:
+            await self._give_up(backlog, entry, str(error.reply))
+        except ValueError as error:
+            entry.is_told = True        # there is nothing to tell of
+            await self._give_up(backlog, entry, str(error))
+        except TemporaryError as error:
+            if error.reply.code == 421 and application is self._given(entry):
+                del self._applications[entry.tenant, entry.client]      # it is refused
+            await self._put_off(backlog, entry, str(error.reply), error.facts)
+        except OSError as error:
+            await self._put_off(backlog, entry, error.strerror or str(error), {})
+        finally:
+            backlog.is_sending = False
+
+    async def _send(self, backlog: Backlog, entry: Entry, application: Application) -> None:
+        deadline = time.monotonic() + self._config.upstream_timeout
+        self._memory.take(entry.size)
+        try:
+            message = await in_time(deadline, in_thread(lambda: as_stored(
+                self._store.message(entry), entry)))
+            response = await self._graph.send(application, message, entry.ident, deadline)
+        finally:
+            self._memory.give_back(entry.size)
+        backlog.failures = 0
+        if backlog.suspect and backlog.suspect is not entry:
+            backlog.suspect.next_at = time.time() + self._pause(backlog.suspect.tries)
+        backlog.suspect = None
+        log_event(logging.INFO, entry.ident, "sent", sender=entry.mailbox,
+                  recipients=len(entry.recipients), size=entry.size, tries=entry.tries + 1,
+                  request_id=response.headers.get("request-id"),
+                  queued=time.time() - entry.queued_at)
+        await self._forget(backlog, entry)
+
+    async def _forget(self, backlog: Backlog, entry: Entry) -> None:
+        """Remove what was sent; if that fails it is not sent again all the same."""
+        self._sent.add(entry.ident)
+        octets = len(entry.first_line) + entry.size
+        await self._on_disk(self._store.remove, entry)
+        self._octets -= octets
+        self._leave(backlog, entry)
+
+    async def _put_off(self, backlog: Backlog, entry: Entry, reason: str,
+                       facts: Mapping[str, object]) -> None:
+        """Try it later, and find out whether it or the mailbox is at fault."""
+        entry.tries += 1
+        entry.reason = reason
+        held = self._graph.turns.held_for(entry.key)
+        others = [one for one in backlog.entries if one is not entry
+                  and one.next_at <= time.time() and self._application(one)]
+        if held or backlog.suspect or not others:
+            backlog.failures += not held
+            backlog.rest(held or self._pause(backlog.failures))
+            entry.next_at = time.time() + backlog.resume_at - time.monotonic()
+        else:
+            backlog.suspect = entry
+        log_event(logging.WARNING, entry.ident, "delayed", sender=entry.mailbox,
+                  tries=entry.tries, reply=reason, **facts,
+                  again=max(0.0, entry.next_at - time.time()))
+        with contextlib.suppress(OSError):      # it is for `spool list` only
+            await self._on_disk(self._store.note, entry)
+
+    async def _give_up(self, backlog: Backlog, entry: Entry, reason: str) -> None:
+        entry.reason = reason
+        if entry.reverse_path and not entry.is_notice and not entry.is_told:
+            await self._tell(entry)
+            entry.is_told = True
+        try:
+            await self._on_disk(self._store.fail, entry)
+        except FileNotFoundError:
+            self._drop(backlog, entry)
+            return
+        except OSError as error:
+            log_event(logging.ERROR, entry.ident, "spool", problem=error.strerror or error)
+            await backlog.sleep(FIRST_PAUSE)
+            return
+        self._leave(backlog, entry)
+        log_event(logging.ERROR, entry.ident, "failed", sender=entry.mailbox,
+                  recipients=len(entry.recipients), size=entry.size, tries=entry.tries,
+                  reply=reason, remedy="see `spool show`, mend it, then `spool retry`")
+
+    async def _tell(self, entry: Entry) -> None:
+        """Queue a notice to who sent a message."""
+        ident, now = str(uuid.uuid4()), time.time()
+        try:
+            message = await self._on_disk(self._store.message, entry)
+            octets = make_notice(entry, message[:entry.header_size], self._name, ident, now)
+            await self.put(dataclasses.replace(
+                entry, ident=ident, reverse_path="", recipients=[entry.reverse_path],
+                header_size=octets.index(b"\r\n\r\n") + 2, size=len(octets), is_notice=True,
+                queued_at=now, tries=0, next_at=0.0, reason=""), [octets])
+        except (OSError, ValueError, RelayError) as error:
+            log_event(logging.ERROR, entry.ident, "no-notice", problem=error)
+
+    async def _note_who_is_missing(self, backlog: Backlog) -> None:
+        for entry in list(backlog.entries):
+            who = entry.account or f"{entry.tenant}@{entry.client}"
+            missing = f"waits until {who} logs in"
+            if not self._application(entry) and not entry.reason.startswith(missing):
+                entry.reason = f"{missing}; {entry.reason}".rstrip("; ")
+                log_event(logging.WARNING, entry.ident, "delayed", sender=entry.mailbox,
+                          problem=entry.reason)
+                with contextlib.suppress(OSError):
+                    await self._on_disk(self._store.note, entry)
+
+    def _drop(self, backlog: Backlog, entry: Entry) -> None:
+        """Somebody has deleted it."""
+        log_event(logging.INFO, entry.ident, "dropped", sender=entry.mailbox)
+        self._leave(backlog, entry)
+
+    def _pause(self, failures: int) -> float:
+        return pause_after(failures, secrets.randbelow(1000) / 1000)
+
+    async def _on_disk(self, do: Callable[[Entry], T], entry: Entry) -> T:
+        return await in_time(time.monotonic() + DISK_TIMEOUT,
+                             in_thread(functools.partial(do, entry)))
+
+    # The command line.
+
+    async def _watch(self, touched: int) -> None:
+        """Look again when the command line has done something."""
+        problem = ""
+        while True:
+            await asyncio.sleep(LOOK_AGAIN)
+            try:
+                # Without a deadline: if the disk hangs, only this waits.
+                seen, touched = touched, await in_thread(self._store.touched)
+                if seen != touched:
+                    await self._look_again()
+                problem = ""
+            except Exception as error:          # noqa: BLE001 - else it never looks again
+                if str(error) != problem:
+                    log_event(logging.ERROR, "-", "spool", problem=error)
+                problem = str(error)
+
+    async def _look_again(self) -> None:
+        before = {one.ident for backlog in self._backlogs.values()
+                  for one in backlog.entries}
+        found, octets = await in_thread(self._store.survey)
+        self._octets = octets + self._writing
+        for backlog in list(self._backlogs.values()):
+            for entry in list(backlog.entries):
+                if entry.ident not in found:
+                    if entry.ident in before:
+                        self._drop(backlog, entry)
+                elif found[entry.ident].asked_at > entry.asked_at:
+                    entry.asked_at = found[entry.ident].asked_at
+                    entry.next_at = backlog.resume_at = 0.0
+            backlog.wake.set()
+        for ident in found.keys() - self._idents - before:
+            self._admit(found[ident])
+
+
+# ---------------------------------------------------------------------------
+# §16  TLS
 # ---------------------------------------------------------------------------
 
 TLS_VERSIONS: Mapping[str, ssl.TLSVersion] = {
@@ -4870,12 +5643,13 @@ def _private_file(octets: bytes) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------
-# §15  Server
+# §17  Server
 # ---------------------------------------------------------------------------
 
 READ_COMMANDS = 4096            # octets worked on before others have their turn
 READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
+HEARD_WITHIN = 1.0              # seconds for a client's system to acknowledge a reply
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that may be open besides those of connections
@@ -4891,6 +5665,105 @@ _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
 _BROKEN = Reply(421, "4.3.0", "The relay has a problem; try again later")
 
 
+def _own_name() -> str:
+    """This machine's name, without asking DNS."""
+    with contextlib.suppress(ValueError):
+        return _host_name(socket.gethostname())
+    return "localhost"
+
+
+def has_taken_all(sock: socket.socket) -> bool | None:
+    """Whether the other system has acknowledged all that was written to a socket; None: not
+    yet, False: it has reset the connection. Where the system does not tell: True.
+    """
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        return False
+    try:
+        return None if any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))) else True
+    except (AttributeError, OSError):
+        return True
+
+
+class Receipt:
+    """What a client is told of a message that was accepted, and whether it heard that."""
+
+    def __init__(self, ident: str, digest: bytes = b"") -> None:
+        self.ident = ident
+        self.digest = digest
+        self.text = ""                  # empty: it was not accepted, or not yet
+        self.is_heard: bool | None = None           # None: nobody knows
+        self.ask: Callable[[], object] = lambda: None       # finds out, if it can
+        self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def was_heard(self) -> bool:
+        """Find out; for that octets must come back from the client."""
+        ends_at = time.monotonic() + HEARD_WITHIN
+        while self.is_heard is None and time.monotonic() < ends_at:
+            self.ask()
+            if self.is_heard is None:
+                await asyncio.sleep(HEARD_WITHIN / 50)
+        return bool(self.is_heard)
+
+
+class Receipts:
+    """Remembers messages whose 250 was not heard: a client sends these again."""
+
+    def __init__(self, window: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Remember for `window` seconds."""
+        self._window = window
+        self._clock = clock
+        self._under_way: dict[bytes, Receipt] = {}
+        self._unheard: dict[bytes, tuple[Receipt, float]] = {}      # and its end
+
+    @contextlib.asynccontextmanager
+    async def receipt(self, digest: bytes, ident: str,
+                      deadline: float) -> AsyncIterator[Receipt]:
+        """Give the receipt that is to be filled in; with a text it is that of the same
+        message, which was accepted and not heard. Raises TemporaryError.
+        """
+        first = await self._find(digest, deadline)
+        if first or not self._window:
+            yield first or Receipt(ident)
+            return
+        self._under_way[digest] = receipt = Receipt(ident, digest)
+        try:
+            yield receipt
+        finally:
+            del self._under_way[digest]
+            if receipt.text:
+                _remember(self._unheard, digest, receipt, self._clock() + self._window)
+            receipt.outcome.set_result(None)
+
+    async def _find(self, digest: bytes, deadline: float) -> Receipt | None:
+        while self._window:
+            first = self._under_way.get(digest)
+            if first and not await done_by(deadline, first.outcome):
+                raise TemporaryError("The same message is on its way; try again later", 451,
+                                     "4.4.5")
+            first, ends_at = self._unheard.get(digest, (None, 0.0))
+            if first and self._clock() < ends_at:
+                if not await first.was_heard():
+                    return first
+                self.forget(first)
+            if digest not in self._under_way:
+                break
+        return None
+
+    def forget(self, receipt: Receipt) -> None:
+        """Its client has heard of it: the same again is another message."""
+        if self._unheard.get(receipt.digest, (None, 0.0))[0] is receipt:
+            del self._unheard[receipt.digest]
+
+
+def identify(login: Login, envelope: Envelope) -> bytes:
+    """Hash what two messages have in common that are the same."""
+    digest = hashlib.sha256(repr((
+        login.account.name, login.application.tenant, login.application.client,
+        envelope.reverse_path, sorted(envelope.recipients))).encode())
+    digest.update(envelope.message)
+    return digest.digest()
+
+
 class Relay:
     """What a login and a message mean: the sections above, joined."""
 
@@ -4903,14 +5776,20 @@ class Relay:
         self._graph = Graph(config, pool, self._tokens)
         self.directory = Directory(config, Azure(config, pool, self._tokens))
         self.memory = Memory(config.max_memory_for_messages)
+        self.name = config.server_name or _own_name()
+        self.receipts = Receipts(config.duplicate_window)
+        self.spool = Spool(config, self._graph, self.directory.file, self.memory,
+                           self.name) if config.spool_directory else None
         self._watcher: asyncio.Task[None] | None = None
         if config.accounts_file:
             self.directory.file.load()
 
     async def start(self) -> None:
-        """Begin to watch ACCOUNTS_FILE. Raises StartError if a table that is needed
-        cannot be read.
+        """Begin to watch ACCOUNTS_FILE, and to send what is in the spool. Raises StartError
+        if the spool cannot be used, or a table that is needed cannot be read.
         """
+        if self.spool:
+            await self.spool.start()
         if self.config.azure_tables_force_usage and self.directory.table:
             try:
                 await self.directory.table.check(self._deadline())
@@ -4927,6 +5806,8 @@ class Relay:
             self._watcher.cancel()
         self.directory.close()
         self._pool.close()
+        if self.spool:
+            self.spool.close()
 
     async def log_in(self, request: Authenticate, address: IpAddress | None,
                      ident: str) -> Login:
@@ -4958,11 +5839,15 @@ class Relay:
         failures.check(address)
         try:
             login = await self.directory.find(request, address, deadline)
-            await self._tokens.get(login.application, deadline)
+            # With a spool who has given the right password need not wait for Microsoft.
+            if not (self.spool and login.application.is_ours):
+                await self._tokens.get(login.application, deadline)
         except AuthError:
             failures.check(address)     # who guesses at once must not see by the replies
             raise                       # which guess was right
         failures.check(address)
+        if self.spool:
+            self.spool.logged_in(login.application)
         return login
 
     def check_upload(self, login: Login, mailbox: str) -> None:
@@ -4972,8 +5857,8 @@ class Relay:
             self._graph.check_upload(login.application, mailbox)
 
     async def deliver(self, login: Login, envelope: Envelope, session: str,
-                      address: IpAddress | None) -> str:
-        """Send a message; returns its id. Raises RelayError."""
+                      address: IpAddress | None) -> Receipt:
+        """Send a message, or queue it. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
         account = login.account
         facts: dict[str, object] = {
@@ -4981,15 +5866,23 @@ class Relay:
             "sender": envelope.reverse_path, "recipients": len(envelope.recipients),
             "size": len(envelope.message)}
         envelope.reverse_path = account.from_email or envelope.reverse_path
+        level, event = logging.INFO, "sent"
         try:
-            message = await self._prepare(login, envelope, deadline)
+            message, digest = await self._prepare(login, envelope, deadline)
             facts.update(sender=message.prepared.mailbox, size=message.prepared.size)
             if not account.from_email:          # From may have said who sends
                 account.check_sender(message.prepared.mailbox)
             if message.draft:
                 facts["attachments"] = len(message.draft.attachments)
-            response = await self._graph.send(login.application, message, ident, deadline,
-                                              (address, login.username))
+            async with self.receipts.receipt(digest, ident, deadline) as receipt:
+                if receipt.text:
+                    event, facts["first"] = "repeated", receipt.ident
+                elif await self._send(login, message, ident, deadline, address, facts):
+                    receipt.text = f"Accepted by Microsoft 365, id {ident}"
+                else:
+                    await self._queue(login, envelope, message.prepared, ident)
+                    level, event = logging.WARNING, "queued"
+                    receipt.text = f"Queued, id {ident}"
         except asyncio.CancelledError:
             log_event(logging.WARNING, ident, "cut", **facts,
                       problem="the relay stops; it may have been sent")
@@ -4997,23 +5890,56 @@ class Relay:
         except RelayError as error:
             error.reply = dataclasses.replace(error.reply,
                                               text=f"{error.reply.text}, id {ident}")
-            log_event(error.level, ident, "refused", **facts, reply=error.reply,
-                      seconds=time.monotonic() - started, **error.facts)
+            log_event(error.level, ident, "refused",
+                      **{**facts, **error.facts, "reply": error.reply},
+                      seconds=time.monotonic() - started)
             raise
-        facts["request_id"] = response.headers.get("request-id")
-        log_event(logging.INFO, ident, "sent", **facts, seconds=time.monotonic() - started)
-        return ident
+        log_event(level, ident, event, **facts, seconds=time.monotonic() - started)
+        return receipt
 
     async def _prepare(self, login: Login, envelope: Envelope,
-                       deadline: float) -> Outgoing:
+                       deadline: float) -> tuple[Outgoing, bytes]:
         """Edit a message; in a thread, as it may have 150 MB, and a million lines."""
-        call = functools.partial(make_outgoing, envelope, login.account.adapt(self.config),
-                                 login.username)
+        config = login.account.adapt(self.config)
         try:
-            return await in_time(deadline, in_thread(call))
+            return await in_time(deadline, in_thread(lambda: (
+                make_outgoing(envelope, config, login.username),
+                identify(login, envelope))))
         except TimeoutError:
             raise TemporaryError("The message takes too long to read; try again later"
                                  ) from None
+
+    async def _send(self, login: Login, message: Outgoing, ident: str, deadline: float,
+                    address: IpAddress | None, facts: dict[str, object]) -> bool:
+        """Send a message; False is: there is a spool, and it is for that. Raises
+        RelayError.
+        """
+        try:
+            response = await self._graph.send(login.application, message, ident, deadline,
+                                              (address, login.username))
+        except asyncio.CancelledError:          # the relay stops
+            if not self.spool:
+                raise
+            facts["problem"] = "the relay stops"
+            return False
+        except TemporaryError as error:
+            if not self.spool or error.reply.close:     # the device must log in again
+                raise
+            facts.update(error.facts, reply=error.reply)
+            return False
+        facts["request_id"] = response.headers.get("request-id")
+        return True
+
+    async def _queue(self, login: Login, envelope: Envelope, prepared: Prepared,
+                     ident: str) -> None:
+        """Put a message into the spool. Raises TemporaryError."""
+        assert self.spool is not None           # or _send had raised
+        application = login.application
+        await self.spool.put(Entry(
+            ident, login.account.name, application.tenant, application.client,
+            prepared.mailbox, envelope.reverse_path, list(envelope.recipients.values()),
+            len(prepared.header), prepared.size, "", False, time.time()),
+            [prepared.header, prepared.body], application)
 
     def _deadline(self) -> float:
         return time.monotonic() + self.config.upstream_timeout
@@ -5043,6 +5969,7 @@ class Connection:
         self._progress = 0
         self._deadline = 0.0            # for the command under way
         self._is_timed_out = False
+        self._receipts: list[Receipt] = []          # that the client may not have heard of
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
@@ -5055,6 +5982,7 @@ class Connection:
             reason = await self._converse()
         except OSError as error:
             reason = describe_failure(error)
+            self._settle(is_heard=False)
         except asyncio.CancelledError:
             self._writer.write(bytes(_STOPPING))
         except Exception:
@@ -5063,6 +5991,9 @@ class Connection:
             self._writer.write(bytes(_BROKEN))
         self._session.abandon()
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
+        if self._receipts:              # with the first all are known
+            await self._receipts[0].was_heard()
+            self._settle(is_heard=False)
         await self._hang_up()
 
     def stop(self) -> None:
@@ -5099,9 +6030,11 @@ class Connection:
                     event, self._address, self.ident))
             else:
                 assert self._session.login is not None      # MAIL needs a login
-                ident = await self._relay.deliver(self._session.login, event.envelope,
-                                                  self.ident, self._address)
-                self._session.delivered(f"Accepted by Microsoft 365, id {ident}")
+                receipt = await self._relay.deliver(self._session.login, event.envelope,
+                                                    self.ident, self._address)
+                self._session.delivered(receipt.text)
+                receipt.is_heard, receipt.ask = None, self._find_out
+                self._receipts.append(receipt)
         except RelayError as error:
             self._session.refuse(error.reply)
         self._renew_deadline()
@@ -5121,10 +6054,33 @@ class Connection:
             return
         finally:
             timer.cancel()
+        self._find_out()
         if octets:
             self._session.receive(octets)
         else:
             self._session.receive_eof()
+
+    def _find_out(self) -> None:
+        """Find out whether the client has heard of its messages."""
+        if self._receipts:
+            is_heard = self._has_taken_all()
+            if is_heard is not None:
+                self._settle(is_heard=is_heard)
+
+    def _has_taken_all(self) -> bool | None:
+        """Whether the client's system has taken all that was said; None: not yet."""
+        transport = self._writer.transport
+        if transport.is_closing():      # TLS came to an orderly end, as nothing was raised
+            return True
+        return None if transport.get_write_buffer_size() else has_taken_all(
+            transport.get_extra_info("socket"))
+
+    def _settle(self, *, is_heard: bool) -> None:
+        for receipt in self._receipts:
+            receipt.is_heard, receipt.ask = is_heard, lambda: None
+            if is_heard:
+                self._relay.receipts.forget(receipt)
+        self._receipts.clear()
 
     def _time_out(self) -> None:
         """End the wait in _read."""
@@ -5143,6 +6099,8 @@ class Connection:
         replies = self._session.output()
         if not replies:
             return
+        if self._writer.transport.is_closing():     # there is nobody any more
+            self._settle(is_heard=False)
         self._writer.write(replies)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._timeout, self._writer.transport.abort)
@@ -5204,7 +6162,6 @@ class Server:
         """Get ready; `contexts` are by TLS_MIN_VERSION, and none for no TLS."""
         self._relay = relay
         self._contexts = contexts
-        self._name = relay.config.server_name or _own_name()
         self._connections: set[Connection] = set()
         self._clients: collections.Counter[str] = collections.Counter()
 
@@ -5232,6 +6189,8 @@ class Server:
         for connection in list(self._connections):
             connection.stop()
         tasks = {one.task for one in self._connections if one.task}
+        if self._relay.spool:
+            tasks |= self._relay.spool.stop()
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self._relay.config.shutdown_timeout)
             for task in late:
@@ -5251,7 +6210,7 @@ class Server:
             writer.close()
             log_event(logging.WARNING, "-", "turned-away", client=client, reason=problem)
             return
-        connection = Connection(self._relay, self._contexts, self._name,
+        connection = Connection(self._relay, self._contexts, self._relay.name,
                                 read_address(client), reader, writer)
         self._connections.add(connection)
         self._clients[client] += 1
@@ -5275,13 +6234,6 @@ class Server:
         self._clients[client] -= 1
         if not self._clients[client]:
             del self._clients[client]
-
-
-def _own_name() -> str:
-    """This machine's name, without asking DNS."""
-    with contextlib.suppress(ValueError):
-        return _host_name(socket.gethostname())
-    return "localhost"
 
 
 def bind(config: Config) -> list[tuple[socket.socket, bool]]:
@@ -5433,7 +6385,7 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 # ---------------------------------------------------------------------------
-# §16  Demo
+# §18  Demo
 # ---------------------------------------------------------------------------
 
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
@@ -5501,7 +6453,7 @@ def demo(environ: Mapping[str, str]) -> None:
     url = f"http://127.0.0.1:{stand_in.server_address[1]}"
     config = Config.from_environ({
         **environ, "AZURE_AUTHORITY_HOST": url, "GRAPH_ENDPOINT": url, "TLS_SOURCE": "off",
-        "REQUIRE_TLS": "false", "SMTPS_PORT": "0", "RUN_AS": "",
+        "REQUIRE_TLS": "false", "SMTPS_PORT": "0", "RUN_AS": "", "SPOOL_DIRECTORY": "",
         "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"})
     # So that a scan is saved as it came too, and not as the draft that Microsoft would get.
     config = dataclasses.replace(config, large_messages="whole")
@@ -5537,7 +6489,7 @@ Stop with Ctrl-C.
 
 
 # ---------------------------------------------------------------------------
-# §17  Explain
+# §19  Explain
 # ---------------------------------------------------------------------------
 #
 # What would become of a message, told without any network by the code that would do it.
@@ -5611,7 +6563,7 @@ def visible(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------
-# §18  Command line
+# §20  Command line
 # ---------------------------------------------------------------------------
 
 def serve(environ: Mapping[str, str]) -> None:
@@ -5696,6 +6648,62 @@ def describe_account(account: Account) -> str:
     return "\n".join(lines)
 
 
+def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
+    """Show what is in the spool, or change it. Raises ConfigError, StartError."""
+    config, action = Config.from_environ(environ), arguments.action
+    if not config.spool_directory:
+        raise ConfigError("SPOOL_DIRECTORY is not set")
+    if action in ("show", "drop") and not arguments.ident:
+        raise ConfigError(f"spool {action} needs the ID of a message, see `spool list`")
+    store = Store(config.spool_directory)
+    try:
+        found = [(path, entry) for path, entry in store.names()
+                 if arguments.ident in (None, path.name)]
+        if not found:
+            print("There is no such message." if arguments.ident else "The spool is empty.")
+        for path, entry in found:
+            if action == "drop":
+                store.drop(path)
+            elif action == "show":
+                print_entry(store, path, entry)
+            elif action == "list":
+                print(describe_entry(path, entry))
+            elif entry and (arguments.ident or path.parent == store.queue):
+                store.retry(path, entry)
+                print(f"{path.name} is tried again")
+        if action in ("retry", "drop"):
+            store.touch()
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from None
+    return int(not found and arguments.ident is not None)
+
+
+def describe_entry(path: pathlib.Path, entry: Entry | None) -> str:
+    """Show on one line what is in a file of the spool."""
+    def at(seconds: float) -> str:
+        return datetime.datetime.fromtimestamp(
+            seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    if entry is None:
+        return f"damaged {path.name}{in_words({'file': path})}"
+    is_waiting = path.parent.name == "queue"
+    return ("waiting " if is_waiting else "failed  ") + entry.ident + in_words({
+        "queued": at(entry.queued_at), "size": entry.size,
+        "account": entry.account or None, "sender": entry.mailbox,
+        "recipients": ",".join(entry.recipients), "notice": entry.is_notice or None,
+        "tries": entry.tries, "reason": entry.reason or None, "again": at(entry.next_at)
+        if is_waiting and entry.next_at > time.time() else None})
+
+
+def print_entry(store: Store, path: pathlib.Path, entry: Entry | None) -> None:
+    """Print all there is of a message."""
+    print(describe_entry(path, entry))
+    if entry:
+        message = path.read_bytes().partition(b"\n")[2][:entry.size]
+        for line in decode_text(message).splitlines():
+            print(visible(line))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
@@ -5722,6 +6730,15 @@ def build_parser() -> argparse.ArgumentParser:
                             action="append", help="a recipient, as in RCPT TO; repeatable")
     explaining.set_defaults(run=run_explain)
     _add_account_commands(commands)
+    spooling = commands.add_parser(
+        "spool", help="show, retry or drop messages that wait in SPOOL_DIRECTORY",
+        description="Show messages that wait in SPOOL_DIRECTORY or were given up, try them "
+                    "again at once (without ID: all that wait), or delete one. A running "
+                    "relay follows within seconds.")
+    spooling.add_argument("action", nargs="?", default="list",
+                          choices=("list", "show", "retry", "drop"))
+    spooling.add_argument("ident", nargs="?", metavar="ID")
+    spooling.set_defaults(run=run_spool)
     return parser
 
 

@@ -36,12 +36,14 @@ import signal
 import smtplib
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 import urllib.parse
 import urllib.request
 import warnings
@@ -60,6 +62,7 @@ CLIENT = "22222222-2222-4222-8222-222222222222"
 USER = f"{TENANT}@{CLIENT}"
 SENDER = "scanner@example.com"
 READ_AGAIN = relay.READ_AGAIN       # as it is; setUpModule makes it shorter
+FIRST_PAUSE, LAST_PAUSE = relay.FIRST_PAUSE, relay.LAST_PAUSE
 
 
 # ---------------------------------------------------------------------------
@@ -371,7 +374,9 @@ class SettingTests(unittest.TestCase):
             "azure_pod_identity_authority_host": "http://169.254.169.254",
             "sender_from": "envelope", "from_mismatch": "keep",
             "header_recipients": "strip", "large_messages": "upload",
-            "max_message_size": 36_700_160, "max_memory_for_messages": 268_435_456,
+            "spool_directory": "", "spool_lifetime": 172_800, "spool_max_bytes": 2 ** 30,
+            "duplicate_window": 900, "max_message_size": 36_700_160,
+            "max_memory_for_messages": 268_435_456,
             "max_recipients": 500, "max_connections": 1000,
             "max_connections_per_client": 100, "client_timeout": 300.0,
             "upstream_timeout": 60.0, "shutdown_timeout": 25.0})
@@ -2717,7 +2722,7 @@ class GraphAnswerTests(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------
-# §9  Log
+# §10  Log
 # ---------------------------------------------------------------------------
 
 class KeptLog(logging.Handler):
@@ -3420,7 +3425,7 @@ class RelayCase(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------
-# §10  HTTP, §11  Tokens
+# §11  HTTP, §12  Tokens
 # ---------------------------------------------------------------------------
 
 class SignInTests(RelayCase):
@@ -3646,7 +3651,7 @@ class CacheTests(RelayCase):
 
 
 # ---------------------------------------------------------------------------
-# §11  Tokens: identities, §12  Directory
+# §12  Tokens: identities, §13  Directory
 # ---------------------------------------------------------------------------
 
 ACCOUNTS = f"""\
@@ -4061,6 +4066,13 @@ class FailureTests(AccountCase):
         self.assertEqual(failures.add(one), 5.0)
         clock.now += 10_000
         self.assertEqual(failures.add(one), 0.5)
+
+    def test_who_has_an_address_of_ipv6_has_a_whole_network(self) -> None:
+        failures = relay.Failures()
+        for number in range(10):
+            failures.add(relay.read_address(f"2001:db8::{number}"))
+        self.assertTrue(failures.is_blocked(relay.read_address("2001:db8::1:2:3:4")))
+        self.assertFalse(failures.is_blocked(relay.read_address("2001:db8:0:1::1")))
 
     def test_addresses_are_bounded(self) -> None:
         failures = relay.Failures()
@@ -5117,7 +5129,7 @@ def blocks(pem: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------
-# §13  Graph
+# §14  Graph
 # ---------------------------------------------------------------------------
 
 class Mail(NamedTuple):
@@ -5620,13 +5632,22 @@ class SendTests(RelayCase):
 
     def test_a_429_is_for_all_of_its_mailbox_and_for_no_other(self) -> None:
         """Nobody tries in turn: who waits is told at once, and who comes later too."""
-        clients = [self.begun() for _ in range(7)]
-        self.fake.will("send", self.fake.hang_then(graph_says(429, "X", retry_after="99")),
-                       *[self.fake.hang_then(self.fake.accept)] * 3)
-        for client in clients:
-            client.send(b"\r\n.\r\n")
+        clients, go = [self.begun() for _ in range(7)], threading.Event()
+
+        def throttle(sock: socket.socket, request: Request) -> bool:
+            self.fake.arrived.release()
+            go.wait(PATIENCE)
+            return graph_says(429, "X", retry_after="99")(sock, request)
+        self.fake.will("send", throttle, *[self.fake.hang_then(self.fake.accept)] * 3)
+        for number, client in enumerate(clients):
+            client.send(f"{number}\r\n.\r\n".encode())
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        wait_for(lambda: self.running.ask(lambda: sum(
+            len(line.deadlines) for line in self.running.relay._graph.turns._lines.values())) == 3)
+        go.set()
+        wait_for(lambda: not self.running.ask(lambda: sum(
+            len(line.deadlines) for line in self.running.relay._graph.turns._lines.values())))
         self.fake.release.set()
         self.assertEqual(sorted(client.getreply()[0] for client in clients),
                          [250] * 3 + [451] * 4)
@@ -5697,7 +5718,7 @@ class SendTests(RelayCase):
             sender = SENDER if number % 2 else SENDER.title()   # the same mailbox
             for line in (f"MAIL FROM:<{sender}>", "RCPT TO:<a@x.y>", "DATA"):
                 client.docmd(line)
-            client.send(b"\r\n.\r\n")
+            client.send(f"{number}\r\n.\r\n".encode())    # the same would wait for the first
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         # Waiting holds no thread.
@@ -6121,7 +6142,7 @@ class LargeMessageTests(RelayCase):
         for client in clients:
             for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
                 client.docmd(line)
-            client.send(MEDIUM + b"x" * 1000 + b"\r\n.\r\n")
+            client.send(MEDIUM + b"x" * 1000 + b"%d\r\n.\r\n" % client.sock.fileno())
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         self.assertEqual(len(self.fake.asked("draft")), 4)
@@ -6796,8 +6817,807 @@ class TurnsTests(unittest.TestCase):
         self.assertEqual(asyncio.run(play()), 2)
 
 
+@contextlib.contextmanager
+def start_python(*arguments: str, folder: str = "", groups: tuple[int, ...] = (),
+                 **environ: str) -> Iterator[
+        subprocess.Popen[str]]:
+    """Run Python in an environment without settings; kill it in the end."""
+    names = {*relay.settings(), "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=folder or str(HERE), env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **environ},
+        **({"extra_groups": groups} if groups else {}))     # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_line(process: subprocess.Popen[str], word: str) -> str:
+    """Read the log until a word is in a line; returns all that was read."""
+    said = ""
+    for line in process.stderr or ():
+        said += line
+        if word in line:
+            return said
+    raise AssertionError(f"{word} is not in {said}")
+
+
+def start_program(*arguments: str, **options: Any) -> Any:
+    """Run the program."""
+    return start_python(str(PROGRAM), *arguments, **options)
+
+
+class ProgramCase(unittest.TestCase):
+    """Runs the program to its end."""
+
+    def outcome(self, *arguments: str, **environ: str) -> tuple[int, str, str]:
+        with start_program(*arguments, **environ) as process:
+            out, err = process.communicate(timeout=PATIENCE)
+        self.assertNotIn("Traceback", err)
+        return process.returncode, out, err
+
+
 # ---------------------------------------------------------------------------
-# §14  TLS, §15  Server
+# §9  Queued messages, §15  Spool
+# ---------------------------------------------------------------------------
+
+def make_entry(**values: Any) -> relay.Entry:
+    """An entry as it may be."""
+    return relay.Entry(**{
+        "ident": "8d6f", "account": "", "tenant": TENANT, "client": CLIENT,
+        "mailbox": "scanner@example.com", "reverse_path": "boss@example.com",
+        "recipients": ["a@x.y"], "header_size": 11, "size": 15, "digest": "0" * 64,
+        "is_notice": False, "queued_at": 1_700_000_000.0, **values})
+
+
+class EntryTests(unittest.TestCase):
+    """What stands in a file of the spool, and what is said when it failed."""
+
+    def test_what_is_written_is_read(self) -> None:
+        entry = make_entry(recipients=["a@x.y", "\u00fc@x.y"])
+        first_line = entry.first_line
+        entry.tries, entry.next_at, entry.reason = 3, 1_700_000_060.0, "a\nb\u00fc"
+        entry.is_told, entry.asked_at, entry.queued_at = True, 5.0, 7.0
+        self.assertEqual((first_line.count(b"\n"), entry.last_line.count(b"\n")), (1, 2))
+        found = relay.read_entry(first_line, entry.last_line)
+        self.assertEqual(dataclasses.asdict(found), dataclasses.asdict(entry))
+
+    def test_the_last_whole_line_counts(self) -> None:
+        entry = make_entry()
+        lines = b""
+        for tries in range(1, 4):
+            entry.tries = tries
+            lines += entry.last_line
+        for end, wanted in ((0, 3), (1, 3), (2, 2), (len(entry.last_line), 2),
+                            (len(entry.last_line) + 2, 1), (len(lines), 0)):
+            text = lines[:len(lines) - end]
+            self.assertEqual(relay.read_entry(entry.first_line, text).tries if text or end
+                             else 0, wanted if end < len(lines) else 3)
+        self.assertEqual(relay.read_entry(make_entry().first_line, b"").tries, 0)
+        cut = lines[:-5]
+        entry.tries = 9
+        self.assertEqual(relay.read_entry(entry.first_line, cut + entry.last_line).tries, 9)
+
+    def test_what_is_damaged(self) -> None:
+        whole = json.loads(make_entry().first_line)
+        for line in (b"", b"\n", b"{", b"[]\n", b"null", b"\xff\xfe", b"[" * 100_000,
+                     json.dumps({**whole, "size": "15"}).encode(),
+                     json.dumps({**whole, "size": True}).encode(),
+                     json.dumps({**whole, "recipients": "a@x.y"}).encode(),
+                     json.dumps({name: whole[name] for name in whole if name != "mailbox"})
+                     .encode()):
+            with self.subTest(line[:30]), self.assertRaises(ValueError):
+                relay.read_entry(line, b"")
+
+    def test_pauses(self) -> None:
+        self.assertEqual((FIRST_PAUSE, LAST_PAUSE), (60, 1800))
+        relay.FIRST_PAUSE, relay.LAST_PAUSE, before = 60, 1800, (relay.FIRST_PAUSE,
+                                                                 relay.LAST_PAUSE)
+        try:
+            self.assertEqual([relay.pause_after(failures, 0.5) for failures in
+                              (1, 2, 3, 4, 5, 6, 7, 10_000)],
+                             [60, 120, 240, 480, 960, 1800, 1800, 1800])
+            self.assertEqual([round(relay.pause_after(1, chance)) for chance in (0, 1)], [48, 72])
+        finally:
+            relay.FIRST_PAUSE, relay.LAST_PAUSE = before
+
+    def test_a_notice(self) -> None:
+        header = ("Subject: =?utf-8?Q?Sc=C3=A4n?=\r\n of today\r\nTo: a@x.y\r\nX: \u00fc\r\n"
+                  ).encode()
+        entry = make_entry(recipients=["a@x.y", "\u00fc=@x.y"], tries=4,
+                           reason="550 5.1.8 no mailbox \u2713")
+        octets = relay.make_notice(entry, header, "relay.test", "0a1b", 1_700_000_100.0)
+        self.assertNotRegex(octets, rb"(?<!\r)\n|\r(?!\n)")
+        notice = email.message_from_bytes(octets)
+        self.assertEqual((notice["From"], notice["To"], notice["Auto-Submitted"]),
+                         ("Mail relay <scanner@example.com>", "<boss@example.com>",
+                          "auto-replied"))
+        self.assertEqual((notice.get_content_type(), notice.get_param("report-type")),
+                         ("multipart/report", "delivery-status"))
+        self.assertEqual(notice.defects, [])
+        parts: list[Any] = notice.get_payload()     # type: ignore[assignment]
+        text, report, fields = parts
+        said = text.get_payload(decode=True).decode()
+        for part in ("Subject:     Sc\u00e4n of today\n", "a@x.y, \u00fc=@x.y", "550 5.1.8",
+                     entry.ident, "Tries:       4"):
+            self.assertIn(part, said.replace("\r\n", "\n"))
+        self.assertEqual(report.get_content_type(), "message/delivery-status")
+        message, *recipients = report.get_payload()
+        self.assertEqual(message["Reporting-MTA"], "dns; relay.test")
+        self.assertEqual([one["Final-Recipient"] for one in recipients],
+                         ["rfc822; a@x.y", r"utf-8; \x{FC}\x{3D}@x.y"])
+        for one in recipients:
+            self.assertEqual((one["Action"], one["Status"]), ("failed", "5.1.8"))
+            self.assertEqual(one["Diagnostic-Code"], "smtp; 550 5.1.8 no mailbox ?")
+        self.assertEqual(fields.get_content_type(), "text/rfc822-headers")
+        self.assertEqual(fields.get_payload(decode=True), header)
+        passing = relay.make_notice(make_entry(reason="too old; at last: 451 4.4.1 No answer"),
+                                    b"", "relay.test", "0a1b", 0.0)
+        self.assertIn(b"\r\nStatus: 5.4.1\r\n", passing)
+
+
+@unittest.skipUnless(relay.fcntl, "needs locks of files")
+class SpoolCase(RelayCase):
+    """Relays with a spool, which try again after a moment."""
+
+    settings = {"UPSTREAM_TIMEOUT": "2"}
+    pauses = {"FIRST_PAUSE": 0.05, "LAST_PAUSE": 0.2, "LOOK_AGAIN": 0.05, "IDLE": 0.1}
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name, value in self.pauses.items():
+            self.addCleanup(setattr, relay, name, getattr(relay, name))
+            setattr(relay, name, value)
+        self.folder = pathlib.Path(tempfile.mkdtemp(dir=FILES.folder))
+        self.queue, self.failed = self.folder / "queue", self.folder / "failed"
+
+    def settings_of(self, **settings: str) -> dict[str, str]:
+        return {"UPSTREAM_TIMEOUT": "2", "SPOOL_DIRECTORY": str(self.folder), **settings}
+
+    def start(self, **settings: str) -> Running:
+        running = Running(self.config(**self.settings_of(**settings)))
+        self.addCleanup(running.stop)
+        return running
+
+    def log_in_to(self, running: Running) -> Client:
+        client = self.connect(running)
+        self.assertReply(client.log_in(password=self.password), "235 2.7.0")
+        return client
+
+    def waiting(self) -> list[str]:
+        """What waits, by the names of files."""
+        return sorted(path.name for path in self.queue.iterdir())
+
+    def be_down(self, action: Action | None = None, times: int = 1000) -> None:
+        """Let Microsoft take no message."""
+        self.fake.will("send", *[action or say(503)] * times)
+
+    def be_up(self) -> None:
+        """Let it take messages again."""
+        self.fake._script.clear()
+
+    def subjects(self) -> list[bytes]:
+        """What was delivered, in its order."""
+        return [re.search(rb"(?m)^Subject: (.*)\r$", one.message)[1]
+                for one in self.fake.delivered]
+
+    def post(self, client: Client, subject: str = "s", **options: Any) -> str:
+        return client.post(f"To: a@x.y\r\nSubject: {subject}\r\n\r\nText\r\n".encode(), **options)
+
+
+class SpoolTests(SpoolCase):
+    """What Microsoft cannot take now is on the disk before its client is told 250."""
+
+    def test_a_message_is_queued_and_sent_later(self) -> None:
+        client = self.log_in_to(self.start())
+        self.be_down()
+        with kept_log() as kept:
+            reply = self.assertReply(self.post(client), "250 2.0.0")
+            ident = re.fullmatch("250 2.0.0 Queued, id ([0-9a-f-]{36})", reply)[1]
+            path = self.queue / ident
+            self.assertEqual(path.stat().st_mode & 0o777, 0o600)
+            entry = relay.Store(str(self.folder)).read(path)
+            self.assertEqual(entry.recipients, ["a@x.y"])
+            wait_for(lambda: len(self.fake.asked("send")) > 3)
+            self.assertIn("reason", path.read_text())
+            self.be_up()
+            wait_for(lambda: not self.waiting())
+        self.assertEqual(len(self.fake.delivered), 1)
+        self.assertEqual(self.fake.delivered[0].recipients, ["a@x.y"])
+        self.assertEqual({one.headers["client-request-id"] for one in self.fake.asked("send")},
+                         {ident})
+        (level, line), = kept.find("queued")
+        self.assertEqual((level, line.split()[0]), ("WARNING", ident))
+        self.assertIn('reply="451 4.3.0', line)
+        self.assertRegex(kept.find("sent")[0][1], rf"^{ident} sent sender={SENDER} recipients=1 "
+                         r"size=\d+ tries=[4-9] request-id=graph-request-1 queued=\d")
+        self.assertEqual(kept.find("delayed")[0][0], "WARNING")
+
+    def test_it_goes_out_as_it_would_have_gone_at_first(self) -> None:
+        client = self.log_in_to(self.start())
+        message = b"Subject: s\r\nTo: a@x.y, other@x.y\r\n\r\nT\xc3\xa9xt\r\n..\r\n"
+        big = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
+        for name, octets in (("small", message), ("no header", b"Time: 12:00\r\nText\r\n"),
+                             ("big", big)):
+            with self.subTest(name):
+                self.fake.reset()
+                self.assertReply(client.post_octets(octets, SENDER, ["a@x.y"]), "250 2.0.0")
+                self.be_down(times=1)
+                self.fake.will("draft", say(503))
+                self.assertIn("Queued", client.post_octets(octets + b"\r\n", SENDER, ["a@x.y"]))
+                wait_for(lambda: not self.waiting())
+                if name == "big":
+                    first, second = self.fake.sent_drafts
+                    self.assertEqual((first.properties, first.files),
+                                     (second.properties, second.files))
+                else:
+                    once, again = (one.message for one in self.fake.delivered)
+                    self.assertEqual(once + b"\r\n", again)
+
+    def test_what_is_queued_and_what_is_not(self) -> None:
+        client = self.log_in_to(self.start(UPSTREAM_TIMEOUT="0.5"))
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        cases: tuple[tuple[Action, str], ...] = (
+                (say(500), "Queued"), (say(502), "Queued"), (say(504), "Queued"),
+                (say(503, retry_after="99"), "Queued"), (say(429, retry_after="99"), "Queued"),
+                (graph_says(403, "ErrorQuotaExceeded"), "Queued"), (utter(b""), "Queued"),
+                (BeforeBody(utter(b"", reset=True)), "Queued"), (self.fake.hang, "Queued"),
+                (utter(b"HTTP/1.1 junk"), "Queued"), (graph_says(403, "ErrorAccessDenied"), "550"),
+                (say(404), "550"), (say(400), "554"), (say(413), "552"), (say(200), "554"))
+        for number, (action, wanted) in enumerate(cases):
+            with self.subTest(number=number):
+                sender = f"s{number}@example.com"
+                self.fake.will("send", action)
+                self.assertIn(wanted, self.post(client, sender=sender))
+                self.assertEqual(len(self.waiting()), min(number + 1, 10))
+        self.fake.will("send", self.fake.expire)
+        self.fake.will("token", say(503))
+        self.assertIn("Queued", self.post(client, sender="s99@example.com"))
+
+    def test_a_secret_that_is_refused_is_told_to_the_device(self) -> None:
+        client = self.log_in_to(self.start())
+        self.fake.will("send", self.fake.expire)
+        self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
+        self.assertReply(self.post(client), "421 4.7.0")
+        self.assertEqual(self.waiting(), [])
+
+    def test_it_is_on_the_disk_before_250(self) -> None:
+        """File, name, and name again; power loss may come between any two."""
+        calls: list[str] = []
+        client = self.log_in_to(self.start())
+        real_fsync, real_rename = os.fsync, pathlib.Path.rename
+
+        def fsync(descriptor: int) -> None:
+            calls.append("fsync " + ("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode)
+                                     else "file"))
+            real_fsync(descriptor)
+
+        def rename(source: pathlib.Path, target: Any) -> Any:
+            calls.append("rename" if str(source) == f"{target}.part" else "?")
+            return real_rename(source, target)
+        self.be_down()
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        with unittest.mock.patch.object(os, "fsync", fsync), \
+                unittest.mock.patch.object(pathlib.Path, "rename", rename):
+            self.assertIn("Queued", self.post(client))
+            self.assertEqual(calls, ["fsync file", "rename", "fsync folder"])
+
+    def test_oldest_first(self) -> None:
+        client = self.log_in_to(self.start())
+        self.be_down()
+        for number in range(5):
+            self.assertIn("Queued", self.post(client, f"{number}"))
+        wait_for(lambda: len(self.fake.asked("send")) > 12)
+        self.be_up()
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(self.subjects(), [b"0", b"1", b"2", b"3", b"4"])
+
+    def test_a_message_that_always_fails_holds_up_no_other(self) -> None:
+        """Not even two of them, the oldest."""
+        def choose(sock: socket.socket, request: Request) -> bool:
+            is_bad = b"bad" in base64.b64decode(request.body)
+            action = say(500) if is_bad or not is_up.is_set() else self.fake.accept
+            return action(sock, request)
+
+        is_up = threading.Event()
+        client = self.log_in_to(self.start())
+        self.be_down(choose)
+        for subject in ("bad 1", "bad 2", "1", "2", "3"):
+            self.assertIn("Queued", self.post(client, subject))
+        is_up.set()
+        wait_for(lambda: len(self.waiting()) == 2)
+        self.assertEqual(sorted(self.subjects()), [b"1", b"2", b"3"])
+        self.be_up()
+        wait_for(lambda: not self.waiting())
+
+    def test_retry_after_is_obeyed(self) -> None:
+        times = []
+
+        def throttle(sock: socket.socket, request: Request) -> bool:
+            times.append(time.monotonic())
+            return say(429, retry_after="2.5")(sock, request)
+
+        def accept(sock: socket.socket, request: Request) -> bool:
+            times.append(time.monotonic())
+            return self.fake.accept(sock, request)
+        client = self.log_in_to(self.start())
+        self.fake.will("send", throttle, accept)
+        self.assertIn("Queued", self.post(client))
+        self.assertIn("Queued", self.post(client, "other"))     # at once, without a request
+        wait_for(lambda: not self.waiting())
+        self.assertGreaterEqual(times[1] - times[0], 2.5)
+        self.assertEqual(len(self.fake.asked("send")), 3)
+
+    def test_live_traffic_comes_first_and_no_more_than_four(self) -> None:
+        running = self.start(UPSTREAM_TIMEOUT="15")
+        client = self.log_in_to(running)
+        self.be_down(times=1)
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 0.3
+        self.assertIn("Queued", self.post(client, "spooled"))
+        self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 4)
+        clients = [self.log_in_to(running) for _ in range(6)]
+        for number, one in enumerate(clients):
+            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+                one.docmd(line)
+            one.send(f"Subject: {number}\r\n\r\n.\r\n".encode())
+        for _ in range(4):
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        turns = running.relay._graph.turns
+        wait_for(lambda: running.ask(lambda: sum(
+            len(line.deadlines) for line in turns._lines.values())) == 3)
+        self.assertEqual(len(self.fake.asked("send")), 5)
+        self.fake.release.set()
+        for one in clients:
+            self.assertEqual(one.getreply()[0], 250)
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(self.subjects()[-1], b"spooled")
+        self.assertEqual(self.fake.most_busy, 4)
+
+    def test_no_secret_is_on_the_disk(self) -> None:
+        client = self.log_in_to(self.start())
+        self.be_down()
+        self.assertIn("Queued", self.post(client))
+        wait_for(lambda: len(self.fake.asked("send")) > 2)
+        text = b"".join(path.read_bytes() for path in self.folder.rglob("*") if path.is_file())
+        self.assertIn(CLIENT.encode(), text)
+        for hidden in (self.password.encode(), plain(USER, self.password), b"token-"):
+            self.assertNotIn(hidden, text)
+
+    def test_after_a_restart_it_waits_for_the_secret(self) -> None:
+        running = self.start()
+        self.be_down()
+        self.assertIn("Queued", self.post(self.log_in_to(running)))
+        running.stop()
+        self.be_up()
+        asked = len(self.fake.asked("send"))
+        with kept_log() as kept:
+            running = self.start()
+            wait_for(lambda: kept.find("delayed"))
+        self.assertIn(f"waits until {USER} logs in", kept.find("delayed")[0][1])
+        ident, = self.waiting()
+        wait_for(lambda: "waits until" in (self.queue / ident).read_text())
+        another = self.connect(running)             # another application does not help it
+        another.log_in(f"{TENANT}@{TENANT}", self.password)
+        self.assertReply(self.post(another, "other"), "250 2.0.0")
+        self.assertEqual(len(self.fake.asked("send")), asked + 1)
+        self.log_in_to(running)
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(self.subjects(), [b"other", b"s"])
+        self.assertEqual(running.ask(lambda: running.relay.spool._applications), {})
+
+    def test_a_secret_that_is_no_longer_accepted_is_forgotten(self) -> None:
+        running = self.start()
+        client = self.log_in_to(running)
+        self.be_down(times=1)
+        self.assertIn("Queued", self.post(client))
+        self.fake.will("send", self.fake.expire)
+        self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
+        with kept_log() as kept:
+            wait_for(lambda: kept.find("waits") or "waits until" in (
+                self.queue / self.waiting()[0]).read_text())
+        self.assertEqual(running.ask(lambda: running.relay.spool._applications), {})
+        self.assertEqual(self.connect(running).log_in(password="the new one")[:3], "235")
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_a_message_in_flight_is_queued_when_the_relay_stops(self) -> None:
+        running = self.start(SHUTDOWN_TIMEOUT="0.2", UPSTREAM_TIMEOUT="60")
+        client = self.log_in_to(running)
+        self.fake.will("send", self.fake.hang)
+        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+            client.docmd(line)
+        client.send(b"one\r\n.\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        running.stop()
+        self.assertIn("Queued", self.assertReply(client.next_reply(), "250 2.0.0"))
+        self.assertReply(client.next_reply(), "421 4.3.2")
+        self.assertEqual(len(self.waiting()), 1)
+
+    def test_a_try_under_way_ends_before_the_relay_does(self) -> None:
+        running = self.start(UPSTREAM_TIMEOUT="30")
+        client = self.log_in_to(running)
+        self.be_down(times=1)
+        self.fake.will("send", self.fake.hang_then(self.fake.accept))
+        self.assertIn("Queued", self.post(client))
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        running.begin_stop()
+        self.fake.release.set()
+        running.wait()
+        self.assertEqual((len(self.fake.delivered), self.waiting()), (1, []))
+
+    def test_what_was_sent_and_cannot_be_removed_is_not_sent_again(self) -> None:
+        real = pathlib.Path.unlink
+        refused = threading.Semaphore(0)
+
+        def unlink(path: pathlib.Path, *arguments: Any, **options: Any) -> None:
+            if path.parent == self.queue:
+                refused.release()
+                raise OSError(errno.EROFS, "Read-only file system")
+            real(path, *arguments, **options)
+        client = self.log_in_to(self.start())
+        self.be_down(times=1)
+        with unittest.mock.patch.object(pathlib.Path, "unlink", unlink):
+            self.assertIn("Queued", self.post(client))
+            for _ in range(3):
+                self.assertTrue(refused.acquire(timeout=PATIENCE))
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_a_full_memory_delays_it(self) -> None:
+        running = self.start()
+        client = self.log_in_to(running)
+        self.be_down(times=1)
+        self.assertIn("Queued", self.post(client))
+        free = running.relay.memory.free
+        running.ask(lambda: running.relay.memory.take(free))
+        with kept_log() as kept:
+            wait_for(lambda: kept.find("delayed"))
+        self.assertEqual(len(self.fake.asked("send")), 1)
+        running.ask(lambda: running.relay.memory.give_back(free))
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(running.ask(lambda: running.relay.memory.free), free)
+
+
+class FailedTests(SpoolCase):
+    """What is given up is kept, and its sender is told."""
+
+    def give_up(self, running: Running, **options: Any) -> Any:
+        """Have a message refused at its second try; returns the lines of the log."""
+        client = self.log_in_to(running)
+        self.fake.will("send", say(503), graph_says(403, "ErrorAccessDenied"))
+        with kept_log() as kept:
+            self.assertIn("Queued", self.post(client, **options))
+            wait_for(lambda: kept.find("failed") and not self.waiting())
+        return kept
+
+    def test_a_message_that_is_refused_for_good(self) -> None:
+        kept = self.give_up(self.start(), sender="Boss@example.com", recipients=("a@x.y", "b@x.y"))
+        (level, line), = kept.find("failed")
+        self.assertEqual(level, "ERROR")
+        self.assertIn('reply="550 5.7.1', line)
+        path, = self.failed.iterdir()
+        entry = relay.Store(str(self.folder)).read(path)
+        self.assertIn("550 5.7.1", entry.reason)
+        notice, = self.fake.delivered
+        self.assertEqual((notice.mailbox, notice.recipients),
+                         ("Boss@example.com", ["boss@example.com"]))
+        self.assertIn(path.name.encode(), notice.message)
+        self.assertEqual(email.message_from_bytes(notice.message).get_content_type(),
+                         "multipart/report")
+
+    def test_a_message_that_is_too_old(self) -> None:
+        client = self.log_in_to(self.start(SPOOL_LIFETIME="1"))
+        self.be_down(times=4)
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 0.4
+        with kept_log() as kept:
+            self.be_down(say(502))
+            self.assertIn("Queued", self.post(client))
+            wait_for(lambda: kept.find("failed"))
+            self.be_up()
+            wait_for(lambda: not self.waiting())
+        self.assertRegex(kept.find("failed")[0][1], "reply=.*1 seconds; at last: 451 4.3.0")
+        self.assertIn(b"\r\nStatus: 5.3.0\r\n", self.fake.delivered[0].message)
+
+    def test_no_notice_for_the_null_reverse_path_or_for_a_notice(self) -> None:
+        running = self.start()
+        client = self.log_in_to(running)
+        self.fake.will("send", say(503), say(400))
+        self.assertIn("Queued", client.post(b"From: me@x.y\r\n\r\n", sender=""))
+        wait_for(lambda: len(list(self.failed.iterdir())) == 1)
+        self.fake.will("send", say(503), say(400), say(400))
+        self.assertIn("Queued", self.post(client))
+        wait_for(lambda: len(list(self.failed.iterdir())) == 3)
+        wait_for(lambda: not self.waiting())
+        self.assertEqual((len(self.fake.delivered), len(self.fake.asked("send"))), (0, 5))
+
+    def test_a_notice_that_must_wait(self) -> None:
+        client = self.log_in_to(self.start())
+        self.fake.will("send", say(503), say(400), say(503), say(503))
+        self.assertIn("Queued", self.post(client))
+        wait_for(lambda: self.fake.delivered)
+        self.assertEqual(len(list(self.failed.iterdir())), 1)
+
+    def test_what_is_damaged_is_set_aside(self) -> None:
+        running = self.start()
+        client = self.log_in_to(running)
+        self.be_down()
+        for subject in ("cut", "bit", "whole", "tail"):
+            self.assertIn("Queued", self.post(client, subject))
+        running.stop()
+        for path in self.queue.iterdir():
+            octets = path.read_bytes()
+            if b"Subject: cut" in octets:
+                path.write_bytes(octets[:octets.index(b"Subject: cut")])
+            elif b"Subject: bit" in octets:
+                path.write_bytes(octets.replace(b"Subject: bit", b"Subject: bat"))
+            elif b"Subject: tail" in octets:
+                path.write_bytes(octets + b'\n{"tries": 7')
+        (self.queue / "junk").write_bytes(b"\x00" * 100)
+        (self.queue / "6f.part").write_bytes(b"{")
+        self.be_up()
+        with kept_log() as kept:
+            self.log_in_to(self.start())
+            wait_for(lambda: not self.waiting())
+        self.assertEqual(sorted(self.subjects()), [b"tail", b"whole"])
+        self.assertEqual(len(list(self.failed.iterdir())), 4)
+        self.assertEqual({level for level, _ in kept.find("set-aside")}, {"ERROR"})
+        self.assertEqual(len(kept.find("set-aside")), 3)
+        self.assertIn("damaged", kept.find("failed")[0][1])
+
+
+class FullSpoolTests(SpoolCase):
+    """A spool that cannot take a message: 452, and nothing is half there."""
+
+    def assertTakesNothing(self, client: Client, word: str) -> None:
+        with kept_log() as kept:
+            self.assertReply(self.post(client, "refused"), "452 4.3.1")
+        level, line = kept.find("refused")[0]
+        self.assertEqual(level, "ERROR")
+        self.assertIn(word, line)
+        self.assertIn("status=503", line)           # and why it was to be queued at all
+        self.assertIn("452 4.3.1", line)
+
+    def test_max_bytes(self) -> None:
+        client = self.log_in_to(self.start(SPOOL_MAX_BYTES="1000"))
+        self.be_down()
+        self.assertIn("Queued", self.post(client, "one" * 100))
+        self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
+        self.assertEqual(len(self.waiting()), 1)
+        self.be_up()
+        wait_for(lambda: not self.waiting())
+        self.be_down()
+        self.assertIn("Queued", self.post(client, "two"))
+
+    def test_what_has_failed_counts(self) -> None:
+        self.failed.mkdir(0o700)
+        (self.failed / "x").write_bytes(b"x" * 1400)
+        client = self.log_in_to(self.start(SPOOL_MAX_BYTES="1500"))
+        self.be_down()
+        self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
+
+    def test_so_much_of_the_disk_stays_free(self) -> None:
+        self.assertEqual(relay.SPARE_DISK, 64 * 1024 * 1024)
+        client = self.log_in_to(self.start())
+        self.be_down()
+        self.addCleanup(setattr, relay, "SPARE_DISK", relay.SPARE_DISK)
+        relay.SPARE_DISK = 10 ** 18
+        self.assertTakesNothing(client, "free")
+        self.assertEqual(self.waiting(), [])
+
+    def test_a_folder_that_is_gone(self) -> None:
+        client = self.log_in_to(self.start())
+        self.be_down()
+        self.queue.rename(self.folder / "elsewhere")
+        self.assertTakesNothing(client, "No such file")
+        (self.folder / "elsewhere").rename(self.queue)
+        self.assertIn("Queued", self.post(client))
+
+    def test_a_disk_that_fails_or_hangs(self) -> None:
+        client = self.log_in_to(self.start())
+        self.be_down()
+        release = threading.Event()
+        self.addCleanup(setattr, relay, "DISK_TIMEOUT", relay.DISK_TIMEOUT)
+
+        def fail(descriptor: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def hang(descriptor: int) -> None:
+            release.wait(PATIENCE)
+        with unittest.mock.patch.object(os, "fsync", fail):
+            self.assertTakesNothing(client, "Input/output")
+        self.assertEqual(self.waiting(), [])
+        relay.DISK_TIMEOUT = 0.2
+        with unittest.mock.patch.object(os, "fsync", hang):
+            self.assertTakesNothing(client, "time is up")
+            release.set()                           # it comes late, and must not stay
+            wait_for(lambda: "relay-call" not in [one.name for one in threading.enumerate()])
+        self.assertEqual((self.waiting(), self.fake.delivered), ([], []))
+
+
+class SpoolAccountTests(SpoolCase, AccountCase):
+    """Accounts of ACCOUNTS_FILE need nobody's login."""
+
+    def settings_of(self, **settings: str) -> dict[str, str]:
+        return super().settings_of(ACCOUNTS_FILE=FILES.write("spool.ini", f"""
+[scanner8]
+tenant_id = {TENANT}
+client_id = {CLIENT}
+client_secret = of the file
+password = {relay.hash_password("tenletters", b"0" * 16)}
+from_email = scan@example.com
+"""), **settings)
+
+    def test_after_a_restart_it_is_sent(self) -> None:
+        running = self.start()
+        client = self.connect(running)
+        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
+        self.be_down()
+        self.assertIn("Queued", self.post(client))
+        running.stop()
+        text = (self.queue / self.waiting()[0]).read_text()
+        self.assertIn('"account": "scanner8"', text)
+        self.assertNotIn("of the file", text)
+        self.be_up()
+        self.start()
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(self.fake.delivered[0].mailbox, "scan@example.com")
+
+    def test_it_logs_in_and_sends_while_microsoft_is_down(self) -> None:
+        running = self.start(UPSTREAM_TIMEOUT="0.5")
+        self.fake.will("token", *[say(503)] * 1000)
+        client = self.connect(running)
+        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
+        self.assertIn("Queued", self.post(client))
+        other = self.connect(running)               # who this is only Microsoft knows
+        self.assertReply(other.log_in(password=self.password), "454 4.7.0")
+        self.assertReply(self.connect(running).log_in("scanner8", "wrong"), "535 5.7.8")
+        self.be_up()
+        wait_for(lambda: not self.waiting())
+
+
+class SpoolStartTests(SpoolCase):
+    """A folder that cannot be used ends the relay at its start, with a reason."""
+
+    def assertEnds(self, word: str, **settings: str) -> None:
+        with start_program(SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1", TLS_SOURCE="off",
+                           REQUIRE_TLS="false", **self.settings_of(**settings)) as process:
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 1, err)
+        self.assertIn("SPOOL_DIRECTORY", err)
+        self.assertIn(word, err)
+        self.assertNotIn("Traceback", err)
+
+    def test_what_cannot_be_used(self) -> None:
+        self.assertEnds("Not a directory", SPOOL_DIRECTORY=FILES["key.pem"] + "/x")
+        self.assertEnds("cannot be used", SPOOL_DIRECTORY=FILES["key.pem"])
+        self.assertEnds("No such file", SPOOL_DIRECTORY=str(self.folder / "a" / "b"))
+        self.folder.chmod(0o733)
+        self.assertEnds("chmod")
+        self.folder.chmod(0o700)
+        self.start().stop()                     # and it makes what is missing
+        made = self.folder / "made"
+        self.start(SPOOL_DIRECTORY=str(made)).stop()
+        self.assertEqual(made.stat().st_mode & 0o777, 0o700)
+
+    def test_one_of_another_user(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("needs root")
+        self.folder = pathlib.Path(tempfile.mkdtemp())      # where everybody can come
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.folder.chmod(0o755)
+        os.chown(self.folder, 65534, 65534)
+        self.assertEnds("belongs to another user")
+        os.chown(self.folder, 0, 0)
+        self.assertEnds("belongs to another user", RUN_AS="nobody")
+
+    def test_a_second_relay(self) -> None:
+        running = self.start()
+        self.assertEnds("another relay works with it")
+        running.stop()
+        self.start()
+
+
+class SpoolCommandTests(SpoolCase, ProgramCase):
+    """The command line shows and changes the spool, beside the running relay too."""
+
+    def spool(self, *arguments: str, wanted: int = 0) -> str:
+        status, out, err = self.outcome("spool", *arguments, **self.settings_of())
+        self.assertEqual(status, wanted, err)
+        return out
+
+    def test_list_and_show(self) -> None:
+        running = self.start()
+        self.assertEqual(self.spool(), "The spool is empty.\n")
+        client = self.log_in_to(running)
+        self.be_down()
+        self.assertIn("Queued", self.post(client, "\x1b[31mred", recipients=("a@x.y", "b@x.y")))
+        ident, = self.waiting()
+        wait_for(lambda: "reason" in (self.queue / ident).read_text())
+        self.assertRegex(self.spool(), rf"(?m)^waiting {ident} queued=20\d\d-\d\d-\d\dT[0-9:]+Z "
+                         rf"size=\d+ sender={SENDER} recipients=a@x.y,b@x.y tries=\d+ "
+                         r'reason="451 4.3.0 .*"( again=\S+)?$')
+        self.assertEqual(self.spool().count("\n"), 1)
+        shown = self.spool("show", ident)
+        self.assertIn("\nSubject: \\x1b[31mred\n", shown)
+        self.assertIn("\nText\n", shown)
+        self.assertNotIn("last", shown.splitlines()[-1])
+        self.assertIn("no such", self.spool("show", "../lock", wanted=1))
+
+    def test_retry_beside_the_relay(self) -> None:
+        client = self.log_in_to(self.start())
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        self.be_down(times=2)
+        self.assertIn("Queued", self.post(client, "1"))
+        self.assertIn("Queued", self.post(client, "2", sender="other@example.com"))
+        ident = next(name for name in self.waiting() if b"Subject: 1" in
+                     (self.queue / name).read_bytes())
+        self.assertIn(ident, self.spool("retry", ident))
+        wait_for(lambda: len(self.waiting()) == 1)
+        self.assertEqual(self.subjects(), [b"1"])
+        self.spool("retry")
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(self.subjects(), [b"1", b"2"])
+
+    def test_drop_beside_the_relay(self) -> None:
+        running = self.start()
+        client = self.log_in_to(running)
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        self.be_down()
+        self.assertIn("Queued", self.post(client, "1"))
+        self.assertIn("Queued", self.post(client, "2"))
+        with kept_log() as kept:
+            ident = self.waiting()[0]
+            self.spool("drop", ident)
+            wait_for(lambda: kept.find("dropped"))
+        self.assertEqual(kept.find("dropped")[0][1].split()[0], ident)
+        self.assertEqual(len(self.fake.asked("send")), 2)       # the other still rests
+        wait_for(lambda: running.ask(lambda: running.relay.spool._octets) == (
+            self.queue / self.waiting()[0]).stat().st_size)
+        self.assertEqual(self.spool("drop", wanted=2), "")
+
+    def test_what_failed_can_be_tried_again(self) -> None:
+        running = self.start()
+        client = self.log_in_to(running)
+        self.fake.will("send", say(503), say(400))
+        self.assertIn("Queued", self.post(client, sender=SENDER))
+        wait_for(lambda: self.fake.delivered)                   # the notice
+        ident = next(self.failed.iterdir()).name
+        self.assertRegex(self.spool(), rf"^failed  {ident} .*reason=.554 5.6.0")
+        self.assertEqual(self.spool("retry"), "")               # only what waits
+        with kept_log() as kept:
+            self.spool("retry", ident)
+            wait_for(lambda: kept.find("delayed"))              # the secret was forgotten
+        self.log_in_to(running)
+        wait_for(lambda: len(self.fake.delivered) == 2)
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(list(self.failed.iterdir()), [])
+
+    def test_without_a_relay(self) -> None:
+        running = self.start()
+        client = self.log_in_to(running)
+        self.be_down()
+        self.assertIn("Queued", self.post(client, "1"))
+        running.stop()
+        ident, = self.waiting()
+        (self.failed / "junk").write_bytes(b"junk")
+        self.assertIn("damaged junk file=", self.spool("list"))
+        self.spool("retry", ident)
+        self.spool("drop", "junk")
+        self.spool("drop", ident)
+        self.assertEqual(self.spool(), "The spool is empty.\n")
+        status, _, err = self.outcome("spool", SPOOL_DIRECTORY="")
+        self.assertEqual(status, 2)
+        self.assertIn("SPOOL_DIRECTORY is not set", err)
+        status, _, err = self.outcome("spool", SPOOL_DIRECTORY=str(self.folder / "none"))
+        self.assertEqual(status, 1)
+        self.assertIn("No such file", err)
+
+
+# ---------------------------------------------------------------------------
+# §16  TLS, §17  Server
 # ---------------------------------------------------------------------------
 
 class TlsCase(RelayCase):
@@ -7186,6 +8006,227 @@ login = optional
         self.assertReply(self.come_from("127.0.0.2").post(), "530 5.7.0")
 
 
+class ReceiptTests(RelayCase):
+    """A message whose 250 was not heard is not sent twice; one that was heard is another."""
+
+    def leave(self, *, reset: bool = False, client: Client | None = None) -> str:
+        """Disappear while a message is with Microsoft, which takes it; returns its id."""
+        client = client or self.begun()
+        self.fake.will("send", self.fake.hang_then(self.fake.accept))
+        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        assert client.sock is not None
+        if reset:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        with kept_log() as kept:
+            self.fake.release.set()
+            wait_for(lambda: kept.find("disconnected"))
+        return self.fake.asked("send")[-1].headers["client-request-id"]
+
+    def again(self, **options: Any) -> str:
+        """Send the same message; returns the reply."""
+        return self.logged_in().post(b"Subject: s\r\n\r\nText\r\n", **options)
+
+    def test_a_client_that_disappears_and_comes_again(self) -> None:
+        for reset in (False, True):
+            with self.subTest(reset=reset):
+                self.fake.reset()
+                self.running.ask(self.running.relay.receipts._unheard.clear)
+                ident = self.leave(reset=reset)
+                with kept_log() as kept:
+                    self.assertEqual(self.again(),
+                                     f"250 2.0.0 Accepted by Microsoft 365, id {ident}")
+                self.assertEqual(len(self.fake.delivered), 1)
+                self.assertIn(f"first={ident}", kept.find("repeated")[0][1])
+                # This 250 was heard, so the next one is another message.
+                self.assertReply(self.again(), "250 2.0.0")
+                self.assertEqual(len(self.fake.delivered), 2)
+
+    def test_others_are_not_the_same(self) -> None:
+        self.leave()
+        for options in ({"sender": "other@example.com"}, {"recipients": ("b@x.y",)},
+                        {"recipients": ("a@x.y", "b@x.y")}):
+            self.assertReply(self.again(**options), "250 2.0.0")
+        another = self.connect()
+        another.log_in(f"{TENANT}@{TENANT}", self.password)
+        self.assertReply(another.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
+        self.assertReply(self.logged_in().post(b"Subject: s\r\n\r\nText.\r\n"), "250 2.0.0")
+        self.assertEqual(len(self.fake.delivered), 6)
+        self.assertReply(self.again(recipients=("A@X.Y",)), "250 2.0.0")    # this is
+        self.assertEqual(len(self.fake.delivered), 6)
+
+    def test_one_that_comes_while_the_first_is_on_its_way(self) -> None:
+        for action, delivered, replies in (
+                (self.fake.accept, 1, 1), (say(400), 1, 2), (utter(b""), 1, 2)):
+            with self.subTest(replies=replies):
+                self.fake.reset()
+                self.running.ask(self.running.relay.receipts._unheard.clear)
+                first, second = self.begun(), self.begun()
+                self.fake.will("send", self.fake.hang_then(action))
+                first.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+                self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+                second.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+                first.close()
+                wait_for(lambda: self.running.ask(lambda: sum(
+                    one._session.holds_message for one in self.running.server._connections)) == 2)
+                self.fake.release.set()
+                reply = self.assertReply(second.next_reply(), "250 2.0.0")
+                self.assertEqual(len(self.fake.delivered), delivered)
+                asked = self.fake.asked("send")
+                self.assertEqual(len(asked), replies)
+                self.assertTrue(reply.endswith(asked[-1].headers["client-request-id"]))
+
+    def test_the_same_at_once_of_clients_that_listen(self) -> None:
+        """Alarms repeat themselves; both are sent."""
+        clients = [self.begun() for _ in range(3)]
+        for client in clients:
+            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+        replies = [client.next_reply() for client in clients]
+        self.assertEqual(len(set(replies)), 3)
+        self.assertEqual(len(self.fake.delivered), 3)
+
+    def test_one_that_waits_in_vain(self) -> None:
+        first, second = self.begun(), self.begun()
+        self.fake.will("send", self.fake.hang, self.fake.hang)
+        for client in (first, second):
+            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+        replies = sorted(client.next_reply() for client in (first, second))
+        self.assertReply(replies[0], "451 4.4.1")
+        self.assertRegex(replies[1], "^451 4.4.[15] ")
+
+    def test_what_was_heard_is_another_message(self) -> None:
+        def in_one_session(client: Client) -> None:
+            client.post(b"Subject: s\r\n\r\nText\r\n")
+
+        def with_quit(client: Client) -> None:
+            client.quit()
+
+        def without_quit(client: Client) -> None:
+            client.close()
+
+        def half_closed(client: Client) -> None:
+            """As `nc -N` and shell scripts do."""
+            client.sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(client.next_reply()[:3], "")
+        for end in (in_one_session, with_quit, without_quit, half_closed):
+            with self.subTest(end.__name__):
+                self.fake.reset()
+                for _ in range(2):
+                    client = self.logged_in()
+                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
+                    with kept_log() as kept:
+                        end(client)
+                        client.close()
+                        wait_for(lambda: kept.find("disconnected"))
+                self.assertEqual(len(self.fake.delivered), 4 if end is in_one_session else 2)
+
+    def test_who_says_all_at_once_and_hears_all(self) -> None:
+        """Then nothing that comes back shows that the 250 was heard, but TCP."""
+        for closes in (False, True):
+            for _ in range(2):
+                client = self.begun()
+                client.send(b"Subject: s\r\n\r\nText\r\n.\r\nQUIT\r\n")
+                if closes:
+                    client.sock.shutdown(socket.SHUT_WR)
+                self.assertReply(client.next_reply(), "250 2.0.0")
+                self.assertReply(client.next_reply(), "221 2.0.0")
+                client.close()
+        self.assertEqual(len(self.fake.delivered), 4)
+
+    def test_whether_all_was_taken(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            theirs = socket.create_connection(listener.getsockname())
+            ours, _ = listener.accept()
+        with ours, theirs:
+            wait_for(lambda: relay.has_taken_all(ours))
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            ours.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    ours.send(b"x" * 65536)
+            self.assertIn(relay.has_taken_all(ours), (None, True) if relay.fcntl is None
+                          else (None,))
+            theirs.close()                      # with octets unread, so it resets
+            wait_for(lambda: relay.has_taken_all(ours) is not None)
+
+    def test_for_how_long_and_how_many(self) -> None:
+        async def play() -> list[str]:
+            clock = Clock()
+            receipts = relay.Receipts(900, clock)
+
+            async def accept(digest: bytes, ident: str) -> str:
+                async with receipts.receipt(digest, ident, time.monotonic()) as receipt:
+                    if not receipt.text:
+                        receipt.text, receipt.is_heard = ident, False
+                    return receipt.text
+            said = [await accept(b"x", "1"), await accept(b"x", "2")]
+            clock.now += 899
+            said.append(await accept(b"x", "3"))
+            clock.now += 2
+            said.append(await accept(b"x", "4"))
+            for number in range(2000):
+                await accept(b"%d" % number, "n")
+            self.assertLessEqual(len(receipts._unheard), 1000)
+            self.assertEqual(receipts._under_way, {})
+            return said
+        self.assertEqual(asyncio.run(play()), ["1", "1", "1", "4"])
+
+    def test_nothing_of_it_when_it_is_off(self) -> None:
+        running = Running(self.config(DUPLICATE_WINDOW="0"))
+        self.addCleanup(running.stop)
+        client = self.connect(running)
+        client.log_in(password=self.password)
+        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+            client.docmd(line)
+        self.leave(client=client)
+        client = self.connect(running)
+        client.log_in(password=self.password)
+        self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
+        self.assertEqual(len(self.fake.delivered), 2)
+
+    def test_a_connection_is_not_kept_for_it(self) -> None:
+        self.leave()
+        (receipt, _), = self.running.ask(self.running.relay.receipts._unheard.values)
+        self.assertNotIsInstance(getattr(receipt.ask, "__self__", None), relay.Connection)
+
+
+class ReceiptTlsTests(TlsCase):
+    """The same under TLS, which knows no half-closed connection."""
+
+    settings = {"REQUIRE_TLS": "true"}
+
+    def begin(self) -> Client:
+        client = Client(self.running.port)
+        self.addCleanup(client.close)
+        client.starttls(context=trusting())
+        client.ehlo()
+        client.log_in(password=self.password)
+        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+            client.docmd(line)
+        return client
+
+    def test_unheard_and_heard(self) -> None:
+        client = self.begin()
+        self.fake.will("send", self.fake.hang_then(self.fake.accept))
+        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        client.close()
+        with kept_log() as kept:
+            self.fake.release.set()
+            wait_for(lambda: kept.find("disconnected"))
+        ident = self.fake.asked("send")[0].headers["client-request-id"]
+        for number in range(3):
+            client = self.begin()
+            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+            reply = self.assertReply(client.next_reply(), "250 2.0.0")
+            self.assertEqual(reply.endswith(ident), number == 0)
+            with kept_log() as kept:
+                client.close()                  # without QUIT
+                wait_for(lambda: kept.find("disconnected"))
+        self.assertEqual(len(self.fake.delivered), 3)
+
+
 class LimitTests(TlsCase):
     """Limits of connections and of time."""
 
@@ -7374,51 +8415,8 @@ class ShutdownTests(RelayCase):
 
 
 # ---------------------------------------------------------------------------
-# §16  Demo, §17  Explain, §18  Command line: the program as a process
+# §18  Demo, §19  Explain, §20  Command line: the program as a process
 # ---------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def start_python(*arguments: str, folder: str = "", groups: tuple[int, ...] = (),
-                 **environ: str) -> Iterator[
-        subprocess.Popen[str]]:
-    """Run Python in an environment without settings; kill it in the end."""
-    names = {*relay.settings(), "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
-    clean = {name: value for name, value in os.environ.items() if name not in names}
-    process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=folder or str(HERE), env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **environ},
-        **({"extra_groups": groups} if groups else {}))     # type: ignore[call-overload]
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for_line(process: subprocess.Popen[str], word: str) -> str:
-    """Read the log until a word is in a line; returns all that was read."""
-    said = ""
-    for line in process.stderr or ():
-        said += line
-        if word in line:
-            return said
-    raise AssertionError(f"{word} is not in {said}")
-
-
-def start_program(*arguments: str, **options: Any) -> Any:
-    """Run the program."""
-    return start_python(str(PROGRAM), *arguments, **options)
-
-
-class ProgramCase(unittest.TestCase):
-    """Runs the program to its end."""
-
-    def outcome(self, *arguments: str, **environ: str) -> tuple[int, str, str]:
-        with start_program(*arguments, **environ) as process:
-            out, err = process.communicate(timeout=PATIENCE)
-        self.assertNotIn("Traceback", err)
-        return process.returncode, out, err
-
 
 class CommandLineTests(ProgramCase):
     """What the program says and how it ends."""
@@ -7956,7 +8954,7 @@ class DemoTests(unittest.TestCase):
 class LayoutTests(unittest.TestCase):
     """The file can be read from the top: each section uses only those above it."""
 
-    PURE = range(1, 9)      # sections without I/O
+    PURE = range(1, 10)     # sections without I/O
 
     @classmethod
     def setUpClass(cls) -> None:
