@@ -37,6 +37,7 @@ import smtplib
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -3392,12 +3393,17 @@ class RelayCase(unittest.TestCase):
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
         self.running.ask(self.running.relay.directory.failures._times.clear)
         self.open_lines()
+        self.forget_receipts()
         self.password = f"secret of {self.id()}"
         self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
 
     def open_lines(self) -> None:
         """Let mailboxes send that Microsoft has made wait."""
         self.running.ask(self.running.relay._graph.turns._lines.clear)
+
+    def forget_receipts(self) -> None:
+        """Take what comes for a message of its own, whatever came before."""
+        self.running.ask(self.running.relay.receipts._unheard.clear)
 
     def connect(self, running: Running | None = None) -> Client:
         """Connect and say EHLO."""
@@ -8032,7 +8038,7 @@ class ReceiptTests(RelayCase):
         for reset in (False, True):
             with self.subTest(reset=reset):
                 self.fake.reset()
-                self.running.ask(self.running.relay.receipts._unheard.clear)
+                self.forget_receipts()
                 ident = self.leave(reset=reset)
                 with kept_log() as kept:
                     self.assertEqual(self.again(),
@@ -8061,7 +8067,7 @@ class ReceiptTests(RelayCase):
                 (self.fake.accept, 1, 1), (say(400), 1, 2), (utter(b""), 1, 2)):
             with self.subTest(replies=replies):
                 self.fake.reset()
-                self.running.ask(self.running.relay.receipts._unheard.clear)
+                self.forget_receipts()
                 first, second = self.begun(), self.begun()
                 self.fake.will("send", self.fake.hang_then(action))
                 first.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
@@ -8412,6 +8418,1113 @@ class ShutdownTests(RelayCase):
             self.assertReply(client.next_reply(), "421 4.3.2")
             self.assertEqual(len(self.fake.deleted), deleted)
             self.assertEqual(len(kept.find("draft-left")), 1 - deleted)
+
+
+class Watched:
+    """A relay as a process: its log, and what it takes of the machine."""
+
+    def __init__(self, process: subprocess.Popen[str], upstream: str) -> None:
+        self.process = process
+        self._upstream = int(upstream.rpartition(":")[2])
+        self.log: list[str] = []
+        self.events: collections.Counter[str] = collections.Counter()      # of the log
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        wait_for(lambda: self.events["listening"] == 2)
+        self.port, self.smtps_port = map(int, re.findall(r" port=(\d+)", "".join(self.log)))
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            self.events[line.split()[4]] += 1
+
+    def descriptors(self) -> int:
+        """How many descriptors it has."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def left(self) -> int:
+        """How many descriptors it has, and threads; but connections to Microsoft may be kept."""
+        links = []
+        for path in pathlib.Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):        # closed meanwhile
+                links.append(os.readlink(path))
+        table = pathlib.Path(f"/proc/{self.process.pid}/net/tcp").read_text().splitlines()
+        kept = {f"socket:[{line.split()[9]}]" for line in table
+                if line.split()[2].endswith(f":{self._upstream:04X}")}
+        return (sum(link not in kept for link in links)
+                + len(os.listdir(f"/proc/{self.process.pid}/task")))
+
+    def memory(self, name: str = "RSS") -> int:
+        """Its memory, now (RSS) or at most since forget_peak() (HWM), in octets."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(rf"Vm{name}:\s+(\d+) kB", status)[0]) * 1024
+
+    def forget_peak(self) -> None:
+        """Let HWM begin anew, proc_pid_clear_refs(5)."""
+        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def processor(self) -> float:
+        """The seconds of the processor that it took."""
+        stat = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text()
+        return sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    def allow_descriptors(self, number: int) -> None:
+        """Let it have so many descriptors."""
+        _, hard = relay.resource.prlimit(self.process.pid, relay.resource.RLIMIT_NOFILE)
+        relay.resource.prlimit(self.process.pid, relay.resource.RLIMIT_NOFILE, (number, hard))
+
+    def stop(self) -> str:
+        """Stop it as it should be stopped; returns its log."""
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return f"{''.join(self.log)}exit {status}"
+
+
+def client_hello() -> bytes:
+    """The first octets of a TLS handshake."""
+    out = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        trusting().wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost").do_handshake()
+    return out.read()
+
+
+def last_octets(sock: socket.socket) -> bytes:
+    """Read to the end, or to a reset; returns the end of what was read."""
+    said = b""
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        while part := sock.recv(65536):
+            said = (said + part)[-1000:]
+    return said
+
+
+def reset(sock: socket.socket) -> None:
+    """Close without a goodbye: the other side gets a RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()        # without a close_notify, under TLS
+
+
+@unittest.skipUnless(sys.platform == "linux", "needs /proc, and the addresses of 127/8")
+class OverloadTests(unittest.TestCase):
+    """Abuse of a relay that is a process of its own: others are served meanwhile, the memory
+    is bounded, and in the end nothing of it is left.
+    """
+
+    MB = 1_000_000
+    fake: FakeMicrosoft
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Start Microsoft; the tests need many descriptors themselves."""
+        cls.fake = FakeMicrosoft()
+        cls.addClassCleanup(cls.fake.close)
+        soft, hard = relay.resource.getrlimit(relay.resource.RLIMIT_NOFILE)
+        relay.resource.setrlimit(relay.resource.RLIMIT_NOFILE, (hard, hard))
+        cls.addClassCleanup(relay.resource.setrlimit, relay.resource.RLIMIT_NOFILE,
+                            (soft, hard))
+        cls.descriptors = hard
+
+    def setUp(self) -> None:
+        """Begin with a clean fake."""
+        self.fake.reset()
+
+    @contextlib.contextmanager
+    def watch(self, *, change: str = "", errors: str = "", **settings: str
+              ) -> Iterator[Watched]:
+        """A relay; in the end it must be as it was at first, and log no errors but those
+        that are allowed. `change` is done before it starts.
+        """
+        probe = socket.create_server(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        code = f"import smtp_oauth_relay as r\n{change}\nr.main([])"
+        environ: dict[str, Any] = {
+            "SMTP_PORT": "0", "SMTPS_PORT": str(port), "LISTEN_ADDRESS": "127.0.0.1",
+            "TLS_CERT_FILEPATH": FILES["cert.pem"], "TLS_KEY_FILEPATH": FILES["key.pem"],
+            "AZURE_AUTHORITY_HOST": self.fake.url, "GRAPH_ENDPOINT": self.fake.url,
+            "REQUIRE_TLS": "false", "MAX_CONNECTIONS": "6000",
+            "MAX_CONNECTIONS_PER_CLIENT": "6000", **settings}
+        with start_python("-c", code, **environ) as process:
+            watched = Watched(process, self.fake.url)
+            with self.honest(watched) as client:
+                self.assertServed(client)
+                before = watched.left() - 1
+            wait_for(lambda: watched.left() == before)
+            watched.forget_peak()
+            yield watched
+            wait_for(lambda: watched.events["disconnected"] == watched.events["connected"])
+            wait_for(lambda: watched.left() == before)
+            with self.honest(watched) as client:
+                self.assertServed(client)
+            wait_for(lambda: watched.events["disconnected"] == watched.events["connected"])
+            wait_for(lambda: watched.left() == before)
+            self.assertSound(watched.stop(), errors)
+
+    def assertSound(self, log: str, errors: str) -> None:
+        """Nothing is wrong in a log, and nobody was left when the relay stopped."""
+        self.assertIn("stopping connections=0\n", log[-3000:])
+        self.assertTrue(log.endswith("stopped\nexit 0"), log[-1000:])
+        self.assertNotIn("Traceback", log)
+        for line in log.splitlines():
+            if errors and errors in line:
+                continue
+            self.assertNotRegex(line, " ERROR | CRITICAL |broken|a defect")
+
+    @contextlib.contextmanager
+    def honest(self, watched: Watched) -> Iterator[Client]:
+        """A client that does nothing bad."""
+        with contextlib.closing(Client(watched.port)) as client:
+            client.ehlo()
+            self.assertRegex(client.log_in(), "^235 ")
+            yield client
+
+    def assertServed(self, client: Client) -> None:
+        self.assertRegex(client.post(), "^250 2.0.0 ")
+
+    def assertMemory(self, watched: Watched, begun: int, most: int) -> None:
+        """The memory never grew by more than that."""
+        self.assertLess(watched.memory("HWM") - begun, most)
+
+    @contextlib.contextmanager
+    def crowd(self, watched: Watched, number: int, *, smtps: bool = False, say: bytes = b"",
+              hear: bytes = b"220 ", room: int = 0, sources: int = 1
+              ) -> Iterator[list[socket.socket]]:
+        """Connections from so many addresses, that say and hear something; `room` is for what
+        they do not read.
+        """
+        port = watched.smtps_port if smtps else watched.port
+        with contextlib.ExitStack() as stack:
+            socks: list[socket.socket] = []
+            for _ in range(number):
+                sock = stack.enter_context(socket.socket())
+                sock.settimeout(PATIENCE)
+                if room:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+                high, low = divmod(len(socks) % sources, 250)
+                sock.bind((f"127.2.{high}.{low + 1}", 0))
+                sock.connect(("127.0.0.1", port))
+                socks.append(sock)
+                if say:
+                    sock.sendall(say)
+                if len(socks) % 100 == 0:       # not too many may wait to be accepted
+                    self.hear(socks[-100:], hear, bool(hear))
+            self.hear(socks[number // 100 * 100:], hear, bool(hear))
+            yield socks
+
+    def hear(self, socks: list[socket.socket], what: bytes, times: int = 1) -> None:
+        """Read on each until something has come, so many times."""
+        for sock in socks:
+            said = b""
+            while said.count(what) < times:
+                part = sock.recv(65536)
+                self.assertTrue(part, f"{said!r} ended before {what!r}")
+                said += part
+
+    # Too many.
+
+    def test_more_connections_than_allowed(self) -> None:
+        """Who is turned away leaves nothing behind, even if it never hangs up."""
+        with self.watch(MAX_CONNECTIONS="21", MAX_CONNECTIONS_PER_CLIENT="20") as watched:
+            with self.honest(watched) as client:
+                with self.crowd(watched, 20):
+                    count = watched.descriptors()
+                    with self.crowd(watched, 300, hear=b"421 4.7.0 "), \
+                            self.crowd(watched, 300, smtps=True, hear=b"", sources=300):
+                        self.assertServed(client)
+                        wait_for(lambda: watched.events["turned-away"] == 600)
+                        wait_for(lambda: watched.descriptors() <= count + 1)
+                wait_for(lambda: watched.descriptors() < count)
+                wait_for(lambda: watched.events["disconnected"] == 21)
+                with self.crowd(watched, 20):
+                    self.assertServed(client)
+
+    def test_5000_idle_connections_that_fail_to_log_in_twice(self) -> None:
+        """Many devices whose secret has expired: Microsoft is asked once."""
+        if self.descriptors < 2 * 6000 + 100:
+            self.skipTest("needs more descriptors")
+        wrong = f"AUTH PLAIN {plain(password='wrong').decode()}\r\n".encode()
+        with self.watch(change="r.FAILURE_PAUSE = 0.01") as watched:
+            begun, asked = watched.memory(), len(self.fake.asked("token"))
+            # So many addresses that none of them fails too often.
+            with self.crowd(watched, 5000, say=b"EHLO x\r\n", hear=b"HELP",
+                            sources=1250) as socks, self.honest(watched) as client:
+                self.assertServed(client)
+                self.assertGreater(watched.descriptors(), 5000)
+                self.assertMemory(watched, begun, 5000 * 30_000)
+                self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
+                for sock in socks:
+                    sock.sendall(wrong * 2)
+                for _ in range(50):
+                    self.assertServed(client)
+                self.hear(socks, b"535 ", 2)
+                self.assertMemory(watched, begun, 5000 * 30_000)
+            self.assertEqual(len(self.fake.asked("token")) - asked, 1)
+            self.assertEqual(sum("result=refused" in line for line in watched.log), 10_000)
+
+    def test_more_messages_than_memory(self) -> None:
+        """40 clients send 0.45 MB each, and the limit is 5 MB: the others are told."""
+        octets = (b"x" * 78 + b"\r\n") * 625
+        head = (f"EHLO x\r\nAUTH PLAIN {plain().decode()}\r\nMAIL FROM:<{SENDER}>\r\n"
+                "RCPT TO:<a@x.y>\r\nDATA\r\n").encode()
+        with self.watch(MAX_MEMORY_FOR_MESSAGES="5000000",
+                        MAX_MESSAGE_SIZE="2000000") as watched:
+            begun = watched.memory()
+            with self.crowd(watched, 40, say=head, hear=b"354 ") as socks, \
+                    self.honest(watched) as client:
+                for part in range(9):
+                    for sock in socks:
+                        sock.sendall(b"\r\n" * (not part) + octets)
+                self.assertServed(client)
+                for sock in socks:
+                    sock.sendall(b".\r\nQUIT\r\n")
+                replies = [last_octets(sock)[:9] for sock in socks]
+                self.assertEqual(collections.Counter(replies), {
+                    b"250 2.0.0": 11, b"452 4.3.1": 29})
+                self.assertMemory(watched, begun, 30 * self.MB)
+                for _ in range(12):             # all of it is free again
+                    self.assertRegex(client.post(octets * 9), "^250 ")
+
+    # What needs time, at once.
+
+    def test_no_descriptors_slow_clients_deaf_clients_and_half_handshakes(self) -> None:
+        """Each in a relay of its own; all are cut off in time."""
+        at_once(lambda play: play(), {play.__name__: (play,) for play in (
+            self.run_out_of_descriptors, self.send_by_octets_and_read_nothing,
+            self.stop_in_handshakes)})
+
+    def run_out_of_descriptors(self) -> None:
+        """It goes on with whom it has, waits without work, and accepts again later."""
+        with self.watch(CLIENT_TIMEOUT="1.5", errors="out of system resource") as watched:
+            with self.honest(watched) as client:
+                self.assertServed(client)       # the connection to Microsoft is kept
+                limit = watched.descriptors() + 8
+                watched.allow_descriptors(limit)
+                socks = []
+                for _ in range(16):
+                    sock = socket.create_connection(("127.0.0.1", watched.port), PATIENCE)
+                    socks.append(sock)
+                    self.addCleanup(sock.close)
+                wait_for(lambda: watched.descriptors() >= limit)
+                begun, work, lines = time.monotonic(), watched.processor(), len(watched.log)
+                self.assertServed(client)
+                self.assertIn(b"421 4.4.2", last_octets(socks[0]))
+                seconds = time.monotonic() - begun
+                work = watched.processor() - work
+                # asyncio tries `backlog` times at once, makes a timer and a line of the log for
+                # each, and the timers multiply: start_server() must be told a backlog of 1.
+                self.assertLess(work, seconds / 2)
+                self.assertLess(len(watched.log) - lines, 50)
+                for sock in socks[8:]:          # they waited, and now have their turn
+                    self.hear([sock], b"220 ")
+            for sock in socks:
+                sock.close()
+
+    def send_by_octets_and_read_nothing(self) -> None:
+        """1000 and 2 clients; the relay holds for them what its buffers hold."""
+        with self.watch(CLIENT_TIMEOUT="1.5") as watched:
+            begun = watched.memory()
+            with self.crowd(watched, 2, room=4096) as deaf, \
+                    self.crowd(watched, 1000) as slow:
+                for sock in deaf:
+                    sock.setblocking(False)
+                left, end = [*slow, *deaf], time.monotonic() + PATIENCE
+                while left:
+                    with self.honest(watched) as client:
+                        self.assertServed(client)
+                    left = [sock for sock in left
+                            if self.sends(sock, b"HELP\r\n" * 100_000 if sock in deaf else b"x")]
+                    self.assertLess(time.monotonic(), end, f"{len(left)} are not cut off")
+                self.assertMemory(watched, begun, 25 * self.MB)
+                for sock in slow:
+                    self.assertNotIn(b"250", last_octets(sock))
+            self.assertEqual(sum("timed out" in line for line in watched.log), 1000)
+
+    def sends(self, sock: socket.socket, octets: bytes) -> bool:
+        """Send as much as goes; False if the relay has hung up."""
+        with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(BlockingIOError):
+                sock.send(octets)
+            return True
+        return False
+
+    def stop_in_handshakes(self) -> None:
+        """400 clients, on both ports, after some octets and after the whole ClientHello."""
+        hello = client_hello()
+        with self.watch(change="r.HANDSHAKE_TIMEOUT = 1.5") as watched:
+            begun = watched.memory()
+            with self.crowd(watched, 200, say=b"EHLO x\r\nSTARTTLS\r\n",
+                            hear=b"Ready") as socks, \
+                    self.crowd(watched, 200, smtps=True, hear=b"") as others:
+                socks += others
+                for sock, part in zip(socks, itertools.cycle((hello, hello[:50]))):
+                    sock.sendall(part)
+                with self.honest(watched) as client:
+                    client.starttls(context=trusting())
+                    self.assertEqual(client.ehlo()[0], 250)
+                for sock in socks:
+                    last_octets(sock)
+            self.assertMemory(watched, begun, 400 * 450_000)
+
+    # Much of it, and of no sense.
+
+    def test_100000_commands_in_one_packet(self) -> None:
+        """Others have their turns between them; mistakes are not heard to their end."""
+        with self.watch() as watched, self.honest(watched) as client:
+            begun = watched.memory()
+            for command, last in ((b"NOOP", b"221 2.0.0"), (b"Unknown", b"421 4.7.0")):
+                with self.crowd(watched, 1) as (sock,), \
+                        concurrent.futures.ThreadPoolExecutor(2) as pool:
+                    said = pool.submit(last_octets, sock)
+                    pool.submit(sock.sendall, (command + b"\r\n") * 100_000 + b"QUIT\r\n")
+                    turns = 0
+                    while not said.done():
+                        client.noop()
+                        turns += 1
+                    self.assertEqual(said.result().splitlines()[-1][:9], last)
+                if last.startswith(b"221"):
+                    self.assertGreater(turns, 10)
+            self.assertServed(client)
+            self.assertMemory(watched, begun, 5 * self.MB)
+
+    def test_random_octets(self) -> None:
+        """For commands, in the clear and within TLS, and for a handshake: all are cut off."""
+        pick = random.Random(5)
+        with self.watch() as watched, self.honest(watched) as client:
+            begun = watched.memory()
+            for number in range(40):
+                noise = b"\r\n".join(pick.randbytes(pick.randrange(100)) for _ in range(500))
+                with self.crowd(watched, 2) as socks, \
+                        self.crowd(watched, 2, smtps=True, hear=b"") as others, \
+                        trusting().wrap_socket(others[0], server_hostname="localhost") as safe:
+                    socks[0].sendall(b"EHLO x\r\nSTARTTLS\r\n")
+                    self.hear(socks[:1], b"Ready")
+                    self.hear([safe], b"220 ")
+                    for sock in (*socks, others[1], safe):
+                        with contextlib.suppress(ConnectionError, ssl.SSLError):
+                            sock.sendall(noise)
+                        last_octets(sock)
+                if number % 10 == 0:
+                    self.assertServed(client)
+            self.assertMemory(watched, begun, 10 * self.MB)
+
+
+class ResetTests(TlsCase):
+    """Clients that are gone all at once, whatever they were doing."""
+
+    settings = {"REQUIRE_TLS": "false"}
+    EHLO = ((b"EHLO x\r\n", b"HELP"),)
+
+    def script(self, state: str) -> tuple[tuple[bytes, bytes], ...]:
+        """What is said and heard until a client is in a state."""
+        login = (*self.EHLO, (b"AUTH PLAIN " + plain(password=self.password) + b"\r\n", b"235 "))
+        mail = (*login, (f"MAIL FROM:<{SENDER}>\r\n".encode(), b"250 2.1.0"))
+        rcpt = (*mail, (b"RCPT TO:<a@x.y>\r\n", b"250 2.1.5"))
+        data = (*rcpt, (b"DATA\r\n", b"354 "))
+        return {
+            "greeted": (), "within a command": ((b"EH", b""),), "EHLO": self.EHLO,
+            "AUTH": (*self.EHLO, (b"AUTH PLAIN\r\n", b"334")),
+            "half of AUTH": (*self.EHLO, (b"AUTH LOGIN\r\nbmFtZQ==\r\n", b"UGFzc3dvcmQ6")),
+            "login": login, "MAIL": mail, "RCPT": rcpt, "DATA": data,
+            "content": (*data, (b"Subject: s\r\n" * 10_000 + b"\r\n.", b"")),
+            "QUIT": (*rcpt, (b"QUIT\r\n", b"")), "QUIT answered": (*rcpt, (b"QUIT\r\n", b"221 ")),
+            "login under way": (*login[:1], (login[1][0], b"")),
+            "message under way": (*data, (b"To: a@x.y\r\n\r\nText\r\n.\r\n", b"")),
+        }[state]
+
+    def come(self, state: str, *, tls: bool = False) -> socket.socket:
+        """Bring a client into a state."""
+        sock = self.raw(smtps=tls)
+        if tls:
+            sock = trusting().wrap_socket(sock, server_hostname="localhost")
+        self.addCleanup(sock.close)
+        self.read_until(sock, b"220 ")
+        for said, heard in self.script(state):
+            sock.sendall(said)
+            if heard:
+                self.read_until(sock, heard)
+        return sock
+
+    def come_half_way(self, octets: bytes, *, smtps: bool = False) -> socket.socket:
+        """Say STARTTLS, if need be, and then some octets of a handshake."""
+        sock = self.raw(smtps=smtps)
+        if not smtps:
+            sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
+            self.read_until(sock, b"Ready")
+        sock.sendall(octets)
+        return sock
+
+    def everyone(self) -> Iterator[socket.socket]:
+        """A client in each state, but for those where something is under way."""
+        for smtps in (False, True):
+            yield self.raw(smtps=smtps)
+            for octets in (b"", client_hello()[:50], client_hello()):
+                yield self.come_half_way(octets, smtps=smtps)
+            for state in ("greeted", "within a command", "EHLO", "AUTH", "half of AUTH", "login",
+                          "MAIL", "RCPT", "DATA", "content", "QUIT", "QUIT answered"):
+                yield self.come(state, tls=smtps)
+
+    def what_is_left(self) -> tuple[int, int]:
+        """How many tasks there are, and how many octets of messages may come."""
+        def look() -> tuple[int, int]:
+            return len(asyncio.all_tasks()), self.running.relay.memory.free
+        wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
+        answer: tuple[int, int] = self.running.ask(look)
+        return answer
+
+    @unittest.skipUnless(sys.platform == "linux", "needs /proc")
+    def test_in_each_state(self) -> None:
+        self.assertReply(self.logged_in().post(), "250 2.0.0")
+        self.doCleanups()
+        before, count = self.what_is_left(), len(os.listdir("/proc/self/fd"))
+        with kept_log() as kept:
+            for _ in range(10):
+                for sock in self.everyone():
+                    reset(sock)
+                with self.logged_in() as client:
+                    self.assertReply(client.post(), "250 2.0.0")
+            self.assertEqual(self.what_is_left(), before)
+        self.assertEqual([line for line in kept.lines if line[0] in ("WARNING", "ERROR")], [])
+        self.assertEqual(len(kept.find("disconnected")), len(kept.find("connected")))
+        self.assertGreaterEqual(len(kept.find("connected")), 320)
+        self.doCleanups()
+        gc.collect()                    # the clients are of this process
+        # Not one for each; connections to Microsoft may be kept.
+        wait_for(lambda: len(os.listdir("/proc/self/fd")) < count + 10)
+
+    def test_while_microsoft_is_asked(self) -> None:
+        """The login is in vain; the message is sent all the same, and the log says so."""
+        before = self.what_is_left()
+        for tls in (False, True):
+            for kind, state in (("token", "login under way"), ("send", "message under way")):
+                self.fake.reset()
+                self.fake.will(kind, self.fake.hang_then(self.fake.accept))
+                self.password = f"secret of {tls} {kind}"
+                self.forget_receipts()      # the message is the same each time
+                with self.subTest(state, tls=tls), kept_log() as kept:
+                    sock = self.come(state, tls=tls)
+                    self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+                    reset(sock)
+                    with self.connect() as client:
+                        client.log_in(password="another")
+                        self.assertReply(client.post(), "250 2.0.0")
+                    self.fake.release.set()
+                    self.assertEqual(self.what_is_left(), before)
+                    sent = 1 + (kind == "send")
+                    self.assertEqual(len(self.fake.delivered), sent)
+                    self.assertEqual(len(kept.find("sent")), sent)
+                    self.assertEqual(kept.find("broken"), [])
+
+
+class Waiting:
+    """A client that says something, and waits for the reply in a thread."""
+
+    def __init__(self, client: Client, octets: bytes) -> None:
+        self.reply, self.seconds = "", 0.0
+        self._client, self._begun = client, time.monotonic()
+        assert client.sock is not None
+        client.sock.sendall(octets)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        self.reply = self._client.next_reply()
+        self.seconds = time.monotonic() - self._begun
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether nothing has come yet."""
+        return self._thread.is_alive()
+
+    def hear(self) -> str:
+        """Wait for the reply."""
+        self._thread.join(2 * PATIENCE)
+        return self.reply
+
+
+def login_line(user: str = USER, password: str = "secret") -> bytes:
+    """A login as a line."""
+    return b"AUTH PLAIN %b\r\n" % plain(user, password)
+
+
+def begin_message(client: Client, message: bytes, sender: str = SENDER) -> Waiting:
+    """Send a message like no other, and do not wait for the reply to its end."""
+    for line in (f"MAIL FROM:<{sender}>", "RCPT TO:<a@x.y>", "DATA"):
+        client.docmd(line)
+    return Waiting(client, message + b"%d\r\n.\r\n" % next(NUMBERS))
+
+
+def calls_under_way() -> list[threading.Thread]:
+    """The threads in which the relay asks others, or waits for the system."""
+    return [one for one in threading.enumerate() if one.name == "relay-call"]
+
+
+NUMBERS = itertools.count()
+SHORT = 0.8             # seconds of UPSTREAM_TIMEOUT where the end of a wait is looked at
+SIMPLE = b"To: a@x.y\r\nSubject: s\r\n\r\nText\r\n"
+BULKY = b"To: a@x.y\r\n\r\n" + b"x" * 2_990_000 + b"\r\n"        # and yet one request
+TWO_FILES = crlf(multipart("mixed", PLAIN, PDF, SCAN, header=NAMED))
+LOOK_UP_USER = "app1@lookup"        # one that is in the table
+# Where a stand-in can stop, but for what a Gate does; with the status that is said then.
+STOPS: dict[str, Callable[[FakeMicrosoft, int], Action]] = {
+    "before the headers": lambda fake, status: fake.hang,
+    "in the status line": lambda fake, status: fake.say_and_hang(b"HTTP/1."),
+    "in the headers": lambda fake, status: fake.say_and_hang(
+        b"HTTP/1.1 %d Some Reason\r\nContent-Le" % status),
+    "in the body": lambda fake, status: fake.say_and_hang(
+        b'HTTP/1.1 %d Some Reason\r\nContent-Length: 99\r\n\r\n{"id": "x' % status),
+    "half of the request": lambda fake, status: BeforeBody(fake.hang)}
+STOPPED_KINDS = {       # who waits then: a login, or a message, and what is said at best
+    "token": (None, 200), "imds": (None, 200), "table": (None, 200), "send": (BULKY, 403),
+    "draft": (TWO_FILES, 201), "attach": (TWO_FILES, 201), "open": (TWO_FILES, 201),
+    "put": (TWO_FILES, 200), "send-draft": (TWO_FILES, 403)}
+
+
+def stop_at(fake: FakeMicrosoft, client: Client, kind: str, where: str, *,
+            password: str = "secret", sender: str = SENDER) -> Waiting:
+    """Have the stand-in stop there; returns who waits for it, when it has come so far."""
+    message, status = STOPPED_KINDS[kind]
+    if message is not None:
+        assert client.log_in(password=password).startswith("235"), kind
+    fake.will(kind, STOPS[where](fake, status))
+    if message is None:
+        user = USER if kind == "token" else LOOK_UP_USER
+        waiting = Waiting(client, login_line(user, password))
+    else:
+        waiting = begin_message(client, message, sender)
+    assert fake.arrived.acquire(timeout=PATIENCE), f"{kind} has not come"
+    return waiting
+
+
+def beside(fake: FakeMicrosoft, **settings: str) -> Running:
+    """A relay that has all it asks, a table and an identity too, from one stand-in."""
+    fake.entities["app1"] = {"tenant_id": TENANT, "client_id": CLIENT}
+    return Running(make_config(**{
+        "SMTP_PORT": "0", "AZURE_AUTHORITY_HOST": fake.url, "GRAPH_ENDPOINT": fake.url,
+        "AZURE_TABLES_URL": f"{fake.url}/account/users", "SERVER_NAME": "relay.test",
+        "AZURE_POD_IDENTITY_AUTHORITY_HOST": fake.url, **settings}))
+
+
+class HangCase(unittest.TestCase):
+    """Waits have an end, and nothing is left of them."""
+
+    def tearDown(self) -> None:
+        """See that no thread is left."""
+        self.doCleanups()
+        wait_for(lambda: not calls_under_way())
+
+    def stand_in(self) -> FakeMicrosoft:
+        """Make a stand-in; what hangs in it ends with the test."""
+        fake = FakeMicrosoft()
+        self.addCleanup(lambda: self.assertEqual(fake.complaints, []))
+        self.addCleanup(fake.close)
+        return fake
+
+    def connect(self, running: Running) -> Client:
+        """Connect and say EHLO."""
+        client = Client(running.port)
+        self.addCleanup(client.close)
+        client.ehlo()
+        return client
+
+    def served(self, running: Running, password: str, sender: str = "other@example.com",
+               message: bytes = SIMPLE) -> None:
+        """See that somebody else is served."""
+        client = self.connect(running)
+        self.assertEqual(client.log_in(password=password)[:9], "235 2.7.0")
+        self.assertEqual(client.post_octets(message, sender, ["a@x.y"])[:9], "250 2.0.0")
+
+    def assertTimely(self, waiting: Waiting, wanted: str, least: float = SHORT) -> None:
+        """See what was heard, and when: not before, and soon after.
+
+        What hangs in the tests does so for PATIENCE, so that this is soon enough.
+        """
+        reply = waiting.hear()
+        self.assertEqual(reply[:len(wanted)], wanted, reply)
+        self.assertGreaterEqual(waiting.seconds, least)
+        self.assertLess(waiting.seconds, PATIENCE)
+
+
+class HangTests(HangCase):
+    """Microsoft stops answering, anywhere."""
+
+    def cases(self) -> dict[str, tuple[str, str]]:
+        """What to play: all stops, but for the steps of an upload only some; SlowUploadTests
+        has the others.
+        """
+        return {f"{kind}, {where}": (kind, where)
+                for kind, (message, _) in STOPPED_KINDS.items() for where in STOPS
+                if where == "in the body" or (message == TWO_FILES) <= (
+                    (kind, where) in (("put", "half of the request"),
+                                      ("send-draft", "in the headers")))}
+
+    def test_what_who_waits_hears_and_when(self) -> None:
+        """One after the other comes to its stop, as all at once might be late; then all wait."""
+        # Those with files first: they have more time, so that they come to their stop.
+        cases = sorted(self.cases().items(), key=lambda case: -self.time_of(case[1][0]))
+        plays = {}
+        for name, (kind, where) in cases:
+            fake = self.stand_in()
+            running = beside(fake, UPSTREAM_TIMEOUT=str(self.time_of(kind)))
+            self.addCleanup(running.stop)
+            plays[name] = fake, stop_at(fake, self.connect(running), kind, where)
+        for name, (fake, waiting) in plays.items():
+            with self.subTest(name):
+                kind, _, where = name.partition(", ")
+                is_known = kind in ("send", "send-draft") and where == "in the body"
+                self.assertTimely(waiting, "454 4.7.0" if STOPPED_KINDS[kind][0] is None else
+                                  "550 5.7.1" if is_known else "451 4.4.1", self.time_of(kind))
+                # What may have been obeyed is not asked again; nothing went out later.
+                self.assertEqual(len(fake.asked(kind)), 1)
+                self.assertEqual((fake.delivered, fake.sent_drafts), ([], []))
+
+    @staticmethod
+    def time_of(kind: str) -> float:
+        """UPSTREAM_TIMEOUT for a stop."""
+        return 2 * SHORT if STOPPED_KINDS[kind][0] == TWO_FILES else SHORT
+
+    def test_others_notice_nothing_and_the_relay_stops(self) -> None:
+        """All of it at once, for as long as it takes to look at others."""
+        fake = self.stand_in()
+        running = beside(fake, UPSTREAM_TIMEOUT="3600", SHUTDOWN_TIMEOUT="0.1")
+        self.addCleanup(running.stop)
+        waiting = {name: stop_at(fake, self.connect(running), kind, where, password=name,
+                                 sender=f"{number}@example.com")
+                   for number, (name, (kind, where)) in enumerate(self.cases().items())
+                   if kind != "imds"}       # all who look into the table need its token
+        for number in range(relay.REQUESTS_AT_ONCE):
+            waiting[f"turn {number}"] = stop_at(
+                fake, self.connect(running), "send", "before the headers",
+                password=f"turn {number}", sender="turn@example.com")
+        before = len(fake.asked("send"))
+        fifth = self.connect(running)
+        fifth.log_in()
+        waiting["fifth"] = begin_message(fifth, SIMPLE, "turn@example.com")
+        self.served(running, "secret")
+        self.served(running, "another", "1@example.com", TWO_FILES)
+        self.assertEqual(self.connect(running).log_in(LOOK_UP_USER)[:9], "235 2.7.0")
+        self.assertEqual(len(fake.asked("send")), before + 1)
+        self.assertEqual([name for name, one in waiting.items() if not one.is_waiting], [])
+        begun = time.monotonic()
+        running.stop()
+        self.assertLess(time.monotonic() - begun, PATIENCE)
+        self.assertEqual({name: one.hear()[:9] for name, one in waiting.items()},
+                         dict.fromkeys(waiting, "421 4.3.2"))
+        # Who is cancelled cuts off its exchange.
+        wait_for(lambda: not calls_under_way())
+        self.assertTrue(+fake._busy, "the calls ended only because the stand-in did")
+
+    def test_who_waits_for_a_turn(self) -> None:
+        fake = self.stand_in()
+        running = beside(fake, UPSTREAM_TIMEOUT=str(SHORT))
+        self.addCleanup(running.stop)
+        clients = [self.connect(running) for _ in range(relay.REQUESTS_AT_ONCE + 1)]
+        for client in clients:
+            client.log_in()
+        # The drafts cannot be deleted either: so the turns are taken for longer than SHORT.
+        fake.will("attach", *[fake.hang] * relay.REQUESTS_AT_ONCE)
+        fake.will("delete", *[fake.hang] * relay.REQUESTS_AT_ONCE)
+        waiting = []
+        for client in clients[:-1]:
+            waiting.append(begin_message(client, TWO_FILES))
+            self.assertTrue(fake.arrived.acquire(timeout=PATIENCE))
+        fifth = begin_message(clients[-1], SIMPLE)
+        self.served(running, "secret")
+        # It gives up a little earlier: a turn at the last moment would be of no use.
+        self.assertTimely(fifth, "451 4.4.5", SHORT * (1 - relay.LEAST_TIME))
+        self.assertTrue(all(one.is_waiting for one in waiting))
+        fake.release.set()
+        for one in waiting:
+            self.assertEqual(one.hear()[:9], "451 4.4.1")
+        self.assertEqual([one.mailbox for one in fake.delivered], ["other@example.com"])
+        self.assertEqual(len(fake.asked("send")), 1)
+        self.served(running, "secret", SENDER)      # the turns are there again
+
+
+class Gate:
+    """Leads to a stand-in until it is shut; who comes then is stuck, each gate's own way:
+
+    "full" (connect() hangs), "silent" (nobody accepts), "half" (the answer stops after
+    some octets), "trickle" (it comes an octet at a time).
+    """
+
+    def __init__(self, port: int, way: str) -> None:
+        self.way, self._to = way, port
+        self._is_shut = False
+        self.answering: list[socket.socket] = []
+        self._end = threading.Event()
+        self._held: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0),
+                                              backlog=0 if way == "full" else 100)
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def shut(self) -> None:
+        """Let nobody through any more, but those who are."""
+        self._is_shut = True
+        if self.way in ("full", "silent"):
+            for _ in range(2):          # one to end accept(), one to fill the queue
+                self._held.append(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
+                self._thread.join(PATIENCE)
+
+    def close(self) -> None:
+        """Close all."""
+        self._end.set()
+        for sock in (self._listener, *self._held):
+            sock.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self._held.append(sock)
+                if self._is_shut and self.way in ("full", "silent"):
+                    return
+                upstream = socket.create_connection(("127.0.0.1", self._to), PATIENCE)
+                self._held.append(upstream)
+                for one in (sock, upstream):        # or each login takes 40 ms more
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.answering.append(sock)
+                threading.Thread(target=self._ask, args=(sock, upstream), daemon=True).start()
+                threading.Thread(target=self._answer, args=(
+                    upstream, sock, self.way if self._is_shut else ""), daemon=True).start()
+
+    @staticmethod
+    def _ask(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while octets := source.recv(65536):
+                sink.sendall(octets)
+            sink.shutdown(socket.SHUT_WR)
+
+    def _answer(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        with contextlib.suppress(OSError):
+            while octets := source.recv(65536):
+                for part in split_octets(octets) if way == "trickle" else [octets]:
+                    sink.sendall(part[:100] if way == "half" else part)
+                    if way == "trickle":
+                        self._end.wait(0.05)
+                if way == "half":
+                    self._end.wait(PATIENCE)
+            sink.shutdown(socket.SHUT_WR)
+        self.answering.remove(sink)
+
+
+class GateTests(HangCase):
+    """Microsoft, over https, stops accepting, or answering in the handshake."""
+
+    def setUp(self) -> None:
+        """Trust the CA of the tests."""
+        clean = {name: value for name, value in os.environ.items()
+                 if "proxy" not in name.lower() and name != "SSL_CERT_DIR"}
+        before = dict(os.environ)
+        self.addCleanup(os.environ.update, before)
+        self.addCleanup(os.environ.clear)
+        os.environ.clear()
+        os.environ.update(clean, SSL_CERT_FILE=FILES["ca.pem"])
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(FILES["cert.pem"], FILES["key.pem"])
+
+    def begin(self, kind: str, way: str) -> tuple[FakeMicrosoft, Waiting]:
+        """Shut the gate to Entra ("token") or to Graph, and look at others meanwhile."""
+        fake = FakeMicrosoft(self.context)
+        self.addCleanup(fake.close)
+        gate = Gate(int(fake.url.rpartition(":")[2]), way)
+        self.addCleanup(gate.close)
+        direct, gated = fake.url, f"https://localhost:{gate.port}"
+        fake.url = direct if kind == "token" else gated     # the resource of the tokens
+        running = Running(make_config(
+            SMTP_PORT="0", UPSTREAM_TIMEOUT=str(SHORT), GRAPH_ENDPOINT=fake.url,
+            AZURE_AUTHORITY_HOST=gated if kind == "token" else direct))
+        self.addCleanup(running.stop)
+        client = self.connect(running)
+        self.served(running, "known")
+        if kind == "send":
+            client.log_in()
+        gate.shut()
+        fake.drop_connections()
+        wait_for(lambda: not gate.answering)        # the relay can see that it is over
+        fake.reset()
+        waiting = (Waiting(client, login_line()) if kind == "token" else
+                   begin_message(client, SIMPLE))
+        # The other of the two is as it was. The gate stays shut until all is done.
+        if kind == "token":
+            self.served(running, "known")
+        else:
+            self.assertEqual(self.connect(running).log_in(password="new")[:3], "235")
+        return fake, waiting
+
+    def test_what_who_waits_hears_and_when(self) -> None:
+        # Where a full backlog hangs; elsewhere it refuses.
+        ways = ("full",) * (sys.platform == "linux") + ("silent", "half", "trickle")
+        begun = {(kind, way): self.begin(kind, way) for kind in ("token", "send")
+                 for way in ways}
+        for (kind, way), (fake, waiting) in begun.items():
+            with self.subTest(kind, way=way):
+                self.assertTimely(waiting, "454 4.7.0" if kind == "token" else "451 4.4.1")
+                self.assertEqual(fake.asked(kind), [])
+
+
+class LookUps:
+    """Look-ups of one host, in the standard library, that hang until they are released."""
+
+    def __init__(self, host: str) -> None:
+        self._host, self._look_up = host, socket.getaddrinfo
+        self.arrived, self.released = threading.Semaphore(0), threading.Event()
+
+    def __enter__(self) -> LookUps:
+        socket.getaddrinfo = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        socket.getaddrinfo = self._look_up
+
+    def __call__(self, host: Any, *arguments: Any, **options: Any) -> Any:
+        """Look up a host."""
+        if host == self._host:
+            self.arrived.release()
+            self.released.wait(2 * PATIENCE)
+        return self._look_up(host, *arguments, **options)
+
+    def wait(self, number: int) -> None:
+        """Wait until so many hang."""
+        for _ in range(number):
+            if not self.arrived.acquire(timeout=PATIENCE):
+                raise AssertionError("too few look-ups")
+
+
+class LookUpTests(HangCase):
+    """The system does not say where Microsoft is."""
+
+    MANY = 60           # more than any default pool has threads
+
+    def relay_with(self, looked_up: str) -> tuple[FakeMicrosoft, Running]:
+        """A relay that finds one of its endpoints only by a look-up, of localhost."""
+        fake = self.stand_in()
+        url, near = fake.url, fake.url.replace("127.0.0.1", "localhost")
+        if looked_up == "GRAPH_ENDPOINT":
+            fake.url = near                         # the resource of the tokens
+        running = Running(make_config(**{
+            "SMTP_PORT": "0", "UPSTREAM_TIMEOUT": str(SHORT), "GRAPH_ENDPOINT": url,
+            "AZURE_AUTHORITY_HOST": url, looked_up: near}))
+        self.addCleanup(running.stop)
+        return fake, running
+
+    def test_many_look_ups_hang_and_others_are_served(self) -> None:
+        fake, running = self.relay_with("AZURE_AUTHORITY_HOST")
+        self.served(running, "known")
+        clients = [self.connect(running) for _ in range(self.MANY)]
+        fake.drop_connections()
+        with LookUps("localhost") as look_ups:
+            waiting = [Waiting(client, login_line(password=f"secret {number}"))
+                       for number, client in enumerate(clients)]
+            look_ups.wait(self.MANY)
+            self.served(running, "known")           # all hang still, and will until released
+            for one in waiting:
+                self.assertTimely(one, "454 4.7.0")
+            self.served(running, "known")
+            wait_for(lambda: len(calls_under_way()) == self.MANY)
+            asked = len(fake.requests)
+        wait_for(lambda: not calls_under_way())
+        self.assertEqual(len(fake.requests), asked)     # nothing was sent later
+        self.assertEqual(clients[0].log_in()[:9], "235 2.7.0")
+
+    def test_a_message_is_not_kept_while_its_look_up_hangs(self) -> None:
+        """Only its thread is: the client has its answer, and sends it again."""
+        fake, running = self.relay_with("GRAPH_ENDPOINT")
+        clients = [self.connect(running) for _ in range(2)]
+        for client in clients:
+            client.log_in()
+        with LookUps("localhost") as look_ups:
+            waiting = [begin_message(client, message, f"{len(message)}@example.com")
+                       for client, message in zip(clients, (BULKY, TWO_FILES))]
+            look_ups.wait(2)
+            for one in waiting:
+                self.assertTimely(one, "451 4.4.1")
+            held = (relay.HttpRequest, relay.Base64, relay.Draft, relay.Attachment)
+            wait_for(lambda: not any(isinstance(one, held) for one in gc.get_objects()))
+            wait_for(lambda: len(calls_under_way()) == 2)
+        wait_for(lambda: not calls_under_way())
+        self.assertEqual((fake.asked("send"), fake.asked("draft")), ([], []))
+
+    def test_the_octets_are_let_go_of_at_once(self) -> None:
+        """Not even until the garbage collector comes."""
+        async def send(url: str) -> weakref.ref[relay.Base64]:
+            body = relay.Base64(b"", memoryview(bytes(100)))
+            pool, held = relay.HttpPool([url]), weakref.ref(body)
+            with contextlib.suppress(relay.NoAnswer):
+                await pool.send(relay.HttpRequest("POST", url, {}, body),
+                                time.monotonic() + 0.1)
+            del body
+            await asyncio.sleep(0)                  # this step still has the future that ended
+            pool.close()
+            return held
+        self.addCleanup(gc.enable)
+        gc.disable()
+        with LookUps("localhost") as look_ups:
+            held = asyncio.run(send("http://localhost:9/x"))
+            look_ups.wait(1)
+            self.assertEqual(len(calls_under_way()), 1)
+            self.assertIsNone(held())
+
+    def test_whether_an_upload_needs_a_proxy_may_be_looked_up_too(self) -> None:
+        """Some systems do so, by NO_PROXY or the like, for a host that Graph names."""
+        fake = self.stand_in()
+        running = beside(fake, UPSTREAM_TIMEOUT=str(SHORT))
+        self.addCleanup(running.stop)
+        fake.will("open", say(201, {"uploadUrl": "https://upload.example/1"}))
+        client, released = self.connect(running), threading.Event()
+        self.addCleanup(setattr, urllib.request, "proxy_bypass", urllib.request.proxy_bypass)
+        self.addCleanup(released.set)
+        urllib.request.proxy_bypass = lambda *_: released.wait(2 * PATIENCE)
+        client.log_in()
+        self.assertTimely(begin_message(client, TWO_FILES), "451 4.4.1")
+        self.assertEqual(len(fake.deleted), 1)
+
+    def test_the_program_stops_while_look_ups_hang(self) -> None:
+        code = ("import socket, threading, smtp_oauth_relay as relay\n"
+                "look_up = socket.getaddrinfo\n"
+                "def hang(host, *rest, **options):\n"
+                "    if host == 'localhost':\n"
+                "        print('hangs', flush=True)\n"
+                "        threading.Event().wait()\n"
+                "    return look_up(host, *rest, **options)\n"
+                "socket.getaddrinfo = hang\n"
+                "relay.main([])\n")
+        with start_python("-c", code, TLS_SOURCE="off", REQUIRE_TLS="false", SMTP_PORT="0",
+                          LISTEN_ADDRESS="127.0.0.1", SHUTDOWN_TIMEOUT="0.3",
+                          AZURE_AUTHORITY_HOST="http://localhost:9") as process:
+            port = int(wait_for_line(process, "listening").rpartition("port=")[2].split()[0])
+            clients = [Client(port) for _ in range(3)]
+            for number, client in enumerate(clients):
+                self.addCleanup(client.close)
+                client.ehlo()
+                assert client.sock is not None and process.stdout is not None
+                client.sock.sendall(login_line(password=f"secret {number}"))
+                self.assertEqual(process.stdout.readline(), "hangs\n")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
+            said = process.stderr.read() if process.stderr else ""
+            self.assertIn("stopped", said)
+            self.assertNotIn("Traceback", said)
+            self.assertEqual([client.next_reply()[:9] for client in clients],
+                             ["421 4.3.2"] * 3)
+
+
+@unittest.skipUnless(hasattr(os, "mkfifo"), "needs a file that hangs")
+class SlowDiskTests(HangCase):
+    """Reading a file hangs, as on a disk that is not there: here it is a pipe."""
+
+    def pipe(self, name: str) -> str:
+        """Make a file that nobody can open until there is somebody who writes."""
+        path = FILES[name]
+        os.mkfifo(path)
+
+        def let_go() -> None:
+            # Not at once: who opens it only later would find nobody.
+            os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+            wait_for(lambda: self.is_read(path))
+            os.unlink(path)
+        self.addCleanup(let_go)
+        return path
+
+    @staticmethod
+    def is_read(path: str) -> bool:
+        """End a read of a pipe, if there is one; returns whether there is none left."""
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        return not calls_under_way()
+
+    def test_the_token_of_a_workload_identity(self) -> None:
+        fake = self.stand_in()
+        running = beside(fake, UPSTREAM_TIMEOUT=str(SHORT), AZURE_TENANT_ID=TENANT,
+                         AZURE_CLIENT_ID=CLIENT, AZURE_FEDERATED_TOKEN_FILE=self.pipe("token"))
+        self.addCleanup(running.stop)
+        client = self.connect(running)
+        with kept_log() as kept:
+            waiting = Waiting(client, login_line(LOOK_UP_USER))
+            self.served(running, "secret")
+            self.assertTimely(waiting, "454 4.7.0")
+        self.assertIn(f"{FILES['token']}: time is up",
+                      "".join(text for _, text in kept.find("result=tempfail")))
+
+    def test_the_accounts_file(self) -> None:
+        """The accounts from before stay in force, and the relay can be stopped."""
+        fake, path = self.stand_in(), FILES.write("slow.ini", f"[a]\n{APPLICATION}\n")
+        running = beside(fake, ACCOUNTS_FILE=path)
+        self.addCleanup(running.stop)
+        os.unlink(path)
+        self.pipe("slow.ini")
+        wait_for(calls_under_way)
+        running.ask(running.relay.directory.file.ask)
+        self.served(running, "secret")
+        running.stop()
+
+
+class SilentClientTests(TlsCase):
+    """CLIENT_TIMEOUT and the like, for a client that stops anywhere."""
+
+    settings = {"CLIENT_TIMEOUT": "0.6", "REQUIRE_TLS": "false"}
+    SILENCES = {            # what was sent before; the "*" is a login
+        "after the greeting": b"", "in a command": b"EHLO x\r\nNOO", "after EHLO": b"EHLO x\r\n",
+        "in a login": b"EHLO x\r\nAUTH LOGIN\r\n", "after a login": b"EHLO x\r\n*",
+        "in an envelope": b"EHLO x\r\n*MAIL FROM:<a@x.y>\r\nRCPT TO:<a@x.y>\r\n",
+        "before a message": b"EHLO x\r\n*MAIL FROM:<a@x.y>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n",
+        "in a message": b"EHLO x\r\n*MAIL FROM:<a@x.y>\r\nRCPT TO:<a@x.y>\r\nDATA\r\nTo: b\r\n.",
+        "in BDAT, which there is not": b"EHLO x\r\n*BDAT 9\r\nx"}
+
+    def test_each_silence_ends(self) -> None:
+        def play(sent: bytes, is_tls: bool) -> tuple[bytes, float]:
+            begun = time.monotonic()
+            with contextlib.ExitStack() as stack:
+                sock = stack.enter_context(self.raw(smtps=is_tls))
+                if is_tls:
+                    sock = stack.enter_context(trusting().wrap_socket(
+                        sock, server_hostname="localhost"))
+                for line in sent.replace(b"*", login_line(password=self.password)
+                                         ).splitlines(keepends=True):
+                    sock.sendall(line)
+                said = self.read(sock)
+                return said, time.monotonic() - begun
+        cases = {f"{name}{', TLS' * is_tls}": (sent, is_tls)
+                 for name, sent in self.SILENCES.items() for is_tls in (False, True)}
+        self.logged_in()            # so that no login has to wait
+        for name, (said, seconds) in at_once(play, cases).items():
+            with self.subTest(name):
+                self.assertTrue(said.splitlines()[-1].startswith(b"421 4.4.2 "), said)
+                self.assertGreaterEqual(seconds, 0.6)
+                self.assertLess(seconds, PATIENCE)
+
+    def test_a_client_that_never_reads_under_tls(self) -> None:
+        raw = socket.socket()
+        raw.settimeout(PATIENCE)
+        # Else the systems of both hold megabytes, which take a while to be written.
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        raw.connect(("127.0.0.1", self.running._config.smtps_port))
+        sock = trusting().wrap_socket(raw, server_hostname="localhost")
+        self.addCleanup(sock.close)
+        with self.assertRaises((ConnectionError, ssl.SSLError)):    # no time-out of our own
+            while True:
+                sock.sendall(b"EHLO x\r\n" * 2_000)
+
+    def test_a_handshake_an_octet_at_a_time(self) -> None:
+        self.addCleanup(setattr, relay, "HANDSHAKE_TIMEOUT", relay.HANDSHAKE_TIMEOUT)
+        relay.HANDSHAKE_TIMEOUT = 0.3
+        pause, begun = threading.Event(), time.monotonic()
+        for smtps in (False, True):
+            sock = self.raw(smtps=smtps)
+            if not smtps:
+                sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
+                self.read_until(sock, b"Ready")
+            sock.sendall(b"\x16\x03\x01\x3f\xff\x01\x00\x3f\xfb\x03\x03")
+            with self.assertRaises(ConnectionError):
+                while time.monotonic() - begun < PATIENCE:
+                    sock.sendall(b"x")
+                    pause.wait(0.02)
+            self.assertReply(self.connect().say("NOOP"), "250 2.0.0")
+        self.assertGreaterEqual(time.monotonic() - begun, 2 * 0.3)
 
 
 # ---------------------------------------------------------------------------
