@@ -7622,6 +7622,167 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.assertIn("No such file", err)
 
 
+# The program, with short pauses; at the Nth thing that it does to the disk it kills itself,
+# before or after.
+KILLED = """
+import os, pathlib, signal, sys
+import smtp_oauth_relay as relay
+relay.FIRST_PAUSE, relay.LAST_PAUSE, relay.IDLE = 0.02, 0.1, 0.1
+left = int(sys.argv[1])
+
+def count(call):
+    def counting(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = call(*arguments, **options)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return counting
+
+if left:
+    os.fsync, os.write = count(os.fsync), count(os.write)
+    pathlib.Path.rename = count(pathlib.Path.rename)
+    pathlib.Path.unlink = count(pathlib.Path.unlink)
+sys.exit(relay.main([]))
+"""
+
+
+class Kills:
+    """Kills a relay again and again while mail flows, and counts what arrives.
+
+    Laws: what was answered 250 arrives; no life of the relay sends a message twice.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.fake = FakeMicrosoft()
+        self.folder = pathlib.Path(tempfile.mkdtemp(dir=FILES.folder))
+        self.accepted: dict[str, str] = {}      # by subject, what was said
+        self.sent = 0
+        self.arrived: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.is_over = threading.Event()
+        probe = socket.create_server(("127.0.0.1", 0))
+        self.port = probe.getsockname()[1]
+        probe.close()
+        self.accounts = FILES.write("kill.ini", f"""
+[device]
+tenant_id = {TENANT}
+client_id = {CLIENT}
+client_secret = secret
+networks = 127.0.0.0/8
+login = optional
+""")
+
+    def take(self, sock: socket.socket, request: Request) -> bool:
+        """Do what Microsoft does; the token says in which life of the relay it was asked."""
+        with self.fake._lock:
+            luck, pause = self.chance.random(), self.chance.random() / 50
+        if luck < 0.4:
+            return say(503)(sock, request)
+        subject = re.search(rb"Subject: (\S+)", base64.b64decode(request.body))
+        if subject is None:                     # the relay was killed within the request
+            return False
+        with self.fake._lock:
+            self.arrived[subject[1].decode(), request.headers["authorization"]] += 1
+        if luck < 0.7:
+            self.is_over.wait(pause)            # so that it is killed meanwhile
+        return self.fake.accept(sock, request)
+
+    def start(self, left: int = 0) -> Any:
+        """Start the relay; after `left` things done to the disk it is dead, 0: never."""
+        return start_python(
+            "-c", KILLED, str(left), SMTP_PORT=str(self.port), LISTEN_ADDRESS="127.0.0.1",
+            TLS_SOURCE="off", REQUIRE_TLS="false", AZURE_AUTHORITY_HOST=self.fake.url,
+            GRAPH_ENDPOINT=self.fake.url, UPSTREAM_TIMEOUT="2", LOG_LEVEL="ERROR",
+            SPOOL_DIRECTORY=str(self.folder), ACCOUNTS_FILE=self.accounts)
+
+    def post(self, dead: threading.Event) -> None:
+        """Send messages until the relay is dead."""
+        while not dead.is_set():
+            try:
+                with Client(self.port) as client:
+                    client.ehlo()
+                    for _ in range(5):
+                        self.post_one(client)
+            except (OSError, smtplib.SMTPException):
+                dead.wait(0.005)                # it has not begun, or is killed
+
+    def post_one(self, client: Client) -> None:
+        """Send one, and note what is said."""
+        with self.fake._lock:
+            self.sent += 1
+            subject = f"m{self.sent}"
+            size = self.chance.choice((10, 10, 1000, 200_000))
+        text = f"To: a@x.y\r\nSubject: {subject}\r\n\r\n" + "x" * size + "\r\n"
+        reply = client.post(text.encode(), sender=f"s{self.sent % 3}@example.com")
+        if reply.startswith("250"):
+            self.accepted[subject] = reply
+
+    def kill(self) -> None:
+        """One life of the relay."""
+        dead = threading.Event()
+        senders = [threading.Thread(target=self.post, args=(dead,)) for _ in range(3)]
+        is_exact = self.chance.random() < 0.6
+        with self.start(self.chance.randrange(1, 120) if is_exact else 0) as process:
+            for one in senders:
+                one.start()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.5 if is_exact else 0.2 + self.chance.random() * 0.6)
+            process.kill()
+            dead.set()
+            self.look_at(process.communicate()[1])
+        for one in senders:
+            one.join(PATIENCE)
+
+    def look_at(self, log: str) -> None:
+        """Find errors in a log."""
+        for line in log.splitlines():
+            if "set-aside" not in line or "not whole" not in line:
+                raise AssertionError(log)
+
+    def run(self, times: int) -> str:
+        """Kill it so often, then let it end its work; returns what happened."""
+        self.fake.will("send", *[self.take] * 1_000_000)
+        for _ in range(times):
+            self.kill()
+        with self.start() as process:
+            wait_for(lambda: not any((self.folder / "queue").iterdir()))
+            process.send_signal(signal.SIGTERM)
+            self.look_at(process.communicate(timeout=PATIENCE)[1])
+        self.is_over.set()
+        self.fake.close()
+        return self.judge(times)
+
+    def judge(self, times: int) -> str:
+        """See whether the laws hold."""
+        lives = collections.Counter(subject for subject, _ in self.arrived)
+        lost = sorted(self.accepted.keys() - lives.keys())
+        twice = [one for one, count in self.arrived.items() if count > 1]
+        left = [path.name for path in (self.folder / "failed").iterdir()]
+        queued = sum("Queued" in reply for reply in self.accepted.values())
+        more = sum(lives[subject] - 1 for subject in self.accepted)
+        told = (f"kills {times}, sent {self.sent}, answered 250 {len(self.accepted)} (queued "
+                f"{queued}), of these lost {len(lost)}, sent again after a kill {more}, twice "
+                f"in one life {len(twice)}; half-written {len(left)}")
+        if lost or twice or any(not name.endswith(".part") for name in left):
+            raise AssertionError(f"{told}: {lost} {twice} {left}")
+        return told
+
+
+@unittest.skipUnless(relay.fcntl, "needs locks of files")
+class KillTests(unittest.TestCase):
+    """kill -9 at any moment loses nothing:  python3 test_relay.py kill --times N --seed S"""
+
+    def test_some_kills(self) -> None:
+        kills = Kills(seed=1)
+        told = kills.run(6)
+        self.assertGreater(len(kills.accepted), 20, told)
+
+
 # ---------------------------------------------------------------------------
 # §16  TLS, §17  Server
 # ---------------------------------------------------------------------------
