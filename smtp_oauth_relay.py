@@ -1708,7 +1708,7 @@ class Session:
 
     def _command(self, line: str) -> Reply | None:
         verb, _, argument = line.rstrip(" \t").partition(" ")
-        verb = verb.upper()
+        verb = verb.upper() if verb.isascii() else verb     # U+017F would become an S
         self._trace("<", _traced(verb, line))
         if verb in HTTP_VERBS:
             self.end(Reply(421, "4.7.0", "This is SMTP, not HTTP"), "HTTP")

@@ -8,6 +8,7 @@ smtplib on the one side and FakeMicrosoft, which plays Entra ID and Graph, on th
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -7628,6 +7629,7 @@ KILLED = """
 import os, pathlib, signal, sys
 import smtp_oauth_relay as relay
 relay.FIRST_PAUSE, relay.LAST_PAUSE, relay.IDLE = 0.02, 0.1, 0.1
+relay.LEAST_PAUSE, relay.THROTTLED_PAUSE = 0.1, 0.3
 left = int(sys.argv[1])
 
 def count(call):
@@ -7657,7 +7659,7 @@ class Kills:
     Laws: what was answered 250 arrives; no life of the relay sends a message twice.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: str) -> None:
         self.chance = random.Random(seed)
         self.fake = FakeMicrosoft()
         self.folder = pathlib.Path(tempfile.mkdtemp(dir=FILES.folder))
@@ -7778,7 +7780,7 @@ class KillTests(unittest.TestCase):
     """kill -9 at any moment loses nothing:  python3 test_relay.py kill --times N --seed S"""
 
     def test_some_kills(self) -> None:
-        kills = Kills(seed=1)
+        kills = Kills(seed="1")
         told = kills.run(6)
         self.assertGreater(len(kills.accepted), 20, told)
 
@@ -10291,5 +10293,1551 @@ class LayoutTests(unittest.TestCase):
             self.assertLessEqual(len(line), 92, f"line {number}")
 
 
+# ---------------------------------------------------------------------------
+# Fuzzer and soak
+# ---------------------------------------------------------------------------
+#
+#     python3 test_relay.py fuzz --seconds 600 --seed 7      what nobody thought of
+#     python3 test_relay.py fuzz --seed 7 --only dialogue:12345
+#     python3 test_relay.py soak --seconds 1200              does it last?
+#
+# The fuzzer has two parts. Dialogues, as sensible as a client's and then damaged, go to
+# Session in several ways of cutting them into packets; Model says what must come of the same
+# octets. Rounds of traffic go through a whole relay, with a FakeMicrosoft that fails as often
+# as it can; Law says for each message how often it may have been sent. A dialogue and a round
+# come of the seed and their number alone (a round's threads do not).
+
+class Violation(Exception):
+    """Something is not as it must be."""
+
+
+class Scene(NamedTuple):
+    """Where a dialogue is played."""
+
+    offers_tls: bool
+    require_tls: bool
+    guest: bool             # whether the client may send without login
+    secure: bool            # whether TLS is on from the start
+    size: int               # MAX_MESSAGE_SIZE
+    memory: int             # what is left of MAX_MEMORY_FOR_MESSAGES
+
+
+GUEST_OF_TESTS = relay.Login(relay.Account("guest", allowed_senders=("a@b.c",),
+                                           allowed_recipients=("d@e.f", "ok.example")),
+                             relay.Application("", ""), "")
+
+# What MAIL is answered when it is in order, and to which mailbox; 550 is for the guest only.
+MAIL_ARGUMENTS = {
+    "FROM:<a@b.c>": (250, "a@b.c"), "from:<a@b.c>": (250, "a@b.c"),
+    "FROM: a@b.c": (250, "a@b.c"), "FROM:<>": (250, ""), "FROM:<@r.s:a@b.c>": (250, "a@b.c"),
+    "FROM:<a@b.c> SIZE=100 BODY=8BITMIME": (250, "a@b.c"),
+    "FROM:<a@b.c> SMTPUTF8 AUTH=<>": (250, "a@b.c"), "FROM:<z@b.c>": (550, "z@b.c"),
+    "FROM:<\u00fc@b.c>": (553, ""), "FROM:<a b@c>": (501, ""), "FROM:<a@b.c": (501, ""),
+    "TO:<a@b.c>": (501, ""), "FROM:<a@b.c> SIZE=x": (501, ""), "FROM:<a@b.c>SIZE=1": (501, ""),
+    "FROM:<a@b.c> SIZE=1 SIZE=1": (501, ""), "FROM:<a@b.c> RET=HDRS": (555, ""),
+    "FROM:<a@b.c> SIZE=36700161": (552, "")}
+# The same for RCPT; the last is what two that mean the same have in common.
+RCPT_ARGUMENTS = {
+    "TO:<d@e.f>": (250, "d@e.f", "d@e.f"), "to: <d@e.f>": (250, "d@e.f", "d@e.f"),
+    "TO:<D@E.f>": (250, "D@E.f", "d@e.f"), 'TO:<"d"@e.f>': (250, '"d"@e.f', "d@e.f"),
+    "TO:<x@ok.example>": (250, "x@ok.example", "x@ok.example"),
+    'TO:<"x y"@ok.example>': (250, '"x y"@ok.example', "x y@ok.example"),
+    "TO:<g@e.f>": (550, "g@e.f", "g@e.f"), "TO:<h@[192.0.2.1]>": (550, "h@[192.0.2.1]",
+                                                               "h@[192.0.2.1]"),
+    "TO:<\u00fc@ok.example>": (553, "\u00fc@ok.example", "\u00fc@ok.example"),
+    "TO:<>": (501, "", ""), "TO:<d>": (501, "", ""), "FROM:<d@e.f>": (501, "", ""),
+    "TO:<d@[e]>": (501, "", ""), "TO:<d@e.f> NOTIFY=NEVER": (555, "", "")}
+
+ANYWHERE = "cold ready mail rcpt"
+# verb: where it is in order, whether it wants an argument, TLS, a login
+RULES: dict[bytes, tuple[str, bool | None, bool, bool]] = {
+    b"EHLO": (ANYWHERE, True, False, False), b"HELO": (ANYWHERE, True, False, False),
+    b"STARTTLS": ("ready", False, False, False), b"AUTH": ("ready", True, True, False),
+    b"MAIL": ("ready", True, True, True), b"RCPT": ("mail rcpt", True, False, False),
+    b"DATA": ("rcpt", False, False, False), b"RSET": (ANYWHERE, False, False, False),
+    b"QUIT": (ANYWHERE, False, False, False), b"VRFY": (ANYWHERE, True, False, False),
+    b"EXPN": (ANYWHERE, None, False, False), b"HELP": (ANYWHERE, None, False, False),
+    b"NOOP": (ANYWHERE, None, False, False)}
+FIXED_REPLIES = {b"VRFY": 252, b"EXPN": 502, b"HELP": 214, b"NOOP": 250}
+HTTP = (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"PATCH", b"TRACE", b"CONNECT")
+MOST_RECIPIENTS = 3
+
+
+class Decisions:
+    """What becomes of the logins and the messages of a dialogue, one after the other."""
+
+    def __init__(self, chance: random.Random) -> None:
+        weights = chance.choice(((12, 3, 2, 1), (12, 3, 2, 1), (1, 8, 1, 0)))
+        self.logins = chance.choices((235, 535, 454, 421), weights, k=50)
+        self.messages = chance.choices((250, 451, 550, 554, 421), (12, 2, 1, 3, 1), k=50)
+        self.asked: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, session: relay.Session, event: relay.Event) -> None:
+        """Answer an event."""
+        kind = type(event).__name__
+        number, self.asked[kind] = self.asked[kind] % 50, self.asked[kind] + 1
+        code = (self.logins if kind == "Authenticate" else self.messages)[number]
+        if kind in ("StartTls", "Close") or code in (235, 250):
+            accept(session, event)
+        else:
+            session.refuse(relay.Reply(code, f"{code // 100}.7.0", "No", close=code == 421))
+
+
+class Model:
+    """What must come of the octets of a dialogue, told from RFC 5321 and the README.
+
+    It walks through the octets once, a line or a message at a time, and takes a reply and
+    the events for each from what the session said. An argument that is not of the tables
+    may be answered as one that is right or as one that is wrong.
+    """
+
+    def __init__(self, scene: Scene, octets: bytes, ends: list[int], *, eof: bool) -> None:
+        self.scene, self.octets, self.ends, self.eof = scene, octets, ends, eof
+        self.decisions: Decisions
+        self.pos = 0
+        self.phase, self.secure = "cold", scene.secure
+        self.login = "guest" if scene.guest else ""
+        self.closed = False
+        self.errors = self.failed = self.lines = self.asked_logins = self.asked_messages = 0
+        self.mechanism, self.answers = "", [""]
+        self.sender: str | bytes = ""
+        self.utf8 = False
+        self.recipients: dict[str, str] = {}
+        self.unsure: list[bytes] = []       # lines with recipients that the tables lack
+        self.walls: list[tuple[int, int]] = []      # what STARTTLS let be forgotten
+
+    def judge(self, said: bytes, events: list[relay.Event], decisions: Decisions) -> None:
+        """Compare with what a session said and asked. Raises Violation."""
+        self.decisions = decisions
+        self.replies = collections.deque(read_replies(said))
+        self.events = collections.deque(events)
+        self.step: Callable[[bytes], None] = self.command
+        while not self.closed:
+            if not self.secure and not self.lines and self.octets[:2] == b"\x16\x03":
+                self.close()
+                break
+            end = self.octets.find(b"\r\n", self.pos)
+            if end < 0:
+                break
+            line, self.pos = self.octets[self.pos:end], end + 2
+            self.lines += 1
+            self.step(line)
+        if not self.closed and self.eof:
+            self.close()
+        if self.replies or self.events:
+            raise Violation(f"more than was asked for: {self.replies} {self.events}")
+
+    # What is read from the session.
+
+    def reply(self, *wanted: int, what: object = "") -> int:
+        """Take a reply; too many errors in a row are told in one more."""
+        code = self.take(what, *wanted)[0]
+        if code < 300:
+            self.errors = 0
+        self.errors += code >= 500 and code != 550
+        if self.errors >= 10:
+            self.take("too many errors", 421)
+            self.close()
+        return code
+
+    def take(self, what: object, *wanted: int) -> tuple[int, list[str]]:
+        if not self.replies:
+            raise Violation(f"no reply, where {wanted} must be: {what!r}")
+        code, lines = self.replies.popleft()
+        if code not in wanted:
+            raise Violation(f"{code} {lines} in place of {wanted}: {what!r}, {self.phase}")
+        is_bare = code in (334, 354) or (code == 250 and not re.match(r"2\.", lines[0]))
+        if not is_bare and not re.match(rf"{code // 100}\.[0-9]\.[0-9]+ ", lines[0]):
+            raise Violation(f"no enhanced status code, or a wrong one: {code} {lines}")
+        return code, lines
+
+    def event(self, kind: type) -> Any:
+        if not self.events or not isinstance(self.events[0], kind):
+            raise Violation(f"no {kind.__name__} at octet {self.pos}, but {self.events}")
+        return self.events.popleft()
+
+    def close(self) -> None:
+        self.event(relay.Close)
+        self.closed = True
+
+    # Lines.
+
+    def command(self, line: bytes) -> None:
+        limit = 12288 if line[:5].upper() == b"AUTH " else 2048
+        if len(line) + 2 > limit or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
+            self.reply(500, what=line[:50])
+            return
+        verb, _, argument = line.rstrip(b" \t").partition(b" ")
+        verb = verb.upper()
+        if verb in HTTP:
+            self.take(line, 421)
+            self.close()
+            return
+        code = self.out_of_order(verb, argument)
+        if code:
+            self.reply(code, what=line[:50])
+        elif verb in FIXED_REPLIES:
+            self.reply(FIXED_REPLIES[verb], what=line[:50])
+        else:
+            getattr(self, f"do_{verb.decode().lower()}")(argument, line)
+
+    def out_of_order(self, verb: bytes, argument: bytes) -> int:
+        if verb not in RULES:
+            return 500
+        phases, wants_argument, wants_tls, wants_login = RULES[verb]
+        if wants_tls and self.scene.require_tls and not self.secure:
+            return 530
+        if wants_login and not self.login:
+            return 530
+        if self.phase not in phases.split():
+            return 503
+        return 501 if wants_argument not in (None, bool(argument)) else 0
+
+    def forget(self) -> None:
+        self.sender, self.utf8, self.recipients, self.unsure = "", False, {}, []
+        self.phase = "cold" if self.phase == "cold" else "ready"
+
+    def do_ehlo(self, argument: bytes, line: bytes) -> None:
+        _, lines = self.take(line, 250)
+        self.errors = 0
+        wanted = {"relay.test", f"SIZE {self.scene.size}", "PIPELINING", "8BITMIME", "SMTPUTF8",
+                  "ENHANCEDSTATUSCODES", "HELP"}
+        wanted |= {"STARTTLS"} if self.scene.offers_tls and not self.secure else set()
+        wanted |= {"AUTH PLAIN LOGIN"} if self.secure or not self.scene.require_tls else set()
+        if set(lines) != wanted or len(lines) != len(wanted):
+            raise Violation(f"EHLO says {lines}")
+        self.phase = "ready"
+        self.forget()
+
+    def do_helo(self, argument: bytes, line: bytes) -> None:
+        self.reply(250, what=line)
+        self.phase = "ready"
+        self.forget()
+
+    def do_rset(self, argument: bytes, line: bytes) -> None:
+        self.reply(250, what=line)
+        self.forget()
+
+    def do_quit(self, argument: bytes, line: bytes) -> None:
+        self.take(line, 221)
+        self.close()
+
+    def do_starttls(self, argument: bytes, line: bytes) -> None:
+        if self.secure or not self.scene.offers_tls:
+            self.reply(503 if self.secure else 502, what=line)
+            return
+        self.reply(220, what=line)
+        self.event(relay.StartTls)
+        self.phase, self.secure = "cold", True
+        self.login = "guest" if self.scene.guest else ""
+        self.forget()
+        end = next(end for end in self.ends if end >= self.pos)
+        self.walls.append((self.pos, end))
+        self.pos = end
+
+    # AUTH.
+
+    def do_auth(self, argument: bytes, line: bytes) -> None:
+        if self.login == "user":
+            self.reply(503, what=line)
+            return
+        name, _, initial = argument.partition(b" ")
+        self.mechanism, self.answers = name.decode("latin-1").upper(), []
+        if self.mechanism not in ("PLAIN", "LOGIN"):
+            self.reply(504, what=line)
+        elif initial:
+            self.auth_answer(b"" if initial == b"=" else initial)
+        else:
+            self.challenge()
+
+    def challenge(self) -> None:
+        wanted = {"PLAIN": [""], "LOGIN": ["VXNlcm5hbWU6", "UGFzc3dvcmQ6"]}
+        _, lines = self.take("AUTH", 334)
+        if lines != [wanted[self.mechanism][len(self.answers)]]:
+            raise Violation(f"a challenge {lines}")
+        self.step = self.auth_answer
+
+    def auth_answer(self, line: bytes) -> None:
+        self.step = self.command
+        if len(line) + 2 > 12288 or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
+            self.reply(500, what=line[:50])
+            return
+        # Of those within AUTH the line with the verb was checked.
+        if line == b"*" or len(line) % 4 or not re.fullmatch(rb"[A-Za-z0-9+/]*={0,2}", line):
+            self.reply(501, what=line[:50])
+            return
+        self.answers.append(base64.b64decode(line).decode("latin-1"))
+        if self.mechanism == "LOGIN" and len(self.answers) == 1:
+            self.challenge()
+            return
+        answers = self.answers
+        if self.mechanism == "PLAIN":
+            parts = answers[0].split("\0")
+            answers = parts[1:] if len(parts) == 3 and parts[0] in ("", parts[1]) else []
+        try:
+            user, password = (one.encode("latin-1").decode() for one in answers)
+        except ValueError:
+            self.reply(501, what=line[:50])
+            return
+        self.log_in(user, password)
+
+    def log_in(self, user: str, password: str) -> None:
+        event = self.event(relay.Authenticate)
+        if (event.username, event.password) != (user, password):
+            raise Violation(f"{event} {event.password} in place of {user!r} {password!r}")
+        code = self.decisions.logins[self.asked_logins % 50]
+        self.asked_logins += 1
+        self.reply(code, what="a login")
+        self.login = "user" if code == 235 else self.login
+        self.failed += code == 535
+        self.forget()
+        if code == 421:
+            self.close()
+        elif self.failed >= 3 and not self.closed:      # whatever was refused
+            self.take("three failed logins", 421)
+            self.close()
+
+    # Messages.
+
+    def do_mail(self, argument: bytes, line: bytes) -> None:
+        text = argument.decode("utf-8", "replace")
+        code, mailbox = MAIL_ARGUMENTS.get(text, (0, ""))
+        if not code:
+            code = self.reply(250, 501, 552, 553, 550, 555, 452, what=line[:80])
+            self.sender = line
+        else:
+            if code == 550 and self.login == "user":
+                code = 250
+            if self.scene.memory < 100 and "SIZE=100" in text and code == 250:
+                code = 452
+            self.reply(code, what=line)
+            self.sender = mailbox
+        if code == 250:
+            self.phase, self.utf8 = "mail", b"SMTPUTF8" in line.upper()
+
+    def do_rcpt(self, argument: bytes, line: bytes) -> None:
+        code, mailbox, key = RCPT_ARGUMENTS.get(argument.decode("utf-8", "replace"),
+                                                (0, "", ""))
+        # A sender that the tables lack may have come with SMTPUTF8 or without.
+        is_loose = not code or (code == 553 and isinstance(self.sender, bytes))
+        if code == 553 and self.utf8:
+            code = 250
+        if code == 550 and self.login == "user":
+            code = 250
+        if code == 250 and key not in self.recipients:
+            most = len(self.recipients) + len(self.unsure)
+            if len(self.recipients) >= MOST_RECIPIENTS:
+                code = 452
+            is_loose = is_loose or most >= MOST_RECIPIENTS > len(self.recipients)
+        if is_loose:
+            if self.reply(250, 452, 501, 550, 553, 555, what=line[:80]) == 250:
+                self.phase = "rcpt"
+                self.unsure.append(line)
+        elif self.reply(code, what=line) == 250:
+            self.phase = "rcpt"
+            self.recipients.setdefault(key, mailbox)
+
+    def do_data(self, argument: bytes, line: bytes) -> None:
+        self.reply(354, what=line)
+        end = self.octets.find(b"\r\n.\r\n", self.pos - 2)
+        if end < 0:
+            self.pos = len(self.octets)
+            return
+        lines = self.octets[self.pos:max(self.pos, end + 2)].split(b"\r\n")
+        text = b"\r\n".join(one[1:] if one[:1] == b"." else one for one in lines)
+        message = re.sub(rb"\r\n|\r|\n", b"\r\n", text)
+        self.pos = end + 5
+        refusals = [code for code, most in ((552, self.scene.size), (452, self.scene.memory))
+                    if len(message) > most]
+        if refusals:
+            self.reply(*refusals, what=f"a message of {len(message)} octets")
+        else:
+            self.deliver(message)
+        self.forget()
+
+    def deliver(self, message: bytes) -> None:
+        envelope = self.event(relay.Deliver).envelope
+        if bytes(envelope.message) != message:
+            raise Violation(f"message {bytes(envelope.message)[:200]!r} and not "
+                            f"{message[:200]!r}")
+        self.check_envelope(envelope)
+        code = self.decisions.messages[self.asked_messages % 50]
+        self.asked_messages += 1
+        self.reply(code, what="a message")
+        if code == 421:
+            self.close()
+
+    def check_envelope(self, envelope: relay.Envelope) -> None:
+        sender = envelope.reverse_path
+        is_right = (sender == self.sender if isinstance(self.sender, str) else
+                    sender.encode("utf-8", "surrogateescape") in self.sender)
+        found = dict(envelope.recipients)
+        if not is_right or (not self.unsure and list(found.values()) != list(
+                self.recipients.values())):
+            raise Violation(f"{envelope} and not {self.sender!r} {self.recipients}")
+        others = set(found.values()) - set(self.recipients.values())
+        if not set(self.recipients) <= set(found) or len(others) > len(self.unsure) or not all(
+                any(one.encode("utf-8", "surrogateescape") in line for line in self.unsure)
+                for one in others):
+            raise Violation(f"{envelope} and not {self.recipients} and of {self.unsure}")
+
+
+def read_replies(said: bytes) -> list[tuple[int, list[str]]]:
+    """Read replies as codes and lines. Raises Violation if one is malformed."""
+    try:
+        found = codes(said)
+    except ValueError as error:
+        raise Violation(str(error)) from None
+    replies: list[tuple[int, list[str]]] = []
+    begun: list[tuple[int, str]] = []
+    for line in said.decode().split("\r\n")[:-1]:
+        begun.append((int(line[:3]), line[4:]))
+        if line[3] == " ":
+            if len({code for code, _ in begun}) > 1:
+                raise Violation(f"several codes in one reply: {begun}")
+            replies.append((begun[0][0], [text for _, text in begun]))
+            begun = []
+    if begun or [code for code, _ in replies] != found:
+        raise Violation(f"half a reply: {begun}")
+    return replies
+
+
+# Dialogues: first sensible, then damaged.
+
+CONTENT_LINES = (b"", b"", b"text", b"..", b"...", b"..x", b".x", b"a.b", b"x.", b"\n.", b"\r.",
+                 b".\n", b".\r", b"a\nb", b"a\rb", b"\r", b"\n", b"\0", b"\xff\xfe", b".\0",
+                 b"Subject: s", b"x" * 998, b"QUIT", b"\r\r", b"\n\n", b". ", b"RSET\n.\n")
+LOGINS = (LOGIN, LOGIN, b"AUTH PLAIN\r\n" + plain() + b"\r\n", b"auth login\r\nQQ==\r\nQg==\r\n",
+          b"AUTH LOGIN QQ==\r\nQg==\r\n", b"AUTH LOGIN\r\n*\r\n", b"AUTH LOGIN =\r\n=\r\n",
+          b"AUTH PLAIN =\r\n", b"AUTH PLAIN QQ\r\n", b"AUTH PLAIN\r\nA===\r\n", b"AUTH X\r\n",
+          b"AUTH PLAIN " + plain(authorize=USER) + b"\r\n", b"AUTH PLAIN AAAA\r\n",
+          b"AUTH PLAIN " + plain(authorize="x") + b"\r\n", b"AUTH LOGIN\r\n/w==\r\n/w==\r\n",
+          b"AUTH PLAIN " + plain(password="p" * 8000) + b"\r\n", b"AUTH\r\n",
+          b"AUTH PLAIN " + plain(password="p" * 10_000) + b"\r\n",
+          b"AUTH LOGIN\r\nQQ==\r\nRSET\r\n", b"AUTH LOGIN QQ== QQ==\r\n")
+ODDITIES = (b"NOOP\r\n", b"noop x\r\n", b"HELP\r\n", b"VRFY a\r\n", b"VRFY\r\n", b"EXPN\r\n",
+            b"RSET\r\n", b"RSET x\r\n", b"\r\n", b"BDAT 5\r\n", b"DATA x\r\n", b"STARTTLS x\r\n",
+            b"QUIT\r\n", b"QUIT x\r\n", b"NOOP" + b" x" * 1021 + b"\r\n", b"X" * 2047 + b"\r\n",
+            b"NOOP " + b"y" * 2041 + b"\r\n", b"NOOP " + b"y" * 2042 + b"\r\n", b"HELO\r\n",
+            b"x" * 13_000 + b"\r\n", b"GET / HTTP/1.1\r\n", b"MAIL\r\n", b"RCPT\r\n",
+            b"HELO x\r\n", b"EHLO  [::1] \t\r\n", b"DATA\r\n", b"NOOP\nNOOP\r\n", b".\r\n",
+            b"NO\0OP\r\n", b"\xff\r\n", b"STARTTLS\r\n", b"EHLO x\r\n", "R\u017fET\r\n".encode(),
+            "QU\u0131T\r\n".encode())
+
+
+def make_scene(chance: random.Random) -> Scene:
+    """Choose where a dialogue is played."""
+    offers_tls = chance.random() < 0.8
+    # Of a message that is above both limits it is the first packet above one that decides.
+    size, memory = chance.choice(((1200, 10 ** 9), (36_700_160, 10 ** 9), (36_700_160, 1000),
+                                  (36_700_160, 50)))
+    return Scene(offers_tls, offers_tls and chance.random() < 0.6, chance.random() < 0.2,
+                 offers_tls and chance.random() < 0.4, size, memory)
+
+
+def make_dialogue(chance: random.Random) -> bytes:
+    """Make the octets of a client that mostly knows what it does, and then damage them."""
+    parts = [b"EHLO x\r\n"] if chance.random() < 0.95 else []
+    if chance.random() < 0.2:
+        parts.append(chance.choice(LOGINS))
+    if chance.random() < 0.5:
+        parts += [b"STARTTLS\r\n", b"EHLO y\r\n"]
+    if chance.random() < 0.8:
+        parts += chance.choices(LOGINS, k=chance.choice((1, 1, 1, 2, 6)))
+    for _ in range(chance.randrange(5)):
+        parts += make_transaction(chance)
+    for _ in range(chance.choice((0, 0, 1, 2, 5, 12))):
+        parts.insert(chance.randrange(len(parts) + 1), chance.choice(ODDITIES))
+    if chance.random() < 0.5:
+        parts.append(b"QUIT\r\n")
+    octets = b"".join(parts)
+    if chance.random() < 0.5:
+        for _ in range(chance.choice((1, 1, 2, 3, 8))):
+            octets = damage(octets, chance)
+    return octets
+
+
+def make_transaction(chance: random.Random) -> Iterator[bytes]:
+    """Make the commands of a message; most are right."""
+    def pick(table: dict[str, Any]) -> bytes:
+        right = [one for one, row in table.items() if row[0] == 250]
+        return chance.choice(right if chance.random() < 0.8 else list(table)).encode()
+    yield chance.choice((b"MAIL ", b"mail ")) + pick(MAIL_ARGUMENTS) + b"\r\n"
+    for _ in range(chance.choice((1, 1, 2, 3, 6))):
+        yield b"RCPT " + pick(RCPT_ARGUMENTS) + chance.choice((b"\r\n", b"\r\n", b" \r\n"))
+    if chance.random() < 0.1:
+        yield b"RSET\r\n"
+    yield b"DATA\r\n"
+    lines = chance.choices(CONTENT_LINES, k=chance.choice((0, 1, 2, 5, 20)))
+    yield b"\r\n".join(lines) + b"\r\n" * (bool(lines) and chance.random() < 0.9) + b".\r\n"
+
+
+def damage(octets: bytes, chance: random.Random) -> bytes:
+    """Change a little, at a random place."""
+    begin = chance.randrange(len(octets) + 1)
+    end = min(len(octets), begin + chance.choice((1, 1, 1, 2, 5, 30)))
+    piece, wild = octets[begin:end], bytes([chance.randrange(256)])
+    new = chance.choice((
+        b"", piece * 2, piece[::-1], wild, piece + wild, b"\r" + piece, b"\n" + piece, b"\0",
+        b"\r\n" + piece, b"\r\n.\r\n" + piece, b"." + piece, b"\xff" + piece, b"\r\n.",
+        piece.swapcase(), bytes(one ^ 1 << chance.randrange(8) for one in piece),
+        piece + b"z" * chance.choice((10, 2000, 13_000)), b" " + piece, b"\r\n..\r\n"))
+    if chance.random() < 0.05:
+        return octets[:begin]
+    return octets[:begin] + new + octets[end:]
+
+
+def make_cuts(octets: bytes, chance: random.Random) -> list[int]:
+    """Choose where packets end."""
+    size = len(octets)
+    style = chance.randrange(6)
+    if style == 0:
+        return []
+    if style == 1 and size < 3000:
+        return list(range(1, size))
+    if style == 2:                          # next to what matters
+        near = [match.start() + chance.randrange(2) for match in re.finditer(rb"[\r\n.]", octets)]
+        return sorted({one for one in near if 0 < one < size and chance.random() < 0.6})
+    if style == 3:
+        return list(range(7, size, chance.choice((7, 64, 512, 4096))))
+    return sorted({chance.randrange(size + 1) for _ in range(chance.randrange(9))} - {0, size})
+
+
+@functools.cache
+def config_of(offers_tls: bool, require_tls: bool, size: int) -> relay.Config:
+    """The settings of a scene."""
+    return make_config(TLS_SOURCE="file" if offers_tls else "off", MAX_RECIPIENTS=str(
+        MOST_RECIPIENTS), REQUIRE_TLS=str(require_tls).lower(), MAX_MESSAGE_SIZE=str(size))
+
+
+class Play:
+    """A dialogue that is played to a session of its own."""
+
+    def __init__(self, scene: Scene, chance: random.Random, octets: bytes,
+                 cuts: list[int]) -> None:
+        self.scene, self.octets = scene, octets
+        self.ends = [*cuts, len(octets)]
+        self.memory = relay.Memory(scene.memory)
+        self.decisions = Decisions(chance)
+        self.dialogue = Dialogue(
+            config_of(scene.offers_tls, scene.require_tls, scene.size), secure=scene.secure,
+            answer=self.decisions, memory=self.memory,
+            guest=GUEST_OF_TESTS if scene.guest else None)
+
+    def run(self, late: random.Random | None = None, *, eof: bool, packets: int = -1) -> None:
+        """Feed packets, all or so many; with `late` answers to events come late."""
+        session, waiting = self.dialogue.session, collections.deque[relay.Event]()
+        if late:
+            self.dialogue.answer = lambda session, event: waiting.append(event)
+
+        def answer() -> None:
+            while waiting and not self.dialogue.closed:
+                self.decisions(session, waiting.popleft())
+                self.dialogue.work()
+        begin = 0
+        for end in self.ends[:packets if packets >= 0 else None]:
+            self.dialogue.feed(self.octets[begin:end])
+            begin = end
+            if late and late.random() < 0.5:
+                answer()
+            if not waiting and not self.dialogue.closed and len(session._buffer) > 12_290:
+                raise Violation(f"{len(session._buffer)} octets are kept of a line")
+        if packets < 0:
+            answer()
+            if eof:
+                session.receive_eof()
+                self.dialogue.work()
+                answer()
+        else:
+            session.abandon()
+
+    def check_memory(self) -> None:
+        """Whatever ended the dialogue, no octet is counted any more."""
+        self.dialogue.session.abandon()
+        if self.memory.free != self.scene.memory:
+            raise Violation(f"{self.scene.memory - self.memory.free} octets of memory are "
+                            "not given back")
+
+
+def check_dialogue(scene: Scene, octets: bytes, seed: str) -> None:
+    """Play a dialogue in several ways. Raises Violation, or what the session raises."""
+    chance = random.Random(seed)
+    eof, destiny = chance.random() < 0.5, chance.random()
+
+    def play(cuts: list[int], **options: Any) -> Play:
+        one = Play(scene, random.Random(destiny), octets, cuts)
+        one.run(eof=eof, **options)
+        one.check_memory()
+        return one
+    first = play(make_cuts(octets, chance))
+    model = Model(scene, octets, first.ends, eof=eof)
+    model.judge(first.dialogue.said, first.dialogue.events, first.decisions)
+    # What follows STARTTLS in its packet is forgotten: these packets stay as they are.
+    cuts = [one for one in make_cuts(octets, chance)
+            if not any(begin <= one < end for begin, end in model.walls)]
+    cuts = sorted({*cuts, *(end for _, end in model.walls)} - {len(octets)})
+    second = play(cuts, late=None if model.walls else chance)
+    if (first.dialogue.said, first.dialogue.events) != (second.dialogue.said,
+                                                        second.dialogue.events):
+        raise Violation(f"other packets, another outcome: {first.dialogue.said!r} "
+                        f"{first.dialogue.events}; {second.dialogue.said!r} "
+                        f"{second.dialogue.events}")
+    # And the same from a client that vanishes in between.
+    third = play(first.ends[:-1], packets=chance.randrange(len(first.ends) + 1),
+                 late=None if model.walls else chance)
+    if not first.dialogue.said.startswith(third.dialogue.said):
+        raise Violation(f"a part of it says {third.dialogue.said!r}")
+
+
+def shrink(octets: bytes, is_bad: Callable[[bytes], bool]) -> bytes:
+    """Leave out what can be left out of a dialogue that shows a defect."""
+    size = max(1, len(octets) // 2)
+    while size:
+        begin = 0
+        while begin < len(octets):
+            shorter = octets[:begin] + octets[begin + size:]
+            if is_bad(shorter):
+                octets = shorter
+            else:
+                begin += size
+        size //= 2
+    return octets
+
+
+def find_problem(scene: Scene, octets: bytes, seed: str) -> str:
+    """Say what is wrong with the play of a dialogue, or ""."""
+    try:
+        check_dialogue(scene, octets, seed)
+    except Violation as error:
+        return f"{error}"
+    except Exception as error:              # noqa: BLE001 - a session must raise none
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def fuzz_dialogue(seed: str) -> str:
+    """Play the dialogue of a seed; returns what is wrong and how to see it again, or ""."""
+    chance = random.Random(seed)
+    scene, octets = make_scene(chance), make_dialogue(chance)
+    problem = find_problem(scene, octets, seed)
+    if not problem:
+        return ""
+    least = shrink(octets, lambda one: bool(find_problem(scene, one, seed)))
+    return (f"{problem}\n  of {octets!r}\n  in short {find_problem(scene, least, seed)}\n  of\n"
+            f"  find_problem({scene}, {least!r}, {seed!r})")
+
+
+# The whole relay. What a message's end must be is in Law and nowhere else.
+
+class Take(NamedTuple):
+    """A message that Microsoft took."""
+
+    ident: str              # client-request-id; the client hears it too
+    mailbox: str
+    recipients: list[str]
+    is_whole: bool          # whether the content is what the client sent
+
+
+@dataclasses.dataclass
+class Story:
+    """What became of a message, which is known by its marker."""
+
+    marker: str
+    sender: str
+    recipients: list[str]
+    message: bytes
+    # Faults to come, by what is asked; then all is well.
+    plan: dict[str, collections.deque[str]] = dataclasses.field(default_factory=dict)
+    faults: list[str] = dataclasses.field(default_factory=list)         # that came
+    began: list[float] = dataclasses.field(default_factory=list)        # not yet answered
+    heard: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # reply, id
+    unheard: int = 0        # how often it was sent to its end, but no reply was heard
+    takes: list[Take] = dataclasses.field(default_factory=list)
+    # How often it was taken without a word, by id: the relay cannot know.
+    unknown: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    is_calm: bool = True    # nothing is planned for it, nor for the login
+    came_again: bool = False    # its client left, and sent it once more
+    ended: float = 0.0
+
+
+class Law:
+    """How often a message may have reached Microsoft, by what its client heard.
+
+    250: once; with `at_least_once` again for each time that Microsoft took it and did not
+    say so. Refused: never; but once if Microsoft took it and did not say so. Unheard: as if
+    either had been heard. And always from the sender, to the recipients, and whole. A
+    message is known to Microsoft by the id that is in the reply.
+    """
+
+    def __init__(self, *, at_least_once: bool = False) -> None:
+        self.at_least_once = at_least_once
+
+    def possible(self, faults: Iterable[str]) -> tuple[str, ...]:
+        """What may happen to a request: what was promised must be possible, and soon."""
+        return tuple(one for one in faults
+                     if not (self.at_least_once and one.split()[-1] in FOR_GOOD))
+
+    def judge(self, story: Story) -> Iterator[str]:
+        """Say what is wrong with the end of a story."""
+        taken = collections.Counter(take.ident for take in story.takes)
+        for reply, ident in story.heard:
+            if reply[:3] == "250" and not taken[ident]:
+                yield f"lost, but answered {reply}"
+            if taken[ident] > self.most(reply[:3] == "250", story.unknown[ident]):
+                yield f"taken {taken[ident]} times, but answered {reply}"
+        heard = collections.Counter(ident for reply, ident in story.heard if reply[:3] == "250")
+        if not story.unheard and any(number > 1 for number in heard.values()):
+            yield "answered as the same message before, of which the client had heard"
+        if story.came_again and len(story.takes) > 1 + sum(story.unknown.values()):
+            yield "sent twice, as its client left and came again"
+        others = set(taken) - {ident for _, ident in story.heard}
+        if len(others) > story.unheard:
+            yield f"taken as {others}, of which no client knows"
+        if any(taken[ident] > self.most(True, story.unknown[ident]) for ident in others):
+            yield f"taken too often by clients that left: {taken}"
+        wanted = (story.sender, sorted(story.recipients), True)
+        for take in story.takes:
+            if take[1:] != wanted:
+                yield f"taken as {take}, not as {wanted}"
+        if story.is_calm:
+            yield from (f"nothing was wrong with it, but answered {reply}"
+                        for reply, _ in story.heard if not reply.startswith(CALM))
+
+    def is_late(self, story: Story, arrived: float, timeout: float) -> bool:
+        """Whether the relay may have given up when Microsoft took a message.
+
+        Its time is for the whole of a message; what is sent later has a time of its own.
+        """
+        begun = arrived if self.at_least_once and not story.began else min(
+            story.began, default=0.0)
+        return time.monotonic() - min(begun, arrived) > timeout / 2
+
+    def most(self, is_accepted: bool, unknown: int) -> int:
+        """How often a message may have been taken."""
+        if is_accepted:
+            return 1 + unknown * self.at_least_once
+        return unknown if self.at_least_once else min(unknown, 1)
+
+
+# What may be heard without a fault of its own: a fault of others took the turns, or all the
+# time there was, or a connection.
+CALM = ("250 2.", "451 4.4.1", "451 4.4.5", "451 4.7.0")
+
+HALF = b"HTTP/1.1 503 Busy\r\nContent-Length: 100\r\nRetry-After: 0\r\n"
+ANSWERS: dict[str, Action] = {          # each a failure; "taken" may stand before some
+    "429": say(429), "429 soon": say(429, Retry_After="0.3"), "429 now": say(429, Retry_After="0"),
+    "429 past": say(429, Retry_After="Mon, 01 Jan 2024 00:00:00 GMT"),
+    "429 never": say(429, Retry_After="Mon, 01 Jan 2124 00:00:00 GMT"),
+    "429 garbage": say(429, Retry_After="soon"), "503 soon": say(503, Retry_After="0.2"),
+    "503": say(503), "500": say(500), "502": say(502, b"<html>Bad gateway</html>"),
+    "504": graph_says(504, "Timeout"), "close": utter(b""), "reset": utter(b"", reset=True),
+    "half status": utter(b"HTTP/1.1 50"), "half header": utter(HALF), "200": say(200),
+    "half header, reset": utter(HALF, reset=True), "half body": utter(HALF + b"\r\n{\"er"),
+    "garbage": utter(b"\0\xff\r\n\r\n"), "302": say(302, Location="http://127.0.0.1:9/"),
+    "400": graph_says(400, "ErrorInvalidRecipients"), "403": graph_says(403, "ErrorAccessDenied"),
+    "507": graph_says(507, "ErrorQuotaExceeded"), "trickle": trickle(
+        b"HTTP/1.1 500 No\r\n", b"X-Slow: x\r\n"), "trickle status": trickle(b"HTTP/1.1", b" ")}
+TAKEN = ("500", "502", "504", "503", "close", "reset", "half status", "half header, reset", "200",
+         "garbage", "trickle", "trickle status", "hang", "302")
+# Microsoft takes the message, says 202, and then fails: it counts as taken.
+SAID_202: dict[str, bytes] = {
+    "202 close": b"", "202 half": b"Content-Length: 5\r\n\r\nx", "202 header": b"Content-Le",
+    "202 long": b"X-Long: " + b"x" * 70_000, "202 many": b"X-Many: x\r\n" * 200 + b"\r\n"}
+GOOD = ("slow", "expire", "then close", *SAID_202, "202 trickle")
+# Those twice, as each is a message that is sent twice if it is tried again.
+SEND_FAULTS = (*ANSWERS, "hang", *GOOD, *(f"taken {one}" for one in TAKEN * 2))
+# With these Microsoft refuses a message, or a login, or says to wait for long.
+FOR_GOOD = ("200", "302", "400", "403", "never", "refused")
+# Faults of the token endpoint; {secret} is what Entra might repeat.
+TOKEN_ANSWERS = {
+    "429": (429, "Too many requests"), "503": (503, "{secret}"), "html": (200, "<html>{secret}"),
+    "400": (400, "{{ {secret}"), "500": (500, '{{"error": "server_error"}}'),
+    "200": (200, '{{"access_token": 5, "expires_in": "x"}}'),
+    "refused": (400, '{{"error": "invalid_request", "error_description": "AADSTS1: {secret}"}}')}
+TOKEN_FAULTS = (*TOKEN_ANSWERS, "hang", "slow", "close", "reset", "short", "short")
+# All passwords begin with a word, so that they are found in the log, in base64 too: behind
+# USER and two NULs it begins at a multiple of three.
+SECRET = "hidden-word"
+SECRET_FORMS = (SECRET, base64.b64encode(SECRET.encode())[:12].decode())
+IS_LINUX = sys.platform == "linux"      # where each visitor has an address of its own
+
+
+class Deaf:
+    """Stands for a socket, and only keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.said = b""
+
+    def sendall(self, octets: bytes) -> None:
+        """Keep octets."""
+        self.said += octets
+
+
+class FaultyMicrosoft(FakeMicrosoft):
+    """Fails as it is planned for each message and each login."""
+
+    def __init__(self, timeout: float, law: Law) -> None:
+        super().__init__()
+        self._timeout, self.law = timeout, law      # UPSTREAM_TIMEOUT of the relay
+        self._numbers = itertools.count()
+        self._drafts_lock = threading.Lock()
+        self.stories: dict[str, Story] = {}
+        self.logins: dict[str, collections.deque[str]] = {}
+        self.strangers: list[str] = []  # requests for messages that nobody sent
+        self.unknown_drafts = 0         # made without a word
+
+    def accept(self, sock: socket.socket, request: Request) -> bool:
+        """Do what is planned, or what Microsoft does."""
+        self.requests.clear()           # they would add up
+        self.delivered.clear()
+        if request.kind == "token":
+            return self._answer_token(sock, request)
+        story = self.stories.get(self._marker(request))
+        if story is None:
+            self.strangers.append(f"{request.kind} {request.path} {request.body[:3000]!r}")
+            return super().accept(sock, request)
+        fault = next_of(story.plan.get(request.kind))
+        if fault:
+            story.faults.append(f"{request.kind} {fault}")
+        return self._act(fault, sock, request, story)
+
+    def _act(self, fault: str, sock: socket.socket, request: Request, story: Story) -> bool:
+        deaf: Any = Deaf()
+        arrived = time.monotonic()
+        if fault.startswith("taken "):
+            if self._take(deaf, request, story):
+                self._leave_unknown(request, story)
+            fault = fault[6:]
+        elif fault.startswith("202"):
+            if self._take(deaf, request, story) and self.law.is_late(story, arrived,
+                                                                     self._timeout):
+                self._leave_unknown(request, story)
+            head = b"HTTP/1.1 202 Accepted\r\n"
+            answer = (trickle(head, b"X-Slow: x\r\n") if fault == "202 trickle" else
+                      utter(head + SAID_202[fault]))
+            return answer(sock, request)
+        if fault == "expire":
+            return self.expire(sock, request)
+        if fault == "hang":
+            return self._hang(sock, request)
+        if fault in ANSWERS:
+            return ANSWERS[fault](sock, request)
+        if fault == "slow":
+            self.release.wait(self._timeout / 6)
+        self._take(sock, request, story, arrived)
+        return fault != "then close"
+
+    def _hang(self, sock: socket.socket, request: Request) -> bool:
+        self.release.wait(3 * self._timeout)
+        return False
+
+    def _leave_unknown(self, request: Request, story: Story) -> None:
+        """The relay cannot know, or hears of it too late."""
+        if request.kind in ("send", "send-draft"):
+            story.unknown[request.headers["client-request-id"]] += 1
+        self.unknown_drafts += request.kind == "draft"
+
+    def _take(self, sock: socket.socket, request: Request, story: Story,
+              arrived: float = 0.0) -> bool:
+        """Do what Microsoft does when all is well; whether a message, or a draft, was taken."""
+        deaf: Any = Deaf()
+        super().accept(deaf, request)
+        is_taken: bool = deaf.said.startswith((b"HTTP/1.1 202", b"HTTP/1.1 201"))
+        ident = request.headers.get("client-request-id", "")
+        if is_taken and isinstance(sock, socket.socket) and self.law.is_late(
+                story, arrived, self._timeout):
+            self._leave_unknown(request, story)
+        if is_taken and request.kind == "send":
+            message = base64.b64decode(request.body)
+            story.takes.append(Take(
+                ident, urllib.parse.unquote(request.path.split("/")[3]), sorted(named_by(message)),
+                message.partition(b"\r\n\r\n")[2] == story.message.partition(b"\r\n\r\n")[2]))
+        elif is_taken and request.kind == "send-draft":
+            draft = self._draft(request)
+            story.takes.append(Take(ident, draft.mailbox, draft.recipients, [
+                bytes(octets) for _, octets in draft.files] == [SCAN_OCTETS]))
+            self._empty(draft)
+        sock.sendall(deaf.said)
+        return is_taken
+
+    def _marker(self, request: Request) -> str:
+        """Find which message a request is about."""
+        octets = request.body
+        if request.kind == "send":
+            octets = base64.b64decode(octets[:8000])
+        elif request.kind == "put":
+            name = self._uploads[int(re.findall("[0-9]+", request.path)[0])][0]["name"]
+            octets = name.encode()
+        elif request.kind != "draft":
+            octets = self.drafts[urllib.parse.unquote(request.path.split("/")[5])].properties[
+                "subject"].encode()
+        match = re.search(rb"story-[0-9]+-[0-9]+", octets)
+        return match[0].decode() if match else ""
+
+    def _answer_token(self, sock: socket.socket, request: Request) -> bool:
+        secret = urllib.parse.parse_qs(request.body.decode())["client_secret"][0]
+        if secret not in self.logins:
+            text = f"AADSTS7000215: Invalid client secret: {secret}"
+            return say(401, aadsts(7000215, "invalid_client", text))(sock, request)
+        fault = next_of(self.logins[secret])
+        if fault in TOKEN_ANSWERS:
+            status, text = TOKEN_ANSWERS[fault]
+            return say(status, text.format(secret=secret).encode())(sock, request)
+        if fault in ANSWERS:
+            return ANSWERS[fault](sock, request)
+        if fault == "hang":
+            return self._hang(sock, request)
+        if fault == "short":
+            return say(200, {"access_token": self._make_token(self.url), "expires_in": 1})(
+                sock, request)
+        if fault == "slow":
+            self.release.wait(self._timeout / 6)
+        return super().accept(sock, request)
+
+    def _make_token(self, resource: str) -> str:
+        token = f"token-{next(self._numbers)}"
+        self._tokens[token] = resource
+        return token
+
+    # Here many make and delete drafts at once, and none gets the id of another.
+
+    def _make_draft(self, sock: socket.socket, request: Request) -> bool:
+        with self._drafts_lock:
+            return super()._make_draft(sock, request)
+
+    def _draft(self, request: Request) -> FakeDraft | None:
+        ident = urllib.parse.unquote(request.path.split("/")[5])
+        return None if ident in self.deleted else self.drafts.get(ident)
+
+    def _delete_draft(self, sock: socket.socket, request: Request) -> bool:
+        refused = self._refuse_draft(sock, request)
+        if refused is not None:
+            return refused
+        self._empty(self._draft(request))
+        self.deleted.append(urllib.parse.unquote(request.path.split("/")[5]))
+        return say(204)(sock, request)
+
+    def _empty(self, draft: FakeDraft | None) -> None:
+        for _, octets in draft.files if draft else ():
+            octets.clear()              # they would add up
+
+    @property
+    def left_drafts(self) -> int:
+        """How many drafts are neither sent nor deleted."""
+        return sum(not draft.sent and ident not in self.deleted
+                   for ident, draft in list(self.drafts.items()))
+
+
+def next_of(plan: collections.deque[str] | None) -> str:
+    """Take the next fault; several threads may ask."""
+    try:
+        return plan.popleft() if plan else ""
+    except IndexError:
+        return ""
+
+
+class Traffic:
+    """Visitors of a relay, and what became of their messages."""
+
+    def __init__(self, seed: str, fake: FaultyMicrosoft, port: int, law: Law, *,
+                 uploads: bool = True) -> None:
+        self.seed, self.fake, self.port, self.law = seed, fake, port, law
+        self.problems: list[str] = []
+        self.replies: collections.Counter[str] = collections.Counter()
+        self.ending = threading.Event()
+        self.with_uploads = uploads
+        # The same alarm may come from several at once, and again and again.
+        chance = random.Random(f"{seed}.alarms")
+        self.alarms = [self.make_story(chance, f"story-0-{number}") for number in range(3)]
+        for story in self.alarms:
+            story.is_calm = False       # other visitors may meet faults
+
+    def make_story(self, chance: random.Random, marker: str, *, large: bool = False,
+                   calm: bool = False) -> Story:
+        """Invent a message, and what Microsoft will do about it."""
+        recipients = [f"{marker}.{one}@x.y" for one in range(chance.choice((1, 1, 2, 3)))]
+        sender = f"{chance.choice(('box1', 'box2', marker))}@example.com"
+        lines = chance.choices((b"", b".", b"..", b"...x", b"Text", b"b\xc3\xbc\xff\0", b"x" * 900),
+                               k=chance.choice((0, 3, 30, 300)))
+        head = (f"Subject: {marker}\nTo: {recipients[0]}, stranger@x.y\n"
+                f"Cc: {', '.join([*recipients[1:2], 'other@x.y'])}\n")
+        message = crlf(head) + b"\r\n" + b"".join(line + b"\r\n" for line in lines)
+        kinds: dict[str, tuple[str, ...]] = {"send": SEND_FAULTS}
+        if large:
+            # That a mailbox may have no drafts is remembered: none shares it.
+            sender = f"{marker}@example.com"
+            message = LARGE.replace(b"Subject: s", f"Subject: {marker}".encode()).replace(
+                b"To: a@x.y", crlf(head.partition("\n")[2]).rstrip()).replace(
+                b"scan.pdf", f"{marker}.pdf".encode())
+            others = (*(one for one in ANSWERS if one != "200"), "hang", "slow", "then close")
+            kinds = {"send-draft": SEND_FAULTS, "draft": (*others, "taken 504", "taken close"),
+                     "open": (*others, "200"), "put": others, "delete": others}
+        story = Story(marker, sender, recipients, message)
+        if not calm:
+            chances = (2, 3, 2, 1) if not large else (6, 2, 1, 0)
+            story.plan = {kind: collections.deque(chance.choices(
+                self.law.possible(faults), k=chance.choices(range(4), chances)[0]))
+                for kind, faults in kinds.items()}
+        story.is_calm = not any(story.plan.values())
+        self.fake.stories[marker] = story
+        return story
+
+    def visit(self, visitor: Visitor) -> None:
+        """Let a visitor come and go."""
+        problem = ""
+        try:
+            visitor.run()
+        except (OSError, smtplib.SMTPException) as error:
+            if "timed out" in str(error) or not visitor.may_break:
+                problem = f"{error!r}"
+        except Exception as error:      # noqa: BLE001 - it is told in the end
+            problem = f"{error!r}"
+        if problem:
+            self.problems.append(f"visitor {visitor.number}, {visitor.way}: {problem} after "
+                                 f"{visitor.last!r}")
+        for story in visitor.stories:
+            story.ended = time.monotonic()
+
+    def visit_all(self, number: int) -> None:
+        """Let so many visitors come at once, and wait until they have gone."""
+        visitors = [Visitor(self, one) for one in range(number)]
+        with concurrent.futures.ThreadPoolExecutor(number) as pool:
+            visits = [pool.submit(self.visit, one) for one in visitors
+                      if one.way != "idle"]
+            idle = [pool.submit(self.visit, one) for one in visitors if one.way == "idle"]
+            concurrent.futures.wait(visits)     # each wait within has its end
+            self.ending.set()
+            concurrent.futures.wait(idle)
+        self.fake.release.set()
+
+    def judge(self, stories: Iterable[Story]) -> None:
+        """Find what the law does not allow."""
+        for story in stories:
+            self.problems += [f"{story.marker}: {problem}; faults {story.faults}, heard "
+                              f"{story.heard}, unheard {story.unheard}, taken {story.takes}"
+                              for problem in self.law.judge(story)]
+        for found in (self.fake.strangers, self.fake.complaints):
+            self.problems += found
+            found.clear()
+
+
+class Visitor:
+    """A client that does what its number wants."""
+
+    def __init__(self, traffic: Traffic, number: int) -> None:
+        self.traffic, self.number = traffic, number
+        self.chance = random.Random(f"{traffic.seed}.{number}")
+        self.stories: list[Story] = []
+        self.last = ""                  # reply
+        self.may_break = False
+        self.password = f"{SECRET}+\u00fc/{number}"
+        self.is_calm = self.chance.random() < 0.6
+        if number == 0 and traffic.with_uploads:
+            self.way = "large"
+        else:
+            self.way = self.chance.choices(
+                ("plain", "pipelined", "alarm", "leave", "wrong" if IS_LINUX else "plain", "idle",
+                 "large" if traffic.with_uploads else "plain"), (30, 25, 10, 25, 6, 2, 1))[0]
+
+    def run(self) -> None:
+        """Connect, and do it."""
+        options: dict[str, Any] = {}
+        if IS_LINUX:
+            options["source_address"] = (
+                f"127.{self.number >> 16 & 127}.{self.number >> 8 & 255}.{self.number % 250 + 1}",
+                0)
+        self.may_break = self.way == "leave"
+        self.make_plan()
+        client = Client(self.traffic.port, **options)
+        with contextlib.closing(client):
+            {"wrong": self.guess, "idle": self.idle, "leave": self.leave}.get(
+                self.way, self.send_all)(client)
+
+    def make_plan(self) -> None:
+        """Decide what the relay will meet on the way."""
+        faults = tuple(one for one in self.traffic.law.possible(TOKEN_FAULTS)
+                       if IS_LINUX or one != "refused")
+        self.faults = [] if self.is_calm else self.chance.choices(faults,
+                                                                  k=self.chance.randrange(3))
+        if self.way != "wrong":
+            self.traffic.fake.logins[self.password] = collections.deque(self.faults)
+        if self.way in ("alarm", "idle", "wrong"):
+            return
+        for number in range(self.chance.choice((1, 1, 2, 3)) if self.way != "large" else 1):
+            self.stories.append(self.traffic.make_story(
+                self.chance, f"story-{self.number + 1}-{number}", large=self.way == "large",
+                calm=self.is_calm and self.chance.random() < 0.5))
+            self.stories[-1].is_calm &= not self.faults
+
+    def say(self, client: Client, line: str, *wanted: str) -> str:
+        """Say a command; any other reply than these is a problem."""
+        self.last = client.say(line)
+        self.count(self.last)
+        if wanted and not self.last.startswith(wanted):
+            self.may_break = self.may_break or self.last.startswith("421")
+            raise smtplib.SMTPException(f"{self.last!r} to {line[:20]}")
+        return self.last
+
+    def count(self, reply: str) -> None:
+        match = re.match(r"\d+( \d\.\d+\.\d+)?", reply)
+        self.traffic.replies[match[0] if match else reply] += 1
+
+    # Ways to behave.
+
+    def guess(self, client: Client) -> None:
+        self.say(client, "EHLO x", "250")
+        self.may_break = True           # after three, or ten from one address, we are cut off
+        for _ in range(self.chance.choice((1, 3))):
+            if client.log_in(password=f"{self.password} wrong")[:3] not in ("535", "454", "421"):
+                self.traffic.problems.append(f"visitor {self.number} logged in")
+
+    def idle(self, client: Client) -> None:
+        self.traffic.ending.wait(PATIENCE)
+
+    def log_in(self, client: Client) -> bool:
+        for _ in range(3):
+            self.say(client, "EHLO x", "250")
+            if self.chance.random() < 0.5:
+                self.last = client.log_in(password=self.password)
+            else:
+                user, password = (base64.b64encode(one.encode()).decode()
+                                  for one in (USER, self.password))
+                self.say(client, f"AUTH LOGIN {user}", "334")
+                self.last = client.say(password)
+            self.count(self.last)
+            if self.last.startswith("235"):
+                return True
+            if self.last[:3] not in (("454", "535") if "refused" in self.faults else ("454",)):
+                self.traffic.problems.append(f"visitor {self.number}: login {self.last}")
+            self.may_break = True       # after three
+        return False
+
+    def send_all(self, client: Client) -> None:
+        if not self.log_in(client):
+            return
+        stories = list(self.stories)
+        if self.way == "alarm":
+            stories = self.chance.choices(self.traffic.alarms, k=self.chance.randrange(1, 5))
+        # Now and then the next request of anybody ends before it was read.
+        if self.chance.random() < 0.05:
+            self.traffic.fake.will("send", BeforeBody(utter(b"", reset=True)))
+        if self.way == "pipelined":
+            self.pipeline(client, stories)
+            return
+        for story in stories:
+            for _ in range(self.chance.choice((1, 1, 2, 3))):
+                for line in self.envelope(story):
+                    self.say(client, line, "250", "354")
+                reply = self.submit(client, story)
+                if reply.startswith("421"):
+                    return
+                if not reply.startswith("45"):
+                    break
+        self.say(client, "QUIT", "221")
+
+    def pipeline(self, client: Client, stories: list[Story]) -> None:
+        """Send each group of commands behind the message before."""
+        groups = [self.envelope(story) for story in stories]
+        self.send(client, lines_of(groups[0]))
+        for number, story in enumerate(stories):
+            for line in groups[number]:
+                code, text = client.getreply()
+                if code not in (250, 354):
+                    raise smtplib.SMTPException(f"{code} {text!r} to {line}")
+            behind = groups[number + 1] if number + 1 < len(stories) else ["NOOP", "QUIT"]
+            if self.submit(client, story, lines_of(behind)).startswith("421"):
+                return
+        ends = [client.getreply()[0] for _ in range(2)]
+        if ends != [250, 221]:
+            raise smtplib.SMTPException(f"{ends} to NOOP and QUIT")
+
+    def leave(self, client: Client) -> None:
+        """Do all that is right, but leave in between."""
+        where = self.chance.choice(("connected", "AUTH", "login", "DATA", "content", "end", "end"))
+        story = self.stories[0]
+        if where == "AUTH":
+            self.send(client, b"EHLO x\r\nAUTH PLAIN " + plain(USER, self.password)
+                      + self.chance.choice((b"", b"\r\n")))
+        if where in ("connected", "AUTH") or not self.log_in(client):
+            self.disappear(client)
+            return
+        lines = self.envelope(story)
+        self.send(client, lines_of(lines[:1 if where == "login" else len(lines)]))
+        if where in ("content", "end"):
+            for _ in lines:
+                client.getreply()
+            content = stuffed(story.message)
+            cut = self.chance.randrange(len(content) + 1) if where == "content" else len(content)
+            self.send(client, content[:cut])
+        if where == "end":
+            story.began.append(time.monotonic())
+            story.unheard += 1
+            self.send(client, b".\r\n")
+        self.disappear(client)
+        if where == "end" and self.chance.random() < 0.5:
+            self.come_again(story)
+
+    def come_again(self, story: Story) -> None:
+        """Send a message once more, as its reply was not heard."""
+        client = Client(self.traffic.port)
+        with contextlib.closing(client):
+            if self.log_in(client):
+                for line in self.envelope(story):
+                    self.say(client, line, "250", "354")
+                story.came_again = True
+                self.submit(client, story)
+
+    def disappear(self, client: Client) -> None:
+        if self.chance.random() < 0.5:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        if client.file:
+            client.file.close()
+        client.sock.close()
+
+    # Pieces.
+
+    def envelope(self, story: Story) -> list[str]:
+        return [f"MAIL FROM:<{story.sender}>", *(f"RCPT TO:<{one}>" for one in story.recipients),
+                "DATA"]
+
+    def send(self, client: Client, octets: bytes) -> None:
+        """Send octets in random pieces."""
+        cuts = sorted(self.chance.randrange(len(octets) + 1)
+                      for _ in range(self.chance.choice((0, 0, 1, 5))))
+        for begin, end in zip([0, *cuts], [*cuts, len(octets)]):
+            client.sock.sendall(octets[begin:end])
+
+    def submit(self, client: Client, story: Story, behind: bytes = b"") -> str:
+        """Send the content of a message; returns the reply to it."""
+        self.send(client, stuffed(story.message))
+        began, reply = time.monotonic(), ""
+        story.began.append(began)
+        try:
+            self.send(client, b".\r\n" + behind)
+            code, text = client.getreply()
+            reply = self.last = f"{code} {text.decode()}"
+        finally:
+            story.began.remove(began)
+            if reply:
+                match = re.search("[0-9a-f]{8}-[0-9a-f-]{27}", reply)
+                story.heard.append((reply, match[0] if match else ""))
+            else:
+                story.began.append(began)
+                story.unheard += 1
+        self.count(reply)
+        return reply
+
+
+def lines_of(commands: Iterable[str]) -> bytes:
+    """Commands as octets."""
+    return "".join(f"{one}\r\n" for one in commands).encode()
+
+
+def stuffed(message: bytes) -> bytes:
+    """A message as a client sends it."""
+    return (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
+
+
+def wrong_in_log(level: str, line: str) -> str:
+    """Say what may not be in the log, or ""."""
+    words = line.split()
+    is_bad = ("Traceback" in line or "broken" in words or "asyncio" in words
+              or level == "CRITICAL" or any(form in line for form in SECRET_FORMS)
+              or re.search("token-[0-9]", line))
+    return f"in the log: {line}" if is_bad else ""
+
+
+# A round: some visitors at once, and then nothing may be left.
+
+def descriptors(pid: int | str = "self") -> int:
+    """How many descriptors a process has; 0 where that is not told."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    return 0
+
+
+def calls() -> int:
+    """How many threads of relays there are."""
+    return sum(one.name == "relay-call" for one in threading.enumerate())
+
+
+def what_is_left(running: Running) -> list[str]:
+    """Say what a relay holds; empty: it is idle."""
+    def look() -> list[str]:
+        joined = running.relay
+        held = {"connections": len(running.server._connections),
+                "clients": len(running.server._clients),
+                # This one, the server's, and that of the spool.
+                "tasks": len(asyncio.all_tasks()) - 2 - (joined.spool is not None),
+                "memory": joined.config.max_memory_for_messages - joined.memory.free,
+                "turns": sum(line.busy + len(line.deadlines)
+                             for line in joined._graph.turns._lines.values()),
+                "fetches": len(joined._tokens._fetches), "loop errors": len(running.loop_errors)}
+        return [f"{number} {name} left" for name, number in held.items() if number]
+    found: list[str] = running.ask(look)
+    return found
+
+
+def settled(what: Callable[[], list[str]]) -> list[str]:
+    """Wait until nothing is left; returns what is."""
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not what())
+    return what()
+
+
+def fuzz_round(seed: str, visitors: int = 16, *, uploads: bool = True, timeout: float = 1.5,
+               law: Law | None = None, is_over: Callable[[Running], bool] = lambda running: True,
+               **settings: str) -> list[str]:
+    """Play a round of traffic; returns what was wrong.
+
+    It is judged when nothing is left and `is_over` says that no message is on its way.
+    """
+    before = descriptors(), calls()
+    law = law or Law()
+    fake = FaultyMicrosoft(timeout, law)
+    running = Running(make_config(SMTP_PORT="0", AZURE_AUTHORITY_HOST=fake.url,
+                                  GRAPH_ENDPOINT=fake.url, SERVER_NAME="relay.test",
+                                  UPSTREAM_TIMEOUT=str(timeout), **settings))
+    traffic = Traffic(seed, fake, running.port, law, uploads=uploads)
+    with kept_log() as kept:
+        traffic.visit_all(visitors)
+        problems = settled(lambda: what_is_left(running) or (
+            [] if is_over(running) else ["messages are on their way"]))
+        try:
+            running.stop()
+        except AssertionError as error:
+            problems.append(f"{error}")
+    fake.close()
+    traffic.judge(fake.stories.values())
+    problems += traffic.problems + list(filter(None, itertools.starmap(wrong_in_log, kept.lines)))
+    if fake.left_drafts > len(kept.find("draft-left")) + fake.unknown_drafts:
+        problems.append(f"{fake.left_drafts} drafts are left")
+
+    def growth() -> list[str]:
+        now = descriptors(), calls()
+        return [f"{now} descriptors and threads, and {before} before"] if any(
+            more > less for more, less in zip(now, before)) else []
+    return problems + settled(growth)
+
+
+@contextlib.contextmanager
+def patient_for(**pauses: float) -> Iterator[None]:
+    """Let the relay wait for other times than it does."""
+    with contextlib.ExitStack() as stack:
+        for name, value in pauses.items():
+            stack.enter_context(unittest.mock.patch.object(relay, name, value))
+        yield
+
+
+def fuzz_spool(seed: str, timeout: float = 1.5) -> list[str]:
+    """Play a round with a spool, until that is empty."""
+    with patient_for(FIRST_PAUSE=0.05, LAST_PAUSE=0.3, IDLE=0.1, THROTTLED_PAUSE=0.3), \
+            tempfile.TemporaryDirectory() as folder:
+        problems = fuzz_round(
+            seed, timeout=timeout, law=Law(at_least_once=True), SPOOL_DIRECTORY=folder,
+            is_over=lambda running: running.ask(lambda: not running.relay.spool._idents))
+        left = [str(path) for path in pathlib.Path(folder).glob("*/*")]
+    return problems + left
+
+
+# The soak: the relay as a process, for as long as one likes.
+
+MOST_GROWTH = {"kB": 49_152, "descriptors": 60, "threads": 8}      # when all is over
+
+
+def figures(pid: int) -> dict[str, int]:
+    """Memory, in kB, descriptors and threads of a process; nothing where none tells."""
+    with contextlib.suppress(OSError):
+        status = dict(re.findall(r"(VmRSS|VmHWM|Threads):\s+(\d+)",
+                                 pathlib.Path(f"/proc/{pid}/status").read_text()))
+        return {"kB": int(status["VmRSS"]), "most kB": int(status["VmHWM"]),
+                "descriptors": descriptors(pid), "threads": int(status["Threads"])}
+    return {}
+
+
+class Soak:
+    """Mixed traffic through a relay that is a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str], seed: str, fake: FaultyMicrosoft,
+                 port: int, spool: str) -> None:
+        self.process, self.fake, self.spool = process, fake, pathlib.Path(spool)
+        self.traffic = Traffic(seed, fake, port, fake.law)
+        self.numbers = itertools.count()
+        self.drafts_told = 0
+        self.start: dict[str, int] = {}
+        self.begun = time.monotonic()
+        self.taken = 0
+
+    def run(self, seconds: float, workers: int = 8) -> list[str]:
+        """Let visitors come for so long; returns what was wrong."""
+        reader = threading.Thread(target=self._read_log, daemon=True)
+        reader.start()
+        end = self.begun + seconds
+        threads = [threading.Thread(target=self._work, args=(end,)) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        # What is needed in the first seconds is needed always.
+        pauses = [min(30.0, seconds / 3)] + [60.0] * int(seconds / 60)
+        while time.monotonic() < end and not self.traffic.ending.is_set():
+            pause = pauses.pop(0) if pauses else 60.0
+            self.traffic.ending.wait(max(0.0, min(pause, end - time.monotonic())))
+            self.start = self.start or figures(self.process.pid)
+            self.report()
+        self.traffic.ending.set()
+        for thread in threads:
+            thread.join()
+        self.fake.release.set()
+        problems = settled(self.left) + settled(self.growth)
+        self.report(last=True)
+        self.process.send_signal(signal.SIGTERM)
+        if self.process.wait(PATIENCE) != 0:
+            problems.append(f"exit status {self.process.returncode}")
+        reader.join(PATIENCE)
+        if self.fake.left_drafts > self.drafts_told + self.fake.unknown_drafts:
+            problems.append(f"{self.fake.left_drafts} drafts are left")
+        return problems + self.traffic.problems
+
+    def _work(self, end: float) -> None:
+        while time.monotonic() < end and not self.traffic.problems:
+            self.traffic.visit(Visitor(self.traffic, next(self.numbers)))
+        if self.traffic.problems:
+            self.traffic.ending.set()
+
+    def _read_log(self) -> None:
+        for line in self.process.stderr or ():
+            self.drafts_told += " draft-left " in line
+            problem = wrong_in_log("", line)
+            if problem:
+                self.traffic.problems.append(problem)
+
+    def left(self) -> list[str]:
+        """Say what is in the spool."""
+        return [path.read_text(errors="replace")[:2000] for path in self.spool.glob("*/*")]
+
+    def growth(self) -> list[str]:
+        """Say of what the relay has more than at the start."""
+        now = figures(self.process.pid)
+        return [f"{now[name]} {name}, and {self.start[name]} at the start"
+                for name, most in MOST_GROWTH.items()
+                if now and now[name] > self.start[name] + most]
+
+    def report(self, *, last: bool = False) -> None:
+        """Print how it goes; stories that ended long ago are judged and forgotten."""
+        over = [one for one in list(self.fake.stories.values())
+                if last or (one.ended and time.monotonic() - one.ended > 3 * PATIENCE)]
+        self.traffic.judge(over)
+        for story in over:
+            self.taken += len(story.takes)
+            del self.fake.stories[story.marker]
+        taken = self.taken + sum(len(one.takes) for one in list(self.fake.stories.values()))
+        replies = dict(sorted(self.traffic.replies.items()))
+        failures = {reply: number for reply, number in replies.items() if reply[0] in "45"}
+        now = figures(self.process.pid)
+        print(f"{'end' if last else 'now'} after {time.monotonic() - self.begun:.0f} s: {taken} "
+              f"messages taken, {replies.get('250 2.0.0', 0)} accepted; failures {failures}\n"
+              f"    start {self.start}\n    now   {now}", flush=True)
+
+
+def soak(seconds: float, seed: str, timeout: float = 2.0) -> list[str]:
+    """Run a soak, with a spool where that can be; returns what was wrong."""
+    folder = tempfile.mkdtemp(dir=FILES.folder)
+    fake = FaultyMicrosoft(timeout, Law(at_least_once=bool(relay.fcntl)))
+    with contextlib.closing(fake), start_python(
+            "-c", KILLED, "0",
+            SMTP_PORT="0", AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url,
+            TLS_SOURCE="off", REQUIRE_TLS="false", LISTEN_ADDRESS="127.0.0.1",
+            UPSTREAM_TIMEOUT=str(timeout), CLIENT_TIMEOUT="10",
+            SPOOL_DIRECTORY=folder if relay.fcntl else "") as process:
+        port = int(re.findall("port=([0-9]+)", wait_for_line(process, "listening"))[0])
+        return Soak(process, seed, fake, port, folder).run(seconds)
+
+
+class FuzzTests(unittest.TestCase):
+    """A short run of the fuzzer and of the soak."""
+
+    maxDiff = None
+
+    def seeds(self, *fixed: str) -> tuple[str, ...]:
+        """Some that are always the same, and one that is not."""
+        return (*fixed, str(random.SystemRandom().randrange(10 ** 9)))
+
+    def test_dialogues(self) -> None:
+        for seed in self.seeds("1", "2"):
+            for number in range(150):
+                self.assertEqual("", fuzz_dialogue(f"{seed}.{number}"),
+                                 f"fuzz --seed {seed} --only dialogue:{number}")
+
+    def test_rounds(self) -> None:
+        for seed in self.seeds("1"):
+            self.assertEqual([], fuzz_round(f"{seed}.0", timeout=SHORT),
+                             f"fuzz --seed {seed} --only round:0")
+
+    @unittest.skipUnless(relay.fcntl, "needs locks of files")
+    def test_rounds_with_a_spool(self) -> None:
+        for seed in self.seeds("1"):
+            self.assertEqual([], fuzz_spool(f"{seed}.0", SHORT),
+                             f"fuzz --seed {seed} --only spool:0")
+
+    def test_a_soak(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            self.assertEqual([], soak(1, "3", SHORT))
+        self.assertRegex(said.getvalue(), "(?m)^end after .* [1-9][0-9]* accepted")
+
+
+def fuzz(seconds: float, seed: str, only: str) -> list[str]:
+    """Fuzz for so long, or only what `only` names; returns what was wrong."""
+    end, counts = time.monotonic() + seconds, collections.Counter[str]()
+    # 250 dialogues, a round, 250 dialogues, a round with a spool.
+    names = [only] if only else (
+        f"{('round', 'spool')[number // 251 % 2]}:{number // 251}" if number % 251 == 250 else
+        f"dialogue:{number - number // 251}" for number in itertools.count())
+    for name in names:
+        kind, _, number = name.partition(":")
+        problems = (fuzz_round(f"{seed}.{number}") if kind == "round" else
+                    fuzz_spool(f"{seed}.{number}") if kind == "spool" else
+                    list(filter(None, [fuzz_dialogue(f"{seed}.{number}")])))
+        counts[kind] += 1
+        if problems:
+            return [*problems, f"see it again: fuzz --seed {seed} --only {name}"]
+        if time.monotonic() > end:
+            break
+    print(f"nothing found in {dict(counts)}")
+    return []
+
+
+def kill(times: int, seed: str) -> list[str]:
+    """Kill the relay so often; returns what was wrong."""
+    try:
+        print(Kills(seed).run(times))
+    except AssertionError as error:
+        return [str(error)]
+    return []
+
+
+def play_long(arguments: list[str]) -> int:
+    """Do what the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="test_relay.py")
+    parser.add_argument("what", choices=("fuzz", "soak", "kill"))
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", default=str(random.SystemRandom().randrange(10 ** 9)))
+    parser.add_argument("--only", default="",
+                        help="fuzz: dialogue:NUMBER, round:NUMBER or spool:NUMBER")
+    parser.add_argument("--times", type=int, default=300, help="kill: how often")
+    options = parser.parse_args(arguments)
+    print(f"{options.what} --seed {options.seed}", flush=True)
+    setUpModule()
+    try:
+        problems = (fuzz(options.seconds, options.seed, options.only) if options.what == "fuzz"
+                    else soak(options.seconds, options.seed) if options.what == "soak"
+                    else kill(options.times, options.seed))
+    finally:
+        tearDownModule()
+    for problem in problems:
+        print(f"VIOLATION {problem}")
+    return int(bool(problems))
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["fuzz"], ["soak"], ["kill"]):
+        sys.exit(play_long(sys.argv[1:]))
     unittest.main()
