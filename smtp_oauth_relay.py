@@ -5045,6 +5045,10 @@ class Spool:
     async def put(self, entry: Entry, parts: list[bytes | memoryview],
                   application: Application | None = None) -> None:
         """Store a message; it is safe when this returns. Raises TemporaryError."""
+        pause = 0.0
+        if application and entry.key not in self._backlogs:     # it has just failed
+            pause = self._graph.turns.held_for(entry.key) or self._pause(1)
+            entry.next_at = time.time() + pause
         octets = len(entry.first_line) + entry.size
         is_stored, is_late = False, threading.Event()
         try:
@@ -5069,9 +5073,9 @@ class Spool:
         backlog = self._admit(entry)
         if application and not application.is_ours:
             self._applications[entry.tenant, entry.client] = application
-        if len(backlog.entries) == 1 and application:       # it has just failed
+        if pause and len(backlog.entries) == 1:
             backlog.failures = 1
-            backlog.rest(self._graph.turns.held_for(entry.key) or self._pause(1))
+            backlog.rest(pause)
 
     def _admit(self, entry: Entry) -> Backlog:
         backlog = self._backlogs.setdefault(entry.key, Backlog(entry.key))
@@ -5880,7 +5884,7 @@ class Relay:
                 elif await self._send(login, message, ident, deadline, address, facts):
                     receipt.text = f"Accepted by Microsoft 365, id {ident}"
                 else:
-                    await self._queue(login, envelope, message.prepared, ident)
+                    await self._queue(login, envelope, message.prepared, ident, facts)
                     level, event = logging.WARNING, "queued"
                     receipt.text = f"Queued, id {ident}"
         except asyncio.CancelledError:
@@ -5920,7 +5924,6 @@ class Relay:
         except asyncio.CancelledError:          # the relay stops
             if not self.spool:
                 raise
-            facts["problem"] = "the relay stops"
             return False
         except TemporaryError as error:
             if not self.spool or error.reply.close:     # the device must log in again
@@ -5931,14 +5934,14 @@ class Relay:
         return True
 
     async def _queue(self, login: Login, envelope: Envelope, prepared: Prepared,
-                     ident: str) -> None:
+                     ident: str, facts: Mapping[str, object]) -> None:
         """Put a message into the spool. Raises TemporaryError."""
         assert self.spool is not None           # or _send had raised
-        application = login.application
+        application, reason = login.application, str(facts.get("reply", "the relay stops"))
         await self.spool.put(Entry(
             ident, login.account.name, application.tenant, application.client,
             prepared.mailbox, envelope.reverse_path, list(envelope.recipients.values()),
-            len(prepared.header), prepared.size, "", False, time.time()),
+            len(prepared.header), prepared.size, "", False, time.time(), 1, 0.0, reason),
             [prepared.header, prepared.body], application)
 
     def _deadline(self) -> float:
