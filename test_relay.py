@@ -5663,6 +5663,35 @@ class SendTests(RelayCase):
         self.assertEqual(len(self.fake.asked("send")), 4)
         self.assertReply(self.logged_in().post(sender="other@example.com"), "250 2.0.0")
 
+    def test_a_burst_is_carried_by_waiting(self) -> None:
+        """Microsoft takes 8 messages, then none for half a second, and so on."""
+        opens_at, taken, refused = 0.0, itertools.count(1), []
+
+        def limit(sock: socket.socket, request: Request) -> bool:
+            nonlocal opens_at
+            with self.fake._lock:
+                is_open = time.monotonic() >= opens_at
+                if is_open and next(taken) % 8 == 0:
+                    opens_at = time.monotonic() + 0.5
+            if is_open:
+                return self.fake.accept(sock, request)
+            refused.append(request)
+            return graph_says(429, "ApplicationThrottled", retry_after="0.5")(sock, request)
+
+        def send(number: int) -> list[str]:
+            client = self.logged_in()
+            return [client.post(f"Subject: {number}.{index}\r\n\r\n".encode())
+                    for index in range(5)]
+        self.fake.will("send", *[limit] * 1000)
+        replies = at_once(send, {str(number): (number,) for number in range(8)})
+        for reply in itertools.chain.from_iterable(replies.values()):
+            self.assertReply(reply, "250 2.0.0")
+        self.assertEqual(len({one.message for one in self.fake.delivered}), 40)
+        self.assertEqual(len(self.fake.delivered), 40)
+        # Each time those on their way are told, and then nobody asks until it is open.
+        self.assertLessEqual(len(refused), 4 * 5)
+        self.assertGreater(len(refused), 0)
+
     def test_a_pause_has_an_end_whatever_microsoft_says(self) -> None:
         self.fake.will("send", graph_says(429, "X", retry_after="999999999"))
         self.assertReply(self.logged_in().post(), "451 4.4.5")
