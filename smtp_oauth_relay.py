@@ -98,6 +98,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import typing
@@ -3214,10 +3215,15 @@ def read_entry(first_line: bytes, last_lines: bytes) -> Entry:
     """Read what stands before and behind a message. Raises ValueError."""
     names = [one.name for one in dataclasses.fields(Entry)]
     entry = Entry(**_read_values(first_line, names))
-    for line in reversed(last_lines.split(b"\n")):
+    states = []
+    for line in last_lines.split(b"\n"):
         with contextlib.suppress(ValueError):
-            return dataclasses.replace(entry, **_read_values(line, _ENTRY_STATE))
-    return entry
+            states.append(_read_values(line, _ENTRY_STATE))
+    if not states:
+        return entry
+    # `spool retry` may have been said while the relay wrote of something else.
+    asked_at = max(one["asked_at"] for one in states)
+    return dataclasses.replace(entry, **{**states[-1], "asked_at": asked_at})
 
 
 def _read_values(line: bytes, names: Iterable[str]) -> dict[str, Any]:
@@ -3228,7 +3234,12 @@ def _read_values(line: bytes, names: Iterable[str]) -> dict[str, Any]:
         raise ValueError("it is damaged") from None
     for name, value in found.items():
         kind = type(getattr(_ENTRY, name))
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        is_right = type(value) is kind or (kind is float and type(value) is int)
+        if kind in (int, float):
+            is_right = is_right and 0 <= value < 2 ** 33        # not NaN; times to 2242
+        elif kind is list:
+            is_right = is_right and all(type(one) is str for one in value)
+        if not is_right:
             raise ValueError("it is damaged")
     return found
 
@@ -3253,11 +3264,13 @@ def make_notice(entry: Entry, header: bytes, reporter: str, ident: str,
                 now: float) -> bytes:
     """Write to who sent a message that it was given up; RFC 3464, RFC 3834 section 3."""
     subject = split_header(header, is_read=b"subject".__eq__).find(b"subject")
-    named = f"Subject:     {_one_line(_unfolded(subject[0]))}\n" if subject else ""
+    named = f"Subject:     {_one_line(_unfolded(subject[0]))[:200]}\n" if subject else ""
+    recipients = textwrap.fill(", ".join(entry.recipients), 900, break_long_words=False,
+                               break_on_hyphens=False)
     arrived, ended = (email.utils.formatdate(one) for one in (entry.queued_at, now))
     status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", entry.reason)
     text = (f"This is the SMTP relay at {reporter}. A message could not be delivered, and "
-            f"is not tried any more.\n\n{named}Recipients:  {', '.join(entry.recipients)}\n"
+            f"is not tried any more.\n\n{named}Recipients:  {recipients}\n"
             f"Arrived:     {arrived}\nTries:       {entry.tries}\n"
             f"Reason:      {entry.reason}\nID:          {entry.ident}\n\nIt is kept by the "
             "relay; its administrator can send it again.\n")
@@ -3274,7 +3287,7 @@ def make_notice(entry: Entry, header: bytes, reporter: str, ident: str,
             "Auto-Submitted: auto-replied\nMIME-Version: 1.0\n"
             "Content-Type: multipart/report; report-type=delivery-status;\n"
             f' boundary="{mark}"\n')
-    parts = [("text/plain; charset=utf-8", text.encode()),
+    parts = [("text/plain; charset=utf-8", text.encode(errors="replace")),
              ("message/delivery-status", report.encode()),
              ("text/rfc822-headers", header[:MAX_NOTICE_HEADER])]
     return head.encode().replace(b"\n", b"\r\n") + b"".join(
@@ -4745,6 +4758,7 @@ def _explain_right(errand: Errand) -> None:
 
 SPARE_DISK = 67_108_864         # octets of the disk that stay free
 DISK_TIMEOUT = 10.0             # seconds for the disk to take a message
+MEMORY_PAUSE = 0.5              # seconds until there may be memory
 SENDERS = 20                    # messages of the spool on their way at once
 LOOK_AGAIN = 2.0                # seconds until a command is noticed
 IDLE = 30.0                     # seconds until a change of ACCOUNTS_FILE is noticed
@@ -4836,6 +4850,12 @@ class Store:
                 octets += path.stat().st_size
         return found, octets
 
+    def header(self, entry: Entry) -> bytes:
+        """Read the header of a message, or what a notice repeats of it."""
+        with open(self.queue / entry.ident, "rb") as file:
+            file.readline(MAX_FIRST_LINE)
+            return file.read(min(entry.header_size, MAX_NOTICE_HEADER))
+
     def message(self, entry: Entry) -> bytes:
         """Read a message. Raises ValueError if it is damaged."""
         with open(self.queue / entry.ident, "rb") as file:
@@ -4881,16 +4901,18 @@ class Store:
 
     def fail(self, entry: Entry) -> None:
         """Put a message with those that were given up."""
-        self.note(entry)
+        with contextlib.suppress(OSError):      # a full disk; if it is gone _move says so
+            self.note(entry)
         self._move(entry.ident, self.queue, self.failed)
 
     def _move(self, name: str, source: pathlib.Path, target: pathlib.Path) -> None:
+        target.mkdir(0o700, exist_ok=True)      # somebody may have tidied up
         (source / name).rename(target / name)
         _sync(target)
         _sync(source)
 
     def _append(self, path: pathlib.Path, entry: Entry) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)   # and not create
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0))
         try:
             os.write(descriptor, entry.last_line)
             os.fsync(descriptor)
@@ -4902,8 +4924,9 @@ class Store:
     def names(self) -> Iterator[tuple[pathlib.Path, Entry | None]]:
         """All that is there, the oldest first; what is damaged comes last."""
         paths = [*self.queue.iterdir(), *self.failed.iterdir()]
-        found = [(path, self.read(path)) for path in paths if path.parent == self.failed
-                 or path.suffix != ".part"]
+        found = [(path, entry) for path, entry in zip(paths, map(self.read, paths))
+                 if entry or path.parent == self.failed
+                 or (path.suffix != ".part" and path.exists())]     # not sent just now
         yield from sorted(found, key=lambda one: one[1].queued_at if one[1] else math.inf)
 
     def retry(self, path: pathlib.Path, entry: Entry) -> None:
@@ -4975,6 +4998,11 @@ class Backlog:
             await asyncio.wait_for(self.wake.wait(), seconds)
 
 
+def _is_due(entry: Entry, now: float) -> bool:
+    """Whether its pause is over; one that is too long is from before the clock was set."""
+    return not now < entry.next_at <= now + 2.0 * max(LAST_PAUSE, MOST_PAUSE)
+
+
 class Spool:
     """Keeps messages that Microsoft could not take, and sends them when it can."""
 
@@ -4989,7 +5017,7 @@ class Spool:
         self._store = Store(config.spool_directory)
         self._octets = 0                # of all files, and those
         self._writing = 0               # that are being written
-        self._idents: set[str] = set()  # of what is in `queue`, or will be
+        self._idents: dict[str, int] = {}       # of what is in `queue`, or will be; octets
         self._sent: set[str] = set()    # that could not be removed then
         self._backlogs: dict[tuple[str, str, str], Backlog] = {}
         # Secrets that devices gave, by tenant and client, while anything waits for them.
@@ -4997,11 +5025,13 @@ class Spool:
         self._applications: dict[tuple[str, str], Application] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._written = threading.Event()       # what took too long; it holds a message
+        self._written.set()
 
     async def start(self) -> None:
         """Take the folder, and begin to send what is there. Raises StartError."""
         self._store.open()              # nobody is served yet, so the loop may wait here
-        self._senders = asyncio.Semaphore(SENDERS)
+        self._senders, self._writers = (asyncio.Semaphore(SENDERS) for _ in range(2))
         try:
             entries = sorted(self._store.load(), key=lambda one: one.queued_at)
             _, self._octets = self._store.survey()
@@ -5037,9 +5067,13 @@ class Spool:
         """Take the secret that a device gave, if anything waits for it."""
         key = application.tenant, application.client
         if self._waiting[key] and not application.is_ours:
+            is_missing = key not in self._applications
             self._applications[key] = application
             for backlog in self._backlogs.values():
-                if backlog.key[:2] == key:
+                if backlog.key[:2] == key and is_missing:       # no pause is for this one
+                    backlog.resume_at = 0.0
+                    for entry in backlog.entries:
+                        entry.next_at = 0.0
                     backlog.wake.set()
 
     async def put(self, entry: Entry, parts: list[bytes | memoryview],
@@ -5049,16 +5083,14 @@ class Spool:
         if application and entry.key not in self._backlogs:     # it has just failed
             pause = self._graph.turns.held_for(entry.key) or self._pause(1)
             entry.next_at = time.time() + pause
-        octets = len(entry.first_line) + entry.size
-        is_stored, is_late = False, threading.Event()
+        octets, is_stored = len(entry.first_line) + entry.size, False
+        self._octets += octets
+        self._writing += octets
+        self._idents[entry.ident] = octets
         try:
-            self._octets += octets
-            self._writing += octets
-            self._idents.add(entry.ident)
-            if self._octets > self._config.spool_max_bytes:
+            if self._octets > self._config.spool_max_bytes and not entry.is_notice:
                 raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
-            await in_time(time.monotonic() + DISK_TIMEOUT, in_thread(functools.partial(
-                self._store.add, entry, parts, self._writing, is_late)))
+            await self._write(entry, parts)
             is_stored = True
         except OSError as error:
             raise TemporaryError("The message cannot be queued now; try again later", 452,
@@ -5067,21 +5099,41 @@ class Spool:
         finally:
             self._writing -= octets
             if not is_stored:
-                is_late.set()
                 self._octets -= octets
-                self._idents.discard(entry.ident)
+                del self._idents[entry.ident]
         backlog = self._admit(entry)
         if application and not application.is_ours:
-            self._applications[entry.tenant, entry.client] = application
+            self._applications.setdefault((entry.tenant, entry.client), application)
         if pause and len(backlog.entries) == 1:
             backlog.failures = 1
             backlog.rest(pause)
 
+    async def _write(self, entry: Entry, parts: list[bytes | memoryview]) -> None:
+        """Store a message. Raises OSError."""
+        if not self._written.is_set():  # more threads that hang would hold more messages
+            raise OSError(errno.EBUSY, "the disk does not answer")
+        is_late, written = threading.Event(), threading.Event()
+
+        def add(reserved: int) -> None:
+            try:
+                self._store.add(entry, parts, reserved, is_late)
+            finally:
+                written.set()
+        try:
+            await in_time(time.monotonic() + DISK_TIMEOUT,
+                          in_thread(functools.partial(add, self._writing)))
+        except TimeoutError:
+            self._written = written
+            raise
+        finally:
+            is_late.set()               # if it is stored from now on nobody was told so
+
     def _admit(self, entry: Entry) -> Backlog:
         backlog = self._backlogs.setdefault(entry.key, Backlog(entry.key))
         backlog.entries.append(entry)
-        backlog.entries.sort(key=lambda one: one.queued_at)
-        self._idents.add(entry.ident)
+        if len(backlog.entries) > 1 and backlog.entries[-2].queued_at > entry.queued_at:
+            backlog.entries.sort(key=lambda one: one.queued_at)
+        self._idents.setdefault(entry.ident, len(entry.first_line) + entry.size)
         self._waiting[entry.tenant, entry.client] += 1
         if backlog.task is None and not self._is_stopping:
             backlog.task = asyncio.ensure_future(self._work(backlog))
@@ -5093,7 +5145,7 @@ class Spool:
         if entry.ident not in self._idents:
             return
         backlog.entries.remove(entry)
-        self._idents.discard(entry.ident)
+        del self._idents[entry.ident]
         self._sent.discard(entry.ident)
         if backlog.suspect is entry:
             backlog.suspect = None
@@ -5109,6 +5161,7 @@ class Spool:
         """Send to a mailbox as long as anything waits for it."""
         while backlog.entries and not self._is_stopping:
             backlog.wake.clear()
+            entry = None
             try:
                 entry = self._next(backlog)
                 if entry:
@@ -5118,6 +5171,8 @@ class Spool:
                     await backlog.sleep(self._idle(backlog))
             except Exception:           # or nothing would be sent any more
                 log.error("%s broken", backlog.key[2], exc_info=True)
+                if entry:
+                    entry.next_at = time.time() + LAST_PAUSE
                 await asyncio.sleep(FIRST_PAUSE)
         if not backlog.entries:
             del self._backlogs[backlog.key]
@@ -5125,12 +5180,12 @@ class Spool:
     def _next(self, backlog: Backlog) -> Entry | None:
         """Choose what to try now."""
         first, now = backlog.entries[0], time.time()
-        if self._is_expired(first):
+        if self._is_expired(first) and _is_due(first, now) and not self._application(first):
             return first
         if time.monotonic() < backlog.resume_at:
             return None
         ready = [one for one in backlog.entries
-                 if one.next_at <= now and self._application(one)]
+                 if _is_due(one, now) and self._application(one)]
         others = [one for one in ready if one is not backlog.suspect]
         if backlog.suspect and others:
             return min(others, key=lambda one: one.tries)
@@ -5139,14 +5194,21 @@ class Spool:
     def _idle(self, backlog: Backlog) -> float:
         """Seconds until there may be something to try."""
         now = time.time()
+        first = backlog.entries[0]
         due = min((one.next_at for one in backlog.entries if self._application(one)),
                   default=math.inf)
         due_in = max(due - now, backlog.resume_at - time.monotonic())
-        ends_in = backlog.entries[0].queued_at + self._config.spool_lifetime - now
+        ends_in = max(first.queued_at + self._config.spool_lifetime, first.next_at) - now
+        if self._application(first):
+            ends_in = math.inf          # it will be tried once more, and then given up
         return min(max(min(due_in, ends_in), 0.0), IDLE)
 
     def _is_expired(self, entry: Entry) -> bool:
         return time.time() >= entry.queued_at + self._config.spool_lifetime
+
+    def _too_old(self, reason: str) -> str:
+        return (f"It could not be sent for {self._config.spool_lifetime} seconds; at last: "
+                f"{reason}")
 
     def _application(self, entry: Entry) -> Application | None:
         """Find as whom to send, if that can be proved now."""
@@ -5163,10 +5225,8 @@ class Spool:
         try:
             if entry.ident in self._sent:
                 await self._forget(backlog, entry)
-            elif self._is_expired(entry) or not application:
-                await self._give_up(backlog, entry, "It could not be sent for "
-                                    f"{self._config.spool_lifetime} seconds; at last: "
-                                    f"{entry.reason or 'it was not tried yet'}")
+            elif not application:
+                await self._give_up(backlog, entry, self._too_old(entry.reason))
             else:
                 async with self._senders:
                     backlog.is_sending = True
@@ -5188,7 +5248,15 @@ class Spool:
             backlog.is_sending = False
 
     async def _send(self, backlog: Backlog, entry: Entry, application: Application) -> None:
-        deadline = time.monotonic() + self._config.upstream_timeout
+        config = self._config           # what clients send comes first
+        spare = min(config.max_memory_for_messages // 2,
+                    config.max_memory_for_messages - config.size_limit)
+        for _ in range(int(config.upstream_timeout / MEMORY_PAUSE)):
+            if self._memory.free >= entry.size + spare or self._is_stopping:
+                break
+            await asyncio.sleep(MEMORY_PAUSE)
+        self._memory.check(entry.size + spare)
+        deadline = time.monotonic() + config.upstream_timeout
         self._memory.take(entry.size)
         try:
             message = await in_time(deadline, in_thread(lambda: as_stored(
@@ -5209,19 +5277,21 @@ class Spool:
     async def _forget(self, backlog: Backlog, entry: Entry) -> None:
         """Remove what was sent; if that fails it is not sent again all the same."""
         self._sent.add(entry.ident)
-        octets = len(entry.first_line) + entry.size
         await self._on_disk(self._store.remove, entry)
-        self._octets -= octets
+        self._octets -= self._idents.get(entry.ident, 0)
         self._leave(backlog, entry)
 
     async def _put_off(self, backlog: Backlog, entry: Entry, reason: str,
                        facts: Mapping[str, object]) -> None:
         """Try it later, and find out whether it or the mailbox is at fault."""
+        if self._is_expired(entry):
+            await self._give_up(backlog, entry, self._too_old(reason))
+            return
         entry.tries += 1
         entry.reason = reason
         held = self._graph.turns.held_for(entry.key)
         others = [one for one in backlog.entries if one is not entry
-                  and one.next_at <= time.time() and self._application(one)]
+                  and _is_due(one, time.time()) and self._application(one)]
         if held or backlog.suspect or not others:
             backlog.failures += not held
             backlog.rest(held or self._pause(backlog.failures))
@@ -5235,18 +5305,18 @@ class Spool:
             await self._on_disk(self._store.note, entry)
 
     async def _give_up(self, backlog: Backlog, entry: Entry, reason: str) -> None:
-        entry.reason = reason
-        if entry.reverse_path and not entry.is_notice and not entry.is_told:
-            await self._tell(entry)
-            entry.is_told = True
+        before, entry.reason = entry.reason, reason
         try:
+            if entry.reverse_path and not entry.is_notice and not entry.is_told:
+                await self._tell(entry)
+                entry.is_told = True
             await self._on_disk(self._store.fail, entry)
         except FileNotFoundError:
             self._drop(backlog, entry)
             return
-        except OSError as error:
-            log_event(logging.ERROR, entry.ident, "spool", problem=error.strerror or error)
-            await backlog.sleep(FIRST_PAUSE)
+        except (OSError, TemporaryError) as error:
+            log_event(logging.ERROR, entry.ident, "spool", problem=error)
+            entry.reason, entry.next_at = before, time.time() + FIRST_PAUSE
             return
         self._leave(backlog, entry)
         log_event(logging.ERROR, entry.ident, "failed", sender=entry.mailbox,
@@ -5254,17 +5324,14 @@ class Spool:
                   reply=reason, remedy="see `spool show`, mend it, then `spool retry`")
 
     async def _tell(self, entry: Entry) -> None:
-        """Queue a notice to who sent a message."""
+        """Queue a notice to who sent a message. Raises OSError and TemporaryError."""
         ident, now = str(uuid.uuid4()), time.time()
-        try:
-            message = await self._on_disk(self._store.message, entry)
-            octets = make_notice(entry, message[:entry.header_size], self._name, ident, now)
-            await self.put(dataclasses.replace(
-                entry, ident=ident, reverse_path="", recipients=[entry.reverse_path],
-                header_size=octets.index(b"\r\n\r\n") + 2, size=len(octets), is_notice=True,
-                queued_at=now, tries=0, next_at=0.0, reason=""), [octets])
-        except (OSError, ValueError, RelayError) as error:
-            log_event(logging.ERROR, entry.ident, "no-notice", problem=error)
+        header = await self._on_disk(self._store.header, entry)
+        octets = make_notice(entry, header, self._name, ident, now)
+        await self.put(dataclasses.replace(
+            entry, ident=ident, reverse_path="", recipients=[entry.reverse_path],
+            header_size=octets.index(b"\r\n\r\n") + 2, size=len(octets), is_notice=True,
+            queued_at=now, tries=0, next_at=0.0, reason=""), [octets])
 
     async def _note_who_is_missing(self, backlog: Backlog) -> None:
         for entry in list(backlog.entries):
@@ -5286,8 +5353,9 @@ class Spool:
         return pause_after(failures, secrets.randbelow(1000) / 1000)
 
     async def _on_disk(self, do: Callable[[Entry], T], entry: Entry) -> T:
-        return await in_time(time.monotonic() + DISK_TIMEOUT,
-                             in_thread(functools.partial(do, entry)))
+        async with self._writers:
+            return await in_time(time.monotonic() + DISK_TIMEOUT,
+                                 in_thread(functools.partial(do, entry)))
 
     # The command line.
 
@@ -5298,9 +5366,10 @@ class Spool:
             await asyncio.sleep(LOOK_AGAIN)
             try:
                 # Without a deadline: if the disk hangs, only this waits.
-                seen, touched = touched, await in_thread(self._store.touched)
-                if seen != touched:
+                found = await in_thread(self._store.touched)
+                if found != touched:
                     await self._look_again()
+                touched = found
                 problem = ""
             except Exception as error:          # noqa: BLE001 - else it never looks again
                 if str(error) != problem:
@@ -5321,7 +5390,7 @@ class Spool:
                     entry.asked_at = found[entry.ident].asked_at
                     entry.next_at = backlog.resume_at = 0.0
             backlog.wake.set()
-        for ident in found.keys() - self._idents - before:
+        for ident in found.keys() - self._idents.keys() - before:
             self._admit(found[ident])
 
 
@@ -5654,6 +5723,7 @@ READ_COMMANDS = 4096            # octets worked on before others have their turn
 READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
 HEARD_WITHIN = 1.0              # seconds for a client's system to acknowledge a reply
+FIRST_LOOK = 0.02               # seconds until it is looked whether it has
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that may be open besides those of connections
@@ -5689,24 +5759,15 @@ def has_taken_all(sock: socket.socket) -> bool | None:
 
 
 class Receipt:
-    """What a client is told of a message that was accepted, and whether it heard that."""
+    """What one client is told of a message that was accepted."""
 
-    def __init__(self, ident: str, digest: bytes = b"") -> None:
+    def __init__(self, ident: str, digest: bytes = b"", text: str = "") -> None:
+        loop = asyncio.get_running_loop()
         self.ident = ident
-        self.digest = digest
-        self.text = ""                  # empty: it was not accepted, or not yet
-        self.is_heard: bool | None = None           # None: nobody knows
-        self.ask: Callable[[], object] = lambda: None       # finds out, if it can
-        self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    async def was_heard(self) -> bool:
-        """Find out; for that octets must come back from the client."""
-        ends_at = time.monotonic() + HEARD_WITHIN
-        while self.is_heard is None and time.monotonic() < ends_at:
-            self.ask()
-            if self.is_heard is None:
-                await asyncio.sleep(HEARD_WITHIN / 50)
-        return bool(self.is_heard)
+        self.digest = digest            # none: it need not be remembered
+        self.text = text                # empty: it was not accepted, or not yet
+        self.outcome: asyncio.Future[None] = loop.create_future()
+        self.is_heard: asyncio.Future[bool] = loop.create_future()
 
 
 class Receipts:
@@ -5722,40 +5783,48 @@ class Receipts:
     @contextlib.asynccontextmanager
     async def receipt(self, digest: bytes, ident: str,
                       deadline: float) -> AsyncIterator[Receipt]:
-        """Give the receipt that is to be filled in; with a text it is that of the same
+        """Give the receipt that is to be filled in. With a text it repeats that of the same
         message, which was accepted and not heard. Raises TemporaryError.
         """
-        first = await self._find(digest, deadline)
-        if first or not self._window:
-            yield first or Receipt(ident)
+        if not self._window:
+            yield Receipt(ident)
             return
-        self._under_way[digest] = receipt = Receipt(ident, digest)
+        first = await self._find(digest, deadline)
+        receipt = (Receipt(first.ident, digest, first.text) if first else
+                   Receipt(ident, digest))
+        self._under_way[digest] = receipt
         try:
             yield receipt
         finally:
             del self._under_way[digest]
-            if receipt.text:
-                _remember(self._unheard, digest, receipt, self._clock() + self._window)
+            if receipt.text:            # that of a repeated one ends as the first would
+                _, ends_at = self._unheard.get(digest, (None, self._clock() + self._window))
+                _remember(self._unheard, digest, receipt, ends_at)
             receipt.outcome.set_result(None)
 
     async def _find(self, digest: bytes, deadline: float) -> Receipt | None:
-        while self._window:
+        while True:
             first = self._under_way.get(digest)
-            if first and not await done_by(deadline, first.outcome):
+            # Some may come before, and be queued when there is no time left.
+            if first and not await done_by(deadline + DISK_TIMEOUT, first.outcome):
                 raise TemporaryError("The same message is on its way; try again later", 451,
                                      "4.4.5")
             first, ends_at = self._unheard.get(digest, (None, 0.0))
             if first and self._clock() < ends_at:
-                if not await first.was_heard():
-                    return first
-                self.forget(first)
+                await done_by(time.monotonic() + HEARD_WITHIN, first.is_heard)
             if digest not in self._under_way:
                 break
+        first, ends_at = self._unheard.get(digest, (None, 0.0))
+        if self._clock() < ends_at:
+            return first
+        self._unheard.pop(digest, None)
         return None
 
-    def forget(self, receipt: Receipt) -> None:
-        """Its client has heard of it: the same again is another message."""
-        if self._unheard.get(receipt.digest, (None, 0.0))[0] is receipt:
+    def settle(self, receipt: Receipt, *, is_heard: bool) -> None:
+        """Learn whether its client has heard of it: if so the same is another message."""
+        if not receipt.is_heard.done():
+            receipt.is_heard.set_result(is_heard)
+        if is_heard and self._unheard.get(receipt.digest, (None, 0.0))[0] is receipt:
             del self._unheard[receipt.digest]
 
 
@@ -5792,8 +5861,6 @@ class Relay:
         """Begin to watch ACCOUNTS_FILE, and to send what is in the spool. Raises StartError
         if the spool cannot be used, or a table that is needed cannot be read.
         """
-        if self.spool:
-            await self.spool.start()
         if self.config.azure_tables_force_usage and self.directory.table:
             try:
                 await self.directory.table.check(self._deadline())
@@ -5803,6 +5870,8 @@ class Relay:
                                  f"{in_words(error.facts)}") from None
         if self.config.accounts_file:
             self._watcher = asyncio.ensure_future(self.directory.file.watch())
+        if self.spool:                  # the last, as what it begins must not be cut off
+            await self.spool.start()
 
     def close(self) -> None:
         """Close what is open to Microsoft, and end what is under way."""
@@ -5869,7 +5938,6 @@ class Relay:
             "session": session, "account": account.name or None,
             "sender": envelope.reverse_path, "recipients": len(envelope.recipients),
             "size": len(envelope.message)}
-        envelope.reverse_path = account.from_email or envelope.reverse_path
         level, event = logging.INFO, "sent"
         try:
             message, digest = await self._prepare(login, envelope, deadline)
@@ -5888,8 +5956,8 @@ class Relay:
                     level, event = logging.WARNING, "queued"
                     receipt.text = f"Queued, id {ident}"
         except asyncio.CancelledError:
-            log_event(logging.WARNING, ident, "cut", **facts,
-                      problem="the relay stops; it may have been sent")
+            log_event(logging.WARNING, ident, "cut", **{
+                **facts, "problem": "the relay stops; it may have been sent"})
             raise
         except RelayError as error:
             error.reply = dataclasses.replace(error.reply,
@@ -5905,6 +5973,8 @@ class Relay:
                        deadline: float) -> tuple[Outgoing, bytes]:
         """Edit a message; in a thread, as it may have 150 MB, and a million lines."""
         config = login.account.adapt(self.config)
+        envelope = dataclasses.replace(envelope, reverse_path=login.account.from_email
+                                       or envelope.reverse_path)
         try:
             return await in_time(deadline, in_thread(lambda: (
                 make_outgoing(envelope, config, login.username),
@@ -5940,9 +6010,11 @@ class Relay:
         application, reason = login.application, str(facts.get("reply", "the relay stops"))
         await self.spool.put(Entry(
             ident, login.account.name, application.tenant, application.client,
-            prepared.mailbox, envelope.reverse_path, list(envelope.recipients.values()),
-            len(prepared.header), prepared.size, "", False, time.time(), 1, 0.0, reason),
-            [prepared.header, prepared.body], application)
+            prepared.mailbox, envelope.reverse_path and (
+                login.account.from_email or envelope.reverse_path),
+            list(envelope.recipients.values()), len(prepared.header), prepared.size, "",
+            False, time.time(), 1, 0.0, reason), [prepared.header, prepared.body],
+            application)
 
     def _deadline(self) -> float:
         return time.monotonic() + self.config.upstream_timeout
@@ -5973,6 +6045,7 @@ class Connection:
         self._deadline = 0.0            # for the command under way
         self._is_timed_out = False
         self._receipts: list[Receipt] = []          # that the client may not have heard of
+        self._told_at = 0.0             # of the last of them
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
@@ -5994,9 +6067,10 @@ class Connection:
             self._writer.write(bytes(_BROKEN))
         self._session.abandon()
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
-        if self._receipts:              # with the first all are known
-            await self._receipts[0].was_heard()
-            self._settle(is_heard=False)
+        for receipt in self._receipts[:1]:          # with the first all are known
+            self._look(FIRST_LOOK)
+            await done_by(time.monotonic() + HEARD_WITHIN, receipt.is_heard)
+        self._settle(is_heard=False)
         await self._hang_up()
 
     def stop(self) -> None:
@@ -6036,8 +6110,11 @@ class Connection:
                 receipt = await self._relay.deliver(self._session.login, event.envelope,
                                                     self.ident, self._address)
                 self._session.delivered(receipt.text)
-                receipt.is_heard, receipt.ask = None, self._find_out
-                self._receipts.append(receipt)
+                if receipt.digest:
+                    self._receipts.append(receipt)
+                    self._told_at = time.monotonic()
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(FIRST_LOOK, self._look, FIRST_LOOK)
         except RelayError as error:
             self._session.refuse(error.reply)
         self._renew_deadline()
@@ -6053,8 +6130,14 @@ class Connection:
         except asyncio.CancelledError:
             if not self._is_timed_out:
                 raise
+            self._find_out()            # first, as nobody may hear of the end
             self._session.end(_TIMED_OUT, "timed out")
             return
+        except OSError:
+            # It has heard, or was away before: nobody can tell. Rather twice than never.
+            if time.monotonic() < self._told_at + HEARD_WITHIN:
+                self._settle(is_heard=True)
+            raise
         finally:
             timer.cancel()
         self._find_out()
@@ -6070,19 +6153,27 @@ class Connection:
             if is_heard is not None:
                 self._settle(is_heard=is_heard)
 
+    def _look(self, pause: float) -> None:
+        """Find out without a word of the client, ever more seldom: long after it has heard
+        it may reset the connection, or vanish.
+        """
+        self._find_out()
+        if self._receipts:
+            asyncio.get_running_loop().call_later(pause, self._look, 2 * pause)
+
     def _has_taken_all(self) -> bool | None:
         """Whether the client's system has taken all that was said; None: not yet."""
-        transport = self._writer.transport
-        if transport.is_closing():      # TLS came to an orderly end, as nothing was raised
+        plain, transport = self._plain_writer.transport, self._writer.transport
+        # TLS came to an orderly end, as nothing was raised; Python 3.9 knows only below.
+        if plain.is_closing() or transport.is_closing():
             return True
-        return None if transport.get_write_buffer_size() else has_taken_all(
-            transport.get_extra_info("socket"))
+        if plain.get_write_buffer_size() or transport.get_write_buffer_size():
+            return None
+        return has_taken_all(plain.get_extra_info("socket"))
 
     def _settle(self, *, is_heard: bool) -> None:
         for receipt in self._receipts:
-            receipt.is_heard, receipt.ask = is_heard, lambda: None
-            if is_heard:
-                self._relay.receipts.forget(receipt)
+            self._relay.receipts.settle(receipt, is_heard=is_heard)
         self._receipts.clear()
 
     def _time_out(self) -> None:
@@ -6106,11 +6197,15 @@ class Connection:
             self._settle(is_heard=False)
         self._writer.write(replies)
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._timeout, self._writer.transport.abort)
+        timer = loop.call_later(self._timeout, self._cut_off)
         try:
             await self._writer.drain()
         finally:
             timer.cancel()
+
+    def _cut_off(self) -> None:
+        self._settle(is_heard=False)
+        self._writer.transport.abort()
 
     async def _start_tls(self) -> None:
         """Do the handshake. Raises OSError.
@@ -6141,12 +6236,13 @@ class Connection:
                   cipher=self._writer.get_extra_info("cipher")[0])
 
     async def _hang_up(self) -> None:
-        if self._writer.transport.is_closing():
-            return                      # there is nobody who could hear a last word
-        self._writer.close()
-        with contextlib.suppress(OSError, asyncio.TimeoutError):
-            await asyncio.wait_for(self._writer.wait_closed(), LINGER)
-        self._writer.transport.abort()
+        if not self._writer.transport.is_closing():     # somebody may hear a last word
+            self._writer.close()
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._writer.wait_closed(), LINGER)
+        # Not that of TLS: once it is closing it does nothing more, and waits for ever until
+        # a client takes what is left.
+        self._plain_writer.transport.abort()
 
     def _trace(self, mark: str, what: object) -> None:
         if mark == "!":
@@ -6200,7 +6296,9 @@ class Server:
                 task.cancel()
             if late:
                 log_event(logging.WARNING, "-", "cut", connections=len(late))
-                await asyncio.wait(late, timeout=GRACE)
+                # What is left is queued, which may take the disk as long as ever.
+                await asyncio.wait(late, timeout=GRACE + (
+                    DISCARD_TIMEOUT + DISK_TIMEOUT if self._relay.spool else 0.0))
 
     def _accept(self, implicit_tls: bool, reader: asyncio.StreamReader,
                 writer: asyncio.StreamWriter) -> None:
@@ -6672,8 +6770,9 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
             elif action == "list":
                 print(describe_entry(path, entry))
             elif entry and (arguments.ident or path.parent == store.queue):
-                store.retry(path, entry)
-                print(f"{path.name} is tried again")
+                with contextlib.suppress(FileNotFoundError):        # it was sent just now
+                    store.retry(path, entry)
+                    print(f"{path.name} is tried again")
         if action in ("retry", "drop"):
             store.touch()
     except OSError as error:

@@ -7113,6 +7113,19 @@ class SpoolTests(SpoolCase):
         self.fake.will("token", say(503))
         self.assertIn("Queued", self.post(client, sender="s99@example.com"))
 
+    def test_the_same_of_many_at_once(self) -> None:
+        """Each waits for the one before, and the time of all is up: all are queued."""
+        running = self.start(UPSTREAM_TIMEOUT="0.5")
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        self.be_down(self.fake.hang)
+        clients = [self.log_in_to(running) for _ in range(8)]
+        for client in clients:
+            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+                client.docmd(line)
+            client.send(b"Subject: alarm\r\n\r\n.\r\n")
+        replies = {self.assertReply(client.next_reply(), "250 2.0.0") for client in clients}
+        self.assertEqual((len(replies), len(self.waiting())), (8, 8))
+
     def test_a_secret_that_is_refused_is_told_to_the_device(self) -> None:
         client = self.log_in_to(self.start())
         self.fake.will("send", self.fake.expire)
@@ -7209,7 +7222,8 @@ class SpoolTests(SpoolCase):
         for one in clients:
             self.assertEqual(one.getreply()[0], 250)
         wait_for(lambda: not self.waiting())
-        self.assertEqual(self.subjects()[-1], b"spooled")
+        # The four that wait end together, so the last three begin together.
+        self.assertIn(b"spooled", self.subjects()[4:])
         self.assertEqual(self.fake.most_busy, 4)
 
     def test_no_secret_is_on_the_disk(self) -> None:
@@ -7417,13 +7431,14 @@ class FullSpoolTests(SpoolCase):
         self.assertIn("452 4.3.1", line)
 
     def test_max_bytes(self) -> None:
-        client = self.log_in_to(self.start(SPOOL_MAX_BYTES="1000"))
+        running = self.start(SPOOL_MAX_BYTES="1000")
+        client = self.log_in_to(running)
         self.be_down()
         self.assertIn("Queued", self.post(client, "one" * 100))
         self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
         self.assertEqual(len(self.waiting()), 1)
         self.be_up()
-        wait_for(lambda: not self.waiting())
+        wait_for(lambda: not running.ask(lambda: running.relay.spool._octets))
         self.be_down()
         self.assertIn("Queued", self.post(client, "two"))
 
@@ -8355,9 +8370,9 @@ class ReceiptTests(RelayCase):
 
             async def accept(digest: bytes, ident: str) -> str:
                 async with receipts.receipt(digest, ident, time.monotonic()) as receipt:
-                    if not receipt.text:
-                        receipt.text, receipt.is_heard = ident, False
-                    return receipt.text
+                    receipt.text = receipt.text or ident
+                receipts.settle(receipt, is_heard=False)
+                return receipt.text
             said = [await accept(b"x", "1"), await accept(b"x", "2")]
             clock.now += 899
             said.append(await accept(b"x", "3"))
@@ -8383,10 +8398,112 @@ class ReceiptTests(RelayCase):
         self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
         self.assertEqual(len(self.fake.delivered), 2)
 
-    def test_a_connection_is_not_kept_for_it(self) -> None:
+    def test_who_has_heard_and_then_resets_or_vanishes(self) -> None:
+        """The same that comes later is another message: to swallow it would lose it."""
+        def hear(client: Client) -> socket.socket:
+            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+            self.assertReply(client.next_reply(), "250 2.0.0")
+            assert client.sock is not None
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            return client.sock
+
+        def settled() -> bool:
+            return not self.running.ask(lambda: [
+                one for one in self.running.server._connections if one._receipts])
+        for is_late in (False, True):
+            with self.subTest(is_late=is_late):
+                self.fake.reset()
+                for _ in range(2):
+                    client = self.begun()
+                    hear(client)
+                    if is_late:         # it is looked without a word from the client
+                        wait_for(settled)
+                        one, = self.running.server._connections
+                        one._told_at = 0.0
+                    with kept_log() as kept:
+                        client.file.close()
+                        client.sock.close()
+                        wait_for(lambda: kept.find("disconnected"))
+                self.assertEqual(len(self.fake.delivered), 2)
+
+    def test_two_clients_that_are_told_the_same(self) -> None:
+        """What becomes of the first is of no matter to the second."""
         self.leave()
-        (receipt, _), = self.running.ask(self.running.relay.receipts._unheard.values)
-        self.assertNotIsInstance(getattr(receipt.ask, "__self__", None), relay.Connection)
+        first, = self.running.ask(lambda: list(self.running.relay.receipts._unheard.values()))
+        self.assertReply(self.again(), "250 2.0.0")             # and hears it
+        wait_for(lambda: not self.running.ask(self.running.relay.receipts._unheard.copy))
+        self.running.ask(lambda: self.running.relay.receipts.settle(first[0], is_heard=False))
+        self.assertReply(self.again(), "250 2.0.0")
+        self.assertEqual(len(self.fake.delivered), 2)
+
+
+class DeafTests(TlsCase):
+    """Clients that do not read, and time that is short."""
+
+    settings = {"REQUIRE_TLS": "false", "CLIENT_TIMEOUT": "1"}
+
+    def deafen(self, sock: Any) -> None:
+        """Send commands, and read no reply, until the relay has said more than is taken."""
+        sock.settimeout(0.2)
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                sock.sendall(b"HELP\r\n" * 3000)
+
+    def test_a_client_that_is_cut_off_has_not_heard(self) -> None:
+        for _ in range(2):
+            client = self.connect()
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.log_in(password=self.password)
+            client.sock.sendall(b"HELP\r\n" * 10_000)
+            client.sock.sendall(b"MAIL FROM:<scanner@example.com>\r\nRCPT TO:<a@x.y>\r\n"
+                                b"DATA\r\nSubject: s\r\n\r\nText\r\n.\r\n")
+            self.deafen(client.sock)
+            wait_for(lambda: not self.running.ask(
+                lambda: len(self.running.server._connections)))
+            client.close()
+        self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_who_says_nothing_more_has_heard(self) -> None:
+        for _ in range(2):
+            client = self.connect()
+            client.log_in(password=self.password)
+            self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
+            self.assertReply(client.next_reply(), "421 4.4.2")
+        self.assertEqual(len(self.fake.delivered), 2)
+
+    def test_a_deaf_client_that_ends_tls_is_let_go(self) -> None:
+        """By itself asyncio waits for ever until it takes what is left."""
+        before = len(os.listdir("/proc/self/fd")) if IS_LINUX else 0
+        raw = socket.create_connection(("127.0.0.1", self.running.port), PATIENCE)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.read_until(raw, b"220 ")
+        raw.sendall(b"EHLO x\r\nSTARTTLS\r\n")
+        self.read_until(raw, b"Ready to start TLS\r\n")
+        into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = trusting().wrap_bio(into, out, server_hostname="localhost")
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                raw.sendall(out.read())
+                into.write(raw.recv(16384))
+
+        def is_full() -> bool:
+            tls.write(b"HELP\r\n" * 300)
+            raw.sendall(out.read())
+            return any(self.running.ask(lambda: [
+                one._plain_writer.transport.get_write_buffer_size()
+                + one._writer.transport.get_write_buffer_size()
+                for one in self.running.server._connections]))
+        wait_for(is_full)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.unwrap()
+        raw.sendall(out.read())
+        wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
+        if IS_LINUX:                    # ours is open still, and theirs is not
+            wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
+        raw.close()
 
 
 class ReceiptTlsTests(TlsCase):
