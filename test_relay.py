@@ -8442,6 +8442,11 @@ class DeafTests(TlsCase):
 
     settings = {"REQUIRE_TLS": "false", "CLIENT_TIMEOUT": "1"}
 
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(relay.log.setLevel, relay.log.level)
+        relay.log.setLevel("INFO")      # or each command would be logged
+
     def deafen(self, sock: Any) -> None:
         """Send commands, and read no reply, until the relay has said more than is taken."""
         sock.settimeout(0.2)
