@@ -3206,8 +3206,7 @@ class Entry:
         return b"\n" + json.dumps(state).encode() + b"\n"
 
 
-_ENTRY_STATE = ("queued_at", "tries", "next_at", "reason", "is_told",
-                "asked_at")
+_ENTRY_STATE = ("queued_at", "tries", "next_at", "reason", "is_told", "asked_at")
 _ENTRY = Entry("", "", "", "", "", "", [], 0, 0, "", False, 0.0)
 
 
@@ -4933,7 +4932,7 @@ class Store:
         """Have a message sent at once; one that was given up begins anew."""
         if path.parent == self.failed:
             entry.queued_at, entry.is_told = time.time(), False
-        entry.asked_at = time.time()
+        entry.asked_at, entry.next_at = time.time(), 0.0
         self._append(path, entry)
         if path.parent == self.failed:
             self._move(path.name, self.failed, self.queue)
