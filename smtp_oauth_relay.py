@@ -9,6 +9,7 @@ Microsoft has accepted the message, or when it is safe in SPOOL_DIRECTORY, if th
     python3 smtp_oauth_relay.py demo      try it, without any account
     python3 smtp_oauth_relay.py           serve, configured by environment variables
     python3 smtp_oauth_relay.py explain   see what would become of a message
+    python3 smtp_oauth_relay.py spool     see what waits
     python3 smtp_oauth_relay.py --help    the variables
 
 What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS files, and
@@ -98,7 +99,6 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import typing
@@ -3233,12 +3233,9 @@ def _read_values(line: bytes, names: Iterable[str]) -> dict[str, Any]:
         raise ValueError("it is damaged") from None
     for name, value in found.items():
         kind = type(getattr(_ENTRY, name))
-        is_right = type(value) is kind or (kind is float and type(value) is int)
-        if kind in (int, float):
-            is_right = is_right and 0 <= value < 2 ** 33        # not NaN; times to 2242
-        elif kind is list:
-            is_right = is_right and all(type(one) is str for one in value)
-        if not is_right:
+        if (type(value) is not kind
+                or (kind in (int, float) and not 0 <= value < 2 ** 33)   # NaN; 2242
+                or (kind is list and any(type(one) is not str for one in value))):
             raise ValueError("it is damaged")
     return found
 
@@ -3264,8 +3261,7 @@ def make_notice(entry: Entry, header: bytes, reporter: str, ident: str,
     """Write to who sent a message that it was given up; RFC 3464, RFC 3834 section 3."""
     subject = split_header(header, is_read=b"subject".__eq__).find(b"subject")
     named = f"Subject:     {_one_line(_unfolded(subject[0]))[:200]}\n" if subject else ""
-    recipients = textwrap.fill(", ".join(entry.recipients), 900, break_long_words=False,
-                               break_on_hyphens=False)
+    recipients = "\n             ".join(entry.recipients)
     arrived, ended = (email.utils.formatdate(one) for one in (entry.queued_at, now))
     status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", entry.reason)
     text = (f"This is the SMTP relay at {reporter}. A message could not be delivered, and "
@@ -3550,6 +3546,14 @@ def _work(call: Callable[[], T], loop: asyncio.AbstractEventLoop,
     del call, loop, settle, result, error
 
 
+async def worked_out(deadline: float, call: Callable[[], T]) -> T:
+    """Do something in a thread. Raises NoAnswer if time is up."""
+    try:
+        return await in_time(deadline, in_thread(call))
+    except TimeoutError as error:
+        raise NoAnswer(error) from None
+
+
 class HttpExchange:
     """One request and its answer, in a worker thread; the loop may cut it off."""
 
@@ -3698,11 +3702,7 @@ class HttpPool:
         """
         origin = self._origins.get(_base(request.url))
         if origin is None:              # in a thread: some systems look names up for this
-            try:
-                origin = await in_time(deadline, in_thread(
-                    functools.partial(find_origin, request.url)))
-            except TimeoutError as error:
-                raise NoAnswer(error) from None
+            origin = await worked_out(deadline, lambda: find_origin(request.url))
         for pause in (*REFUSED_PAUSES, None):
             try:
                 return await self._exchange(origin, request, deadline)
@@ -4390,13 +4390,13 @@ class Directory:
 #     connection refused, or a kept one   §11
 #     closed before all was written
 #
-# Anything else goes to the client as it stands: after a time-out or a 504 the message may
-# be on its way already. A large message takes one turn for all of its requests, and its
-# draft is deleted if any of them fails.
+# Anything else is the answer to the client, or a case for the spool: after a time-out or
+# a 504 the message may be on its way already. A large message takes one turn for all of its
+# requests, and its draft is deleted if any of them fails.
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
-MOST_PAUSE = 1800.0             # seconds, whatever Microsoft says
+MOST_PAUSE = 86400.0            # seconds; what is longer is garbage
 THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
 LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a turn to be of use
 NO_RIGHT_LASTS = 3600.0         # seconds that a missing Mail.ReadWrite is remembered
@@ -4611,7 +4611,7 @@ class Graph:
 
     async def _attach(self, errand: Errand, path: str, attachment: Attachment) -> None:
         if not attachment.is_large:
-            content = await _worked_out(errand, attachment.as_json)
+            content = await worked_out(errand.deadline, attachment.as_json)
             await self._ask(errand, Step.ATTACH, self._request(errand, path, content))
             return
         item = {"attachmentType": "file", "size": attachment.size,
@@ -4629,7 +4629,7 @@ class Graph:
         """Send a file in pieces, to the host that Graph named, and without the token."""
         pieces, begin = attachment.part.pieces(), 0
         while begin < attachment.size:
-            piece = await _worked_out(errand, functools.partial(next, pieces))
+            piece = await worked_out(errand.deadline, functools.partial(next, pieces))
             end = begin + len(piece)
             if end == begin:            # nothing but line ends stood there
                 continue
@@ -4709,22 +4709,14 @@ class Graph:
                                  level=error.level) from None
 
 
-async def _worked_out(errand: Errand, call: Callable[[], bytes]) -> bytes:
-    """Encode a piece of a message, in a thread. Raises NoAnswer if time is up."""
-    try:
-        return await in_time(errand.deadline, in_thread(call))
-    except TimeoutError as error:
-        raise NoAnswer(error) from None
-
-
 def _pause(response: HttpResponse) -> float:
     """Seconds for which Microsoft wants no request; 0 is none, or it does not say."""
     if response.status not in (429, 503):
         return 0.0
     pause = response.retry_after(time.time())
-    if pause is None:
+    if pause is None or pause > MOST_PAUSE:
         return THROTTLED_PAUSE if response.status == 429 else 0.0
-    return min(max(pause, LEAST_PAUSE), MOST_PAUSE)
+    return max(pause, LEAST_PAUSE)
 
 
 def _explain_right(errand: Errand) -> None:
@@ -4812,19 +4804,14 @@ class Store:
             os.close(self._locked)
             self._locked = -1
 
-    def load(self) -> list[Entry]:
-        """Read all that waits, and set aside what is damaged."""
-        entries = []
+    def set_aside(self) -> None:
+        """Put what is damaged with what was given up."""
         for path in self.queue.iterdir():
-            entry = self.read(path)
-            if entry:
-                entries.append(entry)
-            else:
+            if not self.read(path):
                 log_event(logging.ERROR, path.name, "set-aside", problem="it is not whole; "
                           "its client was not told 250" if path.suffix == ".part" else
                           "it is damaged", file=self.failed / path.name)
                 path.rename(self.failed / path.name)
-        return entries
 
     def read(self, path: pathlib.Path) -> Entry | None:
         """Read what is said of a message; None if it is damaged, or not there."""
@@ -4954,10 +4941,7 @@ class Store:
 
 def _write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a new file that only its owner can read, down to the disk."""
-    def open_private(name: str, flags: int) -> int:
-        return os.open(name, flags, 0o600)
-
-    with open(path, "xb", opener=open_private) as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         for octets in parts:
             file.write(octets)
         file.flush()
@@ -4999,7 +4983,7 @@ class Backlog:
 
 def _is_due(entry: Entry, now: float) -> bool:
     """Whether its pause is over; one that is too long is from before the clock was set."""
-    return not now < entry.next_at <= now + 2.0 * max(LAST_PAUSE, MOST_PAUSE)
+    return not now < entry.next_at <= now + 2.0 * LAST_PAUSE
 
 
 class Spool:
@@ -5032,17 +5016,17 @@ class Spool:
         self._store.open()              # nobody is served yet, so the loop may wait here
         self._senders, self._writers = (asyncio.Semaphore(SENDERS) for _ in range(2))
         try:
-            entries = sorted(self._store.load(), key=lambda one: one.queued_at)
-            _, self._octets = self._store.survey()
+            self._store.set_aside()
+            found, self._octets = self._store.survey()
             touched = self._store.touched()
         except OSError as error:
             raise StartError(f"SPOOL_DIRECTORY: {error.filename!r} cannot be read: "
                              f"{error.strerror}") from None
-        for entry in entries:
+        for entry in sorted(found.values(), key=lambda one: one.queued_at):
             entry.next_at = 0.0         # a restart may have mended it
             self._admit(entry)
-        if entries:
-            log_event(logging.INFO, "-", "spool", waiting=len(entries))
+        if found:
+            log_event(logging.INFO, "-", "spool", waiting=len(found))
         self._watcher = asyncio.ensure_future(self._watch(touched))
 
     def stop(self) -> set[asyncio.Task[None]]:
@@ -5192,15 +5176,10 @@ class Spool:
 
     def _idle(self, backlog: Backlog) -> float:
         """Seconds until there may be something to try."""
-        now = time.time()
-        first = backlog.entries[0]
         due = min((one.next_at for one in backlog.entries if self._application(one)),
                   default=math.inf)
-        due_in = max(due - now, backlog.resume_at - time.monotonic())
-        ends_in = max(first.queued_at + self._config.spool_lifetime, first.next_at) - now
-        if self._application(first):
-            ends_in = math.inf          # it will be tried once more, and then given up
-        return min(max(min(due_in, ends_in), 0.0), IDLE)
+        due_in = max(due - time.time(), backlog.resume_at - time.monotonic())
+        return min(max(due_in, 0.0), IDLE)
 
     def _is_expired(self, entry: Entry) -> bool:
         return time.time() >= entry.queued_at + self._config.spool_lifetime
@@ -5211,13 +5190,14 @@ class Spool:
 
     def _application(self, entry: Entry) -> Application | None:
         """Find as whom to send, if that can be proved now."""
-        account = self._accounts.accounts.find(entry.account) if entry.account else None
-        if account and account.has_credential:
-            return account.as_application()
-        return self._given(entry)
-
-    def _given(self, entry: Entry) -> Application | None:
-        return self._applications.get((entry.tenant, entry.client))
+        accounts, key = self._accounts.accounts, (entry.tenant, entry.client)
+        account = accounts.find(entry.account) if entry.account else None
+        if not (account and account.has_credential):
+            if key in self._applications:
+                return self._applications[key]
+            account = next((one for one in accounts if one.has_credential
+                            and (one.tenant_id, one.client_id) == key), None)
+        return account.as_application() if account else None
 
     async def _try(self, backlog: Backlog, entry: Entry) -> None:
         application = self._application(entry)
@@ -5233,12 +5213,12 @@ class Spool:
         except FileNotFoundError:
             self._drop(backlog, entry)
         except DeliveryError as error:
+            entry.tries += 1
             await self._give_up(backlog, entry, str(error.reply))
         except ValueError as error:
-            entry.is_told = True        # there is nothing to tell of
             await self._give_up(backlog, entry, str(error))
         except TemporaryError as error:
-            if error.reply.code == 421 and application is self._given(entry):
+            if error.reply.code == 421 and application is self._application(entry):
                 del self._applications[entry.tenant, entry.client]      # it is refused
             await self._put_off(backlog, entry, str(error.reply), error.facts)
         except OSError as error:
@@ -5283,10 +5263,10 @@ class Spool:
     async def _put_off(self, backlog: Backlog, entry: Entry, reason: str,
                        facts: Mapping[str, object]) -> None:
         """Try it later, and find out whether it or the mailbox is at fault."""
+        entry.tries += 1
         if self._is_expired(entry):
             await self._give_up(backlog, entry, self._too_old(reason))
             return
-        entry.tries += 1
         entry.reason = reason
         held = self._graph.turns.held_for(entry.key)
         others = [one for one in backlog.entries if one is not entry
@@ -5294,7 +5274,9 @@ class Spool:
         if held or backlog.suspect or not others:
             backlog.failures += not held
             backlog.rest(held or self._pause(backlog.failures))
-            entry.next_at = time.time() + backlog.resume_at - time.monotonic()
+            # Not for longer by this clock, as it may be set: resume_at is by the other.
+            rest = backlog.resume_at - time.monotonic()
+            entry.next_at = time.time() + min(rest, LAST_PAUSE)
         else:
             backlog.suspect = entry
         log_event(logging.WARNING, entry.ident, "delayed", sender=entry.mailbox,
@@ -6000,6 +5982,8 @@ class Relay:
             facts.update(error.facts, reply=error.reply)
             return False
         facts["request_id"] = response.headers.get("request-id")
+        if self.spool:
+            self.spool.logged_in(login.application)
         return True
 
     async def _queue(self, login: Login, envelope: Envelope, prepared: Prepared,
@@ -6782,8 +6766,7 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
 def describe_entry(path: pathlib.Path, entry: Entry | None) -> str:
     """Show on one line what is in a file of the spool."""
     def at(seconds: float) -> str:
-        return datetime.datetime.fromtimestamp(
-            seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
     if entry is None:
         return f"damaged {path.name}{in_words({'file': path})}"
