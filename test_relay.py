@@ -6755,18 +6755,18 @@ class TurnsTests(unittest.TestCase):
                 pass
         asyncio.run(play())
 
-    def order_of(self, *clients: object) -> list[object]:
-        """Whose turn comes first of those who wait for one."""
+    def order_of(self, *clients: object, numbered: bool = False) -> list[object]:
+        """Whose turn comes first of those who wait for one; which of his, if numbered."""
         async def play() -> list[object]:
             turns, order = relay.Turns(1), []
 
-            async def work(client: object) -> None:
+            async def work(number: int, client: object) -> None:
                 async with turns.turn("key", client, time.monotonic() + PATIENCE):
-                    order.append(client)
+                    order.append((client, number) if numbered else client)
                     await asyncio.sleep(0)
 
             async with turns.turn("key", "first", time.monotonic()):
-                tasks = [asyncio.ensure_future(work(client)) for client in clients]
+                tasks = [asyncio.ensure_future(work(*one)) for one in enumerate(clients)]
                 await asyncio.sleep(0)
             await asyncio.wait(tasks)
             self.assertEqual(turns._lines, {})
@@ -6777,6 +6777,46 @@ class TurnsTests(unittest.TestCase):
         self.assertEqual(self.order_of("a", "a", "a", "b", "b", "c"), list("abcaba"))
         self.assertEqual(self.order_of(relay.SPOOLED, "a", relay.SPOOLED, "a", "b"),
                          ["a", "b", "a", relay.SPOOLED, relay.SPOOLED])
+
+    def test_the_messages_of_a_client_go_out_as_they_came(self) -> None:
+        self.assertEqual(self.order_of("a", "a", "a", numbered=True),
+                         [("a", 0), ("a", 1), ("a", 2)])
+
+    def test_a_turn_that_comes_at_the_moment_of_a_cancellation(self) -> None:
+        """It goes to the next one at once, and not only when its deadline comes."""
+        async def play() -> None:
+            turns = relay.Turns(1)
+
+            async def work() -> None:
+                async with turns.turn("key", "c", time.monotonic() + PATIENCE):
+                    pass
+            async with turns.turn("key", "c", time.monotonic()):
+                first, second = [asyncio.ensure_future(work()) for _ in range(2)]
+                await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.wait({first, second}, timeout=PATIENCE / 2)
+            self.assertTrue(second.done() and first.cancelled())
+            self.assertEqual(turns._lines, {})
+        asyncio.run(play())
+
+    def test_who_was_told_of_a_pause_gives_no_turn_back(self) -> None:
+        """He had none; else two were at once."""
+        async def play() -> None:
+            turns = relay.Turns(1)
+
+            async def work(seconds: float) -> None:
+                async with turns.turn("key", "c", time.monotonic() + seconds):
+                    pass
+            async with turns.turn("key", "c", time.monotonic()):
+                in_vain = asyncio.ensure_future(work(PATIENCE))
+                await asyncio.sleep(0)
+                turns.hold("key", 2 * PATIENCE)
+                with self.assertRaises(relay.TemporaryError):
+                    await in_vain
+                turns._open("key", turns._lines["key"].opens_at)
+                with self.assertRaises(relay.TemporaryError):
+                    await work(0.02)
+        asyncio.run(play())
 
     def test_a_held_line(self) -> None:
         """Who cannot wait for its end is told at once; it is open for the others then."""
@@ -6791,10 +6831,10 @@ class TurnsTests(unittest.TestCase):
             turns = relay.Turns(2)
             async with turns.turn("key", "c", time.monotonic()):
                 turns.hold("key", 0.4)
-                turns.hold("key", 0.1)          # shorter than what is known
                 waiting = [asyncio.ensure_future(ask(turns, seconds)) for seconds in (9, 99)]
                 await asyncio.sleep(0)
                 turns.hold("key", 10)
+                turns.hold("key", 0.1)          # shorter than what is known
                 early, late = [await ask(turns, 9), await waiting[0]], waiting[1]
                 self.assertFalse(late.done())
                 with self.assertRaises(relay.TemporaryError):
