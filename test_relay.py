@@ -6849,6 +6849,20 @@ class TurnsTests(unittest.TestCase):
             return early
         self.assertEqual(asyncio.run(play()), ["451 4.4.5"] * 2)
 
+    def test_a_pause_that_becomes_longer_while_it_is_waited_for(self) -> None:
+        async def play() -> None:
+            turns = relay.Turns(1)
+            async with turns.turn("key", "c", time.monotonic()):
+                turns.hold("key", 0.02)
+                waiting = asyncio.ensure_future(
+                    turns.opened("key", time.monotonic() + PATIENCE))
+                await asyncio.sleep(0)
+                turns.hold("key", 2 * PATIENCE)
+                with self.assertRaises(relay.TemporaryError):
+                    await waiting
+                self.assertGreater(turns.held_for("key"), PATIENCE)
+        asyncio.run(play())
+
     def test_who_has_waited_in_vain_is_not_held(self) -> None:
         """Not even until the garbage collector comes."""
         async def wait(turns: relay.Turns, message: relay.Envelope) -> None:
