@@ -6849,6 +6849,49 @@ class TurnsTests(unittest.TestCase):
             return early
         self.assertEqual(asyncio.run(play()), ["451 4.4.5"] * 2)
 
+    def test_after_a_pause_as_many_go_on_as_may(self) -> None:
+        """And nobody before, not even when somebody is done."""
+        async def play() -> None:
+            turns, busy, both = relay.Turns(2), 0, asyncio.Event()
+
+            async def work() -> None:
+                nonlocal busy
+                async with turns.turn("key", "c", time.monotonic() + 9 * PATIENCE):
+                    busy += 1
+                    if busy == 2:
+                        both.set()
+                    await both.wait()
+            async with turns.turn("key", "c", time.monotonic()):
+                turns.hold("key", 2 * PATIENCE)
+                tasks = [asyncio.ensure_future(work()) for _ in range(2)]
+                await asyncio.sleep(0)
+            for _ in range(9):                  # more steps than it takes
+                await asyncio.sleep(0)
+            self.assertEqual(busy, 0)
+            turns._open("key", turns._lines["key"].opens_at)
+            await asyncio.wait_for(both.wait(), PATIENCE)
+            await asyncio.wait(tasks)
+        asyncio.run(play())
+
+    def test_a_pause_that_ends_before_who_was_told_of_it_goes(self) -> None:
+        """The loop may be busy for that long; then there is no line any more."""
+        async def play() -> None:
+            turns = relay.Turns(1)
+
+            async def work() -> None:
+                async with turns.turn("key", "c", time.monotonic() + 0.4):
+                    self.fail("two at once")
+            async with turns.turn("key", "c", time.monotonic()):
+                task = asyncio.ensure_future(work())
+                await asyncio.sleep(0)
+                turns.hold("key", PATIENCE)
+            for _ in range(2):
+                turns._open("key", turns._lines["key"].opens_at if turns._lines else 0.0)
+            with self.assertRaises(relay.TemporaryError):
+                await task
+            self.assertEqual(turns._lines, {})
+        asyncio.run(play())
+
     def test_a_pause_that_becomes_longer_while_it_is_waited_for(self) -> None:
         async def play() -> None:
             turns = relay.Turns(1)
@@ -10167,6 +10210,25 @@ class ServeTests(unittest.TestCase):
                 out, err = process.communicate(timeout=PATIENCE)
                 self.assertEqual(out.strip(), wanted, err)
                 self.assertEqual("limited max-connections=" in err, hard < 500)
+
+    @unittest.skipUnless(relay.resource, "needs limits of open files")
+    def test_limits_of_open_files_that_have_no_end_or_cannot_be_raised(self) -> None:
+        """As on macOS, and in some sandboxes."""
+        def forbid(*_: object) -> None:
+            raise ValueError("not allowed to raise maximum limit")
+        resource, endless = relay.resource, relay.resource.RLIM_INFINITY
+        for name in ("getrlimit", "setrlimit"):
+            self.addCleanup(setattr, resource, name, getattr(resource, name))
+        for found, most, raised in (((endless, endless), 200, []), ((50, endless), 200, [500]),
+                                    ((300, 600), 100, None)):
+            with self.subTest(found), kept_log() as kept:
+                said: list[int] = []
+                resource.getrlimit = lambda _, found=found: found
+                resource.setrlimit = (forbid if raised is None else
+                                      lambda _, limits, said=said: said.append(limits[0]))
+                config = relay.within_open_files(relay.Config(max_connections=200))
+                self.assertEqual((config.max_connections, said), (most, raised or []))
+                self.assertEqual(len(kept.find("limited")), raised is None)
 
     def test_an_expired_certificate_is_warned_about(self) -> None:
         lines: list[str] = []
