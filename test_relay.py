@@ -12,6 +12,7 @@ import argparse
 import ast
 import asyncio
 import base64
+import binascii
 import collections
 import concurrent.futures
 import contextlib
@@ -3755,6 +3756,32 @@ class AccountLoginTests(AccountCase):
         self.assertEqual(len(self.fake.asked("token")), 1)
         self.assertEqual({one.mailbox for one in self.fake.delivered}, {"scanner@example.com"})
 
+    @needs_loopbacks
+    def test_who_is_a_client_of_its_own(self) -> None:
+        """A mailbox is shared by turns: of each address and of each name."""
+        clients = []
+        for user, address in (*[("scan2", "127.0.0.8")] * 6, ("scan2", "127.0.0.9"),
+                              ("scan2@lookup", "127.0.0.8")):
+            client = self.come_from(address)
+            self.assertReply(client.log_in(user, PASSWORD), "235 2.7.0")
+            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+                client.docmd(line)
+            clients.append(client)
+        self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 4)
+        for number, client in enumerate(clients[:4]):
+            client.send(f"{number}\r\n.\r\n".encode())
+        for _ in range(4):
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        for number, client in enumerate(clients[4:]):
+            client.send(f"next {number}\r\n.\r\n".encode())
+        line, = self.running.ask(self.running.relay._graph.turns._lines.values)
+        wait_for(lambda: len(line.deadlines) == 4)
+        self.assertEqual(sorted(map(len, line.waiting.values())), [1, 1, 2])
+        self.assertNotIn(relay.SPOOLED, line.waiting)
+        self.fake.release.set()
+        for client in clients:
+            self.assertReply(client.next_reply(), "250 2.0.0")
+
     def test_the_password_may_be_the_secret(self) -> None:
         client = self.connect()
         self.assertReply(client.log_in("own.secret", self.password), "235 2.7.0")
@@ -5802,6 +5829,39 @@ class SendTests(RelayCase):
         self.assertReply(asyncio.run(play()), "451 4.4.5")
         self.assertEqual(len(self.fake.asked("send")), 4)
 
+    def test_a_pause_that_ends_too_late_to_be_heard(self) -> None:
+        """There are 60 seconds, of which the last 20 are for Microsoft to answer."""
+        async def play() -> list[str]:
+            config = self.config(UPSTREAM_TIMEOUT="200")
+            pool = relay.HttpPool([self.fake.url])
+            graph = relay.Graph(config, pool, relay.Tokens(config, pool))
+            application = relay.Application(TENANT, CLIENT, self.password)
+            message = relay.make_outgoing(relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, b"\r\n"),
+                                          config)
+            replies = []
+            for is_under_way in (True, False):
+                sending = asyncio.ensure_future(graph.send(application, message, "id",
+                                                           time.monotonic() + 60))
+                if is_under_way:
+                    await asyncio.to_thread(self.fake.arrived.acquire, timeout=PATIENCE)
+                    graph.turns.hold(relay.limits_key(application, SENDER), 50)
+                    self.fake.release.set()
+                try:
+                    await asyncio.wait_for(sending, PATIENCE)
+                except relay.TemporaryError as error:
+                    replies.append(str(error.reply)[:9])
+            pool.close()
+            return replies
+        self.fake.will("send", self.fake.hang_then(self.fake.expire))
+        self.assertEqual(asyncio.run(play()), ["451 4.4.5"] * 2)
+        self.assertEqual(len(self.fake.asked("send")), 1)
+
+    def test_a_503_that_does_not_say_how_long_holds_up_nobody(self) -> None:
+        client = self.logged_in()
+        self.fake.will("send", graph_says(503, "X"))
+        self.assertReply(client.post(), "451 4.3.0")
+        self.assertReply(client.post(), "250 2.0.0")
+
     def test_a_kept_connection_is_looked_at_before_it_is_written_to(self) -> None:
         """The server will send no more, but would read: nothing may be sent there."""
         client = self.logged_in()
@@ -6139,6 +6199,22 @@ class LargeMessageTests(RelayCase):
         self.assertIn("is signed", self.assertReply(self.post(client, message), "552 5.3.4"))
         self.assertEqual([one.kind for one in self.fake.requests], ["token"])
         self.assertReply(client.post(), "250 2.0.0")
+
+    def test_a_draft_is_not_deleted_against_the_will_of_microsoft(self) -> None:
+        client, times = self.logged_in(), []        # when it is tried
+
+        def busy(sock: socket.socket, request: Request) -> bool:
+            times.append(time.monotonic())
+            return graph_says(429, "X", retry_after="0.2")(sock, request)
+
+        def delete(sock: socket.socket, request: Request) -> bool:
+            times.append(time.monotonic())
+            return self.fake._delete_draft(sock, request)
+        self.fake.will("open", say(500))
+        self.fake.will("delete", busy, delete)
+        self.assertReply(self.post(client), "451 4.3.0")
+        self.assertEqual(len(self.fake.deleted), 1)
+        self.assertGreaterEqual(times[1] - times[0], relay.LEAST_PAUSE - 0.1)
 
     def test_a_draft_that_cannot_be_deleted_is_logged(self) -> None:
         client = self.logged_in()
@@ -9553,6 +9629,57 @@ class HangTests(HangCase):
         self.assertEqual([one.mailbox for one in fake.delivered], ["other@example.com"])
         self.assertEqual(len(fake.asked("send")), 1)
         self.served(running, "secret", SENDER)      # the turns are there again
+
+
+class SlowWork:
+    """Decodes no base64 in the threads of a relay while `is_on`, until it is released."""
+
+    def __init__(self) -> None:
+        self._decode, self.is_on = binascii.a2b_base64, False
+        self.arrived, self.released = threading.Semaphore(0), threading.Event()
+
+    def __enter__(self) -> SlowWork:
+        binascii.a2b_base64 = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        binascii.a2b_base64 = self._decode
+
+    def __call__(self, *arguments: Any, **options: Any) -> bytes:
+        """Decode something."""
+        if self.is_on and threading.current_thread() in calls_under_way():
+            self.arrived.release()
+            self.released.wait(2 * PATIENCE)
+        return self._decode(*arguments, **options)
+
+
+class SlowWorkTests(HangCase):
+    """A machine that is too slow for a message."""
+
+    def test_what_who_waits_hears_and_when(self) -> None:
+        """While it is read, while a file is put into a request, or a piece of it is."""
+        fake = self.stand_in()
+        running = beside(fake, UPSTREAM_TIMEOUT=str(SHORT))
+        self.addCleanup(running.stop)
+        clients = [self.connect(running) for _ in range(3)]
+        for client in clients:
+            client.log_in()
+        with SlowWork() as work:
+            def begin(sock: socket.socket, request: Request) -> bool:
+                work.is_on = True
+                return fake.accept(sock, request)
+            fake.will("draft", begin, begin)
+            waiting = []
+            for client, message in zip(clients, (MEDIUM, TWO_FILES, LARGE)):
+                work.is_on = message == MEDIUM
+                waiting.append(begin_message(client, message, f"{len(message)}@example.com"))
+                self.assertTrue(work.arrived.acquire(timeout=PATIENCE))
+            for one, wanted in zip(waiting, ("451 4.3.0", "451 4.4.1", "451 4.4.1")):
+                self.assertTimely(one, wanted)
+            self.assertEqual(len(fake.deleted), 2)
+            self.assertEqual(len(calls_under_way()), 3)
+        self.assertEqual([fake.asked(kind) for kind in ("send", "attach", "put")], [[], [], []])
 
 
 class Gate:
