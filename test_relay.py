@@ -8613,6 +8613,72 @@ class ReceiptTests(RelayCase):
         self.assertEqual(len(self.fake.delivered), 2)
 
 
+class DeafReceiptTests(RelayCase):
+    """Clients that do not read, or late, and leave without having heard 250."""
+
+    def buffered(self) -> int:
+        """Octets for the only client that are in none of the buffers of the system."""
+        return self.running.ask(lambda: sum(
+            one._writer.transport.get_write_buffer_size()
+            for one in self.running.server._connections))
+
+    def flood(self, sock: socket.socket, least: int) -> None:
+        """Ask, and read no reply, until there is more than the buffers of the system hold."""
+        def ask() -> bool:
+            if self.buffered() > least:
+                return True
+            sock.sendall(b"HELP\r\n" * 100)
+            return False
+        wait_for(ask)
+
+    def begin_deaf(self) -> tuple[socket.socket, Any]:
+        """A client whose buffers are full, and the connection to it."""
+        client = self.connect()
+        client.log_in(password=self.password)
+        one, = self.running.ask(lambda: list(self.running.server._connections))
+        client.file.close()             # or the socket would stay open with it
+        sock = client.sock
+        assert sock is not None
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        one._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        self.flood(sock, 0)
+        return sock, one
+
+    def test_one_that_reads_all_in_the_end(self) -> None:
+        """The connection is not closed before the last word has left."""
+        sock, _ = self.begin_deaf()
+        with kept_log() as kept:
+            sock.sendall(b"QUIT\r\n")
+            wait_for(lambda: kept.find("disconnected"))
+            self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
+
+    def test_one_that_resets_and_one_that_quits(self) -> None:
+        message = (f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
+                   "Subject: s\r\n\r\nText\r\n.\r\n").encode()
+        for is_reset in (True, False):
+            with self.subTest(is_reset=is_reset), kept_log() as kept:
+                self.fake.reset()
+                self.forget_receipts()
+                if not is_reset:        # some systems tell nothing of their own buffers
+                    self.addCleanup(setattr, relay, "fcntl", relay.fcntl)
+                    relay.fcntl = None
+                sock, one = self.begin_deaf()
+                sock.sendall(message + (b"" if is_reset else b"QUIT\r\n"))
+                if is_reset:
+                    wait_for(lambda: kept.find("sent"))
+                    self.flood(sock, 65536)     # so that the relay waits to say more
+                    reset(sock)
+                wait_for(lambda: not self.running.ask(
+                    lambda: len(self.running.server._connections)))
+                self.assertEqual(one._receipts, [])
+                with self.logged_in() as client:
+                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
+                self.assertEqual(len(self.fake.delivered), 1)
+                self.assertEqual(len(kept.find("repeated")), 1)
+                wait_for(lambda: not self.running.ask(
+                    lambda: len(self.running.server._connections)))
+
+
 class DeafTests(TlsCase):
     """Clients that do not read, and time that is short."""
 
@@ -8701,6 +8767,17 @@ class ReceiptTlsTests(TlsCase):
         for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
             client.docmd(line)
         return client
+
+    def test_the_end_is_said_in_tls_too(self) -> None:
+        """Or the client would not know whether it has heard all."""
+        sock = trusting().wrap_socket(self.raw(smtps=True), server_hostname="localhost",
+                                      suppress_ragged_eofs=False)
+        self.addCleanup(sock.close)
+        self.read_until(sock, b"220 ")
+        sock.sendall(b"QUIT\r\n")
+        self.read_until(sock, b"221 ")
+        while sock.recv(4096):
+            pass
 
     def test_unheard_and_heard(self) -> None:
         client = self.begin()
