@@ -1223,7 +1223,8 @@ class CommandLineInSessionTests(SessionCase):
     def test_lone_cr_and_lf_never_make_a_second_command(self) -> None:
         for octets in (b"NOOP\nQUIT\r\n", b"NOOP\rQUIT\r\n", b"NOOP\n\r\n", b"NOOP\r\r\n",
                        b"NOOP x\ny\r\n", b"\nNOOP\r\n", b"NO\0OP\r\n", b"NOOP \0\r\n",
-                       b"NOOP \x1b[1m\r\n", b"NOOP \x7f\r\n"):
+                       b"NOOP \x1b[1m\r\n", b"NOOP \x7f\r\n",
+                       "R\u017fET\r\n".encode()):         # which is RSET in capitals
             with self.subTest(octets):
                 self.assertSays(octets, 500)
 
@@ -8573,6 +8574,16 @@ class ReceiptTests(RelayCase):
         client.log_in(password=self.password)
         self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
         self.assertEqual(len(self.fake.delivered), 2)
+        # Nor does one wait for the other.
+        self.fake.release.clear()
+        self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 2)
+        for client in [self.connect(running) for _ in range(2)]:
+            client.log_in(password=self.password)
+            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+                client.docmd(line)
+            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE / 2))
+        self.fake.release.set()
 
     def test_who_has_heard_and_then_resets_or_vanishes(self) -> None:
         """The same that comes later is another message: to swallow it would lose it."""
@@ -8618,9 +8629,10 @@ class DeafReceiptTests(RelayCase):
 
     def buffered(self) -> int:
         """Octets for the only client that are in none of the buffers of the system."""
-        return self.running.ask(lambda: sum(
+        octets: int = self.running.ask(lambda: sum(
             one._writer.transport.get_write_buffer_size()
             for one in self.running.server._connections))
+        return octets
 
     def flood(self, sock: socket.socket, least: int) -> None:
         """Ask, and read no reply, until there is more than the buffers of the system hold."""
@@ -8646,6 +8658,7 @@ class DeafReceiptTests(RelayCase):
 
     def test_one_that_reads_all_in_the_end(self) -> None:
         """The connection is not closed before the last word has left."""
+        # DEFECT shown here (in tearDownClass): abort() of a transport that is at its end.
         sock, _ = self.begin_deaf()
         with kept_log() as kept:
             sock.sendall(b"QUIT\r\n")
@@ -8661,7 +8674,7 @@ class DeafReceiptTests(RelayCase):
                 self.forget_receipts()
                 if not is_reset:        # some systems tell nothing of their own buffers
                     self.addCleanup(setattr, relay, "fcntl", relay.fcntl)
-                    relay.fcntl = None
+                    relay.fcntl = None      # type: ignore[assignment]
                 sock, one = self.begin_deaf()
                 sock.sendall(message + (b"" if is_reset else b"QUIT\r\n"))
                 if is_reset:
