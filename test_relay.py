@@ -8658,12 +8658,14 @@ class DeafReceiptTests(RelayCase):
 
     def test_one_that_reads_all_in_the_end(self) -> None:
         """The connection is not closed before the last word has left."""
-        # DEFECT shown here (in tearDownClass): abort() of a transport that is at its end.
-        sock, _ = self.begin_deaf()
+        # DEFECT shown by the last line: abort() of a transport that is at its end.
+        sock, one = self.begin_deaf()
         with kept_log() as kept:
             sock.sendall(b"QUIT\r\n")
             wait_for(lambda: kept.find("disconnected"))
             self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
+        wait_for(one.task.done)
+        self.assertIsNone(self.running.ask(one.task.exception))
 
     def test_one_that_resets_and_one_that_quits(self) -> None:
         message = (f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
