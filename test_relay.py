@@ -27,6 +27,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -7113,16 +7114,33 @@ class EntryTests(unittest.TestCase):
         entry.tries = 9
         self.assertEqual(relay.read_entry(entry.first_line, cut + entry.last_line).tries, 9)
 
+    def test_a_retry_is_not_lost_when_something_else_is_noted_after_it(self) -> None:
+        entry = make_entry(asked_at=0.0)
+        asked, noted = make_entry(asked_at=5.0), make_entry(tries=3, asked_at=1.0)
+        found = relay.read_entry(entry.first_line, asked.last_line + noted.last_line)
+        self.assertEqual((found.asked_at, found.tries), (5.0, 3))
+
     def test_what_is_damaged(self) -> None:
         whole = json.loads(make_entry().first_line)
         for line in (b"", b"\n", b"{", b"[]\n", b"null", b"\xff\xfe", b"[" * 100_000,
                      json.dumps({**whole, "size": "15"}).encode(),
                      json.dumps({**whole, "size": True}).encode(),
+                     json.dumps({**whole, "size": -1}).encode(),
+                     json.dumps({**whole, "size": 2 ** 33}).encode(),
+                     json.dumps({**whole, "header_size": -1}).encode(),
+                     json.dumps({**whole, "queued_at": math.nan}).encode(),
+                     json.dumps({**whole, "next_at": math.inf}).encode(),
+                     json.dumps({**whole, "tries": 1.0}).encode(),
+                     json.dumps({**whole, "is_notice": 0}).encode(),
                      json.dumps({**whole, "recipients": "a@x.y"}).encode(),
+                     json.dumps({**whole, "recipients": ["a@x.y", 1]}).encode(),
                      json.dumps({name: whole[name] for name in whole if name != "mailbox"})
                      .encode()):
-            with self.subTest(line[:30]), self.assertRaises(ValueError):
+            with self.subTest(line[-30:]), self.assertRaises(ValueError):
                 relay.read_entry(line, b"")
+        whole.update(queued_at=7, size=0, recipients=[])
+        found = relay.read_entry(json.dumps(whole).encode(), b"")
+        self.assertEqual((found.queued_at, found.size, found.recipients), (7, 0, []))
 
     def test_pauses(self) -> None:
         self.assertEqual((FIRST_PAUSE, LAST_PAUSE), (60, 1800))
@@ -7170,6 +7188,21 @@ class EntryTests(unittest.TestCase):
                                     b"", "relay.test", "0a1b", 0.0)
         self.assertIn(b"\r\nStatus: 5.4.1\r\n", passing)
 
+    def test_a_notice_of_what_is_strange_or_long(self) -> None:
+        """A subject that is no text, and as many recipients as there may be."""
+        recipients = [f"{'r' * 50}-no-{number}@example.com" for number in range(500)]
+        entry = make_entry(recipients=recipients, reason="550 5.1.1 " + "r" * 900)
+        header = b"Subject: =?utf-7?Q?+2AA-?=" + b"\r\n s" * 600 + b"\r\n"
+        octets = relay.make_notice(entry, header, "relay.test", "0a1b", 0.0)
+        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
+        notice: Any = email.message_from_bytes(octets)
+        parts: list[Any] = notice.get_payload()
+        text, report, _ = parts
+        said = text.get_payload(decode=True).decode()
+        self.assertIn("Subject:     ? s s s", said)
+        self.assertEqual(re.findall(r"r+-no-\d+@example\.com", said), recipients)
+        self.assertEqual(len(report.get_payload()), 501)
+
 
 @unittest.skipUnless(relay.fcntl, "needs locks of files")
 class SpoolCase(RelayCase):
@@ -7203,6 +7236,11 @@ class SpoolCase(RelayCase):
         """What waits, by the names of files."""
         return sorted(path.name for path in self.queue.iterdir())
 
+    def only(self) -> tuple[pathlib.Path, Any]:
+        """The one message that waits, and what its file says."""
+        path, = self.queue.iterdir()
+        return path, relay.Store(str(self.folder)).read(path)
+
     def be_down(self, action: Action | None = None, times: int = 1000) -> None:
         """Let Microsoft take no message."""
         self.fake.will("send", *[action or say(503)] * times)
@@ -7215,6 +7253,11 @@ class SpoolCase(RelayCase):
         """What was delivered, in its order."""
         return [re.search(rb"(?m)^Subject: (.*)\r$", one.message)[1]
                 for one in self.fake.delivered]
+
+    def age(self, path: pathlib.Path, entry: relay.Entry) -> None:
+        """Let the lifetime of a message be over, while no relay runs."""
+        with open(path, "ab") as file:
+            file.write(dataclasses.replace(entry, queued_at=1.0).last_line)
 
     def post(self, client: Client, subject: str = "s", **options: Any) -> str:
         return client.post(f"To: a@x.y\r\nSubject: {subject}\r\n\r\nText\r\n".encode(), **options)
@@ -7441,6 +7484,7 @@ class SpoolTests(SpoolCase):
         self.assertIn("Queued", self.post(client))
         self.fake.will("send", self.fake.expire)
         self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0       # a new secret ends the next pause
         with kept_log() as kept:
             wait_for(lambda: kept.find("waits") or "waits until" in (
                 self.queue / self.waiting()[0]).read_text())
@@ -7460,6 +7504,59 @@ class SpoolTests(SpoolCase):
         running.stop()
         self.assertIn("Queued", self.assertReply(client.next_reply(), "250 2.0.0"))
         self.assertReply(client.next_reply(), "421 4.3.2")
+        self.assertEqual(len(self.waiting()), 1)
+
+    def stop_while_the_disk_is_slow(self, fsync: Callable[[int], None]) -> tuple[Client, KeptLog]:
+        """Stop a relay that is about to queue what was lost on its way."""
+        running = self.start(SHUTDOWN_TIMEOUT="0.1", UPSTREAM_TIMEOUT="60")
+        client = self.log_in_to(running)
+        self.be_down(utter(b""))
+        with unittest.mock.patch.object(os, "fsync", fsync), kept_log() as kept:
+            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+                client.docmd(line)
+            client.send(b"one\r\n.\r\n")
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+            running.stop()
+        return client, kept
+
+    def test_a_disk_that_is_too_slow_when_the_relay_stops(self) -> None:
+        """It is written when nobody waits any more: it is not kept, as nobody was told."""
+        release = threading.Event()
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            self.fake.arrived.release()
+            release.wait(PATIENCE)
+            real(descriptor)
+        client, kept = self.stop_while_the_disk_is_slow(fsync)
+        release.set()
+        self.assertReply(client.next_reply(), "421 4.3.2")
+        _, (level, line) = kept.find("cut")
+        self.assertEqual((level, line.split()[1]), ("WARNING", "cut"))
+        self.assertIn('problem="the relay stops; it may have been sent"', line)
+        self.assertNotIn("Traceback", "".join(text for _, text in kept.lines))
+        wait_for(lambda: not calls_under_way())
+        self.assertEqual(self.waiting(), [])
+
+    def test_a_slow_disk_when_the_relay_stops(self) -> None:
+        """It is waited for, longer than for anything else."""
+        self.addCleanup(setattr, relay, "GRACE", relay.GRACE)
+        relay.GRACE = 0.05
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            threading.Event().wait(0.2)
+            real(descriptor)
+        running = self.start(SHUTDOWN_TIMEOUT="0.1", UPSTREAM_TIMEOUT="60")
+        client = self.log_in_to(running)
+        self.fake.will("send", self.fake.hang)
+        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+            client.docmd(line)
+        client.send(b"one\r\n.\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        with unittest.mock.patch.object(os, "fsync", fsync):
+            running.stop()
+        self.assertIn("Queued", self.assertReply(client.next_reply(), "250 2.0.0"))
         self.assertEqual(len(self.waiting()), 1)
 
     def test_a_try_under_way_ends_before_the_relay_does(self) -> None:
@@ -7492,19 +7589,73 @@ class SpoolTests(SpoolCase):
         wait_for(lambda: not self.waiting())
         self.assertEqual(len(self.fake.delivered), 1)
 
+    def fill_memory(self, running: Running, spare: int) -> None:
+        """Queue a message, and leave an octet less than it needs, with what is left to
+        clients.
+        """
+        client = self.log_in_to(running)
+        self.be_down()
+        self.assertIn("Queued", self.post(client))
+        left = spare + self.only()[1].size - 1
+        running.ask(lambda: running.relay.memory.take(10_000_000 - left))
+        wait_for(lambda: running.ask(lambda: running.relay.memory.free) == left)
+        self.be_up()
+
+    def assertLeaves(self, spare: int, size: str) -> None:
+        """Such a part of the memory is for clients."""
+        running = self.start(UPSTREAM_TIMEOUT="0.5", MAX_MEMORY_FOR_MESSAGES="10000000",
+                             MAX_MESSAGE_SIZE=size)
+        memory = running.relay.memory
+        with kept_log() as kept:
+            self.fill_memory(running, spare)
+            free, asked = running.ask(lambda: memory.free), len(self.fake.asked("send"))
+            wait_for(lambda: "452 4.3.1" in str(kept.lines))
+        self.assertEqual(len(self.fake.asked("send")), asked)
+        running.ask(lambda: memory.give_back(1))
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(running.ask(lambda: memory.free), free + 1)
+        running.stop()
+
     def test_a_full_memory_delays_it(self) -> None:
+        """Half of it is for clients, if they can still send one of any size."""
+        self.assertLeaves(5_000_000, size="1000000")
+        self.assertLeaves(1_000_000, size="9000000")
+
+    def test_it_waits_for_memory(self) -> None:
+        self.addCleanup(setattr, relay, "MEMORY_PAUSE", relay.MEMORY_PAUSE)
+        relay.MEMORY_PAUSE = 0.01
+        running = self.start(UPSTREAM_TIMEOUT="20", MAX_MEMORY_FOR_MESSAGES="10000000",
+                             MAX_MESSAGE_SIZE="1000000")
+        self.fill_memory(running, 5_000_000)
+        backlog, = running.relay.spool._backlogs.values()
+        with kept_log() as kept:
+            wait_for(lambda: running.ask(lambda: backlog.is_sending))
+            running.ask(lambda: running.relay.memory.give_back(1))
+            wait_for(lambda: not self.waiting())
+        self.assertEqual(kept.find("delayed"), [])
+
+    def test_a_clock_that_is_set_back(self) -> None:
+        """The end of a pause that was far away does not count."""
+        client = self.log_in_to(self.start())
+        real = time.time
+        self.be_down(times=1)
+        with unittest.mock.patch.object(time, "time", lambda: real() + 10_000):
+            self.assertIn("Queued", self.post(client))
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_another_login_does_not_end_a_pause(self) -> None:
         running = self.start()
         client = self.log_in_to(running)
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
         self.be_down(times=1)
         self.assertIn("Queued", self.post(client))
-        free = running.relay.memory.free
-        running.ask(lambda: running.relay.memory.take(free))
-        with kept_log() as kept:
-            wait_for(lambda: kept.find("delayed"))
-        self.assertEqual(len(self.fake.asked("send")), 1)
-        running.ask(lambda: running.relay.memory.give_back(free))
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(running.ask(lambda: running.relay.memory.free), free)
+        backlog, = running.relay.spool._backlogs.values()
+        before = running.ask(lambda: (backlog.resume_at, backlog.entries[0].next_at))
+        self.log_in_to(running)
+        self.assertEqual(running.ask(lambda: (backlog.resume_at, backlog.entries[0].next_at)),
+                         before)
+        self.assertGreater(min(before), 0)
 
 
 class FailedTests(SpoolCase):
@@ -7594,6 +7745,84 @@ class FailedTests(SpoolCase):
         self.assertEqual(len(kept.find("set-aside")), 3)
         self.assertIn("damaged", kept.find("failed")[0][1])
 
+    def refuse_bad(self, sock: socket.socket, request: Request) -> bool:
+        """Action: refuse for good what is called so, but no notice of it."""
+        message = base64.b64decode(request.body)
+        is_bad = b"Subject: bad" in message and b"auto-replied" not in message
+        return (graph_says(403, "ErrorAccessDenied") if is_bad else self.fake.accept)(
+            sock, request)
+
+    def test_a_notice_is_told_though_the_spool_is_full(self) -> None:
+        self.give_up(self.start(SPOOL_MAX_BYTES="1000"))
+        self.assertIn(b"auto-replied", self.fake.delivered[0].message)
+
+    def test_a_notice_that_cannot_be_stored(self) -> None:
+        """The message waits until its sender can be told."""
+        client = self.log_in_to(self.start())
+        self.addCleanup(setattr, relay, "SPARE_DISK", relay.SPARE_DISK)
+        self.fake.will("send", say(503), *[self.refuse_bad] * 1000)
+        with kept_log() as kept:
+            self.assertIn("Queued", self.post(client, "bad"))
+            relay.SPARE_DISK = 10 ** 18
+            wait_for(lambda: kept.find("spool"))
+            self.assertEqual((len(self.waiting()), list(self.failed.iterdir())), (1, []))
+            relay.SPARE_DISK = 0
+            wait_for(lambda: kept.find("failed") and not self.waiting())
+        self.assertEqual(kept.find("spool")[0][0], "ERROR")
+        self.assertIn("cannot be queued", kept.find("spool")[0][1])
+        self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_what_cannot_be_moved_holds_up_no_other(self) -> None:
+        real = pathlib.Path.rename
+        refused = threading.Semaphore(0)
+
+        def rename(source: pathlib.Path, target: Any) -> Any:
+            if pathlib.Path(target).parent == self.failed:
+                refused.release()
+                raise OSError(errno.EACCES, "Permission denied")
+            return real(source, target)
+        client = self.log_in_to(self.start())
+        self.be_down()
+        self.assertIn("Queued", self.post(client, "bad"))
+        self.assertIn("Queued", self.post(client, "good"))
+        with unittest.mock.patch.object(pathlib.Path, "rename", rename):
+            self.be_up()
+            self.fake.will("send", *[self.refuse_bad] * 1000)
+            for _ in range(3):
+                self.assertTrue(refused.acquire(timeout=PATIENCE))
+            wait_for(lambda: b"good" in self.subjects())
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(sorted(self.subjects()), [b"Undelivered mail", b"good"])
+
+    def test_the_reason_of_what_cannot_be_moved_does_not_grow(self) -> None:
+        """Its secret is not known, and its time is over."""
+        running = self.start()
+        self.be_down()
+        self.assertIn("Queued", self.log_in_to(running).post(b"From: me@x.y\r\n\r\n", sender=""))
+        running.stop()
+        refused = threading.Semaphore(0)
+
+        def rename(source: pathlib.Path, target: Any) -> Any:
+            refused.release()
+            raise OSError(errno.EACCES, "Permission denied")
+        self.age(*self.only())
+        with unittest.mock.patch.object(pathlib.Path, "rename", rename):
+            self.start()
+            for _ in range(3):
+                self.assertTrue(refused.acquire(timeout=PATIENCE))
+        wait_for(lambda: not self.waiting())
+        path, = self.failed.iterdir()
+        entry = relay.Store(str(self.folder)).read(path)
+        self.assertEqual(entry.reason.count("It could not be sent"), 1)
+        self.assertIn("451 4.3.0", entry.reason)
+
+    def test_failed_is_removed_beside_the_relay(self) -> None:
+        running = self.start()
+        self.failed.rmdir()
+        self.give_up(running)
+        self.assertEqual(len(list(self.failed.iterdir())), 1)
+        self.assertEqual(self.failed.stat().st_mode & 0o777, 0o700)
+
 
 class FullSpoolTests(SpoolCase):
     """A spool that cannot take a message: 452, and nothing is half there."""
@@ -7653,16 +7882,22 @@ class FullSpoolTests(SpoolCase):
             raise OSError(errno.EIO, "Input/output error")
 
         def hang(descriptor: int) -> None:
+            hung.append(descriptor)
             release.wait(PATIENCE)
+        hung: list[int] = []
         with unittest.mock.patch.object(os, "fsync", fail):
             self.assertTakesNothing(client, "Input/output")
         self.assertEqual(self.waiting(), [])
         relay.DISK_TIMEOUT = 0.2
         with unittest.mock.patch.object(os, "fsync", hang):
             self.assertTakesNothing(client, "time is up")
+            relay.DISK_TIMEOUT = 3600.0             # the next one need not wait
+            self.assertTakesNothing(client, "the disk does not answer")
+            self.assertEqual(len(hung), 1)
             release.set()                           # it comes late, and must not stay
-            wait_for(lambda: "relay-call" not in [one.name for one in threading.enumerate()])
+            wait_for(lambda: not calls_under_way())
         self.assertEqual((self.waiting(), self.fake.delivered), ([], []))
+        self.assertIn("Queued", self.post(client))
 
 
 class SpoolAccountTests(SpoolCase, AccountCase):
@@ -7704,6 +7939,31 @@ from_email = scan@example.com
         self.assertReply(self.connect(running).log_in("scanner8", "wrong"), "535 5.7.8")
         self.be_up()
         wait_for(lambda: not self.waiting())
+
+    def test_no_notice_for_the_null_reverse_path(self) -> None:
+        """from_email says who sends, and who is told, but not whether."""
+        client = self.connect(self.start())
+        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
+        self.fake.will("send", say(503), say(400), say(503), say(400))
+        self.assertIn("Queued", self.post(client, sender=""))
+        wait_for(lambda: len(list(self.failed.iterdir())) == 1 and not self.waiting())
+        self.assertEqual(len(self.fake.asked("send")), 2)
+        self.assertIn("Queued", self.post(client))
+        wait_for(lambda: self.fake.delivered)
+        self.assertEqual(self.fake.delivered[0].recipients, ["scan@example.com"])
+
+    def test_what_is_too_old_is_tried_once_more(self) -> None:
+        running = self.start()
+        client = self.connect(running)
+        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
+        self.be_down()
+        self.assertIn("Queued", self.post(client))
+        running.stop()
+        self.age(*self.only())
+        self.be_up()
+        self.start()
+        wait_for(lambda: not self.waiting())
+        self.assertEqual((self.subjects(), list(self.failed.iterdir())), ([b"s"], []))
 
 
 class SpoolStartTests(SpoolCase):
@@ -7842,6 +8102,31 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         status, _, err = self.outcome("spool", SPOOL_DIRECTORY=str(self.folder / "none"))
         self.assertEqual(status, 1)
         self.assertIn("No such file", err)
+
+    def test_a_message_that_is_sent_meanwhile(self) -> None:
+        """The others are tried again all the same."""
+        running = self.start()
+        client = self.log_in_to(running)
+        self.be_down()
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        for subject in "123":
+            self.assertIn("Queued", self.post(client, subject))
+        running.stop()
+        gone: list[str] = []
+        real = os.open
+
+        def open_file(path: Any, flags: int, *arguments: Any) -> int:
+            if flags & os.O_APPEND and not gone:
+                gone.append(path.name)
+                path.unlink()
+            return real(path, flags, *arguments)
+        with unittest.mock.patch.object(os, "open", open_file), \
+                unittest.mock.patch.dict(os.environ, self.settings_of()), \
+                contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(relay.main(["spool", "retry"]), 0)
+        self.assertEqual(sorted(out.getvalue().split("\n")),
+                         ["", *(f"{name} is tried again" for name in self.waiting())])
+        self.assertEqual(len(self.waiting()), 2)
 
 
 # The program, with short pauses; at the Nth thing that it does to the disk it kills itself,
