@@ -7209,7 +7209,8 @@ class SpoolCase(RelayCase):
     """Relays with a spool, which try again after a moment."""
 
     settings = {"UPSTREAM_TIMEOUT": "2"}
-    pauses = {"FIRST_PAUSE": 0.05, "LAST_PAUSE": 0.2, "LOOK_AGAIN": 0.05, "IDLE": 0.1}
+    pauses = {"FIRST_PAUSE": 0.05, "LAST_PAUSE": 0.2, "LOOK_AGAIN": 0.05, "IDLE": 0.1,
+              "MEMORY_PAUSE": 0.01}
 
     def setUp(self) -> None:
         super().setUp()
@@ -7622,8 +7623,6 @@ class SpoolTests(SpoolCase):
         self.assertLeaves(1_000_000, size="9000000")
 
     def test_it_waits_for_memory(self) -> None:
-        self.addCleanup(setattr, relay, "MEMORY_PAUSE", relay.MEMORY_PAUSE)
-        relay.MEMORY_PAUSE = 0.01
         running = self.start(UPSTREAM_TIMEOUT="20", MAX_MEMORY_FOR_MESSAGES="10000000",
                              MAX_MESSAGE_SIZE="1000000")
         self.fill_memory(running, 5_000_000)
@@ -7633,6 +7632,15 @@ class SpoolTests(SpoolCase):
             running.ask(lambda: running.relay.memory.give_back(1))
             wait_for(lambda: not self.waiting())
         self.assertEqual(kept.find("delayed"), [])
+
+    def test_what_waits_for_memory_does_not_hold_up_the_end(self) -> None:
+        running = self.start(UPSTREAM_TIMEOUT="60", SHUTDOWN_TIMEOUT="60",
+                             MAX_MEMORY_FOR_MESSAGES="10000000", MAX_MESSAGE_SIZE="1000000")
+        self.fill_memory(running, 5_000_000)
+        backlog, = running.relay.spool._backlogs.values()
+        wait_for(lambda: running.ask(lambda: backlog.is_sending))
+        running.stop()
+        self.assertEqual(len(self.waiting()), 1)
 
     def test_a_clock_that_is_set_back(self) -> None:
         """The end of a pause that was far away does not count."""
@@ -7800,17 +7808,17 @@ class FailedTests(SpoolCase):
         self.be_down()
         self.assertIn("Queued", self.log_in_to(running).post(b"From: me@x.y\r\n\r\n", sender=""))
         running.stop()
-        refused = threading.Semaphore(0)
+        times: list[float] = []
 
         def rename(source: pathlib.Path, target: Any) -> Any:
-            refused.release()
+            times.append(time.monotonic())
             raise OSError(errno.EACCES, "Permission denied")
         self.age(*self.only())
         with unittest.mock.patch.object(pathlib.Path, "rename", rename):
             self.start()
-            for _ in range(3):
-                self.assertTrue(refused.acquire(timeout=PATIENCE))
+            wait_for(lambda: len(times) >= 3)
         wait_for(lambda: not self.waiting())
+        self.assertGreater(times[2] - times[0], relay.FIRST_PAUSE)      # there is a pause
         path, = self.failed.iterdir()
         entry = relay.Store(str(self.folder)).read(path)
         self.assertEqual(entry.reason.count("It could not be sent"), 1)
