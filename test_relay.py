@@ -7157,7 +7157,7 @@ class EntryTests(unittest.TestCase):
     def test_a_notice(self) -> None:
         header = ("Subject: =?utf-8?Q?Sc=C3=A4n?=\r\n of today\r\nTo: a@x.y\r\nX: \u00fc\r\n"
                   ).encode()
-        entry = make_entry(recipients=["a@x.y", "\u00fc=@x.y"], tries=4,
+        entry = make_entry(recipients=["a@x.y", "\u00fc=\\@x.y"], tries=4,
                            reason="550 5.1.8 no mailbox \u2713")
         octets = relay.make_notice(entry, header, "relay.test", "0a1b", 1_700_000_100.0)
         self.assertNotRegex(octets, rb"(?<!\r)\n|\r(?!\n)")
@@ -7171,14 +7171,17 @@ class EntryTests(unittest.TestCase):
         parts: list[Any] = notice.get_payload()     # type: ignore[assignment]
         text, report, fields = parts
         said = text.get_payload(decode=True).decode()
-        for part in ("Subject:     Sc\u00e4n of today\n", "a@x.y\n             \u00fc=@x.y",
+        for part in ("Subject:     Sc\u00e4n of today\n", "a@x.y\n             \u00fc=\\@x.y",
                      "550 5.1.8", entry.ident, "Tries:       4"):
             self.assertIn(part, said.replace("\r\n", "\n"))
         self.assertEqual(report.get_content_type(), "message/delivery-status")
         message, *recipients = report.get_payload()
         self.assertEqual(message["Reporting-MTA"], "dns; relay.test")
+        self.assertEqual([email.utils.parsedate_to_datetime(one).timestamp() for one in (
+            message["Arrival-Date"], notice["Date"], recipients[1]["Last-Attempt-Date"])],
+            [1_700_000_000, 1_700_000_100, 1_700_000_100])
         self.assertEqual([one["Final-Recipient"] for one in recipients],
-                         ["rfc822; a@x.y", r"utf-8; \x{FC}\x{3D}@x.y"])
+                         ["rfc822; a@x.y", r"utf-8; \x{FC}\x{3D}\x{5C}@x.y"])
         for one in recipients:
             self.assertEqual((one["Action"], one["Status"]), ("failed", "5.1.8"))
             self.assertEqual(one["Diagnostic-Code"], "smtp; 550 5.1.8 no mailbox ?")
@@ -7187,6 +7190,8 @@ class EntryTests(unittest.TestCase):
         passing = relay.make_notice(make_entry(reason="too old; at last: 451 4.4.1 No answer"),
                                     b"", "relay.test", "0a1b", 0.0)
         self.assertIn(b"\r\nStatus: 5.4.1\r\n", passing)
+        unknown = relay.make_notice(make_entry(reason="it is damaged"), b"", "x.y", "0a1b", 0.0)
+        self.assertIn(b"\r\nStatus: 5.0.0\r\n", unknown)
 
     def test_a_notice_of_what_is_strange_or_long(self) -> None:
         """A subject that is no text, and as many recipients as there may be."""
@@ -8031,6 +8036,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.be_down()
         self.assertIn("Queued", self.post(client, "\x1b[31mred", recipients=("a@x.y", "b@x.y")))
         ident, = self.waiting()
+        (self.queue / "6f.part").write_bytes(b"{")          # as one that is being written
         wait_for(lambda: "reason" in (self.queue / ident).read_text())
         self.assertRegex(self.spool(), rf"(?m)^waiting {ident} queued=20\d\d-\d\d-\d\dT[0-9:]+Z "
                          rf"size=\d+ sender={SENDER} recipients=a@x.y,b@x.y tries=\d+ "
@@ -8083,9 +8089,12 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         ident = next(self.failed.iterdir()).name
         self.assertRegex(self.spool(), rf"^failed  {ident} .*reason=.554 5.6.0")
         self.assertEqual(self.spool("retry"), "")               # only what waits
+        store = relay.Store(str(self.folder))
+        self.age(self.failed / ident, store.read(self.failed / ident))
         with kept_log() as kept:
             self.spool("retry", ident)
             wait_for(lambda: kept.find("delayed"))              # the secret was forgotten
+        self.assertFalse(store.read(self.queue / ident).is_told)        # it begins anew
         self.log_in_to(running)
         wait_for(lambda: len(self.fake.delivered) == 2)
         wait_for(lambda: not self.waiting())
@@ -8099,7 +8108,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         running.stop()
         ident, = self.waiting()
         (self.failed / "junk").write_bytes(b"junk")
-        self.assertIn("damaged junk file=", self.spool("list"))
+        self.assertRegex(self.spool("list"), "^waiting .*\ndamaged junk file=.*\n$")
         self.spool("retry", ident)
         self.spool("drop", "junk")
         self.spool("drop", ident)
