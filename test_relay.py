@@ -7737,7 +7737,7 @@ class FailedTests(SpoolCase):
         for subject in ("cut", "bit", "whole", "tail"):
             self.assertIn("Queued", self.post(client, subject))
         running.stop()
-        for path in self.queue.iterdir():
+        for path in list(self.queue.iterdir()):
             octets = path.read_bytes()
             if b"Subject: cut" in octets:
                 path.write_bytes(octets[:octets.index(b"Subject: cut")])
@@ -7745,17 +7745,20 @@ class FailedTests(SpoolCase):
                 path.write_bytes(octets.replace(b"Subject: bit", b"Subject: bat"))
             elif b"Subject: tail" in octets:
                 path.write_bytes(octets + b'\n{"tries": 7')
+            else:
+                (self.queue / "copy").write_bytes(octets)   # it would be sent twice
         (self.queue / "junk").write_bytes(b"\x00" * 100)
         (self.queue / "6f.part").write_bytes(b"{")
+        (self.queue / "folder").mkdir()
         self.be_up()
         with kept_log() as kept:
             self.log_in_to(self.start())
             wait_for(lambda: not self.waiting())
         # Of the one with another bit its header can be told; of the others nobody knows.
         self.assertEqual(sorted(self.subjects()), [b"Undelivered mail", b"tail", b"whole"])
-        self.assertEqual(len(list(self.failed.iterdir())), 4)
+        self.assertEqual(len(list(self.failed.iterdir())), 6)
         self.assertEqual({level for level, _ in kept.find("set-aside")}, {"ERROR"})
-        self.assertEqual(len(kept.find("set-aside")), 3)
+        self.assertEqual(len(kept.find("set-aside")), 5)
         self.assertIn("damaged", kept.find("failed")[0][1])
 
     def refuse_bad(self, sock: socket.socket, request: Request) -> bool:
