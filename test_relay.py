@@ -7379,6 +7379,33 @@ class SpoolTests(SpoolCase):
             self.assertIn("Queued", self.post(client))
             self.assertEqual(calls, ["fsync file", "rename", "fsync folder"])
 
+    def test_each_change_is_on_the_disk_at_once(self) -> None:
+        """What is in a file, and in which folder it is."""
+        store, entry = relay.Store(str(self.folder)), make_entry()
+        calls: list[str] = []
+        store.open()
+        self.addCleanup(store.close)
+        names = {self.queue.stat().st_ino: "queue", self.failed.stat().st_ino: "failed"}
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            calls.append(names.get(os.fstat(descriptor).st_ino, "file"))
+            real(descriptor)
+
+        def add() -> None:
+            store.add(entry, [b"x" * 15], 0, threading.Event())
+        steps: tuple[tuple[Callable[[], None], list[str]], ...] = (
+            (add, ["file", "queue"]), (lambda: store.note(entry), ["file"]),
+            (lambda: store.fail(entry), ["file", "failed", "queue"]),
+            (lambda: store.retry(self.failed / entry.ident, entry), ["file", "queue", "failed"]),
+            (lambda: store.remove(entry), ["queue"]), (add, ["file", "queue"]),
+            (lambda: store.drop(self.queue / entry.ident), ["queue"]))
+        with unittest.mock.patch.object(os, "fsync", fsync):
+            for step, wanted in steps:
+                step()
+                self.assertEqual(calls, wanted)
+                calls.clear()
+
     def test_oldest_first(self) -> None:
         client = self.log_in_to(self.start())
         self.be_down()
