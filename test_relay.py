@@ -7260,7 +7260,7 @@ class SpoolCase(RelayCase):
         return [re.search(rb"(?m)^Subject: (.*)\r$", one.message)[1]
                 for one in self.fake.delivered]
 
-    def age(self, path: pathlib.Path, entry: relay.Entry) -> None:
+    def age(self, path: pathlib.Path, entry: Any) -> None:
         """Let the lifetime of a message be over, while no relay runs."""
         with open(path, "ab") as file:
             file.write(dataclasses.replace(entry, queued_at=1.0).last_line)
