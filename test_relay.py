@@ -7722,6 +7722,8 @@ class FailedTests(SpoolCase):
         self.assertEqual((notice.mailbox, notice.recipients),
                          ("Boss@example.com", ["boss@example.com"]))
         self.assertIn(path.name.encode(), notice.message)
+        self.assertIn(b"\r\nSubject: s\r\n", notice.message)
+        self.assertNotIn(b"Text", notice.message)           # of the message
         self.assertEqual(email.message_from_bytes(notice.message).get_content_type(),
                          "multipart/report")
 
@@ -7961,6 +7963,7 @@ from_email = scan@example.com
         client = self.connect(running)
         self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
         self.be_down()
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0       # a restart ends a pause
         self.assertIn("Queued", self.post(client))
         running.stop()
         text = (self.queue / self.waiting()[0]).read_text()
