@@ -7998,6 +7998,19 @@ from_email = scan@example.com
         wait_for(lambda: self.fake.delivered)
         self.assertEqual(self.fake.delivered[0].recipients, ["scan@example.com"])
 
+    def test_an_account_that_is_taken_away(self) -> None:
+        """Its secret is not kept beside the file."""
+        running = self.start()
+        client = self.connect(running)
+        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
+        self.be_down()
+        self.assertIn("Queued", self.post(client))
+        self.assertReply(self.connect(running).log_in("scanner8", "tenletters"), "235 2.7.0")
+        path, _ = self.only()
+        accounts = pathlib.Path(FILES["spool.ini"])
+        FILES.write("spool.ini", accounts.read_text().replace("[scanner8]", "[scanner9]"))
+        wait_for(lambda: "waits until scanner8 logs in" in path.read_text())
+
     def test_what_is_too_old_is_tried_once_more(self) -> None:
         running = self.start()
         client = self.connect(running)
