@@ -7193,6 +7193,18 @@ class EntryTests(unittest.TestCase):
         unknown = relay.make_notice(make_entry(reason="it is damaged"), b"", "x.y", "0a1b", 0.0)
         self.assertIn(b"\r\nStatus: 5.0.0\r\n", unknown)
 
+    def test_how_it_is_listed(self) -> None:
+        path = pathlib.Path("queue") / "8d6f"
+        for values, word, is_there in (
+                ({"account": "scanner8"}, "account=scanner8", True), ({}, "account", False),
+                ({"is_notice": True}, "notice=", True), ({}, "notice", False),
+                ({"next_at": 4e9}, "again=2096-10-02T07:06:40Z", True),
+                ({"next_at": 5.0}, "again", False)):
+            said = relay.describe_entry(path, make_entry(**values))
+            self.assertEqual(word in said, is_there, said)
+        failed = relay.describe_entry(pathlib.Path("failed") / "8d6f", make_entry(next_at=4e9))
+        self.assertNotIn("again", failed)
+
     def test_a_notice_of_what_is_strange_or_long(self) -> None:
         """A subject that is no text, and as many recipients as there may be."""
         recipients = [f"{'r' * 50}-no-{number}@example.com" for number in range(500)]
@@ -7613,7 +7625,8 @@ class SpoolTests(SpoolCase):
                 refused.release()
                 raise OSError(errno.EROFS, "Read-only file system")
             real(path, *arguments, **options)
-        client = self.log_in_to(self.start())
+        running = self.start()
+        client = self.log_in_to(running)
         self.be_down(times=1)
         with unittest.mock.patch.object(pathlib.Path, "unlink", unlink):
             self.assertIn("Queued", self.post(client))
@@ -7621,6 +7634,7 @@ class SpoolTests(SpoolCase):
                 self.assertTrue(refused.acquire(timeout=PATIENCE))
         wait_for(lambda: not self.waiting())
         self.assertEqual(len(self.fake.delivered), 1)
+        wait_for(lambda: not running.ask(lambda: running.relay.spool._sent))
 
     def fill_memory(self, running: Running, spare: int) -> None:
         """Queue a message, and leave an octet less than it needs, with what is left to
@@ -7683,6 +7697,32 @@ class SpoolTests(SpoolCase):
             self.assertIn("Queued", self.post(client))
         wait_for(lambda: not self.waiting())
         self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_pauses_become_longer(self) -> None:
+        times: list[float] = []
+
+        def fail(sock: socket.socket, request: Request) -> bool:
+            times.append(time.monotonic())
+            return say(503)(sock, request)
+        client = self.log_in_to(self.start())
+        relay.LAST_PAUSE = 3600.0
+        self.fake.will("send", *[fail] * 4)
+        self.assertIn("Queued", self.post(client))
+        wait_for(lambda: not self.waiting())
+        for number, (begun, ended) in enumerate(zip(times, times[1:])):
+            self.assertGreater(ended - begun, 0.8 * relay.FIRST_PAUSE * 2 ** number)
+
+    def test_what_comes_while_another_waits_has_no_pause_of_its_own(self) -> None:
+        client = self.log_in_to(self.start())
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        self.be_down(times=2)
+        self.assertIn("Queued", self.post(client, "1"))
+        store, first = relay.Store(str(self.folder)), self.only()
+        self.assertIn("Queued", self.post(client, "2"))
+        store.retry(*first)
+        store.touch()
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(self.subjects(), [b"1", b"2"])
 
     def test_another_login_does_not_end_a_pause(self) -> None:
         running = self.start()
@@ -7892,6 +7932,7 @@ class FullSpoolTests(SpoolCase):
         wait_for(lambda: not running.ask(lambda: running.relay.spool._octets))
         self.be_down()
         self.assertIn("Queued", self.post(client, "two"))
+        self.assertEqual(running.ask(lambda: running.relay.spool._writing), 0)
 
     def test_what_has_failed_counts(self) -> None:
         self.failed.mkdir(0o700)
@@ -8080,12 +8121,12 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.assertEqual(self.spool(), "The spool is empty.\n")
         client = self.log_in_to(running)
         self.be_down()
-        self.assertIn("Queued", self.post(client, "\x1b[31mred", recipients=("a@x.y", "b@x.y")))
+        self.assertIn("Queued", self.post(client, "\x1b[31mred", recipients=("a@x.y", "B@X.y")))
         ident, = self.waiting()
         (self.queue / "6f.part").write_bytes(b"{")          # as one that is being written
         wait_for(lambda: "reason" in (self.queue / ident).read_text())
         self.assertRegex(self.spool(), rf"(?m)^waiting {ident} queued=20\d\d-\d\d-\d\dT[0-9:]+Z "
-                         rf"size=\d+ sender={SENDER} recipients=a@x.y,b@x.y tries=\d+ "
+                         rf"size=\d+ sender={SENDER} recipients=a@x.y,B@X.y tries=\d+ "
                          r'reason="451 4.3.0 .*"( again=\S+)?$')
         self.assertEqual(self.spool().count("\n"), 1)
         shown = self.spool("show", ident)
@@ -8156,6 +8197,8 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         (self.failed / "junk").write_bytes(b"junk")
         self.assertRegex(self.spool("list"), "^waiting .*\ndamaged junk file=.*\n$")
         self.spool("retry", ident)
+        self.assertEqual(self.spool("retry", "junk"), "")
+        self.assertEqual(self.spool("show", wanted=2), "")
         self.spool("drop", "junk")
         self.spool("drop", ident)
         self.assertEqual(self.spool(), "The spool is empty.\n")
