@@ -7219,6 +7219,10 @@ class EntryTests(unittest.TestCase):
         self.assertIn("Subject:     ? s s s", said)
         self.assertEqual(re.findall(r"r+-no-\d+@example\.com", said), recipients)
         self.assertEqual(len(report.get_payload()), 501)
+        # It shows a fault: these lines have too many octets, not characters.
+        entry.recipients = [f"{one}@example.com" for one in ["\u20ac" * 20] * 100]
+        octets = relay.make_notice(entry, b"", "relay.test", "0a1b", 0.0)
+        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
 
 
 @unittest.skipUnless(relay.fcntl, "needs locks of files")
@@ -7934,6 +7938,41 @@ class FullSpoolTests(SpoolCase):
         self.assertIn("Queued", self.post(client, "two"))
         self.assertEqual(running.ask(lambda: running.relay.spool._writing), 0)
 
+    def octets(self, running: Running) -> Any:
+        """How many the relay counts."""
+        return running.ask(lambda: running.relay.spool._octets)
+
+    # It shows a fault: what was noted in a file is counted, and not taken off with the file.
+    def test_the_count_is_0_when_nothing_is_left(self) -> None:
+        """Whatever was noted in a file, and whoever read it: a retry, or a restart."""
+        running = self.start()
+        client = self.log_in_to(running)
+        self.be_down()
+        for asks in (False, True):
+            self.assertIn("Queued", self.post(client))
+            wait_for(lambda: self.only()[1].tries > 1)
+            if asks:
+                before = self.octets(running)
+                relay.Store(str(self.folder)).retry(*self.only())
+                relay.Store(str(self.folder)).touch()
+                wait_for(lambda: running.ask(lambda: [
+                    one.entries[0].asked_at for one in running.relay.spool._backlogs.values()]
+                    ) > [0.0])
+                self.assertGreaterEqual(self.octets(running), before)
+            self.be_up()
+            wait_for(lambda: not self.waiting())
+            wait_for(lambda: not running.ask(lambda: running.relay.spool._idents))
+            self.assertEqual(self.octets(running), 0)
+            self.be_down()
+        self.assertIn("Queued", self.post(client))
+        wait_for(lambda: self.only()[1].tries > 1)
+        running.stop()
+        self.be_up()
+        running = self.start()
+        self.log_in_to(running)
+        wait_for(lambda: not running.ask(lambda: running.relay.spool._idents))
+        self.assertEqual(self.octets(running), 0)
+
     def test_what_has_failed_counts(self) -> None:
         self.failed.mkdir(0o700)
         (self.failed / "x").write_bytes(b"x" * 1400)
@@ -8208,6 +8247,18 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         status, _, err = self.outcome("spool", SPOOL_DIRECTORY=str(self.folder / "none"))
         self.assertEqual(status, 1)
         self.assertIn("No such file", err)
+
+    # It shows a fault: without failed/ the command ends, and the relay sees nothing.
+    def test_without_failed(self) -> None:
+        """Somebody has tidied up."""
+        client = self.log_in_to(self.start())
+        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        self.be_down(times=1)
+        self.assertIn("Queued", self.post(client))
+        self.failed.rmdir()
+        self.assertIn("is tried again", self.spool("retry"))
+        wait_for(lambda: not self.waiting())
+        self.assertEqual(self.spool(), "The spool is empty.\n")
 
     def test_a_message_that_is_sent_meanwhile(self) -> None:
         """The others are tried again all the same."""
