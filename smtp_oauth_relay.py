@@ -4827,13 +4827,14 @@ class Store:
         return entry if is_whole and entry.ident == path.name else None
 
     def survey(self) -> tuple[dict[str, Entry], int]:
-        """See what waits, and how many octets there are in all."""
+        """See what waits, and how many octets of other files there are."""
         entries = map(self.read, self.queue.iterdir())
         found = {entry.ident: entry for entry in entries if entry}
         octets = 0
-        for path in (*self.queue.iterdir(), *self.failed.iterdir()):
-            with contextlib.suppress(FileNotFoundError):
-                octets += path.stat().st_size
+        with contextlib.suppress(FileNotFoundError):        # somebody may have tidied up
+            for path in self.failed.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    octets += path.stat().st_size
         return found, octets
 
     def header(self, entry: Entry) -> bytes:
@@ -4909,7 +4910,9 @@ class Store:
 
     def names(self) -> Iterator[tuple[pathlib.Path, Entry | None]]:
         """All that is there, the oldest first; what is damaged comes last."""
-        paths = [*self.queue.iterdir(), *self.failed.iterdir()]
+        paths = list(self.queue.iterdir())
+        if self.failed.exists():        # or somebody has tidied up
+            paths += self.failed.iterdir()
         found = [(path, entry) for path, entry in zip(paths, map(self.read, paths))
                  if entry or path.parent == self.failed
                  or (path.suffix != ".part" and path.exists())]     # not sent just now
@@ -4998,8 +5001,8 @@ class Spool:
         self._memory = memory
         self._name = name
         self._store = Store(config.spool_directory)
-        self._octets = 0                # of all files, and those
-        self._writing = 0               # that are being written
+        self._kept = 0                  # octets of what was given up,
+        self._writing = 0               # and of what is being written
         self._idents: dict[str, int] = {}       # of what is in `queue`, or will be; octets
         self._sent: set[str] = set()    # that could not be removed then
         self._backlogs: dict[tuple[str, str, str], Backlog] = {}
@@ -5017,7 +5020,7 @@ class Spool:
         self._senders, self._writers = (asyncio.Semaphore(SENDERS) for _ in range(2))
         try:
             self._store.set_aside()
-            found, self._octets = self._store.survey()
+            found, self._kept = self._store.survey()
             touched = self._store.touched()
         except OSError as error:
             raise StartError(f"SPOOL_DIRECTORY: {error.filename!r} cannot be read: "
@@ -5067,14 +5070,13 @@ class Spool:
             pause = self._graph.turns.held_for(entry.key) or self._pause(1)
             entry.next_at = time.time() + pause
         octets, is_stored = len(entry.first_line) + entry.size, False
-        self._octets += octets
         self._writing += octets
         self._idents[entry.ident] = octets
         try:
             if self._octets > self._config.spool_max_bytes and not entry.is_notice:
                 raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
             await self._write(entry, parts)
-            is_stored = True
+            self._idents[entry.ident], is_stored = len(entry.first_line) + entry.size, True
         except OSError as error:
             raise TemporaryError("The message cannot be queued now; try again later", 452,
                                  "4.3.1", level=logging.ERROR, facts={
@@ -5082,7 +5084,6 @@ class Spool:
         finally:
             self._writing -= octets
             if not is_stored:
-                self._octets -= octets
                 del self._idents[entry.ident]
         backlog = self._admit(entry)
         if application and not application.is_ours:
@@ -5090,6 +5091,11 @@ class Spool:
         if pause and len(backlog.entries) == 1:
             backlog.failures = 1
             backlog.rest(pause)
+
+    @property
+    def _octets(self) -> int:
+        """How many there are, but for what was noted about what waits."""
+        return self._kept + sum(self._idents.values())
 
     async def _write(self, entry: Entry, parts: list[bytes | memoryview]) -> None:
         """Store a message. Raises OSError."""
@@ -5257,7 +5263,6 @@ class Spool:
         """Remove what was sent; if that fails it is not sent again all the same."""
         self._sent.add(entry.ident)
         await self._on_disk(self._store.remove, entry)
-        self._octets -= self._idents.get(entry.ident, 0)
         self._leave(backlog, entry)
 
     async def _put_off(self, backlog: Backlog, entry: Entry, reason: str,
@@ -5299,6 +5304,7 @@ class Spool:
             log_event(logging.ERROR, entry.ident, "spool", problem=error)
             entry.reason, entry.next_at = before, time.time() + FIRST_PAUSE
             return
+        self._kept += self._idents.get(entry.ident, 0)
         self._leave(backlog, entry)
         log_event(logging.ERROR, entry.ident, "failed", sender=entry.mailbox,
                   recipients=len(entry.recipients), size=entry.size, tries=entry.tries,
@@ -5360,8 +5366,7 @@ class Spool:
     async def _look_again(self) -> None:
         before = {one.ident for backlog in self._backlogs.values()
                   for one in backlog.entries}
-        found, octets = await in_thread(self._store.survey)
-        self._octets = octets + self._writing
+        found, self._kept = await in_thread(self._store.survey)
         for backlog in list(self._backlogs.values()):
             for entry in list(backlog.entries):
                 if entry.ident not in found:
@@ -6224,8 +6229,9 @@ class Connection:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._writer.wait_closed(), LINGER)
         # Not that of TLS: once it is closing it does nothing more, and waits for ever until
-        # a client takes what is left.
-        self._plain_writer.transport.abort()
+        # a client takes what is left. Nor one that is at its end: asyncio fails there.
+        if self._plain_writer.get_extra_info("socket").fileno() >= 0:
+            self._plain_writer.transport.abort()
 
     def _trace(self, mark: str, what: object) -> None:
         if mark == "!":

@@ -9100,7 +9100,6 @@ class DeafReceiptTests(RelayCase):
 
     def test_one_that_reads_all_in_the_end(self) -> None:
         """The connection is not closed before the last word has left."""
-        # DEFECT shown by the last line: abort() of a transport that is at its end.
         sock, one = self.begin_deaf()
         with kept_log() as kept:
             sock.sendall(b"QUIT\r\n")
