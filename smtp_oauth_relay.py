@@ -3284,7 +3284,7 @@ def make_notice(entry: Entry, header: bytes, reporter: str, ident: str,
             f' boundary="{mark}"\n')
     parts = [("text/plain; charset=utf-8", text.encode(errors="replace")),
              ("message/delivery-status", report.encode()),
-             ("text/rfc822-headers", header[:MAX_NOTICE_HEADER])]
+             ("text/rfc822-headers", header)]
     return head.encode().replace(b"\n", b"\r\n") + b"".join(
         f"\r\n--{mark}\r\nContent-Type: {kind}\r\nContent-Transfer-Encoding: 8bit\r\n\r\n"
         .encode() + octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")

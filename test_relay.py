@@ -7138,9 +7138,9 @@ class EntryTests(unittest.TestCase):
                      .encode()):
             with self.subTest(line[-30:]), self.assertRaises(ValueError):
                 relay.read_entry(line, b"")
-        whole.update(queued_at=7, size=0, recipients=[])
+        whole.update(queued_at=7.0, size=0, recipients=[])
         found = relay.read_entry(json.dumps(whole).encode(), b"")
-        self.assertEqual((found.queued_at, found.size, found.recipients), (7, 0, []))
+        self.assertEqual((found.queued_at, found.size, found.recipients), (7.0, 0, []))
 
     def test_pauses(self) -> None:
         self.assertEqual((FIRST_PAUSE, LAST_PAUSE), (60, 1800))
@@ -7219,7 +7219,7 @@ class EntryTests(unittest.TestCase):
         self.assertIn("Subject:     ? s s s", said)
         self.assertEqual(re.findall(r"r+-no-\d+@example\.com", said), recipients)
         self.assertEqual(len(report.get_payload()), 501)
-        # It shows a fault: these lines have too many octets, not characters.
+        # Octets count, not characters.
         entry.recipients = [f"{one}@example.com" for one in ["\u20ac" * 20] * 100]
         octets = relay.make_notice(entry, b"", "relay.test", "0a1b", 0.0)
         self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
@@ -7942,7 +7942,6 @@ class FullSpoolTests(SpoolCase):
         """How many the relay counts."""
         return running.ask(lambda: running.relay.spool._octets)
 
-    # It shows a fault: what was noted in a file is counted, and not taken off with the file.
     def test_the_count_is_0_when_nothing_is_left(self) -> None:
         """Whatever was noted in a file, and whoever read it: a retry, or a restart."""
         running = self.start()
@@ -8087,9 +8086,13 @@ from_email = scan@example.com
         self.assertIn("Queued", self.post(client))
         self.assertReply(self.connect(running).log_in("scanner8", "tenletters"), "235 2.7.0")
         path, _ = self.only()
-        accounts = pathlib.Path(FILES["spool.ini"])
-        FILES.write("spool.ini", accounts.read_text().replace("[scanner8]", "[scanner9]"))
+        text = pathlib.Path(FILES["spool.ini"]).read_text()
+        renamed = text.replace("[scanner8]", "[scanner9]")
+        FILES.write("spool.ini", renamed.replace(CLIENT, TENANT))   # another application
         wait_for(lambda: "waits until scanner8 logs in" in path.read_text())
+        FILES.write("spool.ini", renamed)       # the same one by another name will do
+        self.be_up()
+        wait_for(lambda: not self.waiting())
 
     def test_what_is_too_old_is_tried_once_more(self) -> None:
         running = self.start()
@@ -8248,7 +8251,6 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.assertEqual(status, 1)
         self.assertIn("No such file", err)
 
-    # It shows a fault: without failed/ the command ends, and the relay sees nothing.
     def test_without_failed(self) -> None:
         """Somebody has tidied up."""
         client = self.log_in_to(self.start())
