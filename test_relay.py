@@ -3422,9 +3422,10 @@ class RelayCase(unittest.TestCase):
         self.assertIn("235 2.7.0", client.log_in(password=self.password))
         return client
 
-    def begun(self) -> Client:
+    def begun(self, running: Running | None = None) -> Client:
         """Connect, log in, and begin a message."""
-        client = self.logged_in()
+        client = self.connect(running)
+        self.assertIn("235 2.7.0", client.log_in(password=self.password))
         for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
             client.docmd(line)
         return client
@@ -7544,10 +7545,8 @@ class SpoolTests(SpoolCase):
 
     def test_a_message_in_flight_is_queued_when_the_relay_stops(self) -> None:
         running = self.start(SHUTDOWN_TIMEOUT="0.2", UPSTREAM_TIMEOUT="60")
-        client = self.log_in_to(running)
+        client = self.begun(running)
         self.fake.will("send", self.fake.hang)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
         client.send(b"one\r\n.\r\n")
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         running.stop()
@@ -7597,10 +7596,8 @@ class SpoolTests(SpoolCase):
             threading.Event().wait(0.2)
             real(descriptor)
         running = self.start(SHUTDOWN_TIMEOUT="0.1", UPSTREAM_TIMEOUT="60")
-        client = self.log_in_to(running)
+        client = self.begun(running)
         self.fake.will("send", self.fake.hang)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
         client.send(b"one\r\n.\r\n")
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         with unittest.mock.patch.object(os, "fsync", fsync):
@@ -10166,27 +10163,35 @@ class HangTests(HangCase):
         self.served(running, "secret", SENDER)      # the turns are there again
 
 
-class SlowWork:
-    """Decodes no base64 in the threads of a relay while `is_on`, until it is released."""
+class Stuck:
+    """A function of the standard library that hangs, where it should, until it is released."""
 
-    def __init__(self) -> None:
-        self._decode, self.is_on = binascii.a2b_base64, False
+    def __init__(self, module: Any, name: str, should: Callable[..., bool]) -> None:
+        self._module, self._name, self._should = module, name, should
+        self._real = getattr(module, name)
+        self.is_on = True
         self.arrived, self.released = threading.Semaphore(0), threading.Event()
 
-    def __enter__(self) -> SlowWork:
-        binascii.a2b_base64 = self
+    def __enter__(self) -> Stuck:
+        setattr(self._module, self._name, self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.released.set()
-        binascii.a2b_base64 = self._decode
+        setattr(self._module, self._name, self._real)
 
-    def __call__(self, *arguments: Any, **options: Any) -> bytes:
-        """Decode something."""
-        if self.is_on and threading.current_thread() in calls_under_way():
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Do it, sooner or later."""
+        if self.is_on and self._should(*arguments):
             self.arrived.release()
             self.released.wait(2 * PATIENCE)
-        return self._decode(*arguments, **options)
+        return self._real(*arguments, **options)
+
+    def wait(self, number: int) -> None:
+        """Wait until so many hang."""
+        for _ in range(number):
+            if not self.arrived.acquire(timeout=PATIENCE):
+                raise AssertionError("too few hang")
 
 
 class SlowWorkTests(HangCase):
@@ -10200,7 +10205,9 @@ class SlowWorkTests(HangCase):
         clients = [self.connect(running) for _ in range(3)]
         for client in clients:
             client.log_in()
-        with SlowWork() as work:
+        in_thread = lambda *_: threading.current_thread() in calls_under_way()  # noqa: E731
+        with Stuck(binascii, "a2b_base64", in_thread) as work:
+            work.is_on = False
             def begin(sock: socket.socket, request: Request) -> bool:
                 work.is_on = True
                 return fake.accept(sock, request)
@@ -10341,33 +10348,9 @@ class GateTests(HangCase):
                 self.assertEqual(fake.asked(kind), [])
 
 
-class LookUps:
-    """Look-ups of one host, in the standard library, that hang until they are released."""
-
-    def __init__(self, host: str) -> None:
-        self._host, self._look_up = host, socket.getaddrinfo
-        self.arrived, self.released = threading.Semaphore(0), threading.Event()
-
-    def __enter__(self) -> LookUps:
-        socket.getaddrinfo = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.released.set()
-        socket.getaddrinfo = self._look_up
-
-    def __call__(self, host: Any, *arguments: Any, **options: Any) -> Any:
-        """Look up a host."""
-        if host == self._host:
-            self.arrived.release()
-            self.released.wait(2 * PATIENCE)
-        return self._look_up(host, *arguments, **options)
-
-    def wait(self, number: int) -> None:
-        """Wait until so many hang."""
-        for _ in range(number):
-            if not self.arrived.acquire(timeout=PATIENCE):
-                raise AssertionError("too few look-ups")
+def stuck_look_ups() -> Stuck:
+    """Look-ups of localhost that hang."""
+    return Stuck(socket, "getaddrinfo", lambda host, *_: host == "localhost")
 
 
 class LookUpTests(HangCase):
@@ -10392,7 +10375,7 @@ class LookUpTests(HangCase):
         self.served(running, "known")
         clients = [self.connect(running) for _ in range(self.MANY)]
         fake.drop_connections()
-        with LookUps("localhost") as look_ups:
+        with stuck_look_ups() as look_ups:
             waiting = [Waiting(client, login_line(password=f"secret {number}"))
                        for number, client in enumerate(clients)]
             look_ups.wait(self.MANY)
@@ -10412,7 +10395,7 @@ class LookUpTests(HangCase):
         clients = [self.connect(running) for _ in range(2)]
         for client in clients:
             client.log_in()
-        with LookUps("localhost") as look_ups:
+        with stuck_look_ups() as look_ups:
             waiting = [begin_message(client, message, f"{len(message)}@example.com")
                        for client, message in zip(clients, (BULKY, TWO_FILES))]
             look_ups.wait(2)
@@ -10438,7 +10421,7 @@ class LookUpTests(HangCase):
             return held
         self.addCleanup(gc.enable)
         gc.disable()
-        with LookUps("localhost") as look_ups:
+        with stuck_look_ups() as look_ups:
             held = asyncio.run(send("http://localhost:9/x"))
             look_ups.wait(1)
             self.assertEqual(len(calls_under_way()), 1)
