@@ -6151,13 +6151,20 @@ class Connection:
 
     def _has_taken_all(self) -> bool | None:
         """Whether the client's system has taken all that was said; None: not yet."""
-        plain, transport = self._plain_writer.transport, self._writer.transport
-        # TLS came to an orderly end, as nothing was raised; Python 3.9 knows only below.
-        if plain.is_closing() or transport.is_closing():
+        if self._is_gone:               # TLS came to an orderly end, as nothing was raised
             return True
+        plain, transport = self._plain_writer.transport, self._writer.transport
         if plain.get_write_buffer_size() or transport.get_write_buffer_size():
             return None
         return has_taken_all(plain.get_extra_info("socket"))
+
+    @property
+    def _is_gone(self) -> bool:
+        """Whether the connection is closed, or about to be; of TLS Python 3.9 knows that
+        only below.
+        """
+        return (self._plain_writer.transport.is_closing()
+                or self._writer.transport.is_closing())
 
     def _settle(self, *, is_heard: bool) -> None:
         for receipt in self._receipts:
@@ -6181,7 +6188,7 @@ class Connection:
         replies = self._session.output()
         if not replies:
             return
-        if self._writer.transport.is_closing():     # there is nobody any more
+        if self._is_gone:
             self._settle(is_heard=False)
         self._writer.write(replies)
         loop = asyncio.get_running_loop()
@@ -6224,7 +6231,7 @@ class Connection:
                   cipher=self._writer.get_extra_info("cipher")[0])
 
     async def _hang_up(self) -> None:
-        if not self._writer.transport.is_closing():     # somebody may hear a last word
+        if not self._is_gone:           # somebody may hear a last word
             self._writer.close()
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._writer.wait_closed(), LINGER)
