@@ -272,6 +272,16 @@ class Files:
 FILES: Files
 
 
+def free_port() -> int:
+    """Find a port that nobody listens on, and that no client is given meanwhile: systems
+    take those of clients from 32768, or 49152, on.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 def setUpModule() -> None:
     """Make the files; the log stays silent, tests that read it say so."""
     global FILES
@@ -4891,9 +4901,7 @@ class Azurite:
     """A real Azurite with a table."""
 
     def __init__(self, command: str) -> None:
-        probe = socket.create_server(("127.0.0.1", 0))
-        self.port = probe.getsockname()[1]
-        probe.close()
+        self.port = free_port()
         self.account = f"https://127.0.0.1:{self.port}/{AZURITE_ACCOUNT}"
         self.url = f"{self.account}/users"
         self._process = subprocess.Popen(
@@ -6467,9 +6475,7 @@ class MemoryTests(unittest.TestCase):
 
     def send(self, fake: FakeMicrosoft, message: bytes) -> int:
         """Send a message through a process of its own; returns what it cost, in octets."""
-        probe = socket.create_server(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+        port = free_port()
         with start_program(SMTP_PORT=str(port), AZURE_AUTHORITY_HOST=fake.url,
                            GRAPH_ENDPOINT=fake.url, TLS_SOURCE="off", REQUIRE_TLS="false",
                            LISTEN_ADDRESS="127.0.0.1") as process:
@@ -6571,9 +6577,7 @@ class UnreachableTests(RelayCase):
     """Microsoft cannot be reached."""
 
     def test_a_refused_connection(self) -> None:
-        probe = socket.create_server(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+        port = free_port()
         config = make_config(AZURE_AUTHORITY_HOST=f"http://127.0.0.1:{port}",
                              GRAPH_ENDPOINT=self.fake.url, SMTP_PORT="0")
         running = Running(config)
@@ -6586,9 +6590,7 @@ class UnreachableTests(RelayCase):
         self.assertIn("problem=", kept.find("auth")[0][1])
 
     def test_a_connection_that_is_refused_at_first(self) -> None:
-        probe = socket.create_server(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+        port = free_port()
         pool = relay.HttpPool([f"http://127.0.0.1:{port}"])
         answered = []
 
@@ -8329,9 +8331,7 @@ class Kills:
         self.sent = 0
         self.arrived: collections.Counter[tuple[str, str]] = collections.Counter()
         self.is_over = threading.Event()
-        probe = socket.create_server(("127.0.0.1", 0))
-        self.port = probe.getsockname()[1]
-        probe.close()
+        self.port = free_port()
         self.accounts = FILES.write("kill.ini", f"""
 [device]
 tenant_id = {TENANT}
@@ -8457,9 +8457,7 @@ class TlsCase(RelayCase):
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
         """Settings for a relay with TLS in front of the fake."""
-        probe = socket.create_server(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+        port = free_port()
         return super().config(**{
             "TLS_SOURCE": "file", "REQUIRE_TLS": "true", "SMTPS_PORT": str(port),
             "TLS_CERT_FILEPATH": FILES["cert.pem"], "TLS_KEY_FILEPATH": FILES["key.pem"],
@@ -9559,9 +9557,7 @@ class OverloadTests(unittest.TestCase):
         """A relay; in the end it must be as it was at first, and log no errors but those
         that are allowed. `change` is done before it starts.
         """
-        probe = socket.create_server(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+        port = free_port()
         code = f"import smtp_oauth_relay as r\n{change}\nr.main([])"
         environ: dict[str, Any] = {
             "SMTP_PORT": "0", "SMTPS_PORT": str(port), "LISTEN_ADDRESS": "127.0.0.1",
