@@ -8131,6 +8131,19 @@ class SpoolStartTests(SpoolCase):
         self.start(SPOOL_DIRECTORY=str(made)).stop()
         self.assertEqual(made.stat().st_mode & 0o777, 0o700)
 
+    def test_a_read_only_folder(self) -> None:
+        """For root there is no other way to have one than to be told so by the system."""
+        real = os.open
+
+        def refuse(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+            if flags & (os.O_WRONLY | os.O_RDWR):
+                raise OSError(errno.EROFS, "Read-only file system")
+            return real(path, flags, *arguments, **options)
+        store = relay.Store(str(self.folder))
+        with unittest.mock.patch.object(os, "open", refuse):
+            with self.assertRaisesRegex(relay.StartError, "SPOOL_DIRECTORY=.*Read-only file"):
+                store.open()
+
     def test_one_of_another_user(self) -> None:
         if os.geteuid() != 0:
             self.skipTest("needs root")
@@ -8884,6 +8897,17 @@ class ReceiptTests(RelayCase):
         self.assertEqual(len(self.fake.delivered), 6)
         self.assertReply(self.again(recipients=("A@X.Y",)), "250 2.0.0")    # this is
         self.assertEqual(len(self.fake.delivered), 6)
+
+    def test_what_makes_two_messages_the_same(self) -> None:
+        def identify(name: str = "", tenant: str = "t", client: str = "c", path: str = "p",
+                     recipients: str = "ab", message: bytes = b"m") -> bytes:
+            return relay.identify(
+                relay.Login(relay.Account(name), relay.Application(tenant, client)),
+                relay.Envelope(path, {one: one for one in recipients}, message))
+        self.assertEqual(identify(), identify(recipients="ba"))
+        others = [identify(), identify(name="n"), identify(tenant="u"), identify(client="d"),
+                  identify(path="q"), identify(recipients="a"), identify(message=b"n")]
+        self.assertEqual(len(set(others)), len(others))
 
     def test_one_that_comes_while_the_first_is_on_its_way(self) -> None:
         for action, delivered, replies in (
