@@ -3015,6 +3015,7 @@ GRAPH_STATUSES: Mapping[int, Reply] = {
                                "later"),
     403: _NO_RIGHT,
     404: _NO_MAILBOX,
+    408: _FAILING,         # the request came too slowly, RFC 9110 section 15.5.9
     413: _TOO_LARGE,
     429: _BUSY,
     507: _FULL,
