@@ -6129,6 +6129,8 @@ class Connection:
             raise
         finally:
             timer.cancel()
+        if not octets and self._is_gone:        # TLS came to an orderly end
+            self._settle(is_heard=True)
         self._find_out()
         if octets:
             self._session.receive(octets)
@@ -6152,8 +6154,8 @@ class Connection:
 
     def _has_taken_all(self) -> bool | None:
         """Whether the client's system has taken all that was said; None: not yet."""
-        if self._is_gone:               # TLS came to an orderly end, as nothing was raised
-            return True
+        if self._is_gone:               # how it ended is for who reads or writes to hear
+            return None
         plain, transport = self._plain_writer.transport, self._writer.transport
         if plain.get_write_buffer_size() or transport.get_write_buffer_size():
             return None

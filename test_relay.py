@@ -8054,7 +8054,7 @@ from_email = scan@example.com
         self.assertEqual(self.fake.delivered[0].mailbox, "scan@example.com")
 
     def test_it_logs_in_and_sends_while_microsoft_is_down(self) -> None:
-        running = self.start(UPSTREAM_TIMEOUT="0.5")
+        running = self.start()
         self.fake.will("token", *[say(503)] * 1000)
         client = self.connect(running)
         self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
@@ -9120,6 +9120,13 @@ class DeafReceiptTests(RelayCase):
         self.flood(sock, 0)
         return sock, one
 
+    @staticmethod
+    def reset_and_look(sock: socket.socket, one: Any) -> None:
+        """Both in one pass of the loop, as if it were busy."""
+        reset(sock)
+        asyncio.get_running_loop().call_soon(one._look, 1.0)
+        asyncio.get_running_loop().call_later(0, one._look, 1.0)
+
     def test_one_that_reads_all_in_the_end(self) -> None:
         """The connection is not closed before the last word has left."""
         sock, one = self.begin_deaf()
@@ -9145,7 +9152,7 @@ class DeafReceiptTests(RelayCase):
                 if is_reset:
                     wait_for(lambda: kept.find("sent"))
                     self.flood(sock, 65536)     # so that the relay waits to say more
-                    reset(sock)
+                    self.running.ask(functools.partial(self.reset_and_look, sock, one))
                 wait_for(lambda: not self.running.ask(
                     lambda: len(self.running.server._connections)))
                 self.assertEqual(one._receipts, [])
@@ -9769,10 +9776,13 @@ class OverloadTests(unittest.TestCase):
         """1000 and 2 clients; the relay holds for them what its buffers hold."""
         with self.watch(CLIENT_TIMEOUT="1.5") as watched:
             begun = watched.memory()
-            with self.crowd(watched, 2, room=4096) as deaf, \
-                    self.crowd(watched, 1000) as slow:
-                for sock in deaf:
+            with self.crowd(watched, 2, room=4096) as deaf, contextlib.ExitStack() as stack:
+                for sock in deaf:               # at once, or they would time out as well
                     sock.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            sock.send(b"HELP\r\n" * 100_000)
+                slow = stack.enter_context(self.crowd(watched, 1000))
                 left, end = [*slow, *deaf], time.monotonic() + PATIENCE
                 while left:
                     with self.honest(watched) as client:
@@ -10172,7 +10182,7 @@ class HangTests(HangCase):
         waiting = []
         for client in clients[:-1]:
             waiting.append(begin_message(client, TWO_FILES))
-            self.assertTrue(fake.arrived.acquire(timeout=PATIENCE))
+            wait_for(lambda: len(fake.asked("attach")) == len(waiting))
         fifth = begin_message(clients[-1], SIMPLE)
         self.served(running, "secret")
         # It gives up a little earlier: a turn at the last moment would be of no use.
