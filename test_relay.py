@@ -3177,9 +3177,10 @@ class FakeMicrosoft:
         if len(headers) > 5 or not all(one["name"].lower().startswith("x-") and one["value"]
                                        for one in headers):
             return graph_says(400, "InvalidInternetMessageHeader")(sock, request)
-        ident = f"AAMk{len(self.drafts)}/+="
-        self.drafts[ident] = FakeDraft(urllib.parse.unquote(request.path.split("/")[3]),
-                                       properties)
+        draft = FakeDraft(urllib.parse.unquote(request.path.split("/")[3]), properties)
+        with self._lock:                # or two at once got one id
+            ident = f"AAMk{len(self.drafts)}/+="
+            self.drafts[ident] = draft
         # The answer repeats the text, and the id stands behind it.
         answer = {"@odata.etag": "W/\"x\"", **properties, "id": ident, "isDraft": True}
         octets = json.dumps(answer).replace("<", "\\u003c").encode()     # as .NET escapes
@@ -3204,10 +3205,12 @@ class FakeMicrosoft:
         if item.pop("attachmentType") != "file" or item["size"] < 2_097_152:
             return graph_says(400, "ErrorAttachmentSizeShouldNotBeLessThanMinimumSize")(
                 sock, request)
-        files = self._draft(request).files
-        files.append((item, bytearray()))
-        self._uploads.append(files[-1])
-        return say(201, {"uploadUrl": self.upload_url.format(len(self._uploads) - 1),
+        file = (item, bytearray())
+        self._draft(request).files.append(file)
+        with self._lock:
+            number = len(self._uploads)
+            self._uploads.append(file)
+        return say(201, {"uploadUrl": self.upload_url.format(number),
                          "nextExpectedRanges": ["0-"]})(sock, request)
 
     def _take_piece(self, sock: socket.socket, request: Request) -> bool:
