@@ -5963,7 +5963,7 @@ STEPS = ("draft", "attach", "open", "put", "send-draft")
 class LargeMessageTests(RelayCase):
     """What is too large for one request goes as a draft, whole or not at all."""
 
-    settings = {"UPSTREAM_TIMEOUT": "10"}
+    settings = {"UPSTREAM_TIMEOUT": "30"}
 
     def post(self, client: Client, message: bytes = LARGE, *recipients: str,
              sender: str = SENDER) -> str:
@@ -6283,10 +6283,10 @@ class LargeMessageTests(RelayCase):
     def test_what_is_sent_late_would_be_cut_off(self) -> None:
         """A tenth of UPSTREAM_TIMEOUT must be left, or the pause is too long."""
         client = self.logged_in()
-        self.fake.will("send", graph_says(429, "X", retry_after="9.5"))
+        self.fake.will("send", graph_says(429, "X", retry_after="28.5"))
         begun = time.monotonic()
         self.assertReply(client.post(), "451 4.4.5")
-        self.assertLess(time.monotonic() - begun, 5)
+        self.assertLess(time.monotonic() - begun, PATIENCE)
 
     def test_no_message_is_held_when_it_has_failed(self) -> None:
         """Not even until the garbage collector comes: it may not, for a long time."""
@@ -6339,7 +6339,7 @@ class SlowUploadTests(RelayCase):
         message = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
 
         def play(step: str) -> tuple[str, int, int]:
-            with alone(UPSTREAM_TIMEOUT="2") as (fake, client):
+            with alone(UPSTREAM_TIMEOUT="5") as (fake, client):
                 client.log_in()
                 fake.will(step, fake.hang)
                 reply = client.post_octets(message, SENDER, ["a@x.y"])
@@ -6514,14 +6514,11 @@ def wait_for(condition: Callable[[], Any]) -> None:
 class DeadlineTests(RelayCase):
     """UPSTREAM_TIMEOUT is the whole of what a login or a message may take."""
 
-    settings = {"UPSTREAM_TIMEOUT": "0.6"}
-
-    def assertTimely(self, begun: float) -> None:
-        self.assertLess(time.monotonic() - begun, 0.6 + relay.GRACE + 2)
+    settings = {"UPSTREAM_TIMEOUT": "3"}
 
     def test_a_server_that_hangs_or_trickles(self) -> None:
         def play(kind: str, make: Callable[[FakeMicrosoft], Action], message: bytes) -> str:
-            with alone(UPSTREAM_TIMEOUT="0.6") as (fake, client):
+            with alone(UPSTREAM_TIMEOUT="3") as (fake, client):
                 if kind == "token":
                     fake.will(kind, make(fake))
                     return client.log_in()
@@ -6558,7 +6555,7 @@ class DeadlineTests(RelayCase):
         self.fake.will("send", trickle(b"HTTP/1.1 202 Accepted\r\n", b"X-Slow: x\r\n"))
         begun = time.monotonic()
         self.assertReply(client.post(), "250 2.0.0")
-        self.assertTimely(begun)
+        self.assertLess(time.monotonic() - begun, PATIENCE / 2)
 
     def test_others_notice_nothing(self) -> None:
         """While the token endpoint and sendMail hang, another client is served."""
@@ -6722,7 +6719,7 @@ class HttpsTests(RelayCase):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(FILES["cert.pem"], FILES["key.pem"])
         cls.fake = FakeMicrosoft(context)
-        cls.running = Running(cls.config(UPSTREAM_TIMEOUT="2"))
+        cls.running = Running(cls.config(UPSTREAM_TIMEOUT="10"))
 
     @classmethod
     def tearDownClass(cls) -> None:
@@ -6734,7 +6731,7 @@ class HttpsTests(RelayCase):
     def with_environ(self, **variables: str) -> Client:
         os.environ.update(variables)
         try:
-            running = Running(self.config(UPSTREAM_TIMEOUT="2"))
+            running = Running(self.config(UPSTREAM_TIMEOUT="10"))
         finally:
             for name in variables:
                 del os.environ[name]
@@ -6776,11 +6773,14 @@ class HttpsTests(RelayCase):
         client.close()
 
     def test_a_server_that_hangs_in_the_handshake_or_trickles(self) -> None:
-        client = self.logged_in()
+        running = Running(self.config(UPSTREAM_TIMEOUT="3"))
+        self.addCleanup(running.stop)
+        client = self.connect(running)
+        self.assertReply(client.log_in(password=self.password), "235 2.7.0")
         self.fake.will("send", trickle(b"HTTP/1.1 403 No\r\n", b"X-Slow: x\r\n"))
         begun = time.monotonic()
         self.assertReply(client.post(), "451 4.4.1")
-        self.assertLess(time.monotonic() - begun, 2 + relay.GRACE + 2)
+        self.assertLess(time.monotonic() - begun, PATIENCE / 2)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"https://127.0.0.1:{silent.getsockname()[1]}"
             running = Running(self.config(UPSTREAM_TIMEOUT="0.5", AZURE_AUTHORITY_HOST=url))
