@@ -6591,22 +6591,25 @@ class UnreachableTests(RelayCase):
         self.assertIn("problem=", kept.find("auth")[0][1])
 
     def test_a_connection_that_is_refused_at_first(self) -> None:
-        port = free_port()
-        pool = relay.HttpPool([f"http://127.0.0.1:{port}"])
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))         # it refuses what comes, until it listens
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        pool = relay.HttpPool([url])
         answered = []
 
-        def listen() -> None:
-            with socket.create_server(("127.0.0.1", port)) as listener:
-                sock, _ = listener.accept()
-                sock.recv(65536)
-                sock.sendall(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
-                sock.close()
+        def answer() -> None:
+            sock, _ = listener.accept()
+            sock.recv(65536)
+            sock.sendall(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
+            sock.close()
 
         async def post() -> None:
-            request = relay.HttpRequest("POST", f"http://127.0.0.1:{port}/x", {})
+            request = relay.HttpRequest("POST", f"{url}/x", {})
             task = asyncio.ensure_future(pool.send(request, time.monotonic() + PATIENCE))
             await asyncio.wait({task}, timeout=0.1)
-            threading.Thread(target=listen, daemon=True).start()
+            listener.listen()
+            threading.Thread(target=answer, daemon=True).start()
             answered.append((await task).status)
         asyncio.run(post())
         pool.close()
@@ -6915,16 +6918,16 @@ class TurnsTests(unittest.TestCase):
         async def play() -> list[str]:
             turns = relay.Turns(2)
             async with turns.turn("key", "c", time.monotonic()):
-                turns.hold("key", 0.4)
-                waiting = [asyncio.ensure_future(ask(turns, seconds)) for seconds in (9, 99)]
+                turns.hold("key", 30)
+                waiting = [asyncio.ensure_future(ask(turns, seconds)) for seconds in (60, 999)]
                 await asyncio.sleep(0)
-                turns.hold("key", 10)
-                turns.hold("key", 0.1)          # shorter than what is known
-                early, late = [await ask(turns, 9), await waiting[0]], waiting[1]
+                turns.hold("key", 120)
+                turns.hold("key", 10)           # shorter than what is known
+                early, late = [await ask(turns, 60), await waiting[0]], waiting[1]
                 self.assertFalse(late.done())
                 with self.assertRaises(relay.TemporaryError):
-                    await turns.opened("key", time.monotonic() + 9)
-                self.assertGreater(turns.held_for("key"), 9)
+                    await turns.opened("key", time.monotonic() + 60)
+                self.assertGreater(turns.held_for("key"), 60)
                 async with turns.turn("other", "c", time.monotonic()):
                     pass
             turns._open("key", turns._lines["key"].opens_at)
@@ -6981,14 +6984,17 @@ class TurnsTests(unittest.TestCase):
         async def play() -> None:
             turns = relay.Turns(1)
             async with turns.turn("key", "c", time.monotonic()):
-                turns.hold("key", 0.02)
-                waiting = asyncio.ensure_future(
-                    turns.opened("key", time.monotonic() + PATIENCE))
-                await asyncio.sleep(0)
-                turns.hold("key", 2 * PATIENCE)
+                turns.hold("key", PATIENCE)
+                is_over = asyncio.Event()       # what it was told of at first
+                with unittest.mock.patch.object(asyncio, "sleep", lambda seconds: is_over.wait()):
+                    waiting = asyncio.ensure_future(
+                        turns.opened("key", time.monotonic() + 2 * PATIENCE))
+                    await asyncio.wait({waiting}, timeout=0.02)
+                turns.hold("key", 4 * PATIENCE)
+                is_over.set()
                 with self.assertRaises(relay.TemporaryError):
                     await waiting
-                self.assertGreater(turns.held_for("key"), PATIENCE)
+                self.assertGreater(turns.held_for("key"), 2 * PATIENCE)
         asyncio.run(play())
 
     def test_who_has_waited_in_vain_is_not_held(self) -> None:
