@@ -8384,6 +8384,7 @@ class Kills:
 
     def __init__(self, seed: str) -> None:
         self.chance = random.Random(seed)
+        self.fate = random.Random(seed)         # of each life; no other thread draws from it
         self.fake = FakeMicrosoft()
         self.folder = pathlib.Path(tempfile.mkdtemp(dir=FILES.folder))
         self.accepted: dict[str, str] = {}      # by subject, what was said
@@ -8420,7 +8421,7 @@ login = optional
         return start_python(
             "-c", KILLED, str(left), SMTP_PORT=str(self.port), LISTEN_ADDRESS="127.0.0.1",
             TLS_SOURCE="off", REQUIRE_TLS="false", AZURE_AUTHORITY_HOST=self.fake.url,
-            GRAPH_ENDPOINT=self.fake.url, UPSTREAM_TIMEOUT="2", LOG_LEVEL="ERROR",
+            GRAPH_ENDPOINT=self.fake.url, UPSTREAM_TIMEOUT="20", LOG_LEVEL="ERROR",
             SPOOL_DIRECTORY=str(self.folder), ACCOUNTS_FILE=self.accounts)
 
     def post(self, dead: threading.Event) -> None:
@@ -8449,12 +8450,14 @@ login = optional
         """One life of the relay."""
         dead = threading.Event()
         senders = [threading.Thread(target=self.post, args=(dead,)) for _ in range(3)]
-        is_exact = self.chance.random() < 0.6
-        with self.start(self.chance.randrange(1, 120) if is_exact else 0) as process:
+        is_exact = self.fate.random() < 0.6
+        end = len(self.accepted) + (60 if is_exact else self.fate.randrange(30))
+        with self.start(self.fate.randrange(1, 120) if is_exact else 0) as process:
             for one in senders:
                 one.start()
+            wait_for(lambda: len(self.accepted) >= end or process.poll() is not None)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1.5 if is_exact else 0.2 + self.chance.random() * 0.6)
+                process.wait(self.fate.random() / 20)
             process.kill()
             dead.set()
             self.look_at(process.communicate()[1])
@@ -8472,8 +8475,13 @@ login = optional
         self.fake.will("send", *[self.take] * 1_000_000)
         for _ in range(times):
             self.kill()
+        queue = self.folder / "queue"
+
+        def wait_for_less(than: int) -> None:
+            wait_for(lambda: len(list(queue.iterdir())) < than)
         with self.start() as process:
-            wait_for(lambda: not any((self.folder / "queue").iterdir()))
+            while left := len(list(queue.iterdir())):
+                wait_for_less(left)
             process.send_signal(signal.SIGTERM)
             self.look_at(process.communicate(timeout=PATIENCE)[1])
         self.is_over.set()
