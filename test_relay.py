@@ -6489,6 +6489,7 @@ class MemoryTests(unittest.TestCase):
                 client.log_in()
                 self.assertTrue(client.post().startswith("250"))
                 idle, peak = (self.memory(process.pid, name) for name in ("RSS", "HWM"))
+                client.sock.settimeout(5 * PATIENCE)        # 35 MB may take long
                 reply = client.post_octets(message, SENDER, ["a@x.y"])
                 self.assertTrue(reply.startswith("250 2.0.0"), reply)
                 cost = self.memory(process.pid, "HWM") - peak
