@@ -60,6 +60,7 @@ import smtp_oauth_relay as relay
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE / "smtp_oauth_relay.py"
 PATIENCE = 20.0         # seconds until a test that waits for something has failed
+HANGING = 6 * PATIENCE  # seconds that something hangs, if nobody ends it before
 
 TENANT = "11111111-1111-4111-8111-111111111111"
 CLIENT = "22222222-2222-4222-8222-222222222222"
@@ -2963,7 +2964,7 @@ class FakeMicrosoft:
     def hang(self, sock: socket.socket, request: Request) -> bool:
         """Action: answer nothing until `release`, then close."""
         self.arrived.release()
-        self.release.wait(PATIENCE)
+        self.release.wait(HANGING)
         return False
 
     def say_and_hang(self, octets: bytes) -> Action:
@@ -10032,6 +10033,7 @@ class Waiting:
         self.reply, self.seconds = "", 0.0
         self._client, self._begun = client, time.monotonic()
         assert client.sock is not None
+        client.sock.settimeout(HANGING)     # others may come to their stops one by one
         client.sock.sendall(octets)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -10069,7 +10071,7 @@ def calls_under_way() -> list[threading.Thread]:
 
 
 NUMBERS = itertools.count()
-SHORT = 0.8             # seconds of UPSTREAM_TIMEOUT where the end of a wait is looked at
+SHORT = 2.0             # seconds of UPSTREAM_TIMEOUT where the end of a wait is looked at
 SIMPLE = b"To: a@x.y\r\nSubject: s\r\n\r\nText\r\n"
 BULKY = b"To: a@x.y\r\n\r\n" + b"x" * 2_990_000 + b"\r\n"        # and yet one request
 TWO_FILES = crlf(multipart("mixed", PLAIN, PDF, SCAN, header=NAMED))
@@ -10230,9 +10232,11 @@ class HangTests(HangCase):
         clients = [self.connect(running) for _ in range(relay.REQUESTS_AT_ONCE + 1)]
         for client in clients:
             client.log_in()
-        # The drafts cannot be deleted either: so the turns are taken for longer than SHORT.
+        # The drafts cannot be deleted either: so the turns are taken until the release.
         fake.will("attach", *[fake.hang] * relay.REQUESTS_AT_ONCE)
         fake.will("delete", *[fake.hang] * relay.REQUESTS_AT_ONCE)
+        self.addCleanup(setattr, relay, "DISCARD_TIMEOUT", relay.DISCARD_TIMEOUT)
+        relay.DISCARD_TIMEOUT = HANGING
         waiting = []
         for client in clients[:-1]:
             waiting.append(begin_message(client, TWO_FILES))
@@ -10271,7 +10275,7 @@ class Stuck:
         """Do it, sooner or later."""
         if self.is_on and self._should(*arguments):
             self.arrived.release()
-            self.released.wait(2 * PATIENCE)
+            self.released.wait(HANGING)
         return self._real(*arguments, **options)
 
     def wait(self, number: int) -> None:
@@ -10501,7 +10505,7 @@ class LookUpTests(HangCase):
             pool, held = relay.HttpPool([url]), weakref.ref(body)
             with contextlib.suppress(relay.NoAnswer):
                 await pool.send(relay.HttpRequest("POST", url, {}, body),
-                                time.monotonic() + 0.1)
+                                time.monotonic() + SHORT)
             del body
             await asyncio.sleep(0)                  # this step still has the future that ended
             pool.close()
@@ -10523,7 +10527,7 @@ class LookUpTests(HangCase):
         client, released = self.connect(running), threading.Event()
         self.addCleanup(setattr, urllib.request, "proxy_bypass", urllib.request.proxy_bypass)
         self.addCleanup(released.set)
-        urllib.request.proxy_bypass = lambda *_: released.wait(2 * PATIENCE)
+        urllib.request.proxy_bypass = lambda *_: released.wait(HANGING)
         client.log_in()
         self.assertTimely(begin_message(client, TWO_FILES), "451 4.4.1")
         self.assertEqual(len(fake.deleted), 1)
