@@ -8598,9 +8598,9 @@ class ShellTests(TlsCase):
                 self.read_until(sock, b"\r\n")
                 sock.sendall(b"EHLO x\r\n")
                 self.read_until(sock, b"HELP\r\n")
-                sock.sendall(b"STARTTLS\r\n" + injected)
-                said = self.read_until(sock, b"220 2.0.0")
                 try:
+                    sock.sendall(b"STARTTLS\r\n" + injected)
+                    self.read_until(sock, b"220 2.0.0")
                     secure = trusting().wrap_socket(sock, server_hostname="localhost")
                 except OSError:         # more was injected than was read before: no TLS
                     self.assertGreaterEqual(number, 5000)
@@ -8666,9 +8666,13 @@ class ShellTests(TlsCase):
         """The flood has its turn in small pieces; another client comes in between."""
         flood, other = self.raw(), self.connect()
         threading.Thread(target=lambda: self.read(flood), daemon=True).start()
-        gate = threading.Event()            # the loop finds both at once
-        threading.Thread(target=lambda: self.running.ask(lambda: gate.wait(PATIENCE)),
-                         daemon=True).start()
+        held, gate = threading.Event(), threading.Event()
+
+        def hold() -> None:                 # so that the loop finds both at once
+            held.set()
+            gate.wait(PATIENCE)
+        threading.Thread(target=lambda: self.running.ask(hold), daemon=True).start()
+        self.assertTrue(held.wait(PATIENCE))
         with kept_log() as kept:
             flood.sendall(b"EHLO x\r\n" * 6000)
             other.putcmd("NOOP")
