@@ -8560,7 +8560,7 @@ class TlsCase(RelayCase):
 class ShellTests(TlsCase):
     """The session over real sockets and real TLS."""
 
-    settings = {"LARGE_MESSAGES": "refuse"}
+    settings = {"LARGE_MESSAGES": "refuse", "UPSTREAM_TIMEOUT": str(PATIENCE)}
 
     def test_starttls_login_and_a_message(self) -> None:
         client = self.connect()
@@ -8911,6 +8911,8 @@ login = optional
 class ReceiptTests(RelayCase):
     """A message whose 250 was not heard is not sent twice; one that was heard is another."""
 
+    settings = {"UPSTREAM_TIMEOUT": str(PATIENCE)}
+
     def leave(self, *, reset: bool = False, client: Client | None = None) -> str:
         """Disappear while a message is with Microsoft, which takes it; returns its id."""
         client = client or self.begun()
@@ -9000,7 +9002,9 @@ class ReceiptTests(RelayCase):
         self.assertEqual(len(self.fake.delivered), 3)
 
     def test_one_that_waits_in_vain(self) -> None:
-        first, second = self.begun(), self.begun()
+        running = Running(self.config(UPSTREAM_TIMEOUT="3"))
+        self.addCleanup(running.stop)
+        first, second = self.begun(running), self.begun(running)
         self.fake.will("send", self.fake.hang, self.fake.hang)
         for client in (first, second):
             client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
@@ -9302,7 +9306,7 @@ class DeafTests(TlsCase):
 class ReceiptTlsTests(TlsCase):
     """The same under TLS, which knows no half-closed connection."""
 
-    settings = {"REQUIRE_TLS": "true"}
+    settings = {"REQUIRE_TLS": "true", "UPSTREAM_TIMEOUT": str(PATIENCE)}
 
     def begin(self) -> Client:
         client = Client(self.running.port)
@@ -9935,7 +9939,7 @@ class OverloadTests(unittest.TestCase):
 class ResetTests(TlsCase):
     """Clients that are gone all at once, whatever they were doing."""
 
-    settings = {"REQUIRE_TLS": "false"}
+    settings = {"REQUIRE_TLS": "false", "UPSTREAM_TIMEOUT": str(PATIENCE)}
     EHLO = ((b"EHLO x\r\n", b"HELP"),)
 
     def script(self, state: str) -> tuple[tuple[bytes, bytes], ...]:
