@@ -4441,7 +4441,13 @@ class IdentityTests(RelayCase):
                 self.ask(timeout=0.2, **{**settings, "AZURE_FEDERATED_TOKEN_FILE":
                                          FILES["fifo"]})
             self.assertIn(f"{FILES['fifo']}: time is up", str(caught.exception.facts))
-            os.close(os.open(FILES["fifo"], os.O_WRONLY | os.O_NONBLOCK))   # its thread ends
+
+            def end_thread() -> bool:           # it may not have come to the file yet
+                with contextlib.suppress(OSError):
+                    os.close(os.open(FILES["fifo"], os.O_WRONLY | os.O_NONBLOCK))
+                    return True
+                return False
+            wait_for(end_thread)
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(**{**settings, "AZURE_FEDERATED_TOKEN_FILE": "/no/such/file"})
         self.assertIn("No such file", str(caught.exception.facts))
