@@ -4401,6 +4401,15 @@ class IdentityTests(RelayCase):
                 pool.close()
         return asyncio.run(get())
 
+    @contextlib.contextmanager
+    def impatient(self, seconds: float) -> Iterator[None]:
+        """Wait so long for an answer, only where none comes."""
+        before, relay.IDENTITY_TIMEOUT = relay.IDENTITY_TIMEOUT, seconds
+        try:
+            yield
+        finally:
+            relay.IDENTITY_TIMEOUT = before
+
     def form(self) -> dict[str, str]:
         """The fields of the last request for a token."""
         return dict(urllib.parse.parse_qsl(self.fake.asked("token")[-1].body.decode()))
@@ -4506,11 +4515,9 @@ class IdentityTests(RelayCase):
             self.assertNotIn("hidden", repr(caught.exception.facts))
         self.assertEqual([one for one in self.fake.asked("arc") if "authorization" in one.headers],
                          [])
-        self.addCleanup(setattr, relay, "IDENTITY_TIMEOUT", relay.IDENTITY_TIMEOUT)
-        relay.IDENTITY_TIMEOUT, begun = 0.3, time.monotonic()
-        self.fake.arc_key = key
+        self.fake.arc_key, begun = key, time.monotonic()
         self.fake.will("arc", self.fake.accept, self.fake.hang)
-        with self.assertRaises(relay.TemporaryError):
+        with self.impatient(0.3), self.assertRaises(relay.TemporaryError):
             self.ask(**settings)
         self.assertLess(time.monotonic() - begun, PATIENCE / 2)
         with self.assertRaises(relay.TemporaryError) as caught:
@@ -4555,10 +4562,9 @@ class IdentityTests(RelayCase):
             self.ask(timeout=0.3, **host)
         self.assertEqual(caught.exception.facts["identity"],
                          f"{self.fake.url}/metadata/identity/oauth2/token")
-        self.addCleanup(setattr, relay, "IDENTITY_TIMEOUT", relay.IDENTITY_TIMEOUT)
-        relay.IDENTITY_TIMEOUT, begun = 0.1, time.monotonic()
+        begun = time.monotonic()
         self.fake.will("imds", self.fake.hang)
-        with self.assertRaises(relay.TemporaryError):
+        with self.impatient(0.1), self.assertRaises(relay.TemporaryError):
             self.ask(**host)
         self.assertLess(time.monotonic() - begun, PATIENCE / 2)
         for garbage in (b"[]", b"{\"access_token\": 5}", b"\xff", b""):
