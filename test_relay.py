@@ -4849,13 +4849,13 @@ class TableTests(RelayCase):
             "&NextPartitionKey=1%21a%3D&NextRowKey=1%21b%3D"))
 
     def test_a_hanging_table_holds_up_nobody_else(self) -> None:
-        own = self.another(UPSTREAM_TIMEOUT="1")
         self.fake.will("table", self.fake.hang)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(self.log_in, "app1@lookup", own)
-            self.fake.arrived.acquire()
-            self.assertReply(self.log_in(USER, own), "235 2.7.0")
+            waiting = pool.submit(self.log_in, "app1@lookup")
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+            self.assertReply(self.log_in(USER), "235 2.7.0")
             self.assertFalse(waiting.done())
+            self.fake.release.set()
             self.assertReply(waiting.result(), "454 4.7.0")
 
     def test_the_scope_of_cosmos(self) -> None:
