@@ -2941,7 +2941,8 @@ class FakeMicrosoft:
     def half_close(self) -> None:
         """Send no more on what is open, but go on reading."""
         for sock in list(self._sockets):
-            sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):      # its thread may be about to close it
+                sock.shutdown(socket.SHUT_WR)
 
     def will(self, kind: str, *actions: Action) -> None:
         """Script the next answers to requests for a "token" or to "send"."""
