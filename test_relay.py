@@ -2921,6 +2921,7 @@ class FakeMicrosoft:
         self.release = threading.Event()        # ends what hangs
         self.arrived = threading.Semaphore(0)   # counts requests that hang
         self._sockets: set[socket.socket] = set()
+        self.closed: set[int] = set()           # numbers of connections
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
         port = self._listener.getsockname()[1]
         self.url = f"https://localhost:{port}" if context else f"http://127.0.0.1:{port}"
@@ -3020,6 +3021,7 @@ class FakeMicrosoft:
             stream.close()
         self._sockets.discard(sock)
         sock.close()
+        self.closed.add(number)
 
     def _serve_one(self, sock: socket.socket, stream: Any, number: int) -> bool:
         line = stream.readline().decode()
@@ -5525,6 +5527,11 @@ class SendTests(RelayCase):
         self.addCleanup(setattr, relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
         relay.THROTTLED_PAUSE = 99.0
 
+    def wait_for_its_end(self) -> None:
+        """Wait until the last connection is closed, or the next message might meet its end."""
+        number = self.fake.asked("send")[-1].connection
+        wait_for(lambda: number in self.fake.closed)
+
     def test_a_message_goes_out_as_it_came(self) -> None:
         message = (b"From: Scan <scanner@example.com>\r\nTo: a@x.y\r\nSubject:  odd \t x\r\n"
                    b"\r\n.dot\r\n..\r\nna\xefve\0\r\n" + b"x" * 5000 + b"\r\n")
@@ -5609,6 +5616,7 @@ class SendTests(RelayCase):
                 with self.subTest(status, rest=rest):
                     self.fake.will("send", utter(b"HTTP/1.1 %d No\r\n%b" % (status, rest)))
                     self.assertReply(client.post(), wanted)
+                    self.wait_for_its_end()
 
     def test_the_status_line_of_202_is_enough(self) -> None:
         client = self.logged_in()
@@ -5628,6 +5636,7 @@ class SendTests(RelayCase):
                     # A reset may take the status line with it, before it is read.
                     if not reset or not reply.startswith("451 4.4.1"):
                         self.assertReply(reply, "250 2.0.0")
+                    self.wait_for_its_end()
 
     def test_a_202_of_which_the_rest_hangs(self) -> None:
         """It is not waited for, whatever its form."""
