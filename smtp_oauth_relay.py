@@ -3643,14 +3643,15 @@ class HttpExchange:
             assert self._sock is not None
             self._sock.settimeout(REST_OF_202)
             most = 1                    # enough to see that there is nothing
-        body = b""
+        body, is_whole = b"", False
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             while len(body) < most and not response.isclosed():
                 part = response.read(most - len(body))
                 if not part:
                     break
                 body += part
-        if not response.isclosed():
+            is_whole = response.isclosed()      # which it is after some errors too
+        if not is_whole:
             connection.close()
         return HttpResponse(response.status, headers, body)
 

@@ -5618,6 +5618,18 @@ class SendTests(RelayCase):
                     self.assertReply(client.post(), wanted)
                     self.wait_for_its_end()
 
+    def test_after_a_broken_body_nothing_else_is_read_from_there(self) -> None:
+        """What comes late would be taken for the answer to another message."""
+        def broken(sock: socket.socket, _: Request) -> bool:
+            sock.sendall(b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+            return True
+        client = self.logged_in()
+        self.fake.will("send", broken)
+        self.assertReply(client.post(), "550 5.7.1")
+        self.assertReply(client.post(), "250 2.0.0")
+        first, second = (request.connection for request in self.fake.asked("send"))
+        self.assertNotEqual(first, second)
+
     def test_the_status_line_of_202_is_enough(self) -> None:
         client = self.logged_in()
         for octets in (b"HTTP/1.1 202 Accepted\r\n", b"HTTP/1.1 202\r\n",
