@@ -5734,14 +5734,15 @@ def _own_name() -> str:
     return "localhost"
 
 
-def has_taken_all(sock: socket.socket) -> bool | None:
-    """Whether the other system has acknowledged all that was written to a socket; None: not
-    yet, False: it has reset the connection. Where the system does not tell: True.
+def has_taken_all(sock: socket.socket) -> bool:
+    """Whether the other system has acknowledged all that was written to a socket. Where the
+    system does not tell: True. Raises OSError if the connection was reset.
     """
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-        return False
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
     try:
-        return None if any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))) else True
+        return not any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
     except (AttributeError, OSError):
         return True
 
@@ -6123,10 +6124,8 @@ class Connection:
             self._find_out()            # first, as nobody may hear of the end
             self._session.end(_TIMED_OUT, "timed out")
             return
-        except OSError:
-            # It has heard, or was away before: nobody can tell. Rather twice than never.
-            if time.monotonic() < self._told_at + HEARD_WITHIN:
-                self._settle(is_heard=True)
+        except OSError as error:
+            self._settle(is_heard=self._may_have_heard(error))
             raise
         finally:
             timer.cancel()
@@ -6141,9 +6140,19 @@ class Connection:
     def _find_out(self) -> None:
         """Find out whether the client has heard of its messages."""
         if self._receipts:
-            is_heard = self._has_taken_all()
-            if is_heard is not None:
-                self._settle(is_heard=is_heard)
+            try:
+                if self._has_taken_all():
+                    self._settle(is_heard=True)
+            except OSError as error:
+                self._settle(is_heard=self._may_have_heard(error))
+
+    def _may_have_heard(self, error: OSError) -> bool:
+        """Whether a client that has reset the connection may have heard what it was told
+        just before. Nobody can tell, so rather twice than never, unless it had hung up
+        first: then Linux says EPIPE.
+        """
+        return (not isinstance(error, BrokenPipeError)
+                and time.monotonic() < self._told_at + HEARD_WITHIN)
 
     def _look(self, pause: float) -> None:
         """Find out without a word of the client, ever more seldom: long after it has heard
@@ -6153,14 +6162,13 @@ class Connection:
         if self._receipts:
             asyncio.get_running_loop().call_later(pause, self._look, 2 * pause)
 
-    def _has_taken_all(self) -> bool | None:
-        """Whether the client's system has taken all that was said; None: not yet."""
-        if self._is_gone:               # how it ended is for who reads or writes to hear
-            return None
+    def _has_taken_all(self) -> bool:
+        """Whether the client's system has taken all that was said. Raises OSError."""
         plain, transport = self._plain_writer.transport, self._writer.transport
-        if plain.get_write_buffer_size() or transport.get_write_buffer_size():
-            return None
-        return has_taken_all(plain.get_extra_info("socket"))
+        # If it is gone, how it ended is for who reads or writes to hear.
+        return not (self._is_gone or plain.get_write_buffer_size()
+                    or transport.get_write_buffer_size()
+                    ) and has_taken_all(plain.get_extra_info("socket"))
 
     @property
     def _is_gone(self) -> bool:

@@ -9124,10 +9124,10 @@ class ReceiptTests(RelayCase):
             with contextlib.suppress(BlockingIOError):
                 while True:
                     ours.send(b"x" * 65536)
-            self.assertIn(relay.has_taken_all(ours), (None, True) if relay.fcntl is None
-                          else (None,))
+            self.assertEqual(relay.has_taken_all(ours), relay.fcntl is None)
             theirs.close()                      # with octets unread, so it resets
-            wait_for(lambda: relay.has_taken_all(ours) is not None)
+            with self.assertRaises(ConnectionResetError):
+                wait_for(lambda: relay.has_taken_all(ours) and relay.fcntl)
 
     def test_for_how_long_and_how_many(self) -> None:
         async def play() -> list[str]:
@@ -9186,19 +9186,27 @@ class ReceiptTests(RelayCase):
         def settled() -> bool:
             return not self.running.ask(lambda: [
                 one for one in self.running.server._connections if one._receipts])
+
+        def leave(client: Client, one: Any) -> None:
+            client.file.close()
+            client.sock.close()
+            if one._receipts:           # it is looked before the relay knows of the reset
+                one._look(1.0)
+        first_look = relay.FIRST_LOOK
+        self.addCleanup(setattr, relay, "FIRST_LOOK", first_look)
         for is_late in (False, True):
+            relay.FIRST_LOOK = first_look if is_late else PATIENCE
             with self.subTest(is_late=is_late):
                 self.fake.reset()
                 for _ in range(2):
                     client = self.begun()
                     hear(client)
+                    one, = self.running.ask(lambda: list(self.running.server._connections))
                     if is_late:         # it is looked without a word from the client
                         wait_for(settled)
-                        one, = self.running.server._connections
                         one._told_at = 0.0
                     with kept_log() as kept:
-                        client.file.close()
-                        client.sock.close()
+                        self.running.ask(functools.partial(leave, client, one))
                         wait_for(lambda: kept.find("disconnected"))
                 self.assertEqual(len(self.fake.delivered), 2)
 
