@@ -3731,8 +3731,10 @@ class HttpPool:
                 raise TimeoutError("time is up")
             response = future.result()
         except asyncio.CancelledError:
-            exchange.cut_off()
-            raise
+            if not _is_accepted(future):
+                exchange.cut_off()
+                raise
+            response = future.result()  # the end came too late: who sent must know of it
         finally:
             future.cancel()             # or asyncio would tell of an error nobody asked for
             del future                  # see _work
@@ -3771,6 +3773,11 @@ class HttpPool:
         self._closer = None
         if self._kept:
             self._closer = asyncio.get_running_loop().call_later(KEEP, self._close_old)
+
+
+def _is_accepted(future: asyncio.Future[HttpResponse]) -> bool:
+    """Whether a request has ended in a 202, which nobody may have seen yet."""
+    return future.done() and not future.exception() and future.result().status == 202
 
 
 def _base(url: str) -> str:

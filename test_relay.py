@@ -9600,6 +9600,17 @@ class ShutdownTests(RelayCase):
         ident = self.fake.asked("send")[0].headers["client-request-id"]
         self.assertIn(f"{ident} cut ", kept.find("cut")[0][1] + kept.find("cut")[1][1])
 
+    def test_what_is_cut_at_the_moment_at_which_it_is_accepted(self) -> None:
+        """Microsoft has said so, and the client hears it: else it would send it again."""
+        running = self.start()
+        client = self.begin(running)
+        self.fake.will("send", self.fake.hang_then(self.fake.accept))
+        client.send(b"one\r\n.\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        running.ask(functools.partial(cut_when_done, running, self.fake.release))
+        self.assertReply(client.next_reply(), "250 2.0.0")
+        self.assertEqual(len(self.fake.delivered), 1)
+
     def test_an_upload_that_is_cut_leaves_no_draft_or_the_log_says_so(self) -> None:
         for action, deleted in ((self.fake.accept, 1), (self.fake.hang, 0)):
             self.fake.reset()
@@ -10167,6 +10178,17 @@ def begin_message(client: Client, message: bytes, sender: str = SENDER) -> Waiti
 def calls_under_way() -> list[threading.Thread]:
     """The threads in which the relay asks others, or waits for the system."""
     return [one for one in threading.enumerate() if one.name == "relay-call"]
+
+
+def cut_when_done(running: Running, release: threading.Event) -> None:
+    """In the loop: let the calls under way end, and then cut who waits for them, as at the end
+    of SHUTDOWN_TIMEOUT, all in one pass.
+    """
+    release.set()
+    for call in calls_under_way():
+        call.join(PATIENCE)
+    for one in running.server._connections:
+        one.task.cancel()
 
 
 NUMBERS = itertools.count()
