@@ -4862,9 +4862,10 @@ class Store:
         return octets
 
     def add(self, entry: Entry, parts: list[bytes | memoryview], reserved: int,
-            is_late: threading.Event) -> None:
+            outcome: threading.Lock) -> None:
         """Store a message, so that a crash does not take it; with the octets of all that
-        is being stored `reserved`, so much is left free.
+        is being stored `reserved`, so much is left free. Who takes `outcome` says whether
+        it is stored: this, or its client was told otherwise.
         """
         free = os.statvfs(self.queue)
         if free.f_bavail * free.f_frsize - reserved < SPARE_DISK:
@@ -4878,7 +4879,7 @@ class Store:
             _write(part, [entry.first_line, *parts])
             part.rename(path)
             _sync(self.queue)
-            if is_late.is_set():        # its client was told otherwise
+            if not outcome.acquire(blocking=False):
                 raise TimeoutError("time is up")
         except OSError:
             for one in (part, path):
@@ -5110,21 +5111,22 @@ class Spool:
         """Store a message. Raises OSError."""
         if not self._written.is_set():  # more threads that hang would hold more messages
             raise OSError(errno.EBUSY, "the disk does not answer")
-        is_late, written = threading.Event(), threading.Event()
+        outcome, written = threading.Lock(), threading.Event()
 
         def add(reserved: int) -> None:
             try:
-                self._store.add(entry, parts, reserved, is_late)
+                self._store.add(entry, parts, reserved, outcome)
             finally:
                 written.set()
         try:
             await in_time(time.monotonic() + DISK_TIMEOUT,
                           in_thread(functools.partial(add, self._writing)))
-        except TimeoutError:
-            self._written = written
+        except (OSError, asyncio.CancelledError) as error:
+            if not outcome.acquire(blocking=False):
+                return                  # it was stored at that very moment
+            if isinstance(error, TimeoutError):
+                self._written = written
             raise
-        finally:
-            is_late.set()               # if it is stored from now on nobody was told so
 
     def _admit(self, entry: Entry) -> Backlog:
         backlog = self._backlogs.setdefault(entry.key, Backlog(entry.key))

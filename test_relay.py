@@ -7496,7 +7496,7 @@ class SpoolTests(SpoolCase):
             real(descriptor)
 
         def add() -> None:
-            store.add(entry, [b"x" * 15], 0, threading.Event())
+            store.add(entry, [b"x" * 15], 0, threading.Lock())
         steps: tuple[tuple[Callable[[], None], list[str]], ...] = (
             (add, ["file", "queue"]), (lambda: store.note(entry), ["file"]),
             (lambda: store.fail(entry), ["file", "failed", "queue"]),
@@ -7691,6 +7691,24 @@ class SpoolTests(SpoolCase):
         self.assertNotIn("Traceback", "".join(text for _, text in kept.lines))
         wait_for(lambda: not calls_under_way())
         self.assertEqual(self.waiting(), [])
+
+    def test_one_that_is_cut_at_the_moment_at_which_it_is_stored(self) -> None:
+        """What is in the spool was answered 250: else its client would send it again."""
+        release, real = threading.Event(), os.fsync
+
+        def fsync(descriptor: int) -> None:
+            self.fake.arrived.release()
+            release.wait(PATIENCE)
+            real(descriptor)
+        running = self.start()
+        client = self.begun(running)
+        self.be_down()
+        with unittest.mock.patch.object(os, "fsync", fsync):
+            client.send(b"one\r\n.\r\n")
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+            running.ask(functools.partial(cut_when_done, running, release))
+        self.assertEqual(len(self.waiting()), 1)
+        self.assertIn("Queued", self.assertReply(client.next_reply(), "250 2.0.0"))
 
     def test_a_slow_disk_when_the_relay_stops(self) -> None:
         """It is waited for, longer than for anything else."""
