@@ -6280,6 +6280,7 @@ class Server:
         self._contexts = contexts
         self._connections: set[Connection] = set()
         self._clients: collections.Counter[str] = collections.Counter()
+        self._is_stopping = False
 
     async def run(self, sockets: Iterable[tuple[socket.socket, bool]],
                   stop: asyncio.Event) -> None:
@@ -6295,6 +6296,7 @@ class Server:
                       port=sock.getsockname()[1], tls="implicit" if implicit_tls else
                       "starttls" if self._contexts else "off")
         await stop.wait()
+        self._is_stopping = True
         log_event(logging.INFO, "-", "stopping", connections=len(self._connections))
         for server in servers:
             server.close()
@@ -6330,6 +6332,7 @@ class Server:
             return
         connection = Connection(self._relay, self._contexts, self._relay.name,
                                 read_address(client), reader, writer)
+        connection.is_stopping = self._is_stopping      # asyncio had accepted it already
         self._connections.add(connection)
         self._clients[client] += 1
         guest = connection.guest

@@ -9591,6 +9591,25 @@ class ShutdownTests(RelayCase):
         running.wait()
         self.assertEqual(len(self.fake.delivered), 2)
 
+    def test_who_comes_at_the_moment_of_the_stop(self) -> None:
+        """The system has accepted the connection, and the server knows nothing of it yet."""
+        running = self.start()
+        self.fake.will("send", self.fake.hang_then(self.fake.accept))
+        busy = self.begin(running)
+        busy.send(b"one\r\n.\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+
+        def come() -> socket.socket:
+            sock = socket.create_connection(("127.0.0.1", running.port), PATIENCE)
+            asyncio.get_running_loop().call_later(0, running._stop.set)     # in the same pass
+            return sock
+        with running.ask(come) as sock:
+            said = last_octets(sock)
+        self.assertRegex(said, rb"\A220 .*\r\n421 4\.3\.2 .*\r\n\Z")
+        self.fake.release.set()
+        self.assertReply(busy.next_reply(), "250 2.0.0")
+        running.wait()
+
     def test_who_has_no_message_does_not_hold_it_up(self) -> None:
         """A login under way, and a client that does not read its replies."""
         running = self.start(SHUTDOWN_TIMEOUT="60")
