@@ -6046,6 +6046,7 @@ class Connection:
         self._is_timed_out = False
         self._receipts: list[Receipt] = []          # that the client may not have heard of
         self._told_at = 0.0             # of the last of them
+        self._untaken_at = 0.0          # when it was last seen that not all was taken
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
@@ -6070,7 +6071,7 @@ class Connection:
         for receipt in self._receipts[:1]:          # with the first all are known
             self._look(FIRST_LOOK)
             await done_by(time.monotonic() + HEARD_WITHIN, receipt.is_heard)
-        self._settle(is_heard=False)
+        self._settle(is_heard=self._is_gone and self._may_have_heard())
         await self._hang_up()
 
     def stop(self) -> None:
@@ -6148,20 +6149,23 @@ class Connection:
 
     def _find_out(self) -> None:
         """Find out whether the client has heard of its messages."""
-        if self._receipts:
+        if self._receipts and not self._is_gone:    # or else who reads or writes hears how
             try:
                 if self._has_taken_all():
                     self._settle(is_heard=True)
+                else:
+                    self._untaken_at = time.monotonic()
             except OSError as error:
                 self._settle(is_heard=self._may_have_heard(error))
 
-    def _may_have_heard(self, error: OSError) -> bool:
-        """Whether a client that has reset the connection may have heard what it was told
-        just before. Nobody can tell, so rather twice than never, unless it had hung up
-        first: then Linux says EPIPE.
+    def _may_have_heard(self, error: OSError | None = None) -> bool:
+        """Whether a client that is gone may have heard what it was told just before.
+
+        Nobody can tell, so rather twice than never; unless it was seen to take nothing for
+        so long, or had hung up first: then Linux says EPIPE.
         """
-        return (not isinstance(error, BrokenPipeError)
-                and time.monotonic() < self._told_at + HEARD_WITHIN)
+        return (self._untaken_at < self._told_at + HEARD_WITHIN
+                and not isinstance(error, BrokenPipeError))
 
     def _look(self, pause: float) -> None:
         """Find out without a word of the client, ever more seldom: long after it has heard
@@ -6174,9 +6178,7 @@ class Connection:
     def _has_taken_all(self) -> bool:
         """Whether the client's system has taken all that was said. Raises OSError."""
         plain, transport = self._plain_writer.transport, self._writer.transport
-        # If it is gone, how it ended is for who reads or writes to hear.
-        return not (self._is_gone or plain.get_write_buffer_size()
-                    or transport.get_write_buffer_size()
+        return not (plain.get_write_buffer_size() or transport.get_write_buffer_size()
                     ) and has_taken_all(plain.get_extra_info("socket"))
 
     @property

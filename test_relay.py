@@ -2775,6 +2775,21 @@ def kept_log() -> Iterator[KeptLog]:
         relay.log.removeHandler(handler)
 
 
+@contextlib.contextmanager
+def after(word: str, do: Callable[[], None]) -> Iterator[None]:
+    """Do something in the pass of the loop that follows the one of an event in the log."""
+    def emit(record: logging.LogRecord) -> None:
+        if f" {word} " in record.getMessage():
+            asyncio.get_running_loop().call_soon(do)
+    handler = logging.Handler()
+    handler.emit = emit                 # type: ignore[method-assign]
+    relay.log.addHandler(handler)
+    try:
+        yield
+    finally:
+        relay.log.removeHandler(handler)
+
+
 class LogTests(unittest.TestCase):
     """One line for an event, whatever is in it."""
 
@@ -9228,6 +9243,34 @@ class ReceiptTests(RelayCase):
                         wait_for(lambda: kept.find("disconnected"))
                 self.assertEqual(len(self.fake.delivered), 2)
 
+    def test_who_has_heard_and_resets_in_a_pass_that_is_slow(self) -> None:
+        """Whichever the relay sees first, the reset or that it is time to look."""
+        self.addCleanup(setattr, relay, "HEARD_WITHIN", relay.HEARD_WITHIN)
+        for is_looked_first in (True, False):
+            with self.subTest(is_looked_first=is_looked_first):
+                self.fake.reset()
+                relay.HEARD_WITHIN = 1.0 if is_looked_first else 0.05
+                client = self.begun()
+                one, = self.running.ask(lambda: list(self.running.server._connections))
+
+                def hear_and_reset(client: Client = client, one: Any = one) -> None:
+                    assert client.sock is not None
+                    self.assertIn(b"250 2.0.0", client.sock.recv(4096))
+                    client.file.close()
+                    reset(client.sock)
+                    if relay.HEARD_WITHIN == 1.0:
+                        one._look(1.0)
+                    while time.monotonic() < one._told_at + 0.05:
+                        pass
+                with kept_log() as kept, after("sent", hear_and_reset):
+                    client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+                    wait_for(lambda: kept.find("disconnected"))
+                with self.logged_in() as client:
+                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
+                self.assertEqual(len(self.fake.delivered), 2)
+                wait_for(lambda: not self.running.ask(
+                    lambda: len(self.running.server._connections)))
+
     def test_two_clients_that_are_told_the_same(self) -> None:
         """What becomes of the first is of no matter to the second."""
         self.leave()
@@ -9438,6 +9481,28 @@ class ReceiptTlsTests(TlsCase):
                 client.close()                  # without QUIT
                 wait_for(lambda: kept.find("disconnected"))
         self.assertEqual(len(self.fake.delivered), 3)
+
+    def test_who_says_all_at_once_hears_all_and_goes(self) -> None:
+        """It takes all and goes between two looks: the end of TLS is all that shows it."""
+        client = self.begin()
+        one, = self.running.ask(lambda: list(self.running.server._connections))
+        sock = client.sock
+        assert sock is not None
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+
+        def hear_and_go() -> None:
+            said = b""
+            while b"\r\n221 " not in said:
+                said = said[-20:] + sock.recv(65536)
+            client.close()
+        with kept_log() as kept, after("disconnected", hear_and_go):
+            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n" + b"HELP\r\n" * 200 + b"QUIT\r\n")
+            wait_for(lambda: kept.find("disconnected"))
+            wait_for(one.task.done)
+        client = self.begin()
+        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+        self.assertReply(client.next_reply(), "250 2.0.0")
+        self.assertEqual(len(self.fake.delivered), 2)
 
 
 class ConnectionLimitTests(TlsCase):
