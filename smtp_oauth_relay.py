@@ -3793,6 +3793,7 @@ def _base(url: str) -> str:
 # managed identities for Azure resources", "... App Service", "... Azure Arc".
 
 REFUSALS_LAST = 30.0            # seconds: a device with a wrong password tries and tries
+LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a try to be of use
 MAX_CACHED = 1000               # of anything
 MAX_SECRET = 65536              # octets of a file
 IDENTITY_TIMEOUT = 10.0         # seconds for an answer of a managed identity
@@ -3832,7 +3833,7 @@ class Tokens:
         self._hash_key = secrets.token_bytes(32)
         self._tokens: dict[Key, tuple[str, float]] = {}             # and its end
         self._refusals: dict[Key, tuple[AuthError, float]] = {}     # and its end
-        self._fetches: dict[Key, asyncio.Task[str]] = {}
+        self._fetches: dict[Key, tuple[asyncio.Task[str], float]] = {}   # and its deadline
         self._is_arc = bool((config.identity_endpoint and config.imds_endpoint)
                             or any(map(os.path.exists, ARC_AGENTS)))
 
@@ -3861,17 +3862,22 @@ class Tokens:
         if refusal and now < ends_at:
             raise _fresh(refusal)
         self._refusals.pop(key, None)
-        fetch = self._fetches.get(key)
-        if fetch is None:
-            fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
-            self._fetches[key] = fetch
-            fetch.add_done_callback(functools.partial(self._fetched, key))
-        if not await done_by(deadline + GRACE, fetch):
-            raise NoAnswer("time is up")
-        try:
-            return fetch.result()
-        finally:
-            del fetch                   # see _work
+        latest = deadline - LEAST_TIME * self._config.upstream_timeout
+        while True:
+            if key not in self._fetches:
+                fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
+                self._fetches[key] = fetch, deadline
+                fetch.add_done_callback(functools.partial(self._fetched, key))
+            fetch, ends_at = self._fetches[key]
+            if not await done_by(deadline + GRACE, fetch):
+                raise NoAnswer("time is up")
+            try:
+                return fetch.result()
+            except NoAnswer:            # in the time of who came first; there may be more
+                if not ends_at <= time.monotonic() < latest:
+                    raise
+            finally:
+                del fetch               # see _work
 
     def forget(self, application: Application, token: str, resource: str = "") -> None:
         """Drop a token that is not accepted, unless there is another already."""
@@ -4407,7 +4413,6 @@ REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own 
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
 MOST_PAUSE = 86400.0            # seconds; what is longer is garbage
 THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
-LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a turn to be of use
 NO_RIGHT_LASTS = 3600.0         # seconds that a missing Mail.ReadWrite is remembered
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
 SPOOLED = None                  # in place of a client: what no client waits for

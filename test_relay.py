@@ -3653,6 +3653,22 @@ class CacheTests(RelayCase):
         self.assertTrue(self.get(tokens, "s"))
         self.assertEqual(len(self.fake.asked("token")), 2)
 
+    def test_who_joins_a_request_has_a_time_of_its_own(self) -> None:
+        """That of the first may be nearly over."""
+        async def play() -> list[Any]:
+            tokens, _ = self.tokens()
+            begun = time.monotonic()
+            return await asyncio.gather(*[
+                tokens.get(relay.Application(TENANT, CLIENT, "s"), begun + seconds)
+                for seconds in (1.0, PATIENCE, PATIENCE, 1.0)], return_exceptions=True)
+        self.fake.will("token", self.fake.hang)
+        early, late, later, earlier = asyncio.run(play())
+        self.assertIsInstance(early, relay.NoAnswer)
+        self.assertIsInstance(earlier, relay.NoAnswer)
+        self.assertIsInstance(late, str)
+        self.assertEqual(later, late)
+        self.assertEqual(len(self.fake.asked("token")), 2)
+
     def test_a_remembered_refusal_holds_no_secret(self) -> None:
         tokens, _ = self.tokens()
         self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
