@@ -6072,6 +6072,7 @@ class Connection:
             reason = "a defect of the relay"
             self._writer.write(bytes(_BROKEN))
         self._session.abandon()
+        self.is_running = False         # what follows ends soon, and is not to be cut off
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
         for receipt in self._receipts[:1]:          # with the first all are known
             self._look(FIRST_LOOK)

@@ -9341,13 +9341,19 @@ class DeafReceiptTests(RelayCase):
         """The connection is not closed before the last word has left."""
         self.addCleanup(setattr, relay, "LINGER", relay.LINGER)
         relay.LINGER = int(PATIENCE)    # however late this thread comes to read
-        sock, one = self.begin_deaf()
-        with kept_log() as kept:
-            sock.sendall(b"QUIT\r\n")
-            wait_for(lambda: kept.find("disconnected"))
-            self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
-        wait_for(one.task.done)
-        self.assertIsNone(self.running.ask(one.task.exception))
+        for stops in (False, True):
+            self.running = Running(self.config())
+            self.addCleanup(self.running.stop)
+            with self.subTest(stops=stops), kept_log() as kept:
+                sock, one = self.begin_deaf()
+                sock.sendall(b"QUIT\r\n")
+                wait_for(lambda: kept.find("disconnected"))
+                if stops:
+                    self.running.begin_stop()
+                    wait_for(lambda: kept.find("stopping"))
+                self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
+                wait_for(one.task.done)
+                self.assertIsNone(one.task.exception())
 
     def test_one_that_resets_and_one_that_quits(self) -> None:
         message = (f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
