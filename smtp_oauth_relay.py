@@ -3731,10 +3731,10 @@ class HttpPool:
                 raise TimeoutError("time is up")
             response = future.result()
         except asyncio.CancelledError:
-            if not _is_accepted(future):
+            if request.method != "POST" or not _is_accepted(future):
                 exchange.cut_off()
                 raise
-            response = future.result()  # the end came too late: who sent must know of it
+            response = future.result()  # it came too late: the message is sent
         finally:
             future.cancel()             # or asyncio would tell of an error nobody asked for
             del future                  # see _work
@@ -5761,6 +5761,17 @@ def has_taken_all(sock: socket.socket) -> bool:
         return True
 
 
+def has_hung_up(sock: socket.socket) -> bool:
+    """Whether the other system has ended its half of a connection, or all of it. Where ours
+    does not tell: False.
+    """
+    try:
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except (AttributeError, OSError):
+        return False
+    return state in (7, 8)              # CLOSE and CLOSE_WAIT of Linux
+
+
 class Receipt:
     """What one client is told of a message that was accepted."""
 
@@ -5771,6 +5782,8 @@ class Receipt:
         self.text = text                # empty: it was not accepted, or not yet
         self.outcome: asyncio.Future[None] = loop.create_future()
         self.is_heard: asyncio.Future[bool] = loop.create_future()
+        self.told_at = 0.0
+        self.is_too_late = False        # the client had hung up before
 
 
 class Receipts:
@@ -6050,7 +6063,6 @@ class Connection:
         self._deadline = 0.0            # for the command under way
         self._is_timed_out = False
         self._receipts: list[Receipt] = []          # that the client may not have heard of
-        self._told_at = 0.0             # of the last of them
         self._untaken_at = 0.0          # when it was last seen that not all was taken
 
     async def run(self, *, implicit_tls: bool) -> None:
@@ -6064,7 +6076,6 @@ class Connection:
             reason = await self._converse()
         except OSError as error:
             reason = describe_failure(error)
-            self._settle(is_heard=False)
         except asyncio.CancelledError:
             self._writer.write(bytes(_STOPPING))
         except Exception:
@@ -6076,8 +6087,10 @@ class Connection:
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
         for receipt in self._receipts[:1]:          # with the first all are known
             self._look(FIRST_LOOK)
-            await done_by(time.monotonic() + HEARD_WITHIN, receipt.is_heard)
-        self._settle(is_heard=self._is_gone and self._may_have_heard())
+            if not self._is_gone:
+                await done_by(time.monotonic() + HEARD_WITHIN, receipt.is_heard)
+                self._find_out()
+        self._settle(is_taken=False)
         await self._hang_up()
 
     def stop(self) -> None:
@@ -6119,7 +6132,9 @@ class Connection:
                 self._session.delivered(receipt.text)
                 if receipt.digest:
                     self._receipts.append(receipt)
-                    self._told_at = time.monotonic()
+                    receipt.told_at = time.monotonic()
+                    receipt.is_too_late = self._is_gone or has_hung_up(
+                        self._plain_writer.get_extra_info("socket"))
                     loop = asyncio.get_running_loop()
                     loop.call_later(FIRST_LOOK, self._look, FIRST_LOOK)
         except RelayError as error:
@@ -6140,13 +6155,8 @@ class Connection:
             self._find_out()            # first, as nobody may hear of the end
             self._session.end(_TIMED_OUT, "timed out")
             return
-        except OSError as error:
-            self._settle(is_heard=self._may_have_heard(error))
-            raise
         finally:
             timer.cancel()
-        if not octets and self._is_gone:        # TLS came to an orderly end
-            self._settle(is_heard=True)
         self._find_out()
         if octets:
             self._session.receive(octets)
@@ -6155,23 +6165,14 @@ class Connection:
 
     def _find_out(self) -> None:
         """Find out whether the client has heard of its messages."""
-        if self._receipts and not self._is_gone:    # or else who reads or writes hears how
+        if self._receipts and not self._is_gone:
             try:
                 if self._has_taken_all():
-                    self._settle(is_heard=True)
+                    self._settle(is_taken=True)
                 else:
                     self._untaken_at = time.monotonic()
-            except OSError as error:
-                self._settle(is_heard=self._may_have_heard(error))
-
-    def _may_have_heard(self, error: OSError | None = None) -> bool:
-        """Whether a client that is gone may have heard what it was told just before.
-
-        Nobody can tell, so rather twice than never; unless it was seen to take nothing for
-        so long, or had hung up first: then Linux says EPIPE.
-        """
-        return (self._untaken_at < self._told_at + HEARD_WITHIN
-                and not isinstance(error, BrokenPipeError))
+            except OSError:
+                self._settle(is_taken=False)
 
     def _look(self, pause: float) -> None:
         """Find out without a word of the client, ever more seldom: long after it has heard
@@ -6195,9 +6196,16 @@ class Connection:
         return (self._plain_writer.transport.is_closing()
                 or self._writer.transport.is_closing())
 
-    def _settle(self, *, is_heard: bool) -> None:
+    def _settle(self, *, is_taken: bool) -> None:
+        """Say of which messages the client has heard, as it has taken all or is gone.
+
+        What it took in the end nobody can tell then. Rather twice than never: it has heard,
+        unless it had hung up before, or was seen to take nothing for HEARD_WITHIN.
+        """
         for receipt in self._receipts:
-            self._relay.receipts.settle(receipt, is_heard=is_heard)
+            may_have_heard = (not receipt.is_too_late
+                              and self._untaken_at < receipt.told_at + HEARD_WITHIN)
+            self._relay.receipts.settle(receipt, is_heard=is_taken or may_have_heard)
         self._receipts.clear()
 
     def _time_out(self) -> None:
@@ -6217,19 +6225,13 @@ class Connection:
         replies = self._session.output()
         if not replies:
             return
-        if self._is_gone:
-            self._settle(is_heard=False)
         self._writer.write(replies)
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._timeout, self._cut_off)
+        timer = loop.call_later(self._timeout, self._writer.transport.abort)
         try:
             await self._writer.drain()
         finally:
             timer.cancel()
-
-    def _cut_off(self) -> None:
-        self._settle(is_heard=False)
-        self._writer.transport.abort()
 
     async def _start_tls(self) -> None:
         """Do the handshake. Raises OSError.

@@ -9253,7 +9253,6 @@ class ReceiptTests(RelayCase):
                     one, = self.running.ask(lambda: list(self.running.server._connections))
                     if is_late:         # it is looked without a word from the client
                         wait_for(settled)
-                        one._told_at = 0.0
                     with kept_log() as kept:
                         self.running.ask(functools.partial(leave, client, one))
                         wait_for(lambda: kept.find("disconnected"))
@@ -9272,11 +9271,12 @@ class ReceiptTests(RelayCase):
                 def hear_and_reset(client: Client = client, one: Any = one) -> None:
                     assert client.sock is not None
                     self.assertIn(b"250 2.0.0", client.sock.recv(4096))
+                    told_at = one._receipts[0].told_at
                     client.file.close()
                     reset(client.sock)
                     if relay.HEARD_WITHIN == 1.0:
                         one._look(1.0)
-                    while time.monotonic() < one._told_at + 0.05:
+                    while time.monotonic() < told_at + 0.05:
                         pass
                 with kept_log() as kept, after("sent", hear_and_reset):
                     client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
@@ -9286,6 +9286,34 @@ class ReceiptTests(RelayCase):
                 self.assertEqual(len(self.fake.delivered), 2)
                 wait_for(lambda: not self.running.ask(
                     lambda: len(self.running.server._connections)))
+
+    def test_who_goes_while_the_second_of_two_is_on_its_way(self) -> None:
+        """Of this one it cannot have heard; of the first it has, or was gone already."""
+        self.addCleanup(setattr, relay, "FIRST_LOOK", relay.FIRST_LOOK)
+        relay.FIRST_LOOK = PATIENCE
+        both = (f"Subject: s\r\n\r\nText\r\n.\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\n"
+                "DATA\r\nSubject: t\r\n\r\nText\r\n.\r\n").encode()
+        hang_then, accept = self.fake.hang_then, self.fake.accept
+        for hears, leave in ((True, socket.socket.close), (True, reset),
+                             (False, socket.socket.close)):
+            with self.subTest(hears=hears, leave=leave), kept_log() as kept:
+                self.fake.reset()
+                self.forget_receipts()
+                client = self.begun()
+                assert client.sock is not None
+                self.fake.will("send", accept if hears else hang_then(accept), hang_then(accept))
+                client.send(both)
+                self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+                if hears:
+                    self.assertReply(client.next_reply(), "250 2.0.0")
+                client.file.close()
+                leave(client.sock)
+                self.fake.release.set()
+                wait_for(lambda: kept.find("disconnected"))
+                self.assertReply(self.again(), "250 2.0.0")
+                self.assertEqual(len(self.fake.delivered), 2 + hears)
+                self.assertReply(self.logged_in().post(b"Subject: t\r\n\r\nText\r\n"), "250 2.0.0")
+                self.assertEqual(len(self.fake.delivered), 2 + hears)
 
     def test_two_clients_that_are_told_the_same(self) -> None:
         """What becomes of the first is of no matter to the second."""
@@ -9300,6 +9328,9 @@ class ReceiptTests(RelayCase):
 
 class DeafReceiptTests(RelayCase):
     """Clients that do not read, or late, and leave without having heard 250."""
+
+    MESSAGE = (f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
+               "Subject: s\r\n\r\nText\r\n.\r\n").encode()
 
     def buffered(self) -> int:
         """Octets for the only client that are in none of the buffers of the system."""
@@ -9356,19 +9387,20 @@ class DeafReceiptTests(RelayCase):
                 self.assertIsNone(one.task.exception())
 
     def test_one_that_resets_and_one_that_quits(self) -> None:
-        message = (f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
-                   "Subject: s\r\n\r\nText\r\n.\r\n").encode()
-        for is_reset in (True, False):
+        self.addCleanup(setattr, relay, "HEARD_WITHIN", relay.HEARD_WITHIN)
+        for is_reset in (False, True):
             with self.subTest(is_reset=is_reset), kept_log() as kept:
                 self.fake.reset()
                 self.forget_receipts()
-                if not is_reset:        # some systems tell nothing of their own buffers
+                if is_reset:
+                    relay.HEARD_WITHIN = 0.0    # it is seen at once that it takes nothing
+                else:                   # some systems tell nothing of their own buffers
                     self.addCleanup(setattr, relay, "fcntl", relay.fcntl)
                     relay.fcntl = None      # type: ignore[assignment]
                 sock, one = self.begin_deaf()
-                sock.sendall(message + (b"" if is_reset else b"QUIT\r\n"))
+                sock.sendall(self.MESSAGE + (b"" if is_reset else b"QUIT\r\n"))
                 if is_reset:
-                    wait_for(lambda: kept.find("sent"))
+                    wait_for(functools.partial(getattr, one, "_untaken_at"))
                     self.flood(sock, 65536)     # so that the relay waits to say more
                     self.running.ask(functools.partial(self.reset_and_look, sock, one))
                 wait_for(lambda: not self.running.ask(
@@ -9380,6 +9412,25 @@ class DeafReceiptTests(RelayCase):
                 self.assertEqual(len(kept.find("repeated")), 1)
                 wait_for(lambda: not self.running.ask(
                     lambda: len(self.running.server._connections)))
+
+
+    def test_one_that_hears_and_resets_while_the_relay_has_more_to_say(self) -> None:
+        for name in ("FIRST_LOOK", "HEARD_WITHIN"):
+            self.addCleanup(setattr, relay, name, getattr(relay, name))
+            setattr(relay, name, PATIENCE)      # it may have heard, however late
+        sock, one = self.begin_deaf()
+        sock.sendall(self.MESSAGE)
+        wait_for(lambda: one._receipts)
+        self.flood(sock, 65536)
+        said = b""
+        while b"250 2.0.0 Accepted" not in said:
+            said = said[-20:] + sock.recv(4096)
+        self.assertEqual(len(one._receipts), 1)
+        reset(sock)
+        wait_for(one.task.done)
+        with self.logged_in() as client:
+            self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
+        self.assertEqual(len(self.fake.delivered), 2)
 
 
 class DeafTests(TlsCase):
@@ -9503,6 +9554,24 @@ class ReceiptTlsTests(TlsCase):
                 client.close()                  # without QUIT
                 wait_for(lambda: kept.find("disconnected"))
         self.assertEqual(len(self.fake.delivered), 3)
+
+    def test_who_hears_says_quit_and_goes(self) -> None:
+        """In one pass of the loop, and without waiting for the 221."""
+        for delivered in (1, 2):
+            client = self.begin()
+
+            def hear_and_go(client: Client = client) -> None:
+                assert isinstance(client.sock, ssl.SSLSocket)
+                self.assertIn(b"250 2.0.0", client.sock.recv(4096))
+                client.sock.sendall(b"QUIT\r\n")
+                client.sock.setblocking(False)
+                with contextlib.suppress(OSError):
+                    client.sock.unwrap()        # says close_notify
+                client.close()
+            with kept_log() as kept, after("sent", hear_and_go), after("repeated", hear_and_go):
+                client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+                wait_for(lambda: kept.find("disconnected"))
+            self.assertEqual(len(self.fake.delivered), delivered)
 
     def test_who_says_all_at_once_hears_all_and_goes(self) -> None:
         """It takes all and goes between two looks: the end of TLS is all that shows it."""
@@ -9737,6 +9806,17 @@ class ShutdownTests(RelayCase):
         running.ask(functools.partial(cut_when_done, running, self.fake.release))
         self.assertReply(client.next_reply(), "250 2.0.0")
         self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_what_is_cut_at_the_moment_at_which_a_piece_is_taken(self) -> None:
+        """That is a 202 too, but not the end."""
+        running = self.start()
+        client = self.begin(running)
+        self.fake.will("put", self.fake.hang_then(say(202)))
+        client.send(LARGE + b".\r\n")
+        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        running.ask(functools.partial(cut_when_done, running, self.fake.release))
+        self.assertReply(client.next_reply(), "421 4.3.2")
+        self.assertEqual((len(self.fake.asked("put")), len(self.fake.deleted)), (1, 1))
 
     def test_an_upload_that_is_cut_leaves_no_draft_or_the_log_says_so(self) -> None:
         for action, deleted in ((self.fake.accept, 1), (self.fake.hang, 0)):
