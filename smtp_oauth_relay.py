@@ -6087,9 +6087,8 @@ class Connection:
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
         for receipt in self._receipts[:1]:          # with the first all are known
             self._look(FIRST_LOOK)
-            if not self._is_gone:
-                await done_by(time.monotonic() + HEARD_WITHIN, receipt.is_heard)
-                self._find_out()
+            await done_by(time.monotonic() + HEARD_WITHIN, receipt.is_heard)
+            self._find_out()
         self._settle(is_taken=False)
         await self._hang_up()
 
@@ -6165,7 +6164,9 @@ class Connection:
 
     def _find_out(self) -> None:
         """Find out whether the client has heard of its messages."""
-        if self._receipts and not self._is_gone:
+        if self._is_gone:
+            self._settle(is_taken=False)
+        elif self._receipts:
             try:
                 if self._has_taken_all():
                     self._settle(is_taken=True)
