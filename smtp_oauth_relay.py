@@ -564,12 +564,10 @@ class Config:
     azure_federated_token_file: str = setting(
         str, "", "Token of a workload identity. Kubernetes sets it.")
     identity_endpoint: str = setting(
-        str, "", "Managed identity. App Service, Container Apps and "
-        "Arc set it.", _masked)
+        str, "", "Managed identity. App Service and Container Apps set it.", _masked)
     identity_header: str = setting(
-        _text, "", "Secret of that endpoint, where it has one. Azure sets it.", _hidden)
-    imds_endpoint: str = setting(
-        str, "", "Says that the machine is one of Arc, which sets it.")
+        _text, "", "Secret of that endpoint. Azure sets it with IDENTITY_ENDPOINT.",
+        _hidden)
     azure_pod_identity_authority_host: str = setting(
         near_url, "http://169.254.169.254", "Managed identity of virtual machines.",
         _masked)
@@ -3791,7 +3789,7 @@ def _base(url: str) -> str:
 #
 # A secret or the token of a workload identity is traded at Entra ID; a managed identity
 # is asked for at an address near by, never through a proxy. Microsoft, "How to use
-# managed identities for Azure resources", "... App Service", "... Azure Arc".
+# managed identities for Azure resources", "... App Service".
 
 REFUSALS_LAST = 30.0            # seconds: a device with a wrong password tries and tries
 LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a try to be of use
@@ -3799,12 +3797,6 @@ MAX_CACHED = 1000               # of anything
 MAX_SECRET = 65536              # octets of a file
 IDENTITY_TIMEOUT = 10.0         # seconds for an answer of a managed identity
 IDENTITY_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)        # before it is asked again
-ARC_ENDPOINT = "http://localhost:40342/metadata/identity/oauth2/token"
-ARC_AGENTS = ("/opt/azcmagent/bin/himds", os.path.expandvars(
-    r"%ProgramFiles%\AzureConnectedMachineAgent\himds.exe"))
-ARC_KEYS = pathlib.Path(os.path.expandvars(
-    r"%ProgramData%\AzureConnectedMachineAgent\Tokens" if os.name == "nt" else
-    "/var/opt/azcmagent/tokens"))
 
 Key = tuple[str, str, str, str, bytes]  # tenant, client, credential, resource, keyed hash
 
@@ -3859,8 +3851,6 @@ class Tokens:
         self._tokens: Cache[Key, str] = Cache(clock)
         self._refusals: Cache[Key, AuthError] = Cache(clock)
         self._fetches: dict[Key, tuple[asyncio.Task[str], float]] = {}   # and its deadline
-        self._is_arc = bool((config.identity_endpoint and config.imds_endpoint)
-                            or any(map(os.path.exists, ARC_AGENTS)))
 
     async def get(self, application: Application, deadline: float,
                   resource: str = "") -> str:
@@ -3912,8 +3902,8 @@ class Tokens:
     async def _fetch(self, key: Key, application: Application, deadline: float) -> str:
         resource, secret = key[3], application.secret
         if application.credential == "managed-identity":
-            response, secret = await self._ask_identity(application.client, resource,
-                                                        deadline)
+            response = await self._ask_identity(application.client, resource, deadline)
+            secret = self._config.identity_header
         else:
             if application.credential == "workload-identity":
                 secret = await _in_file(self._config.azure_federated_token_file, deadline)
@@ -3943,48 +3933,33 @@ class Tokens:
             urllib.parse.urlencode(form).encode())
 
     async def _ask_identity(self, client: str, resource: str,
-                            deadline: float) -> tuple[HttpResponse, str]:
-        """Ask for a managed identity, again while it is not ready; returns the answer, and
-        the secret that it may repeat.
-        """
+                            deadline: float) -> HttpResponse:
+        """Ask for a token of a managed identity. Retry while it is not ready."""
         request = self._identity_request(client, resource)
-        is_service, key = "Metadata" not in request.headers, self._config.identity_header
         for pause in (*IDENTITY_PAUSES, None):
-            soon = min(deadline, time.monotonic() + IDENTITY_TIMEOUT)
             try:
-                response = await self._pool.send(request, soon)
-                if response.status == 401 and self._is_arc and not is_service:
-                    key = await _in_file(_arc_key(response), soon)
-                    response = await self._pool.send(dataclasses.replace(
-                        request, headers={**request.headers,
-                                          "Authorization": f"Basic {key}"}), soon)
+                response = await self._pool.send(
+                    request, min(deadline, time.monotonic() + IDENTITY_TIMEOUT))
             except NoAnswer as error:
                 error.facts["identity"] = request.url.partition("?")[0]
                 raise
             if ((response.status not in (404, 410, 429) and response.status < 500)
                     or pause is None or time.monotonic() + pause >= deadline):
-                return response, key
+                return response
             await asyncio.sleep(pause)
         raise AssertionError("the last pause is None")
 
     def _identity_request(self, client: str, resource: str) -> HttpRequest:
-        config, headers = self._config, {"Metadata": "true"}
-        try:
-            endpoint = near_url(config.identity_endpoint or ARC_ENDPOINT)
-        except ValueError as error:
-            raise TemporaryError("The relay has no identity that it can ask for", facts={
-                "problem": f"IDENTITY_ENDPOINT must be {error}"}) from None
+        config, version, headers = self._config, "2018-02-01", {"Metadata": "true"}
+        url = f"{config.azure_pod_identity_authority_host}/metadata/identity/oauth2/token"
         if config.identity_endpoint and config.identity_header:     # App Service
-            url, version = endpoint, "2019-08-01"
+            try:
+                url, version = near_url(config.identity_endpoint), "2019-08-01"
+            except ValueError as error:
+                raise TemporaryError(
+                    "The relay has no identity that it can ask for",
+                    facts={"problem": f"IDENTITY_ENDPOINT must be {error}"}) from None
             headers = {"X-IDENTITY-HEADER": config.identity_header}
-        elif self._is_arc:
-            url, version = endpoint, "2020-06-01"
-            if client:
-                raise TemporaryError("Azure Arc has no user-assigned identity", facts={
-                    "problem": "leave client_id, or AZURE_CLIENT_ID, empty on Azure Arc"})
-        else:
-            url, version = (f"{config.azure_pod_identity_authority_host}"
-                            "/metadata/identity/oauth2/token", "2018-02-01")
         query = {"api-version": version, "resource": resource}
         if client:
             query["client_id"] = client
@@ -4011,15 +3986,6 @@ async def _in_file(path: str | pathlib.Path, deadline: float) -> str:
         problem = getattr(error, "strerror", None) or str(error)
     raise TemporaryError("The relay's own credential cannot be read", facts={
         "problem": f"{path}: {problem}"}, level=logging.ERROR)
-
-
-def _arc_key(response: HttpResponse) -> pathlib.Path:
-    """Find the file that only who may have Arc's identity can read."""
-    challenge = response.headers.get("www-authenticate", "")
-    path = pathlib.Path(challenge.partition("realm=")[2].strip())
-    if path.parent != ARC_KEYS or path.suffix != ".key":
-        raise NoAnswer("a challenge that names no key of Azure Arc")
-    return path
 
 
 def _fresh(error: AuthError) -> AuthError:

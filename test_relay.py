@@ -388,7 +388,7 @@ class SettingTests(unittest.TestCase):
             "azure_tables_force_usage": False, "azure_key_vault_url": "",
             "azure_key_vault_cert_name": "", "azure_tenant_id": "", "azure_client_id": "",
             "azure_client_secret": "", "azure_federated_token_file": "",
-            "identity_endpoint": "", "identity_header": "", "imds_endpoint": "",
+            "identity_endpoint": "", "identity_header": "",
             "azure_pod_identity_authority_host": "http://169.254.169.254",
             "sender_from": "envelope", "from_mismatch": "keep",
             "header_recipients": "strip", "large_messages": "upload",
@@ -2865,7 +2865,7 @@ KINDS = {                   # what is asked of Entra and Graph, by method and pa
     "put": r"PUT /upload/[0-9]+\?authtoken=a%2Fb", "send-draft": "POST .*/messages/[^/]+/send",
     "delete": "DELETE .*/messages/[^/]+",
     "imds": r"GET /metadata/identity/oauth2/token\?.*", "app-service": r"GET /msi/token\?.*",
-    "arc": r"GET /arc/token\?.*", "table": "GET /account/users.*", "vault": "GET /secrets/.*"}
+    "table": "GET /account/users.*", "vault": "GET /secrets/.*"}
 
 
 # An action answers a request on a socket; it returns whether the connection goes on.
@@ -2924,7 +2924,6 @@ class FakeMicrosoft:
         self._tokens: dict[str, str] = {}       # and what for
         self.entities: dict[str, dict[str, str]] = {}
         self.secret: dict[str, Any] = {}
-        self.arc_key = ""
         self._busy: collections.Counter[str] = collections.Counter()
         self.most_busy = 0
         self.requests: list[Request] = []
@@ -3012,7 +3011,7 @@ class FakeMicrosoft:
                 "attach": self._attach, "open": self._open_upload, "put": self._take_piece,
                 "send-draft": self._send_draft, "delete": self._delete_draft,
                 "imds": self._give_identity, "app-service": self._give_identity,
-                "arc": self._give_identity, "table": self._look_up, "vault": self._give_secret,
+                "table": self._look_up, "vault": self._give_secret,
                 }.get(request.kind, graph_says(404, "ResourceNotFound"))(sock, request)
 
     # One thread for a connection.
@@ -3097,7 +3096,7 @@ class FakeMicrosoft:
 
     def _give_identity(self, sock: socket.socket, request: Request) -> bool:
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(request.path).query)
-        version = {"imds": "2018-02-01", "app-service": "2019-08-01", "arc": "2020-06-01"}
+        version = {"imds": "2018-02-01", "app-service": "2019-08-01"}
         if query["api-version"] != [version[request.kind]] or not set(query) <= {
                 "api-version", "resource", "client_id", "x"}:
             self.complaints.append(f"bad request for an identity {request.path}")
@@ -3107,9 +3106,6 @@ class FakeMicrosoft:
         elif request.headers.get("metadata") != "true":
             return say(400, {"error": "bad_request_102", "error_description":
                              "Required metadata header not specified"})(sock, request)
-        if request.kind == "arc" and request.headers.get(
-                "authorization") != "Basic key of arc":
-            return say(401, WWW_Authenticate=f"Basic realm={self.arc_key}")(sock, request)
         resource, = query["resource"]
         answer = {"access_token": self._make_token(resource), "resource": resource,
                   "expires_on": str(int(time.time()) + 3599), "token_type": "Bearer"}
@@ -4513,7 +4509,7 @@ class IdentityTests(RelayCase):
         settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token",
                     "IDENTITY_HEADER": "header"}
         self.ask(resource="https://storage.azure.com", **settings)
-        self.ask(AZURE_CLIENT_ID=CLIENT, IMDS_ENDPOINT="http://localhost:40342", **settings)
+        self.ask(AZURE_CLIENT_ID=CLIENT, **settings)
         first, second = self.fake.asked("app-service")
         self.assertEqual(first.path, "/msi/token?api-version=2019-08-01&resource="
                                      "https%3A%2F%2Fstorage.azure.com")
@@ -4522,58 +4518,15 @@ class IdentityTests(RelayCase):
         self.assertNotIn("metadata", first.headers)
         self.ask(**{**settings, "IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token?x=y"})
         self.assertIn("/msi/token?x=y&api-version=", self.fake.asked("app-service")[-1].path)
-        for status, more in ((400, {}), (401, {"IMDS_ENDPOINT": "http://localhost:40342"})):
+        for status in (400, 401):
             self.fake.will("app-service", say(status, {"error": "x", "error_description":
                                                        "bad header%20: header"}))
             with self.assertRaises(relay.TemporaryError) as caught:
-                self.ask(**settings, **more)
+                self.ask(**settings)
             self.assertEqual(caught.exception.facts["said"], "bad ***%20: ***")
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(IDENTITY_ENDPOINT="https://10.0.0.1:2377/metadata", IDENTITY_HEADER="h")
         self.assertIn("IDENTITY_ENDPOINT must be an http:// URL", str(caught.exception.facts))
-
-    def test_arc(self) -> None:
-        folder = FILES.folder / "tokens"
-        folder.mkdir(exist_ok=True)
-        self.addCleanup(setattr, relay, "ARC_KEYS", relay.ARC_KEYS)
-        relay.ARC_KEYS = folder
-        key = FILES.write("tokens/one.key", "key of arc")
-        settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/arc/token",
-                    "IMDS_ENDPOINT": "http://localhost:40342"}
-        self.fake.arc_key = key
-        for name in ("ARC_AGENTS", "ARC_ENDPOINT"):     # it is known by its agent too
-            self.addCleanup(setattr, relay, name, getattr(relay, name))
-        relay.ARC_AGENTS, relay.ARC_ENDPOINT = (key, key), settings["IDENTITY_ENDPOINT"]
-        self.ask()
-        relay.ARC_AGENTS = ("/no/such", "/no/such")
-        self.fake.reset()
-        self.ask(**settings)
-        first, second = self.fake.asked("arc")
-        self.assertNotIn("authorization", first.headers)
-        self.assertEqual(second.headers["authorization"], "Basic key of arc")
-        self.assertIn("api-version=2020-06-01&", second.path)
-        self.fake.reset()
-        for bad in (FILES.write("one.key", "outside"), f"{folder}/../one.key", "/etc/passwd",
-                    FILES.write("tokens/one.txt", "x"), f"{folder}/none.key", "",
-                    FILES.write("tokens/long.key", "x" * 70_000),
-                    FILES.write("tokens/odd.key", "a\r\nX: hidden")):
-            self.fake.arc_key = bad
-            with self.subTest(bad), self.assertRaises(relay.TemporaryError) as caught:
-                self.ask(**settings)
-            self.assertNotIn("hidden", repr(caught.exception.facts))
-        self.assertEqual([one for one in self.fake.asked("arc") if "authorization" in one.headers],
-                         [])
-        self.fake.arc_key, begun = key, time.monotonic()
-        self.fake.will("arc", self.fake.accept, self.fake.hang)
-        with self.impatient(0.3), self.assertRaises(relay.TemporaryError):
-            self.ask(**settings)
-        self.assertLess(time.monotonic() - begun, PATIENCE / 2)
-        with self.assertRaises(relay.TemporaryError) as caught:
-            self.ask(AZURE_CLIENT_ID=CLIENT, **settings)
-        self.assertIn("Arc", str(caught.exception.facts))
-        for name, value in settings.items():        # one of the two is not Arc
-            self.ask(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url, **{name: value})
-        self.assertEqual(len(self.fake.asked("imds")), 2)
 
     def test_imds(self) -> None:
         self.ask(AZURE_CLIENT_ID=CLIENT, AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url,
