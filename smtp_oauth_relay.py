@@ -411,10 +411,11 @@ def _table_url(text: str) -> str:
     with contextlib.suppress(ValueError):
         url = _endpoint(url)
         if (re.fullmatch(r"[^/]+//[^/]+(/[^/]+)?/[A-Za-z][A-Za-z0-9]{2,62}", url)
+                and ".table.cosmos." not in url.lower()     # wants other tokens
                 and re.fullmatch(r"[!\"$-~]*", sas)):
             return url + mark + sas
-    raise ValueError("https://ACCOUNT.table.core.windows.net/TABLE, with a SAS behind it "
-                     "or none")
+    raise ValueError("https://ACCOUNT.table.core.windows.net/TABLE, with or without a SAS "
+                     "(a table of Azure Storage, not of Cosmos DB)")
 
 
 def near_url(text: str) -> str:
@@ -3123,13 +3124,16 @@ def read_entity(response: HttpResponse) -> dict[str, Any] | None:
     answer, code = response.json(), response.headers.get("x-ms-error-code", "")
     if response.status == 404 and code == "ResourceNotFound":
         return None
+    remedy = TABLE_REMEDIES.get(code)
     found = answer.get("value", [answer])       # a query has a list, a key has not
     if (response.status == 200 and answer and isinstance(found, list)
             and all(isinstance(one, dict) for one in found)):
-        return found[0] if found else None
+        if found or "x-ms-continuation-nextpartitionkey" not in response.headers:
+            return found[0] if found else None
+        remedy = "the table is too large for a search; log in as NAME@lookup"
     raise TemporaryError(_NO_TABLE, facts={
-        "status": response.status, "table": code or None,
-        "remedy": TABLE_REMEDIES.get(code)}, level=logging.ERROR)
+        "status": response.status, "table": code or None, "remedy": remedy},
+        level=logging.ERROR)
 
 
 def read_account(entity: Mapping[str, Any], name: str) -> Account:
@@ -4016,7 +4020,6 @@ FAILURE_PAUSE = 0.5             # seconds for each failure before a refusal
 MAX_FAILURE_PAUSE = 5.0
 TABLE_LASTS = 60.0              # seconds that an answer of the table is remembered
 AZURE_PAUSES = (1.0, 3.0)       # seconds before Azure is asked again
-MAX_PAGES = 20                  # of an answer of the table
 STORAGE = "https://storage.azure.com"
 _NOBODY = f"scrypt${'A' * 22}${'A' * 43}"       # a hash that no password has
 _NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")
@@ -4181,10 +4184,6 @@ class Table:
         self._azure = azure
         self._partition = config.azure_tables_partition_key
         self._url, _, self._sas = config.azure_tables_url.partition("?")
-        host = urllib.parse.urlsplit(self._url).hostname or ""
-        cosmos = host.partition(".table.")[2]
-        self._resource = ("" if self._sas else f"https://{cosmos}"
-                          if cosmos.startswith("cosmos.") else STORAGE)
         self._found: Cache[tuple[str, ...], tuple[Account | None]] = Cache(clock)
 
     async def find(self, name: str, deadline: float) -> Account | None:
@@ -4226,24 +4225,17 @@ class Table:
         self._found.put(key, (account,), TABLE_LASTS)
         return account
 
-    async def _query(self, where: str, query: dict[str, str],
+    async def _query(self, where: str, query: Mapping[str, str],
                      deadline: float) -> dict[str, Any] | None:
-        """Ask for an entity; an answer may be empty, and say where to ask on."""
-        query = {**query, "$select": "tenant_id,client_id,from_email"}
-        for _ in range(MAX_PAGES):
-            text = urllib.parse.urlencode(query, safe="$", quote_via=urllib.parse.quote)
-            response = await self._azure.get(
-                f"{self._url}{where}?{text}{self._sas and '&'}{self._sas}", self._resource,
-                {"Accept": "application/json;odata=nometadata",
-                 "DataServiceVersion": "3.0;NetFx", "x-ms-version": "2020-12-06",
-                 "x-ms-date": email.utils.formatdate(usegmt=True)}, deadline)
-            entity = read_entity(response)
-            following = {name: response.headers.get(f"x-ms-continuation-{name.lower()}", "")
-                         for name in ("NextPartitionKey", "NextRowKey")}
-            if entity is not None or not following["NextPartitionKey"]:
-                return entity
-            query.update({name: value for name, value in following.items() if value})
-        raise NoAnswer("a table without an end")
+        text = urllib.parse.urlencode(
+            {**query, "$select": "tenant_id,client_id,from_email"}, safe="$",
+            quote_via=urllib.parse.quote)
+        return read_entity(await self._azure.get(
+            f"{self._url}{where}?{text}{self._sas and '&'}{self._sas}",
+            "" if self._sas else STORAGE,
+            {"Accept": "application/json;odata=nometadata",
+             "DataServiceVersion": "3.0;NetFx", "x-ms-version": "2020-12-06",
+             "x-ms-date": email.utils.formatdate(usegmt=True)}, deadline))
 
 
 def _literal(value: str) -> str:

@@ -526,7 +526,7 @@ class SettingTests(unittest.TestCase):
                  ("https://x.table.core.windows.net", "https://x/a/b/users", "https://x/us",
                   "http://x.table.core.windows.net/users", "https://x/users?a b",
                   "https://x/users?a#b", "https://x/1users", "https://u:p@x/users",
-                  f"https://x/{'a' * 64}")),
+                  "https://x.table.cosmos.azure.com/users", f"https://x/{'a' * 64}")),
                 ("AZURE_KEY_VAULT_URL", ("https://v.vault.azure.net", "http://localhost:8"),
                  ("http://v.vault.azure.net", "https://v?x")),
                 ("AZURE_KEY_VAULT_CERT_NAME", ("relay-1", "relay/0123456789abcdef"),
@@ -4702,6 +4702,8 @@ class TableTests(RelayCase):
                 ("list", [say(200, {"value": 5})], "status=200"),
                 ("entity", [say(200, {"value": [5]})], "status=200"),
                 ("empty", [say(200, b"{}")], "status=200"),
+                ("first page", [say(200, {"value": []}, x_ms_continuation_NextPartitionKey="1")],
+                 "log in as NAME@lookup"),
                 ("closed", [utter(b"")], "problem="),
                 ("tenant", [say(200, {"tenant_id": "x", "client_id": CLIENT})], "tenant_id must"),
                 ("client", [say(200, {"tenant_id": TENANT})], "client_id must be set"),
@@ -4803,14 +4805,6 @@ class TableTests(RelayCase):
         self.fake.entities = {"x": {"tenant_id": f" {tenant}\n", "client_id": f"{CLIENT} "}}
         self.assertReply(self.log_in("x@lookup", own), "235 2.7.0")
 
-    def test_a_table_without_an_end(self) -> None:
-        own = self.another(ACCOUNTS_REQUIRED="true")
-        self.fake.will("table", *[say(200, {"value": []}, x_ms_continuation_NextPartitionKey="1")
-                                  ] * 30)
-        self.assertReply(self.log_in(USER, own), "454 4.7.0")
-        self.assertEqual(len(self.fake.asked("table")), relay.MAX_PAGES)
-        self.assertTrue(self.fake.asked("table")[-1].path.endswith("&NextPartitionKey=1"))
-
     def test_table_and_entra_share_the_time_of_a_login(self) -> None:
         url, deadlines = f"{self.fake.url}/account/users?sig=x", []
         own = self.another(AZURE_TABLES_URL=url)
@@ -4841,14 +4835,6 @@ class TableTests(RelayCase):
         client.post()
         self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
 
-    def test_an_answer_that_goes_on(self) -> None:
-        own = self.another(ACCOUNTS_REQUIRED="true")
-        self.fake.will("table", say(200, {"value": []}, x_ms_continuation_NextPartitionKey="1!a=",
-                                    x_ms_continuation_NextRowKey="1!b="))
-        self.assertReply(self.log_in(USER, own), "235 2.7.0")
-        self.assertTrue(self.fake.asked("table")[1].path.endswith(
-            "&NextPartitionKey=1%21a%3D&NextRowKey=1%21b%3D"))
-
     def test_a_hanging_table_holds_up_nobody_else(self) -> None:
         self.fake.will("table", self.fake.hang)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -4858,17 +4844,6 @@ class TableTests(RelayCase):
             self.assertFalse(waiting.done())
             self.fake.release.set()
             self.assertReply(waiting.result(), "454 4.7.0")
-
-    def test_the_scope_of_cosmos(self) -> None:
-        for url, resource in (
-                ("https://a.table.core.windows.net/users", "https://storage.azure.com"),
-                ("https://a.table.core.chinacloudapi.cn/users", "https://storage.azure.com"),
-                ("https://a.table.cosmos.azure.com/users", "https://cosmos.azure.com"),
-                ("https://a.table.cosmos.azure.us/users", "https://cosmos.azure.us"),
-                ("https://a.table.core.windows.net/users?sig=x", "")):
-            config = make_config(AZURE_TABLES_URL=url)
-            table = relay.Table(config, None)       # type: ignore[arg-type]
-            self.assertEqual(table._resource, resource)
 
     def test_the_start_tries_the_table(self) -> None:
         self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
