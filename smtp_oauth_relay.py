@@ -530,8 +530,8 @@ class Config:
     accounts_file: str = setting(
         str, "", "INI file of accounts: short names, networks without login, and more.")
     accounts_required: bool = setting(
-        _boolean, "false", "Whether TENANT@CLIENT cannot log in, unless it is in the Azure "
-        "table.")
+        _boolean, "false", "If true, TENANT@CLIENT can log in only if the Azure table "
+        "lists it, and the relay starts only if it can read the table.")
     allowed_tenants: tuple[str, ...] = setting(
         _list(read_tenant), "", "Tenants that may log in as TENANT@CLIENT, with commas "
         "between. Empty: all.")
@@ -551,7 +551,7 @@ class Config:
     azure_tables_partition_key: str = setting(
         _utf8, "user", "PartitionKey of its accounts.")
     azure_tables_force_usage: bool = setting(
-        _boolean, "false", "Whether TENANT@CLIENT may log in only if it is in the table.")
+        _boolean, "false", "Another name of ACCOUNTS_REQUIRED; one of them is enough.")
     azure_key_vault_url: str = setting(
         _optional(_endpoint), "", "Key Vault of the certificate.", _masked)
     azure_key_vault_cert_name: str = setting(
@@ -633,6 +633,11 @@ class Config:
         return self.max_message_size
 
     @property
+    def must_have_account(self) -> bool:
+        """Whether TENANT@CLIENT can log in only if the Azure table lists it."""
+        return self.accounts_required or self.azure_tables_force_usage
+
+    @property
     def endpoints(self) -> tuple[str, ...]:
         """The URLs that may be asked, but for those of managed identities."""
         return tuple(filter(None, (self.azure_authority_host, self.graph_endpoint,
@@ -671,11 +676,9 @@ class Config:
                                                   and self.azure_key_vault_cert_name):
             yield ("TLS_SOURCE=keyvault: set AZURE_KEY_VAULT_URL and "
                    "AZURE_KEY_VAULT_CERT_NAME too")
-        if self.azure_tables_force_usage and not self.azure_tables_url:
-            yield "AZURE_TABLES_FORCE_USAGE=true: set AZURE_TABLES_URL too"
-        if self.accounts_required and not (self.accounts_file or self.azure_tables_url):
-            yield ("ACCOUNTS_REQUIRED=true: nobody could log in; set ACCOUNTS_FILE or "
-                   "AZURE_TABLES_URL too")
+        if self.must_have_account and not (self.accounts_file or self.azure_tables_url):
+            yield ("ACCOUNTS_REQUIRED=true (or AZURE_TABLES_FORCE_USAGE=true): nobody "
+                   "could log in; set ACCOUNTS_FILE or AZURE_TABLES_URL too")
         if self.smtp_port and self.smtp_port == self.smtps_port:
             yield (f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: must be "
                    "different ports")
@@ -4349,7 +4352,7 @@ class Directory:
             raise
         if config.allowed_tenants and tenant not in config.allowed_tenants:
             raise AuthError("This tenant may not log in here, see ALLOWED_TENANTS")
-        if not (config.accounts_required or config.azure_tables_force_usage):
+        if not config.must_have_account:
             return Account("", tenant, client)
         account = (await self.table.find_application(tenant, client, deadline)
                    if self.table else None)
@@ -5857,12 +5860,12 @@ class Relay:
         """Begin to watch ACCOUNTS_FILE, and to send what is in the spool. Raises StartError
         if the spool cannot be used, or a table that is needed cannot be read.
         """
-        if self.config.azure_tables_force_usage and self.directory.table:
+        if self.config.must_have_account and self.directory.table:
             try:
                 await self.directory.table.check(self._deadline())
             except TemporaryError as error:
-                raise StartError("AZURE_TABLES_FORCE_USAGE=true, and the table cannot be "
-                                 f"read: {harmless(str(error))}"
+                raise StartError("ACCOUNTS_REQUIRED=true, and the table cannot be read: "
+                                 f"{harmless(str(error))}"
                                  f"{in_words(error.facts)}") from None
         if self.config.accounts_file:
             self._watcher = asyncio.ensure_future(self.directory.file.watch())

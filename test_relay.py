@@ -484,7 +484,6 @@ class SettingTests(unittest.TestCase):
 
     def test_what_is_needed_with_a_setting_is_named(self) -> None:
         for environ, word in (
-                ({"AZURE_TABLES_FORCE_USAGE": "True"}, "AZURE_TABLES_URL"),
                 ({"ACCOUNTS_REQUIRED": "true"}, "ACCOUNTS_FILE"),
                 ({"TLS_SOURCE": "keyvault", "AZURE_KEY_VAULT_URL": "https://x.vault.azure.net"},
                  "AZURE_KEY_VAULT_CERT_NAME"),
@@ -492,6 +491,7 @@ class SettingTests(unittest.TestCase):
                  "AZURE_KEY_VAULT_URL")):
             with self.subTest(word):
                 self.assertIn(word, self.assertFaults(environ, next(iter(environ))))
+        self.assertFaults({"AZURE_TABLES_FORCE_USAGE": "True"}, "ACCOUNTS_REQUIRED")
         table = "https://x.table.core.windows.net/users"
         for environ in ({"AZURE_TABLES_FORCE_USAGE": "true", "AZURE_TABLES_URL": table},
                         {"ACCOUNTS_REQUIRED": "true", "AZURE_TABLES_URL": table},
@@ -4759,12 +4759,13 @@ class TableTests(RelayCase):
         for setting in ("AZURE_TABLES_FORCE_USAGE", "ACCOUNTS_REQUIRED"):
             with self.subTest(setting):
                 own = self.another(**{setting: "true"})
+                self.fake.reset()
                 client = self.connect(own)
                 self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
                 self.assertReply(client.post(), "250 2.0.0")
                 self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}", own), "535 5.7.8")
                 self.assertReply(self.log_in(f"o'brien.example@{CLIENT}", own), "535 5.7.8")
-        path = urllib.parse.unquote(self.fake.asked("table")[1].path)
+        path = urllib.parse.unquote(self.fake.asked("table")[0].path)
         self.assertTrue(path.startswith(
             f"/account/users()?$filter=(PartitionKey eq 'user') and (tenant_id eq '{TENANT}' or "
             f"tenant_id eq '{SHORT_TENANT}') and (client_id eq '{CLIENT}' or "
@@ -4781,7 +4782,7 @@ class TableTests(RelayCase):
         own = self.another(AZURE_TABLES_PARTITION_KEY="o'p q", ACCOUNTS_REQUIRED="true")
         for user in ("app1@lookup", USER):
             self.assertReply(self.log_in(user, own), "535 5.7.8")
-        by_key, by_filter = (urllib.parse.unquote(one.path) for one in self.fake.asked("table"))
+        _, by_key, by_filter = (urllib.parse.unquote(one.path) for one in self.fake.asked("table"))
         self.assertIn("(PartitionKey='o''p q',RowKey='app1')", by_key)
         self.assertIn("(PartitionKey eq 'o''p q') and ", by_filter)
 
@@ -4855,7 +4856,7 @@ class TableTests(RelayCase):
         with start_program(**environ) as process:
             _, err = process.communicate(timeout=PATIENCE)
         self.assertEqual(process.returncode, 1)
-        self.assertRegex(err.splitlines()[-1], "AZURE_TABLES_FORCE_USAGE=true, and the table "
+        self.assertRegex(err.splitlines()[-1], "ACCOUNTS_REQUIRED=true, and the table "
                          "cannot be read: .*Storage Table Data Reader")
         self.assertNotIn("listening", err)
         with start_program(**environ) as process:
