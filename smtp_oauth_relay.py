@@ -3834,12 +3834,15 @@ class Cache(Generic[K, T]):
         return value
 
 
-def read_secret(path: str | pathlib.Path) -> str:
-    """Read a secret from a file. Raises OSError; ValueError says what it must be."""
-    with open(path, "rb") as file:
-        octets = file.read(MAX_SECRET + 1).strip()
+def read_secret(path: str) -> str:
+    """Read a secret from a file. Raises ValueError, which says what is wrong."""
+    try:
+        with open(path, "rb") as file:
+            octets = file.read(MAX_SECRET + 1).strip()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
     if len(octets) > MAX_SECRET or not re.fullmatch(b"[!-~]([ -~]*[!-~])?", octets):
-        raise ValueError("one line of printable ASCII")
+        raise ValueError("must hold one line of printable ASCII")
     return octets.decode()
 
 
@@ -3985,12 +3988,12 @@ class Tokens:
                 digest)
 
 
-async def _in_file(path: str | pathlib.Path, deadline: float) -> str:
+async def _in_file(path: str, deadline: float) -> str:
     """Read a secret in a thread. Raises TemporaryError."""
     try:
         return await in_time(deadline, in_thread(functools.partial(read_secret, path)))
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
+    except (TimeoutError, ValueError) as error:
+        problem = str(error)
     raise TemporaryError("The relay's own credential cannot be read", facts={
         "problem": f"{path}: {problem}"}, level=logging.ERROR)
 
@@ -4014,8 +4017,7 @@ def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float)
 #
 # Where accounts are found: in ACCOUNTS_FILE, in the Azure table, or in a user name itself.
 
-READ_AGAIN = 3.0                # seconds between two looks at ACCOUNTS_FILE
-MAX_LOOKS = 3                   # that see it change until it is read all the same
+READ_AGAIN = 3.0                # seconds between two polls of ACCOUNTS_FILE
 MAX_ACCOUNTS = 4_194_304        # octets of ACCOUNTS_FILE
 MAX_FAILURES = 10               # of logins from one address, in
 FAILURES_LAST = 600.0           # seconds
@@ -4034,22 +4036,20 @@ class AccountsFile:
     def __init__(self, config: Config) -> None:
         self.accounts = Accounts()
         self._config = config
-        self._when_read: dict[str, object] = {}     # what _look saw, by path
-        self._last_look: dict[str, object] = {}
-        self._changed_looks = 0                     # in a row
-        self._problem = ""                          # that was told
+        self._loaded: dict[str, object] = {}        # by path, _look() at the last load,
+        self._seen: dict[str, object] = {}          # and at the last poll
         self._wake: asyncio.Event | None = None     # to read it at once
 
     def load(self) -> None:
         """Read it. Raises ConfigError with all faults; the old accounts stay then."""
         path = self._config.accounts_file
-        self._when_read = {path: _look(path)}       # before it is read
+        looks = {path: _look(path)}         # taken before the file is read
+        self._loaded = {path: None}         # if this fails, the next poll tries it again
         try:
             with open(path, "rb") as file:
                 octets = file.read(MAX_ACCOUNTS + 1)
             text = octets.decode("utf-8-sig")
         except (OSError, UnicodeError) as error:    # which may hold the text
-            self._when_read[path] = None            # so that it is tried again
             problem = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
                               f"{problem}") from None
@@ -4057,31 +4057,27 @@ class AccountsFile:
             raise ConfigError(f"ACCOUNTS_FILE={path!r}: is larger than {MAX_ACCOUNTS} "
                               "octets")
         accounts, faults = parse_accounts(text, self._config)
-        users = {one.client_secret_file: one.name for one in reversed(accounts)}
-        found = {file: self._read_secret(file, name, faults)
-                 for file, name in users.items() if file}
+        found = {"": ""}
+        for account in accounts:
+            name = account.client_secret_file
+            if name not in found:
+                looks[name], found[name] = _look(name), ""
+                try:
+                    found[name] = read_secret(name)
+                except ValueError as error:
+                    faults.append(f"[{account.name}] client_secret_file = {name}: {error}")
         if faults:
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
-        self.accounts = Accounts(dataclasses.replace(
-            one, client_secret=found.get(one.client_secret_file, one.client_secret))
-            for one in accounts)
-        if any(one.client_secret or one.password for one in self.accounts):
+        self.accounts = Accounts(
+            dataclasses.replace(account, client_secret=account.client_secret
+                                or found[account.client_secret_file])
+            for account in accounts)
+        self._loaded = looks
+        if any(account.client_secret or account.password for account in accounts):
             self._check_modes()
 
-    def _read_secret(self, path: str, name: str, faults: list[str]) -> str:
-        self._when_read[path] = _look(path)
-        try:
-            return read_secret(path)
-        except OSError as error:
-            self._when_read[path] = None
-            problem = f"cannot be read: {error.strerror}"
-        except ValueError as error:
-            problem = f"must hold {error}"
-        faults.append(f"[{name}] client_secret_file = {path}: {problem}")
-        return ""
-
     def _check_modes(self) -> None:
-        for path in self._when_read if os.name == "posix" else ():
+        for path in self._loaded if os.name == "posix" else ():
             with contextlib.suppress(OSError):
                 if os.stat(path).st_mode & 0o004:
                     log_event(logging.WARNING, "-", "accounts", file=path, problem="all "
@@ -4089,7 +4085,7 @@ class AccountsFile:
 
     def check_access(self) -> None:
         """Warn if it could be read as root, and cannot be read again."""
-        for path in self._when_read:
+        for path in self._loaded:
             if not os.access(path, os.R_OK):
                 log_event(logging.WARNING, "-", "accounts", file=path, problem="a change "
                           "cannot be read; give the file to the user RUN_AS")
@@ -4101,47 +4097,47 @@ class AccountsFile:
 
     async def watch(self) -> None:
         """Read it when it has changed, and has then not changed for a moment."""
-        self._wake = asyncio.Event()
+        self._wake, logged = asyncio.Event(), ""
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), READ_AGAIN)
-            is_asked, problem = self._wake.is_set(), ""
+            is_asked = self._wake.is_set()
             self._wake.clear()
             try:
                 # In a thread, and without a deadline: if the disk hangs, only this waits.
-                if await in_thread(functools.partial(self._look_again, is_asked)):
+                if await in_thread(functools.partial(self._poll, is_asked)):
                     log_event(logging.INFO, "-", "accounts",
                               loaded=len(list(self.accounts)))
+                    logged = ""
+                continue
             except (ConfigError, RelayError) as error:
                 problem = str(error)
             except Exception as error:          # noqa: BLE001 - else it never looks again
                 problem = type(error).__name__
-            if problem != self._problem:
-                self._problem = problem
-                for line in problem.splitlines():
-                    log_event(logging.ERROR, "-", "accounts", problem=line,
-                              remedy="mend it; the accounts from before stay in force")
+            for line in problem.splitlines() if problem != logged else ():
+                log_event(logging.ERROR, "-", "accounts", problem=line,
+                          remedy="fix it; the accounts from before stay in force")
+            logged = problem
 
-    def _look_again(self, is_asked: bool) -> bool:
-        """Read it if that is due; returns whether it was."""
-        look = {path: _look(path) for path in self._when_read}
-        self._changed_looks = self._changed_looks + 1 if look != self._when_read else 0
-        is_at_rest, self._last_look = look == self._last_look, look
-        if not is_asked and (not self._changed_looks or (
-                not is_at_rest and self._changed_looks < MAX_LOOKS)):
+    def _poll(self, is_asked: bool) -> bool:
+        """Load the files if they have changed and two polls have seen them the same, or if
+        `is_asked`. Returns whether they were loaded.
+        """
+        look = {path: _look(path) for path in self._loaded}
+        is_settled, self._seen = look == self._seen, look
+        if not is_asked and (look == self._loaded or not is_settled):
             return False
-        self._changed_looks = 0
         self.load()
         return True
 
 
 def _look(path: str) -> object:
-    """See whether a file is still the same."""
+    """Return what changes when a file does, or None if there is no such file."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+    except (OSError, ValueError):
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 class Azure:
