@@ -2954,7 +2954,8 @@ def read_token(response: HttpResponse, secret: str, now: float) -> Token:
         remedy = AADSTS_REMEDIES.get(code, "Entra refuses this application; see the log")
         raise AuthError(f"AADSTS{code}: {remedy}" if code else f"{error}: {remedy}",
                         facts=facts, level=logging.WARNING)
-    raise TemporaryError("Microsoft gives no token now; try again later", facts=facts)
+    raise TemporaryError("Microsoft gives no token now; try again later", 451, "4.7.0",
+                         facts=facts)
 
 
 def _number(value: object) -> float:
@@ -4242,6 +4243,14 @@ def _literal(value: str) -> str:
     return "'" + urllib.parse.quote(value.replace("'", "''"), safe="") + "'"
 
 
+class TooManyFailures(TemporaryError):
+    """Too many logins from one address have failed; no more passwords are checked."""
+
+    def __init__(self) -> None:
+        super().__init__("Too many failed logins from your address; try again later", 421,
+                         "4.7.0", close=True)
+
+
 class Failures:
     """Counts refused logins, by a client's address."""
 
@@ -4250,10 +4259,9 @@ class Failures:
         self._times: Cache[object, list[float]] = Cache(clock)
 
     def check(self, address: IpAddress | None) -> None:
-        """Raise TemporaryError for an address that failed too often."""
+        """Raise TooManyFailures for an address that failed too often."""
         if self.is_blocked(address):
-            raise TemporaryError("Too many failed logins from your address; try again "
-                                 "later", 421, "4.7.0", close=True)
+            raise TooManyFailures
 
     def is_blocked(self, address: IpAddress | None) -> bool:
         """Say whether an address failed too often."""
@@ -4669,7 +4677,7 @@ class Graph:
                 await self.turns.opened(errand.key, latest)
             token, headers = "", request.headers
             if step is not Step.UPLOAD:
-                token = await self._token(errand.application, errand.deadline)
+                token = await self._tokens.get(errand.application, errand.deadline)
                 headers = {**headers, "Authorization": f"Bearer {token}"}
             if time.monotonic() >= latest:
                 raise NoAnswer("no time is left")
@@ -4686,20 +4694,6 @@ class Graph:
                 self.turns.hold(errand.key, pause)
             if not pause or time.monotonic() + pause >= latest:
                 raise graph_error(response, errand.mailbox, step)
-
-    async def _token(self, application: Application, deadline: float) -> str:
-        """Get the token again; the device logged in long ago."""
-        try:
-            return await self._tokens.get(application, deadline)
-        except AuthError as error:
-            raise TemporaryError("Microsoft no longer accepts this login; log in again",
-                                 421, "4.7.0", close=True,
-                                 facts=error.facts | {"entra": error.reply.text}) from None
-        except TemporaryError as error:
-            text = (error.reply.text if application.is_ours else
-                    "Microsoft does not renew the login now; try again later")
-            raise TemporaryError(text, 451, "4.7.0", facts=error.facts,
-                                 level=error.level) from None
 
 
 def _pause(response: HttpResponse) -> float:
@@ -5213,14 +5207,16 @@ class Spool:
                     await self._send(backlog, entry, application)
         except FileNotFoundError:
             self._drop(backlog, entry)
+        except AuthError as error:      # the device's secret; wait until it logs in again
+            if application is self._application(entry):
+                del self._applications[entry.tenant, entry.client]
+            await self._put_off(backlog, entry, str(error.reply), error.facts)
         except DeliveryError as error:
             entry.tries += 1
             await self._give_up(backlog, entry, str(error.reply))
         except ValueError as error:
             await self._give_up(backlog, entry, str(error))
         except TemporaryError as error:
-            if error.reply.code == 421 and application is self._application(entry):
-                del self._applications[entry.tenant, entry.client]      # it is refused
             await self._put_off(backlog, entry, str(error.reply), error.facts)
         except OSError as error:
             await self._put_off(backlog, entry, error.strerror or str(error), {})
@@ -5889,7 +5885,7 @@ class Relay:
                 pause, result = failures.add(address), "refused"
                 if self.directory.file.accounts.at(address, self.config)[0]:
                     facts["remedy"] = "from here no login is needed: switch it off there"
-            elif error.reply.code != 421:
+            elif not isinstance(error, TooManyFailures):
                 error = TemporaryError("The password cannot be checked now, it may be "
                                        f"right: {error.reply.text}", 454, "4.7.0",
                                        level=error.level)
@@ -5990,8 +5986,12 @@ class Relay:
             if not self.spool:
                 raise
             return False
+        except AuthError as error:              # the secret has changed since the login
+            raise TemporaryError("Microsoft no longer accepts this login; log in again",
+                                 421, "4.7.0", close=True,
+                                 facts=error.facts | {"entra": error.reply.text}) from None
         except TemporaryError as error:
-            if not self.spool or error.reply.close:     # the device must log in again
+            if not self.spool:
                 raise
             facts.update(error.facts, reply=error.reply)
             return False
