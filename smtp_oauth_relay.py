@@ -534,7 +534,7 @@ class Config:
         "lists it, and the relay starts only if it can read the table.")
     allowed_tenants: tuple[str, ...] = setting(
         _list(read_tenant), "", "Tenants that may log in as TENANT@CLIENT, with commas "
-        "between. Empty: all.")
+        "between, each as the devices write it (ID or domain). Empty: all.")
     azure_cloud: str = setting(
         _choice(*CLOUDS), "global", "Microsoft's cloud: global, usgov, usgov-dod or china. "
         "It sets the next two.")
@@ -2958,6 +2958,18 @@ def read_token(response: HttpResponse, secret: str, now: float) -> Token:
                          facts=facts)
 
 
+def read_tenant_id(token: str) -> str:
+    """Return the tenant's ID (tid) in an access token, or "" if it cannot be read.
+
+    Microsoft does not promise the format, so the result is good for keys only.
+    """
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+        return decode_uuid(claims["tid"]) or ""
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return ""
+
+
 def _number(value: object) -> float:
     """Read a number that may be text; garbage is 0."""
     try:
@@ -3861,6 +3873,7 @@ class Tokens:
         self._hash_key = secrets.token_bytes(32)
         self._tokens: Cache[Key, str] = Cache(clock)
         self._refusals: Cache[Key, AuthError] = Cache(clock)
+        self._tenants: Cache[str, str] = Cache(clock)       # ID by domain
         self._fetches: dict[Key, tuple[asyncio.Task[str], float]] = {}   # and its deadline
 
     async def get(self, application: Application, deadline: float,
@@ -3910,6 +3923,11 @@ class Tokens:
         if self._tokens.get(key) == token:
             self._tokens.pop(key)
 
+    def resolve(self, application: Application) -> Application:
+        """Replace a domain of the tenant with the tenant's ID, if a token has named it."""
+        tenant = self._tenants.get(application.tenant) or application.tenant
+        return dataclasses.replace(application, tenant=tenant)
+
     async def _fetch(self, key: Key, application: Application, deadline: float) -> str:
         resource, secret = key[3], application.secret
         if application.credential == "managed-identity":
@@ -3925,6 +3943,10 @@ class Tokens:
         except AuthError as error:
             self._refusals.put(key, _fresh(error), REFUSALS_LAST)
             raise
+        tenant = read_tenant_id(token.value)
+        if tenant and "." in application.tenant:        # Entra gave it for this domain
+            self._tenants.put(application.tenant, tenant, MAX_TOKEN_LIFE)
+            key = self._key(application, resource)
         self._tokens.put(key, token.value, token.life)
         return token.value
 
@@ -3985,8 +4007,8 @@ class Tokens:
 
     def _key(self, application: Application, resource: str) -> Key:
         digest = hmac.digest(self._hash_key, application.secret.encode(), "sha256")
-        return (application.tenant, application.client, application.credential, resource,
-                digest)
+        return (self.resolve(application).tenant, application.client,
+                application.credential, resource, digest)
 
 
 async def _in_file(path: str, deadline: float) -> str:
@@ -5910,6 +5932,7 @@ class Relay:
             failures.check(address)     # who guesses at once must not see by the replies
             raise                       # which guess was right
         failures.check(address)
+        login = login._replace(application=self._tokens.resolve(login.application))
         if self.spool:
             self.spool.logged_in(login.application)
         return login

@@ -3497,6 +3497,32 @@ class SignInTests(RelayCase):
         self.assertReply(self.log_in(f"Contoso.com@{SHORT_CLIENT}.local"), "235 2.7.0")
         self.assertEqual(self.fake.requests[0].path, "/contoso.com/oauth2/v2.0/token")
 
+    def test_a_domain_and_the_tenants_id_are_one_tenant(self) -> None:
+        """Once a token has said so; what says nothing does no harm."""
+        def log_in(tenant: str, token: str) -> str:
+            self.fake.will("token", say(200, {"access_token": token, "expires_in": 3599}))
+            call = asyncio.run_coroutine_threadsafe(self.running.relay.log_in(
+                relay.Authenticate(f"{tenant}@{CLIENT}", self.password), None, "x"),
+                self.running._loop)
+            application: relay.Application = call.result(PATIENCE).application
+            return application.tenant
+
+        def jwt(claims: Any) -> str:
+            payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode()
+            return f"e30.{payload.rstrip('=')}.signature"
+        self.assertEqual(log_in("one.example", jwt({"tid": TENANT.upper()})), TENANT)
+        self.assertEqual(log_in(TENANT, "unused"), TENANT)
+        self.assertEqual(log_in("one.example", "unused"), TENANT)
+        self.assertEqual(len(self.fake.asked("token")), 1)
+        for number, token in enumerate((
+                "opaque", "a.b.c", f"a.{'W1tb' * 10_000}.c",
+                jwt({}), jwt([]), jwt({"tid": 5}), jwt({"tid": "x"}), jwt("tid"))):
+            with self.subTest(token[:40]):
+                self.fake.reset()
+                self.assertEqual(log_in(f"d{number}.example", token), f"d{number}.example")
+        self.fake.reset()
+        self.assertEqual(log_in(CLIENT, jwt({"tid": TENANT})), CLIENT)      # never for an ID
+
     def test_login_with_login(self) -> None:
         client = self.connect()
         client.user, client.password = USER, self.password
