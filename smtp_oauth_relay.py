@@ -2921,16 +2921,9 @@ class HttpResponse:
             return None
 
 
-@dataclass(frozen=True)
-class Token:
-    """An access token; `life` is for how many seconds it may be used."""
-
-    value: str = field(repr=False)
-    life: float
-
-
-def read_token(response: HttpResponse, secret: str, now: float) -> Token:
-    """Read Entra's answer, or that of a managed identity; `now` is Unix time.
+def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
+    """Return an access token, and for how many seconds it may be used, from the answer of
+    Entra or of a managed identity; `now` is Unix time.
 
     Raises AuthError if it refuses, TemporaryError otherwise.
     """
@@ -2939,7 +2932,7 @@ def read_token(response: HttpResponse, secret: str, now: float) -> Token:
     if response.status == 200 and isinstance(token, str) and re.fullmatch("[!-~]+", token):
         life = (_number(answer.get("expires_in"))       # App Service has only the other
                 or _number(answer.get("expires_on")) - now) - EXPIRES_EARLY
-        return Token(token, min(max(life, 0.0), MAX_TOKEN_LIFE))
+        return token, min(max(life, 0.0), MAX_TOKEN_LIFE)
     codes, error, text = _entra_error(answer)
     code = codes[0] if codes else 0
     if response.status >= 400 and not error:    # in others there may be half of a token
@@ -3939,16 +3932,16 @@ class Tokens:
             response = await self._pool.send(
                 self._request(application, secret, resource), deadline)
         try:
-            token = read_token(response, secret, time.time())
+            token, life = read_token(response, secret, time.time())
         except AuthError as error:
             self._refusals.put(key, _fresh(error), REFUSALS_LAST)
             raise
-        tenant = read_tenant_id(token.value)
+        tenant = read_tenant_id(token)
         if tenant and "." in application.tenant:        # Entra gave it for this domain
             self._tenants.put(application.tenant, tenant, MAX_TOKEN_LIFE)
             key = self._key(application, resource)
-        self._tokens.put(key, token.value, token.life)
-        return token.value
+        self._tokens.put(key, token, life)
+        return token
 
     def _request(self, application: Application, secret: str, resource: str) -> HttpRequest:
         base = self._config.azure_authority_host
@@ -4212,40 +4205,31 @@ class Table:
         """Find the account of NAME@lookup. Raises TemporaryError."""
         if _NO_ROW_KEY.search(name) or len(name.encode("utf-16-le")) > 1024:
             return None                 # Azure has no such RowKey
-        where = f"(PartitionKey={_literal(self._partition)},RowKey={_literal(name)})"
-        return await self._find((name,), where, {}, deadline)
+        partition, row = (urllib.parse.quote(key.replace("'", "''"), safe="")
+                          for key in (self._partition, name))
+        return await self._find(name, f"(PartitionKey='{partition}',RowKey='{row}')", {},
+                                deadline)
 
     async def find_application(self, tenant: str, client: str,
                                deadline: float) -> Account | None:
         """Find an account of an application. Raises TemporaryError."""
-        return await self._find((tenant, client), "()", self._filter(
-            tenant_id=tenant, client_id=client), deadline)
+        return await self._find("", "()", _filter(
+            PartitionKey=[self._partition], tenant_id=_forms(tenant),
+            client_id=_forms(client)), deadline)
 
     async def check(self, deadline: float) -> None:
         """Raise TemporaryError if the table cannot be read."""
-        await self._query("()", self._filter(), deadline)
+        await self._query("()", _filter(PartitionKey=[self._partition]), deadline)
 
-    def _filter(self, **columns: str) -> dict[str, str]:
-        def matches(name: str, *values: str) -> str:
-            return "(" + " or ".join(f"{name} eq {urllib.parse.unquote(_literal(value))}"
-                                     for value in dict.fromkeys(values)) + ")"
-
-        conditions = [matches("PartitionKey", self._partition)]
-        for name, value in columns.items():     # who filled the table wrote it so or so
-            short = [encode_uuid(value)] if decode_uuid(value) else []
-            conditions.append(matches(name, value, value.upper(), *short))
-        return {"$filter": " and ".join(conditions), "$top": "1"}
-
-    async def _find(self, key: tuple[str, ...], where: str, query: dict[str, str],
+    async def _find(self, name: str, where: str, query: Mapping[str, str],
                     deadline: float) -> Account | None:
+        key = (where, *query.values())
         known = self._found.get(key)
-        if known:
-            return known[0]
-        entity = await self._query(where, query, deadline)
-        account = None if entity is None else read_account(
-            entity, key[0] if len(key) == 1 else "")
-        self._found.put(key, (account,), TABLE_LASTS)
-        return account
+        if not known:
+            entity = await self._query(where, query, deadline)
+            known = (None if entity is None else read_account(entity, name),)
+            self._found.put(key, known, TABLE_LASTS)
+        return known[0]
 
     async def _query(self, where: str, query: Mapping[str, str],
                      deadline: float) -> dict[str, Any] | None:
@@ -4260,9 +4244,19 @@ class Table:
              "x-ms-date": email.utils.formatdate(usegmt=True)}, deadline))
 
 
-def _literal(value: str) -> str:
-    """Quote a key for a path: whatever is in it is data."""
-    return "'" + urllib.parse.quote(value.replace("'", "''"), safe="") + "'"
+def _filter(**columns: Iterable[str]) -> dict[str, str]:
+    """Make a query for one entity that has one of the given values in each column."""
+    conditions = []
+    for name, values in columns.items():
+        quoted = ("'" + value.replace("'", "''") + "'" for value in values)
+        conditions.append("(" + " or ".join(f"{name} eq {value}" for value in quoted) + ")")
+    return {"$filter": " and ".join(conditions), "$top": "1"}
+
+
+def _forms(value: str) -> Iterable[str]:
+    """List the forms in which an ID may be in the table."""
+    short = [encode_uuid(value)] if decode_uuid(value) else []
+    return dict.fromkeys([value, value.upper(), *short])
 
 
 class TooManyFailures(TemporaryError):
@@ -4324,13 +4318,11 @@ class Directory:
 
     def shown(self, username: str) -> str:
         """Show a user name for the log; what is none may be a password."""
-        is_name = self.file.accounts.find(username) or self._lookup_name(username)
-        if not is_name:
-            try:
-                parse_username(username, self._config.username_delimiter)
-            except AuthError:
-                return f"*** ({len(username)} characters)"
-        return username
+        with contextlib.suppress(AuthError):
+            if (self.file.accounts.find(username) or self._lookup_name(username)
+                    or parse_username(username, self._config.username_delimiter)):
+                return username
+        return f"*** ({len(username)} characters)"
 
     async def find(self, login: Authenticate, address: IpAddress | None,
                    deadline: float) -> Login:
