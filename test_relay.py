@@ -3460,18 +3460,17 @@ class SignInTests(RelayCase):
         self.running.forget_failures()
         return self.connect().log_in(user, password or self.password)
 
-    def test_a_good_login(self) -> None:
+    def test_good_logins(self) -> None:
         self.password = "s&c=r+t~% \u00fc"
-        self.assertReply(self.log_in(), "235 2.7.0")
-        request, = self.fake.asked("token")
-        self.assertEqual(request.path, f"/{TENANT}/oauth2/v2.0/token")
-        form = dict(urllib.parse.parse_qsl(request.body.decode()))
-        self.assertEqual(form["client_secret"], self.password)
-        self.assertEqual(form["client_id"], CLIENT)
-
-    def test_a_tenant_may_be_a_domain(self) -> None:
-        self.assertReply(self.log_in(f"Contoso.com@{SHORT_CLIENT}.local"), "235 2.7.0")
-        self.assertEqual(self.fake.requests[0].path, "/contoso.com/oauth2/v2.0/token")
+        for user in (USER, f"Contoso.com@{SHORT_CLIENT}.local"):
+            self.assertReply(self.log_in(user), "235 2.7.0")
+        client = self.connect()
+        client.user, client.password = USER, "of smtplib"
+        self.assertEqual(client.auth("LOGIN", client.auth_login)[0], 235)
+        for request, tenant in zip(self.fake.asked("token"), (TENANT, "contoso.com")):
+            self.assertEqual(request.path, f"/{tenant}/oauth2/v2.0/token")
+            form = dict(urllib.parse.parse_qsl(request.body.decode()))
+            self.assertEqual((form["client_secret"], form["client_id"]), (self.password, CLIENT))
 
     def test_a_domain_and_the_tenants_id_are_one_tenant(self) -> None:
         """Once a token has said so; what says nothing does no harm."""
@@ -3498,11 +3497,6 @@ class SignInTests(RelayCase):
                 self.assertEqual(log_in(f"d{number}.example", token), f"d{number}.example")
         self.fake.reset()
         self.assertEqual(log_in(CLIENT, jwt({"tid": TENANT})), CLIENT)      # never for an ID
-
-    def test_login_with_login(self) -> None:
-        client = self.connect()
-        client.user, client.password = USER, self.password
-        self.assertEqual(client.auth("LOGIN", client.auth_login)[0], 235)
 
     def test_a_malformed_name_is_refused_without_asking(self) -> None:
         for user, password in (("scanner", "x"), (f"{TENANT}@lookup", "x"), ("", "x")):
@@ -3590,15 +3584,9 @@ class SignInTests(RelayCase):
         self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}"), "235 2.7.0")
         self.assertReply(self.log_in(f"{TENANT}@{TENANT}"), "235 2.7.0")
         self.assertEqual(len(self.fake.asked("token")), 4)
-
-    def test_a_refusal_is_remembered_and_a_passing_failure_is_not(self) -> None:
-        self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
-        for _ in range(3):
-            self.assertReply(self.log_in(), "535 5.7.8")
-        self.assertEqual(len(self.fake.asked("token")), 1)
-        self.fake.will("token", say(503))
-        self.assertReply(self.log_in(password="other " + self.password), "454 4.7.0")
-        self.assertReply(self.log_in(password="other " + self.password), "235 2.7.0")
+        self.fake.will("token", say(503))           # a passing failure is not remembered
+        self.assertReply(self.log_in(password="other"), "454 4.7.0")
+        self.assertReply(self.log_in(password="other"), "235 2.7.0")
 
     def test_the_log_of_a_login(self) -> None:
         with kept_log() as kept:
@@ -3644,24 +3632,22 @@ class CacheTests(RelayCase):
                                     time.monotonic() + PATIENCE)
         return asyncio.run(get())
 
-    def test_a_token_is_used_until_five_minutes_before_its_end(self) -> None:
+    def test_how_long_answers_are_kept(self) -> None:
+        """A token until five minutes before its end, a refusal for 30 seconds."""
         tokens, clock = self.tokens()
         first = self.get(tokens, "s")
         clock.now += 3599 - 300 - 1
         self.assertEqual(self.get(tokens, "s"), first)
         clock.now += 1
         self.assertNotEqual(self.get(tokens, "s"), first)
-
-    def test_a_refusal_is_remembered_for_30_seconds(self) -> None:
-        tokens, clock = self.tokens()
         self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
         for step in (0.0, 29.9):
             clock.now += step
             with self.assertRaises(relay.AuthError):
-                self.get(tokens, "s")
+                self.get(tokens, "t")
         clock.now += 0.1
-        self.assertTrue(self.get(tokens, "s"))
-        self.assertEqual(len(self.fake.asked("token")), 2)
+        self.assertTrue(self.get(tokens, "t"))
+        self.assertEqual(len(self.fake.asked("token")), 4)
 
     def test_who_joins_a_request_has_a_time_of_its_own(self) -> None:
         """That of the first may be nearly over."""
@@ -4094,9 +4080,8 @@ class FailureTests(AccountCase):
             pauses.append(failures.add(one))
             clock.now += 1
         self.assertEqual(pauses, [0.5 * number for number in range(1, 11)])
-        with self.assertRaises(relay.TemporaryError) as caught:
+        with self.assertRaises(relay.TooManyFailures) as caught:
             failures.check(one)
-        self.assertTrue(str(caught.exception.reply).startswith("421 4.7.0 "))
         self.assertTrue(caught.exception.reply.close)
         failures.check(other)
         clock.now += 600 - 10 + 0.5         # the first is forgotten
@@ -4104,19 +4089,10 @@ class FailureTests(AccountCase):
         self.assertEqual(failures.add(one), 5.0)
         clock.now += 10_000
         self.assertEqual(failures.add(one), 0.5)
-
-    def test_who_has_an_address_of_ipv6_has_a_whole_network(self) -> None:
-        failures = relay.Failures()
-        for number in range(10):
+        for number in range(10):            # who has an IPv6 address has a whole network
             failures.add(relay.read_address(f"2001:db8::{number}"))
         self.assertTrue(failures.is_blocked(relay.read_address("2001:db8::1:2:3:4")))
         self.assertFalse(failures.is_blocked(relay.read_address("2001:db8:0:1::1")))
-
-    def test_addresses_are_bounded(self) -> None:
-        failures = relay.Failures()
-        for number in range(relay.MAX_CACHED + 500):
-            failures.add(relay.read_address(f"10.1.{number // 250}.{number % 250}"))
-        self.assertEqual(len(failures._times._values), relay.MAX_CACHED)
 
     @needs_loopbacks
     def test_who_guesses_at_once_learns_nothing(self) -> None:
@@ -4144,23 +4120,18 @@ class FailureTests(AccountCase):
         self.fake.release.set()
         self.assertReply(client.next_reply(), "421 4.7.0")
 
-    def test_a_refusal_takes_its_time(self) -> None:
-        client, begun = self.connect(), time.monotonic()
-        self.assertReply(client.log_in("scan2", "wrong"), "535 5.7.8")
-        self.assertGreater(time.monotonic() - begun, 0.5)
-
     @needs_loopbacks
     def test_too_many_failures(self) -> None:
+        begun = time.monotonic()
+        self.assertReply(self.log_in("scan2", "wrong"), "535 5.7.8")
+        self.assertGreater(time.monotonic() - begun, 0.5)
         relay.FAILURE_PAUSE = 0.0
-        for _ in range(4):
+        for _ in range(10):
+            self.assertReply(self.come_from("127.0.0.9").log_in("scan2", "wrong"), "535 5.7.8")
+        for user in ("scan2", USER):
             client = self.come_from("127.0.0.9")
-            for _ in range(3):
-                reply = client.log_in("scan2", "wrong")
-                if reply[:3] != "535":
-                    break
-        self.assertReply(reply, "421 4.7.0")
-        self.assertReply(self.come_from("127.0.0.9").log_in("scan2", PASSWORD), "421 4.7.0")
-        self.assertReply(self.come_from("127.0.0.9").log_in(USER, "x"), "421 4.7.0")
+            self.assertReply(client.log_in(user, PASSWORD), "421 4.7.0")
+            self.assertEqual(client.next_reply(), "")           # it is closed
         self.assertEqual(self.fake.requests, [])
         self.assertReply(self.log_in("scan2", PASSWORD), "235 2.7.0")
 
