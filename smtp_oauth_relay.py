@@ -3807,7 +3807,6 @@ def _base(url: str) -> str:
 REFUSALS_LAST = 30.0            # seconds: a device with a wrong password tries and tries
 LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a try to be of use
 MAX_CACHED = 1000               # of anything
-MAX_SECRET = 65536              # octets of a file
 IDENTITY_TIMEOUT = 10.0         # seconds for an answer of a managed identity
 IDENTITY_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)        # before it is asked again
 
@@ -3843,11 +3842,10 @@ class Cache(Generic[K, T]):
 def read_secret(path: str) -> str:
     """Read a secret from a file. Raises ValueError, which says what is wrong."""
     try:
-        with open(path, "rb") as file:
-            octets = file.read(MAX_SECRET + 1).strip()
+        octets = pathlib.Path(path).read_bytes().strip()
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    if len(octets) > MAX_SECRET or not re.fullmatch(b"[!-~]([ -~]*[!-~])?", octets):
+    if not re.fullmatch(b"[!-~]([ -~]*[!-~])?", octets):
         raise ValueError("must hold one line of printable ASCII")
     return octets.decode()
 
@@ -4034,7 +4032,6 @@ def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float)
 # Where accounts are found: in ACCOUNTS_FILE, in the Azure table, or in a user name itself.
 
 READ_AGAIN = 3.0                # seconds between two polls of ACCOUNTS_FILE
-MAX_ACCOUNTS = 4_194_304        # octets of ACCOUNTS_FILE
 MAX_FAILURES = 10               # of logins from one address, in
 FAILURES_LAST = 600.0           # seconds
 FAILURE_PAUSE = 0.5             # seconds for each failure before a refusal
@@ -4042,6 +4039,7 @@ MAX_FAILURE_PAUSE = 5.0
 TABLE_LASTS = 60.0              # seconds that an answer of the table is remembered
 AZURE_PAUSES = (1.0, 3.0)       # seconds before Azure is asked again
 STORAGE = "https://storage.azure.com"
+Look = Union[tuple[int, ...], None]
 _NOBODY = f"scrypt${'A' * 22}${'A' * 43}"       # a hash that no password has
 _NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")
 
@@ -4052,26 +4050,21 @@ class AccountsFile:
     def __init__(self, config: Config) -> None:
         self.accounts = Accounts()
         self._config = config
-        self._loaded: dict[str, object] = {}        # by path, _look() at the last load,
-        self._seen: dict[str, object] = {}          # and at the last poll
+        self._loaded: dict[str, Look] = {}      # by path, _look() at the last load,
+        self._seen: dict[str, Look] = {}        # and at the last poll
         self._wake: asyncio.Event | None = None     # to read it at once
 
     def load(self) -> None:
         """Read it. Raises ConfigError with all faults; the old accounts stay then."""
         path = self._config.accounts_file
-        looks = {path: _look(path)}         # taken before the file is read
+        looks = {path: _look(path)}     # taken before the file is read
         self._loaded = {path: None}         # if this fails, the next poll tries it again
         try:
-            with open(path, "rb") as file:
-                octets = file.read(MAX_ACCOUNTS + 1)
-            text = octets.decode("utf-8-sig")
+            text = pathlib.Path(path).read_text("utf-8-sig")
         except (OSError, UnicodeError) as error:    # which may hold the text
             problem = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
                               f"{problem}") from None
-        if len(octets) > MAX_ACCOUNTS:
-            raise ConfigError(f"ACCOUNTS_FILE={path!r}: is larger than {MAX_ACCOUNTS} "
-                              "octets")
         accounts, faults = parse_accounts(text, self._config)
         found = {"": ""}
         for account in accounts:
@@ -4089,15 +4082,12 @@ class AccountsFile:
                                 or found[account.client_secret_file])
             for account in accounts)
         self._loaded = looks
-        if any(account.client_secret or account.password for account in accounts):
-            self._check_modes()
-
-    def _check_modes(self) -> None:
-        for path in self._loaded if os.name == "posix" else ():
-            with contextlib.suppress(OSError):
-                if os.stat(path).st_mode & 0o004:
-                    log_event(logging.WARNING, "-", "accounts", file=path, problem="all "
-                              "users of this machine can read these secrets; chmod o-r")
+        has_secrets = any(account.client_secret or account.password
+                          for account in self.accounts)
+        for path, look in looks.items() if has_secrets and os.name == "posix" else ():
+            if look and look[-1] & 0o004:
+                log_event(logging.WARNING, "-", "accounts", file=path, problem="all users "
+                          "of this machine can read these secrets; chmod o-r")
 
     def check_access(self) -> None:
         """Warn if it could be read as root, and cannot be read again."""
@@ -4147,13 +4137,13 @@ class AccountsFile:
         return True
 
 
-def _look(path: str) -> object:
+def _look(path: str) -> Look:
     """Return what changes when a file does, or None if there is no such file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
 
 
 class Azure:

@@ -4210,11 +4210,9 @@ class ReloadTests(AccountCase):
         for text, octets, word in (
                 (account % secret, b"", "one line"), (account % secret, b"a\nb", "one line"),
                 (account % secret, b"\xff", "one line"),
-                (account % secret, b"x" * 70_000, "one line"),
                 (account % FILES["none"], b"", "No such file"),
                 (account % FILES.folder, b"", "Is a directory"),
-                (account % "a\0b", b"", "client_secret_file = a\0b: "),
-                (f"{ACCOUNTS}{'#' * relay.MAX_ACCOUNTS}\n", b"", "larger than")):
+                (account % "a\0b", b"", "client_secret_file = a\0b: ")):
             self.write(text)
             pathlib.Path(secret).write_bytes(octets)
             file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
@@ -4284,32 +4282,6 @@ class ReloadTests(AccountCase):
             self.write(f"{ACCOUNTS}[new]\n")
             wait_for(lambda: kept.find("loaded=7"))
 
-    def test_a_change_while_mail_flows(self) -> None:
-        stop, replies = threading.Event(), []
-
-        def send() -> None:
-            while not stop.is_set():
-                with Client(self.own.port) as client:
-                    client.ehlo()
-                    replies.append(client.log_in("scan2", PASSWORD))
-                    replies.extend(client.post() for _ in range(3))
-        threads = [threading.Thread(target=send) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        with kept_log() as kept:
-            for number in range(5):
-                self.write(ACCOUNTS + f"# {number}\n")
-                wait_for(lambda: len(kept.find("loaded=6")) > number)     # noqa: B023
-                self.write("faulty\n")
-                wait_for(lambda: len([line for line in kept.find("accounts")
-                                      if line[0] == "ERROR"]) > number)     # noqa: B023
-        stop.set()
-        for thread in threads:
-            thread.join(PATIENCE)
-        self.assertEqual({reply[:9] for reply in replies}, {"235 2.7.0", "250 2.0.0"})
-        self.assertEqual(len(self.fake.delivered),
-                         sum(reply.startswith("250") for reply in replies))
-
 
 class IdentityTests(RelayCase):
     """Who the relay is to Azure, facts 6; asked here for a token of Graph."""
@@ -4361,7 +4333,7 @@ class IdentityTests(RelayCase):
         self.assertEqual(self.form()["client_assertion"], "eyJ.assertion.2")
         self.fake.will("token", say(401, aadsts(700024, "invalid_client", "eyJ.assertion.2!")))
         self.assertNotIn("assertion", self.failure(**settings))
-        for text in ("", "two\nlines", "\x80", "x" * 70_000):
+        for text in ("", "two\nlines", "\x80"):
             FILES.write("federated", text)
             self.assertIn(f"{path}: must hold one line of", self.failure(**settings))
         settings["AZURE_FEDERATED_TOKEN_FILE"] = path = FILES["fifo"]
