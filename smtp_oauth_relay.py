@@ -3862,8 +3862,7 @@ class Tokens:
         self._config = config
         self._pool = pool
         self._hash_key = secrets.token_bytes(32)
-        self._tokens: Cache[Key, str] = Cache(clock)
-        self._refusals: Cache[Key, AuthError] = Cache(clock)
+        self._answers: Cache[Key, str | AuthError] = Cache(clock)
         self._tenants: Cache[str, str] = Cache(clock)       # ID by domain
         self._fetches: dict[Key, tuple[asyncio.Task[str], float]] = {}   # and its deadline
 
@@ -3885,12 +3884,11 @@ class Tokens:
 
     async def _get(self, application: Application, deadline: float, resource: str) -> str:
         key = self._key(application, resource)
-        token = self._tokens.get(key)
-        if token:
-            return token
-        refusal = self._refusals.get(key)
-        if refusal:
-            raise _fresh(refusal)
+        answer = self._answers.get(key)
+        if isinstance(answer, AuthError):
+            raise _fresh(answer)
+        if answer:
+            return answer
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
         while True:
             if key not in self._fetches:
@@ -3911,8 +3909,8 @@ class Tokens:
     def forget(self, application: Application, token: str, resource: str = "") -> None:
         """Drop a token that is not accepted, unless there is another already."""
         key = self._key(application, resource or self._config.graph_endpoint)
-        if self._tokens.get(key) == token:
-            self._tokens.pop(key)
+        if self._answers.get(key) == token:
+            self._answers.pop(key)
 
     def resolve(self, application: Application) -> Application:
         """Replace a domain of the tenant with the tenant's ID, if a token has named it."""
@@ -3932,13 +3930,13 @@ class Tokens:
         try:
             token, life = read_token(response, secret, time.time())
         except AuthError as error:
-            self._refusals.put(key, _fresh(error), REFUSALS_LAST)
+            self._answers.put(key, _fresh(error), REFUSALS_LAST)
             raise
         tenant = read_tenant_id(token)
         if tenant and "." in application.tenant:        # Entra gave it for this domain
             self._tenants.put(application.tenant, tenant, MAX_TOKEN_LIFE)
             key = self._key(application, resource)
-        self._tokens.put(key, token, life)
+        self._answers.put(key, token, life)
         return token
 
     def _request(self, application: Application, secret: str, resource: str) -> HttpRequest:
@@ -4309,15 +4307,16 @@ class Directory:
     def shown(self, username: str) -> str:
         """Show a user name for the log; what is none may be a password."""
         with contextlib.suppress(AuthError):
-            if (self.file.accounts.find(username) or self._lookup_name(username)
-                    or parse_username(username, self._config.username_delimiter)):
+            delimiter = self._config.username_delimiter
+            if (self.file.accounts.find(username) or lookup_name(username, delimiter)
+                    or parse_username(username, delimiter)):
                 return username
         return f"*** ({len(username)} characters)"
 
     async def find(self, login: Authenticate, address: IpAddress | None,
                    deadline: float) -> Login:
         """Check a login, but for what Entra must say. Raises AuthError, TemporaryError."""
-        name = self._lookup_name(login.username)
+        name = lookup_name(login.username, self._config.username_delimiter)
         account = (self.file.accounts.find(login.username)
                    or (self.file.accounts.find(name) if name else None)
                    or await self._find_elsewhere(login.username, name, deadline))
@@ -4343,9 +4342,6 @@ class Directory:
                 facts={"account": account.name if account else None, "problem":
                        problem or ("wrong password" if hashed else "it has no password")})
         return Login(account, account.as_application(), login.username)
-
-    def _lookup_name(self, username: str) -> str | None:
-        return lookup_name(username, self._config.username_delimiter)
 
     async def _find_elsewhere(self, username: str, name: str | None,
                               deadline: float) -> Account | None:

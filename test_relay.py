@@ -3676,7 +3676,7 @@ class CacheTests(RelayCase):
                 raised.append(error)
         self.assertEqual(len({id(error) for error in raised}), 3)
         key = tokens._key(relay.Application(TENANT, CLIENT, "s"), self.fake.url)
-        refusal = tokens._refusals.get(key)
+        refusal = tokens._answers.get(key)
         self.assertIsNone(refusal.__traceback__)
         self.assertIsNone(refusal.__context__)
 
