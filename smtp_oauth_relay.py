@@ -4264,12 +4264,8 @@ class Failures:
 
     def check(self, address: IpAddress | None) -> None:
         """Raise TooManyFailures for an address that failed too often."""
-        if self.is_blocked(address):
+        if len(self._recent(address)) >= MAX_FAILURES:
             raise TooManyFailures
-
-    def is_blocked(self, address: IpAddress | None) -> bool:
-        """Say whether an address failed too often."""
-        return len(self._recent(address)) >= MAX_FAILURES
 
     def add(self, address: IpAddress | None) -> float:
         """Count a failure; returns the seconds to wait before it is told."""
@@ -4366,8 +4362,9 @@ class Directory:
 
     async def _is_password(self, password: str, hashed: str, address: IpAddress | None,
                            deadline: float) -> bool:
-        def check() -> bool:            # others may have failed while this one waited
-            return not self.failures.is_blocked(address) and is_password(password, hashed)
+        def check() -> bool:
+            self.failures.check(address)        # others may have failed meanwhile
+            return is_password(password, hashed)
 
         try:
             call = asyncio.get_running_loop().run_in_executor(self._scrypt, check)
