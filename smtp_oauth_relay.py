@@ -3396,6 +3396,7 @@ KEEP = 60.0                     # seconds an idle connection is kept: firewalls 
 KEPT_CONNECTIONS = 100          # for one host
 REST_OF_202 = 1.0               # seconds for the end of a 202 without a body
 GRACE = 2.0                     # seconds past a deadline for a slow machine
+IDLE_THREAD = 10.0              # seconds until an idle thread ends
 
 
 class NoAnswer(TemporaryError):
@@ -3505,44 +3506,52 @@ async def in_time(deadline: float, future: asyncio.Future[T]) -> T:
         del future                      # see _work
 
 
-def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
-    """Run a blocking call in a thread of its own; the future is its outcome.
+_calls: queue.SimpleQueue[Any] = queue.SimpleQueue()    # for the threads that wait
+_idle = threading.Semaphore(0)          # counts those of them for which no call is there
 
-    The thread is a daemon: one that hangs in the operating system (a DNS look-up) must
-    neither keep the process from ending nor take a place that others wait for.
+
+def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+    """Run a blocking call in a thread, in an idle one if there is one.
+
+    The threads are daemons, and not limited in number: one that hangs in the operating
+    system (a DNS look-up) must neither keep the process from ending nor take a place that
+    others wait for.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(typing.cast(T, result))
-        else:
-            future.set_exception(error)
-
     try:
-        threading.Thread(target=_work, args=(call, loop, settle), name="relay-call",
-                         daemon=True).start()
-    except RuntimeError as error:                       # the system has no more threads
-        settle(None, TemporaryError(f"The relay is too busy: {error}"))
+        if not _idle.acquire(blocking=False):
+            threading.Thread(target=_work, name="relay-call", daemon=True).start()
+        _calls.put((call, loop, future))
+    except RuntimeError as error:                   # the system has no more threads
+        future.set_exception(TemporaryError(f"The relay is too busy: {error}"))
     return future
 
 
-def _work(call: Callable[[], T], loop: asyncio.AbstractEventLoop,
-          settle: Callable[[T | None, BaseException | None], None]) -> None:
-    result, error = None, None
-    try:
-        result = call()
-    except BaseException as caught:     # noqa: BLE001 - for who awaits the future
-        error = caught
-    with contextlib.suppress(RuntimeError):             # the loop has ended meanwhile
-        loop.call_soon_threadsafe(settle, result, error)
-    # The traceback of the error has this frame, and what it holds would be held with it,
-    # in a ring that only the garbage collector breaks: secrets, and messages of megabytes.
-    # So here, and wherever an error comes from a future, the frame lets go of that.
-    del call, loop, settle, result, error
+def _work() -> None:
+    while True:
+        try:
+            call, loop, future = _calls.get(timeout=IDLE_THREAD)
+        except queue.Empty:
+            if _idle.acquire(blocking=False):
+                return
+            continue                                # a call comes just now
+        try:
+            settle = functools.partial(future.set_result, call())
+        except BaseException as error:      # noqa: BLE001 - for who awaits the future
+            settle = functools.partial(future.set_exception, error)
+        with contextlib.suppress(RuntimeError):     # the loop has ended meanwhile
+            loop.call_soon_threadsafe(_settle, future, settle)
+        # The traceback of an error refers to this frame. What the frame refers to would be
+        # in a cycle that only the garbage collector breaks: secrets, and messages of
+        # megabytes. So frames drop these: here, and wherever a future can have failed.
+        del call, loop, future, settle
+        _idle.release()
+
+
+def _settle(future: asyncio.Future[Any], settle: Callable[[], None]) -> None:
+    if not future.done():
+        settle()
 
 
 async def worked_out(deadline: float, call: Callable[[], T]) -> T:

@@ -5888,7 +5888,7 @@ class SendTests(RelayCase):
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         # Waiting holds no thread.
-        wait_for(lambda: [one.name for one in threading.enumerate()].count("relay-call") == 4)
+        wait_for(lambda: calls_under_way() == 4)
         # Another mailbox does not wait.
         self.assertReply(self.logged_in().post(sender="other@example.com"), "250 2.0.0")
         another = self.connect()        # nor does another application
@@ -10096,9 +10096,9 @@ def begin_message(client: Client, message: bytes, sender: str = SENDER) -> Waiti
     return Waiting(client, message + b"%d\r\n.\r\n" % next(NUMBERS))
 
 
-def calls_under_way() -> list[threading.Thread]:
-    """The threads in which the relay asks others, or waits for the system."""
-    return [one for one in threading.enumerate() if one.name == "relay-call"]
+def calls_under_way() -> int:
+    """How many threads of relays ask others, or wait for the system; the idle do not count."""
+    return sum(one.name == "relay-call" for one in threading.enumerate()) - relay._idle._value
 
 
 def cut_when_done(running: Running, release: threading.Event) -> None:
@@ -10106,8 +10106,7 @@ def cut_when_done(running: Running, release: threading.Event) -> None:
     of SHUTDOWN_TIMEOUT, all in one pass.
     """
     release.set()
-    for call in calls_under_way():
-        call.join(PATIENCE)
+    wait_for(lambda: not calls_under_way())
     for one in running.server._connections:
         one.task.cancel()
 
@@ -10350,6 +10349,33 @@ class Stuck:
                 raise AssertionError("too few hang")
 
 
+class ThreadTests(HangCase):
+    """Calls run in idle threads where there are some, and in as many as it takes."""
+
+    def test_threads_are_used_again_and_end_when_they_are_idle(self) -> None:
+        gate, seen = threading.Event(), collections.Counter()       # type: ignore[var-annotated]
+
+        def call(number: int) -> int:
+            seen[threading.get_ident()] += 1
+            gate.wait(PATIENCE)
+            return number
+
+        async def play(numbers: range) -> list[int]:
+            return await asyncio.gather(*[
+                relay.in_thread(functools.partial(call, number)) for number in numbers])
+        with unittest.mock.patch.object(relay, "IDLE_THREAD", 0.2), \
+                concurrent.futures.ThreadPoolExecutor(4) as loops:
+            first = loops.submit(asyncio.run, play(range(50)))
+            wait_for(lambda: len(seen) == 50)       # none waits for another
+            gate.set()
+            self.assertEqual(first.result(), list(range(50)))
+            rounds = [loops.submit(asyncio.run, play(range(10))) for _ in range(300)]
+            self.assertEqual([one.result() for one in rounds], [list(range(10))] * 300)
+            self.assertEqual(sum(seen.values()), 3050)
+            self.assertLess(len(seen), 300)         # they can come 40 at once, or a little more
+            wait_for(lambda: not any(one.ident in seen for one in threading.enumerate()))
+
+
 class SlowWorkTests(HangCase):
     """A machine that is too slow for a message."""
 
@@ -10361,7 +10387,7 @@ class SlowWorkTests(HangCase):
         clients = [self.connect(running) for _ in range(3)]
         for client in clients:
             client.log_in()
-        in_thread = lambda *_: threading.current_thread() in calls_under_way()  # noqa: E731
+        in_thread = lambda *_: threading.current_thread().name == "relay-call"  # noqa: E731
         with Stuck(binascii, "a2b_base64", in_thread) as work:
             work.is_on = False
             def begin(sock: socket.socket, request: Request) -> bool:
@@ -10376,7 +10402,7 @@ class SlowWorkTests(HangCase):
             for one, wanted in zip(waiting, ("451 4.3.0", "451 4.4.1", "451 4.4.1")):
                 self.assertTimely(one, wanted)
             self.assertEqual(len(fake.deleted), 2)
-            wait_for(lambda: len(calls_under_way()) == 3)   # those that deleted have ended
+            wait_for(lambda: calls_under_way() == 3)   # those that deleted have ended
         self.assertEqual([fake.asked(kind) for kind in ("send", "attach", "put")], [[], [], []])
 
 
@@ -10525,14 +10551,14 @@ class HttpsTests(RelayCase, HangCase):
         self.assertEqual(asked, [("graph.microsoft.com", 443), ("2001:db8::1", 443), ("x", 80)])
 
     def test_a_machine_that_has_no_more_threads(self) -> None:
-        start = threading.Thread.start
+        start, client = threading.Thread.start, self.connect()
 
         def refuse(thread: threading.Thread) -> None:
             if thread.name == "relay-call":
                 raise RuntimeError("can't start new thread")
             start(thread)
-        client = self.connect()
-        with unittest.mock.patch.object(threading.Thread, "start", refuse):
+        with unittest.mock.patch.object(threading.Thread, "start", refuse), \
+                unittest.mock.patch.object(relay, "_idle", threading.Semaphore(0)):
             self.assertReply(client.log_in(password=self.password), "454 4.7.0")
         self.assertReply(client.log_in(password=self.password), "235 2.7.0")
 
@@ -10621,7 +10647,7 @@ class LookUpTests(HangCase):
             for one in waiting:
                 self.assertTimely(one, "454 4.7.0")
             self.served(running, "known")
-            wait_for(lambda: len(calls_under_way()) == self.MANY)
+            wait_for(lambda: calls_under_way() == self.MANY)
             asked = len(fake.requests)
         wait_for(lambda: not calls_under_way())
         self.assertEqual(len(fake.requests), asked)     # nothing was sent later
@@ -10645,7 +10671,7 @@ class LookUpTests(HangCase):
                 self.assertTimely(one, "451 4.4.1")
             held = (relay.HttpRequest, relay.Base64, relay.Draft, relay.Attachment)
             wait_for(lambda: not any(isinstance(one, held) for one in gc.get_objects()))
-            wait_for(lambda: len(calls_under_way()) == 2)
+            wait_for(lambda: calls_under_way() == 2)
         wait_for(lambda: not calls_under_way())
         self.assertEqual((fake.asked("send"), fake.asked("draft")), ([], []))
 
@@ -12677,11 +12703,6 @@ def descriptors(pid: int | str = "self") -> int:
     return 0
 
 
-def calls() -> int:
-    """How many threads of relays there are."""
-    return sum(one.name == "relay-call" for one in threading.enumerate())
-
-
 def what_is_left(running: Running) -> list[str]:
     """Say what a relay holds; empty: it is idle."""
     def look() -> list[str]:
@@ -12713,7 +12734,7 @@ def fuzz_round(seed: str, visitors: int = 16, *, uploads: bool = True, timeout: 
 
     It is judged when nothing is left and `is_over` says that no message is on its way.
     """
-    before = descriptors(), calls()
+    before = descriptors(), calls_under_way()
     law = law or Law()
     fake = FaultyMicrosoft(timeout, law)
     running = Running(make_config(SMTP_PORT="0", AZURE_AUTHORITY_HOST=fake.url,
@@ -12735,7 +12756,7 @@ def fuzz_round(seed: str, visitors: int = 16, *, uploads: bool = True, timeout: 
         problems.append(f"{fake.left_drafts} drafts are left")
 
     def growth() -> list[str]:
-        now = descriptors(), calls()
+        now = descriptors(), calls_under_way()
         return [f"{now} descriptors and threads, and {before} before"] if any(
             more > less for more, less in zip(now, before)) else []
     return problems + settled(growth)
