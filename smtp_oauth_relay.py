@@ -3573,12 +3573,12 @@ def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
     with sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
         on_failure.callback(connection.close)
         response = _ask(connection, request, deadline)
-        reader, most, body = typing.cast(_Reader, response.fp.raw), request.most, b""
+        reader, body = typing.cast(_Reader, response.fp.raw), b""
         reader.is_lenient = True        # the status counts, whatever becomes of the body
-        if response.status == 202:      # one octet, to see that there is nothing
-            reader.deadline, most = min(deadline, time.monotonic() + REST_OF_202), 1
+        if response.status == 202:
+            reader.deadline = min(deadline, time.monotonic() + REST_OF_202)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            body = response.read(most)
+            body = response.read(request.most)
             if response.isclosed() and not response.length:
                 on_failure.pop_all()    # it was read to its end
     headers = {name.lower(): value for name, value in response.getheaders()}

@@ -5651,15 +5651,16 @@ class SendTests(RelayCase):
 
     def test_after_a_broken_body_nothing_else_is_read_from_there(self) -> None:
         """What comes late would be taken for the answer to another message."""
-        def broken(sock: socket.socket, _: Request) -> bool:
-            sock.sendall(b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
-            return True
         client = self.logged_in()
-        self.fake.will("send", broken)
-        self.assertReply(client.post(), "550 5.7.1")
-        self.assertReply(client.post(), "250 2.0.0")
-        first, second = (request.connection for request in self.fake.asked("send"))
-        self.assertNotEqual(first, second)
+        for chunks in (b"zz\r\n", b"11170\r\n" + b"x" * 70_000 + b"\r\n0\r\n\r\n"):
+            def broken(sock: socket.socket, _: Request, chunks: bytes = chunks) -> bool:
+                sock.sendall(b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+                return True
+            self.fake.will("send", broken)
+            self.assertReply(client.post(), "550 5.7.1")
+            self.assertReply(client.post(), "250 2.0.0")
+            first, second = (request.connection for request in self.fake.asked("send")[-2:])
+            self.assertNotEqual(first, second)
 
     def test_the_status_line_of_202_is_enough(self) -> None:
         client = self.logged_in()
@@ -5836,46 +5837,26 @@ class SendTests(RelayCase):
             for key in self.running.relay._graph.turns._lines])
         self.assertLessEqual(held, 1800)
 
-    def test_connections_are_kept(self) -> None:
-        client = self.logged_in()
-        for _ in range(3):
-            self.assertReply(client.post(), "250 2.0.0")
-        self.assertEqual(len({request.connection for request in self.fake.requests}), 1)
-
     def test_a_connection_that_is_idle_for_long_is_closed(self) -> None:
         with unittest.mock.patch.object(relay, "KEEP", 0.1):
             self.logged_in()
             wait_for(lambda: self.fake.requests[0].connection in self.fake.closed)
         self.assertReply(self.logged_in().post(), "250 2.0.0")
 
-    def test_a_kept_connection_that_was_closed_is_noticed_before_it_is_used(self) -> None:
+    def test_an_early_answer_counts_although_the_request_is_not_taken(self) -> None:
+        """And there is no second request, on a connection that was kept too."""
         client = self.logged_in()
-        for _ in range(3):
-            self.fake.drop_connections()
-            self.assertReply(client.post(), "250 2.0.0")
-        self.assertEqual(len(self.fake.asked("send")), 3)
-        self.assertEqual(len(self.fake.delivered), 3)
-
-    def test_an_early_413_is_heard_although_the_request_is_not_taken(self) -> None:
-        client = self.logged_in()
-        self.fake.will("send", BeforeBody(utter(
-            b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")))
-        reply = client.post(b"To: a@x.y\r\n\r\n" + b"x" * 3_000_000 + b"\r\n")
-        # The kernel may throw the answer away when it resets the connection.
-        if not reply.startswith("451 4.4.1"):
-            self.assertReply(reply, "552 5.3.4")
-
-    def test_an_early_202_is_a_202(self) -> None:
-        """Even when the rest of the request is not taken; there is no second request."""
-        client = self.logged_in()
-        self.assertReply(client.post(), "250 2.0.0")        # so that one is kept
-        self.fake.will("send", BeforeBody(utter(
-            b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")))
-        reply = client.post(b"To: a@x.y\r\n\r\n" + b"x" * 3_000_000 + b"\r\n")
-        if reply.startswith("451 4.4.1"):
-            self.skipTest("the kernel threw the answer away")
-        self.assertReply(reply, "250 2.0.0")
-        self.assertEqual(len(self.fake.asked("send")), 2)
+        for status, wanted in ((413, "552 5.3.4"), (202, "250 2.0.0")):
+            with self.subTest(status):
+                self.assertReply(client.post(), "250 2.0.0")        # so that one is kept
+                before = len(self.fake.asked("send"))
+                self.fake.will("send", BeforeBody(utter(
+                    b"HTTP/1.1 %d Early\r\nContent-Length: 0\r\n\r\n" % status)))
+                reply = client.post(BULKY)
+                if reply.startswith("451 4.4.1"):
+                    self.skipTest("the kernel threw the answer away when it reset")
+                self.assertReply(reply, wanted)
+                self.assertEqual(len(self.fake.asked("send")), before + 1)
 
     def test_four_at_once_for_a_mailbox_and_the_others_wait(self) -> None:
         clients = [self.logged_in() for _ in range(10)]
@@ -5964,13 +5945,13 @@ class SendTests(RelayCase):
         self.assertReply(client.post(), "250 2.0.0")
 
     def test_a_kept_connection_is_looked_at_before_it_is_written_to(self) -> None:
-        """The server will send no more, or sent what nobody asked for, but would read."""
+        """It is closed, or the server will send no more, or sent what nobody asked for."""
         def speak() -> None:
             for sock in list(self.fake._sockets):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.sendall(b"HTTP/1.1 408 Time-out\r\n\r\n")
         client = self.logged_in()
-        for change in (self.fake.half_close, speak):
+        for change in (self.fake.drop_connections, self.fake.half_close, speak):
             self.assertReply(client.post(), "250 2.0.0")
             change()
             self.assertReply(client.post(), "250 2.0.0")
@@ -10133,14 +10114,17 @@ STOPS: dict[str, Callable[[FakeMicrosoft, int], Action]] = {
     "in the status line": lambda fake, status: fake.say_and_hang(b"HTTP/1."),
     "in the headers": lambda fake, status: fake.say_and_hang(
         b"HTTP/1.1 %d Some Reason\r\nContent-Le" % status),
+    "before the body": lambda fake, status: fake.say_and_hang(
+        b"HTTP/1.1 %d Some Reason\r\nContent-Length: 99\r\n\r\n" % status),
     "in the body": lambda fake, status: fake.say_and_hang(
         b'HTTP/1.1 %d Some Reason\r\nContent-Length: 99\r\n\r\n{"id": "x' % status),
     "half of the request": lambda fake, status: BeforeBody(fake.hang),
     "trickling the status line": trickling(b"HTTP/1.1", b" "),
     "trickling the headers": trickling(b"HTTP/1.1 STATUS No\r\n", b"X-Slow: x\r\n"),
     "trickling the body": trickling(b"HTTP/1.1 STATUS No\r\nContent-Length: 9999\r\n\r\n", b"1"),
-    "trickling a body to the end": trickling(
-        b"HTTP/1.1 STATUS No\r\nConnection: close\r\n\r\n", b"1"),
+    "trickling after the body": trickling(
+        b"HTTP/1.1 STATUS No\r\nConnection: close\r\n\r\n"
+        b'{"error": {"code": "ErrorQuotaExceeded"}}', b" "),
     "trickling a chunked body": trickling(
         b"HTTP/1.1 STATUS No\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")}
 STOPPED_KINDS = {       # who waits then: a login, or a message, and what is said at best
@@ -10217,15 +10201,11 @@ class HangCase(unittest.TestCase):
 class HangTests(HangCase):
     """Microsoft stops answering, anywhere."""
 
-    def cases(self) -> dict[str, tuple[str, str]]:
-        """What to play: all stops for a login and a message, for the others only some;
-        SlowUploadTests has more.
-        """
-        return {f"{kind}, {where}": (kind, where)
-                for kind in STOPPED_KINDS for where in STOPS
-                if where == "in the body" or kind in ("token", "send") or (kind, where) in (
-                    ("put", "half of the request"), ("send-draft", "in the headers"),
-                    ("imds", "in the headers"), ("table", "before the headers"))}
+    # All stops for a login and a message, for the others only some; SlowUploadTests has more.
+    cases = [(kind, where) for kind in STOPPED_KINDS for where in STOPS
+             if where == "in the body" or kind in ("token", "send") or (kind, where) in (
+                 ("put", "half of the request"), ("send-draft", "in the headers"),
+                 ("imds", "in the headers"), ("table", "before the headers"))]
 
     def setUp(self) -> None:
         """Let nobody but the thread itself keep its deadline."""
@@ -10235,23 +10215,23 @@ class HangTests(HangCase):
 
     def test_what_who_waits_hears_and_when(self) -> None:
         """One after the other comes to its stop, as all at once might be late; then all wait."""
-        # Those with files first: they have more time, so that they come to their stop.
-        cases = sorted(self.cases().items(), key=lambda case: -self.time_of(case[1][0]))
         plays = {}
-        for name, (kind, where) in cases:
+        # Those with files first: they have more time, so that they come to their stop.
+        for kind, where in sorted(self.cases, key=lambda case: -self.time_of(case[0])):
             fake = self.stand_in()
             running = beside(fake, UPSTREAM_TIMEOUT=str(self.time_of(kind)))
             self.addCleanup(running.stop)
-            plays[name] = fake, stop_at(fake, self.connect(running), kind, where)
-        for name, (fake, waiting) in plays.items():
-            with self.subTest(name):
-                kind, _, where = name.partition(", ")
-                is_known = kind in ("send", "send-draft") and "body" in where
-                self.assertTimely(waiting, "454 4.7.0" if STOPPED_KINDS[kind][0] is None else
-                                  "550 5.7.1" if is_known else "451 4.4.1", self.time_of(kind))
+            plays[kind, where] = fake, running, stop_at(fake, self.connect(running), kind, where)
+        for (kind, where), (fake, running, waiting) in plays.items():
+            with self.subTest(kind, where=where):
+                wanted = "454 4.7.0" if STOPPED_KINDS[kind][0] is None else "451 4.4.1"
+                if kind.startswith("send") and "body" in where:     # the status is known
+                    wanted = "452 4.2.2" if "after" in where else "550 5.7.1"
+                self.assertTimely(waiting, wanted, self.time_of(kind))
                 # What may have been obeyed is not asked again; nothing went out later.
                 self.assertEqual(len(fake.asked(kind)), 1)
                 self.assertEqual((fake.delivered, fake.sent_drafts), ([], []))
+                self.served(running, "secret")      # on another connection
 
     @staticmethod
     def time_of(kind: str) -> float:
@@ -10263,10 +10243,10 @@ class HangTests(HangCase):
         fake = self.stand_in()
         running = beside(fake, UPSTREAM_TIMEOUT="3600", SHUTDOWN_TIMEOUT="0.1")
         self.addCleanup(running.stop)
-        waiting = {name: stop_at(fake, self.connect(running), kind, where, password=name,
-                                 sender=f"{number}@example.com")
-                   for number, (name, (kind, where)) in enumerate(self.cases().items())
-                   if kind != "imds"}       # all who look into the table need its token
+        waiting = {f"{kind} {where}": stop_at(
+            fake, self.connect(running), kind, where, password=f"{kind} {where}",
+            sender=f"{number}@example.com") for number, (kind, where) in enumerate(self.cases)
+            if kind != "imds"}              # all who look into the table need its token
         for number in range(relay.REQUESTS_AT_ONCE):
             waiting[f"turn {number}"] = stop_at(
                 fake, self.connect(running), "send", "before the headers",
@@ -10543,12 +10523,17 @@ class HttpsTests(RelayCase, HangCase):
         def look_up(host: str, port: int, *_: Any) -> None:
             asked.append((host, port))
             raise socket.gaierror("unknown")
-        for url in ("https://graph.microsoft.com/v1.0", "https://[2001:db8::1]/", "http://x/y?z"):
-            with unittest.mock.patch.object(socket, "getaddrinfo", look_up), \
-                    self.assertRaises(relay.NoAnswer):
+        for url, proxy, wanted in (
+                ("https://graph.microsoft.com/v1.0", "", ("graph.microsoft.com", 443)),
+                ("https://[2001:db8::1]/", "", ("2001:db8::1", 443)),
+                ("http://near/x?y", "http://proxy", ("near", 80)),
+                ("https://graph.microsoft.com", "http://proxy", ("proxy", 80))):
+            with self.subTest(url, proxy=proxy), self.assertRaises(relay.NoAnswer), \
+                    unittest.mock.patch.dict(os.environ, HTTPS_PROXY=proxy), \
+                    unittest.mock.patch.object(socket, "getaddrinfo", look_up):
                 asyncio.run(relay.HttpPool([url]).send(relay.HttpRequest("GET", url, {}),
                                                        time.monotonic() + PATIENCE))
-        self.assertEqual(asked, [("graph.microsoft.com", 443), ("2001:db8::1", 443), ("x", 80)])
+            self.assertEqual(asked.pop(), wanted)
 
     def test_a_machine_that_has_no_more_threads(self) -> None:
         start, client = threading.Thread.start, self.connect()
@@ -10577,7 +10562,8 @@ class HttpsTests(RelayCase, HangCase):
 
     def test_no_proxy(self) -> None:
         dead = "http://127.0.0.1:9"
-        client = self.with_environ({"HTTPS_PROXY": dead, "NO_PROXY": "localhost"})
+        client = self.with_environ({"HTTPS_PROXY": dead,
+                                    "NO_PROXY": self.fake.url.partition("//")[2]})
         self.assertReply(client.log_in(), "235 2.7.0")
         # This machine over http needs none.
         plain = self.stand_in().url
