@@ -5838,10 +5838,24 @@ class SendTests(RelayCase):
         self.assertLessEqual(held, 1800)
 
     def test_a_connection_that_is_idle_for_long_is_closed(self) -> None:
-        with unittest.mock.patch.object(relay, "KEEP", 0.1):
-            self.logged_in()
+        def slow(sock: socket.socket, request: Request) -> bool:
+            threading.Event().wait(0.4)
+            return self.fake.accept(sock, request)
+        with unittest.mock.patch.object(relay, "KEEP", 0.2):
+            client = self.logged_in()
             wait_for(lambda: self.fake.requests[0].connection in self.fake.closed)
-        self.assertReply(self.logged_in().post(), "250 2.0.0")
+            self.assertReply(client.post(), "250 2.0.0")
+            self.fake.will("send", slow)        # then it is not idle
+            self.assertReply(client.post(), "250 2.0.0")
+
+    def test_a_connection_that_is_closed_while_a_request_is_written(self) -> None:
+        """Nothing can have happened: so it is sent again, if the connection was a kept one."""
+        client = self.logged_in()
+        for times, wanted in ((1, "250 2.0.0"), (2, "451 4.4.1")):
+            self.fake.requests.clear()
+            self.fake.will("send", *[BeforeBody(utter(b"", reset=True))] * times)
+            self.assertReply(client.post(BULKY + b"%d" % times), wanted)
+            self.assertEqual(len(self.fake.asked("send")), 2)
 
     def test_an_early_answer_counts_although_the_request_is_not_taken(self) -> None:
         """And there is no second request, on a connection that was kept too."""
