@@ -3386,10 +3386,10 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 # §11  HTTP
 # ---------------------------------------------------------------------------
 #
-# http.client in worker threads. Opening a connection and using it are two calls: a DNS
-# look-up can hang for longer than anybody waits, so it must not hold a message. The thread
-# that uses a connection keeps the deadline (time.monotonic) itself: before each send and
-# each receive it sets the socket's time-out to the time left.
+# http.client in worker threads. Opening a connection and using it are two calls, because a
+# DNS look-up can hang for longer than a client waits, and must not hold a message. The
+# thread that uses a connection keeps the deadline (time.monotonic) itself: before each send
+# and each receive it sets the socket's time-out to the time left.
 
 MAX_ANSWER = 65536              # octets of a body that are read
 KEEP = 60.0                     # seconds an idle connection is kept: firewalls forget them
@@ -3433,7 +3433,7 @@ def time_left(deadline: float) -> float:
 
 
 class _Reader(io.RawIOBase):
-    """What comes from a socket until a deadline, as a file for HTTPResponse."""
+    """A socket as a file for HTTPResponse that is read until a deadline."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock, self.deadline = sock, deadline
@@ -3484,7 +3484,7 @@ def connect(url: str, context: ssl.SSLContext | None,
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(connection.close)
         connection.connect()
-        time_left(deadline)             # later nobody waits for it
+        time_left(deadline)             # after it no caller waits for the connection
         on_failure.pop_all()
     return connection
 
@@ -3506,16 +3506,15 @@ async def in_time(deadline: float, future: asyncio.Future[T]) -> T:
         del future                      # see _work
 
 
-_calls: queue.SimpleQueue[Any] = queue.SimpleQueue()    # for the threads that wait
-_idle = threading.Semaphore(0)          # counts those of them for which no call is there
+_calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+_idle = threading.Semaphore(0)          # counts the threads that wait for a call
 
 
 def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
-    """Run a blocking call in a thread, in an idle one if there is one.
+    """Run a blocking call in an idle thread, or in a new one.
 
-    The threads are daemons, and not limited in number: one that hangs in the operating
-    system (a DNS look-up) must neither keep the process from ending nor take a place that
-    others wait for.
+    The threads are daemons, and not limited in number: a call that hangs in the operating
+    system (a DNS look-up) must neither keep the process from ending nor delay other calls.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -3535,16 +3534,16 @@ def _work() -> None:
         except queue.Empty:
             if _idle.acquire(blocking=False):
                 return
-            continue                                # a call comes just now
+            continue                                # a call for it is on the way
         try:
             settle = functools.partial(future.set_result, call())
-        except BaseException as error:      # noqa: BLE001 - for who awaits the future
+        except BaseException as error:      # noqa: BLE001 - the future raises it
             settle = functools.partial(future.set_exception, error)
         with contextlib.suppress(RuntimeError):     # the loop has ended meanwhile
             loop.call_soon_threadsafe(_settle, future, settle)
-        # The traceback of an error refers to this frame. What the frame refers to would be
-        # in a cycle that only the garbage collector breaks: secrets, and messages of
-        # megabytes. So frames drop these: here, and wherever a future can have failed.
+        # The traceback of an error refers to this frame. If the frame refers to the error,
+        # only the garbage collector frees both, with secrets and messages of megabytes. So
+        # frames drop such references: here, and wherever a future can have failed.
         del call, loop, future, settle
         _idle.release()
 
@@ -3569,7 +3568,7 @@ def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
     Raises NotSent if the server cannot have seen all of the request.
     """
     sock = connection.sock
-    # http.client may close the connection before the response is read; this keeps it open.
+    # With "Connection: close" http.client closes its socket before the response is read.
     with sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
         on_failure.callback(connection.close)
         response = _ask(connection, request, deadline)
@@ -3580,7 +3579,7 @@ def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             body = response.read(request.most)
             if response.isclosed() and not response.length:
-                on_failure.pop_all()    # it was read to its end
+                on_failure.pop_all()    # nothing of it is left on the connection
     headers = {name.lower(): value for name, value in response.getheaders()}
     return HttpResponse(response.status, headers, body)
 
@@ -3603,7 +3602,7 @@ def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
                            pieces() if request.body else None, {**request.headers, **length})
     except OSError as error:
         problem = str(error) or type(error).__name__
-    try:                                # what was not taken whole may have an answer: 413
+    try:                                # an error such as 413 may come before the end
         response = connection.getresponse()
         while response.status < 200:    # 103 and the like: another one follows
             response.headers = None     # type: ignore[assignment]
@@ -3612,20 +3611,7 @@ def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
     except (OSError, http.client.HTTPException, ValueError):
         if not problem:
             raise
-    # Not from the error: that would close a ring, see _work.
     raise NotSent(problem)
-
-
-def _is_quiet(sock: socket.socket) -> bool:
-    """Whether a connection is open still, and nothing waits to be read from it."""
-    try:
-        sock.settimeout(0)
-        sock.recv(1)
-    except (BlockingIOError, ssl.SSLWantReadError):
-        return True
-    except OSError:
-        pass
-    return False
 
 
 class HttpPool:
@@ -3642,8 +3628,8 @@ class HttpPool:
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
         """Send a request. Raises NoAnswer.
 
-        It is sent again only if a kept connection turns out closed, as anything else may
-        have been received.
+        The request is sent again only if a kept connection turns out closed before all of
+        it was written: in any other case the server may have received it.
         """
         base = _base(request.url)
         try:
@@ -3686,9 +3672,15 @@ class HttpPool:
         while self._kept[base]:
             connection, timer = self._kept[base].pop()
             timer.cancel()
-            if connection.sock and _is_quiet(connection.sock):
-                return connection
-            connection.close()
+            if connection.sock:             # not closed by the timer
+                connection.sock.settimeout(0)
+                try:
+                    connection.sock.recv(1)     # the end, or what nobody asked for
+                except (BlockingIOError, ssl.SSLWantReadError):
+                    return connection
+                except OSError:
+                    pass
+                connection.close()
         return None
 
     def _give_back(self, base: str, connection: http.client.HTTPConnection) -> None:

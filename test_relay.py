@@ -10596,8 +10596,9 @@ class LookUpTests(HangCase):
         """Only its thread is, and not even until the garbage collector comes: the client has
         its answer, and sends it again.
         """
-        self.addCleanup(gc.enable)
+        gc.collect()
         gc.disable()
+        self.addCleanup(gc.enable)
         fake, running = self.beside("GRAPH_ENDPOINT")
         clients = [self.connect(running) for _ in range(2)]
         for client in clients:
