@@ -3598,8 +3598,9 @@ def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
     _set_deadline(connection, deadline)
     problem = ""
     try:
-        connection.request(request.method, request.url[len(_base(request.url)):],
-                           pieces() if request.body else None, {**request.headers, **length})
+        connection.request(
+            request.method, request.url[len(_base(request.url)):],
+            pieces() if request.body else None, {**request.headers, **length})
     except OSError as error:
         problem = str(error) or type(error).__name__
     try:                                # an error such as 413 may come before the end
@@ -3622,8 +3623,9 @@ class HttpPool:
         # Reading the system's certificates takes a while: not where nobody asks for them.
         self._context = (ssl.create_default_context()
                          if any(url.startswith("https:") for url in urls) else None)
-        self._kept: dict[str, list[tuple[http.client.HTTPConnection, asyncio.TimerHandle]]] = (
-            collections.defaultdict(list))
+        self._kept: dict[
+            str, list[tuple[http.client.HTTPConnection, asyncio.TimerHandle]]]
+        self._kept = collections.defaultdict(list)
 
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
         """Send a request. Raises NoAnswer.
