@@ -81,6 +81,7 @@ import hmac
 import html
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -3397,17 +3398,17 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 # §11  HTTP
 # ---------------------------------------------------------------------------
 #
-# http.client in worker threads, one call each; the event loop only waits, and never
-# longer than the call's deadline (time.monotonic) and GRACE. http.client's own time-outs
-# are for one socket operation, so at the deadline the loop shuts the socket under the
-# thread.
+# http.client in worker threads. Opening a connection and using it are two calls, because a
+# DNS look-up can hang for longer than a client waits, and must not hold a message. The
+# thread that uses a connection keeps the deadline (time.monotonic) itself: before each send
+# and each receive it sets the socket's time-out to the time left.
 
 MAX_ANSWER = 65536              # octets of a body that are read
 KEEP = 60.0                     # seconds an idle connection is kept: firewalls forget them
 KEPT_CONNECTIONS = 100          # for one host
-REFUSED_PAUSES = (0.2, 1.0)     # seconds before another try when a connection is refused
-GRACE = 2.0                     # seconds for a thread to end after its socket was shut
 REST_OF_202 = 1.0               # seconds for the end of a 202 without a body
+GRACE = 2.0                     # seconds past a deadline for a slow machine
+IDLE_THREAD = 10.0              # seconds until an idle thread ends
 
 
 class NoAnswer(TemporaryError):
@@ -3435,71 +3436,69 @@ class HttpRequest:
     most: int = MAX_ANSWER
 
 
-class _Response(http.client.HTTPResponse):
-    """A response of which a 202 counts as soon as its status line is there."""
+def time_left(deadline: float) -> float:
+    """Return the seconds until a deadline. Raises TimeoutError if there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("time is up")
+    return left
 
-    def begin(self) -> None:
-        """Read status line and header; a broken header behind a 202 is no header."""
+
+class _Reader(io.RawIOBase):
+    """A socket as a file for HTTPResponse that is read until a deadline."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self.deadline = sock, deadline
+        self.is_lenient = False         # True: a failure is the end of the file
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
         try:
-            super().begin()
-            while self.status < 200:    # 103 and the like: another one follows
-                self.headers = None     # type: ignore[assignment]
-                super().begin()
-        except (OSError, http.client.HTTPException, ValueError):
-            if self.status != 202:
+            self._sock.settimeout(time_left(self.deadline))
+            return self._sock.recv_into(buffer)
+        except OSError:
+            if not self.is_lenient:
                 raise
-            self.headers = self.msg = http.client.HTTPMessage()
-            self.length, self.chunked, self.will_close = 0, False, True
+            return 0
 
 
-class Origin(NamedTuple):
-    """Where connections go; `proxy` is a URL, or "" for none."""
-
-    scheme: str
-    host: str
-    port: int
-    proxy: str
-
-    def connect(self, context: ssl.SSLContext | None,
-                timeout: float) -> http.client.HTTPConnection:
-        """Make a connection, not yet open. Without a context there is one of its own."""
-        if self.scheme == "http":
-            connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
-        elif not self.proxy:
-            connection = http.client.HTTPSConnection(self.host, self.port, timeout=timeout,
-                                                     context=context)
-        else:
-            proxy = urllib.parse.urlsplit(self.proxy)
-            connection = http.client.HTTPSConnection(
-                proxy.hostname or "", proxy.port or 80, timeout=timeout, context=context)
-            connection.set_tunnel(self.host, self.port, headers=_proxy_headers(proxy))
-        connection.response_class = _Response
-        return connection
+def _set_deadline(connection: http.client.HTTPConnection, deadline: float) -> None:
+    connection.timeout = time_left(deadline)        # of connect(), and of the handshake
+    connection.response_class = lambda sock, **options: (       # type: ignore[assignment]
+        http.client.HTTPResponse(typing.cast(Any, _Reader(sock, deadline)), **options))
 
 
-def _proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
-    if proxy.username is None:
-        return {}
-    user = urllib.parse.unquote(proxy.username)
-    password = urllib.parse.unquote(proxy.password or "")
-    credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return {"Proxy-Authorization": f"Basic {credentials}"}
-
-
-def find_origin(url: str) -> Origin:
-    """Find where a URL leads, by HTTPS_PROXY and NO_PROXY.
+def connect(url: str, context: ssl.SSLContext | None,
+            deadline: float) -> http.client.HTTPConnection:
+    """Open a connection to the host of a URL, by HTTPS_PROXY and NO_PROXY.
 
     Plain http is for this machine only and takes no proxy: it holds secrets.
     """
-    parts = urllib.parse.urlsplit(url)
-    host, secure = parts.hostname or "", parts.scheme == "https"
-    port = parts.port or (443 if secure else 80)
-    proxy = ""
-    if secure and not urllib.request.proxy_bypass(f"{host}:{port}"):
+    scheme, host, *_ = urllib.parse.urlsplit(url)
+    if scheme == "http":
+        connection, proxy = http.client.HTTPConnection(host), ""
+    else:
+        connection = http.client.HTTPSConnection(host, context=context)
         proxy = urllib.request.getproxies().get("https", "").strip()
-    if proxy and "://" not in proxy:
-        proxy = f"http://{proxy}"
-    return Origin(parts.scheme, host, port, proxy)
+    if proxy and not urllib.request.proxy_bypass(f"{connection.host}:{connection.port}"):
+        via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        credentials = urllib.parse.unquote(via.netloc.rpartition("@")[0]).encode()
+        connection.set_tunnel(connection.host, connection.port, {
+            "Proxy-Authorization": f"Basic {base64.b64encode(credentials).decode()}"}
+            if credentials else None)
+        connection.host, connection.port = via.hostname or "", via.port or 80
+    _set_deadline(connection, deadline)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(connection.close)
+        connection.connect()
+        time_left(deadline)             # after it no caller waits for the connection
+        on_failure.pop_all()
+    return connection
 
 
 async def done_by(deadline: float, future: asyncio.Future[Any]) -> bool:
@@ -3519,44 +3518,51 @@ async def in_time(deadline: float, future: asyncio.Future[T]) -> T:
         del future                      # see _work
 
 
-def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
-    """Run a blocking call in a thread of its own; the future is its outcome.
+_calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+_idle = threading.Semaphore(0)          # counts the threads that wait for a call
 
-    The thread is a daemon: one that hangs in the operating system (a DNS look-up) must
-    neither keep the process from ending nor take a place that others wait for.
+
+def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+    """Run a blocking call in an idle thread, or in a new one.
+
+    The threads are daemons, and not limited in number: a call that hangs in the operating
+    system (a DNS look-up) must neither keep the process from ending nor delay other calls.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(typing.cast(T, result))
-        else:
-            future.set_exception(error)
-
     try:
-        threading.Thread(target=_work, args=(call, loop, settle), name="relay-call",
-                         daemon=True).start()
-    except RuntimeError as error:                       # the system has no more threads
-        settle(None, TemporaryError(f"The relay is too busy: {error}"))
+        if not _idle.acquire(blocking=False):
+            threading.Thread(target=_work, name="relay-call", daemon=True).start()
+        _calls.put((call, loop, future))
+    except RuntimeError as error:                   # the system has no more threads
+        future.set_exception(TemporaryError(f"The relay is too busy: {error}"))
     return future
 
 
-def _work(call: Callable[[], T], loop: asyncio.AbstractEventLoop,
-          settle: Callable[[T | None, BaseException | None], None]) -> None:
-    result, error = None, None
-    try:
-        result = call()
-    except BaseException as caught:     # noqa: BLE001 - for who awaits the future
-        error = caught
-    with contextlib.suppress(RuntimeError):             # the loop has ended meanwhile
-        loop.call_soon_threadsafe(settle, result, error)
-    # The traceback of the error has this frame, and what it holds would be held with it,
-    # in a ring that only the garbage collector breaks: secrets, and messages of megabytes.
-    # So here, and wherever an error comes from a future, the frame lets go of that.
-    del call, loop, settle, result, error
+def _work() -> None:
+    while True:
+        try:
+            call, loop, future = _calls.get(timeout=IDLE_THREAD)
+        except queue.Empty:
+            if _idle.acquire(blocking=False):
+                return
+            continue                                # a call for it is on the way
+        try:
+            settle = functools.partial(future.set_result, call())
+        except BaseException as error:      # noqa: BLE001 - the future raises it
+            settle = functools.partial(future.set_exception, error)
+        with contextlib.suppress(RuntimeError):     # the loop has ended meanwhile
+            loop.call_soon_threadsafe(_settle, future, settle)
+        # The traceback of an error refers to this frame. If the frame refers to the error,
+        # only the garbage collector frees both, with secrets and messages of megabytes. So
+        # frames drop such references: here, and wherever a future can have failed.
+        del call, loop, future, settle
+        _idle.release()
+
+
+def _settle(future: asyncio.Future[Any], settle: Callable[[], None]) -> None:
+    if not future.done():
+        settle()
 
 
 async def worked_out(deadline: float, call: Callable[[], T]) -> T:
@@ -3567,133 +3573,58 @@ async def worked_out(deadline: float, call: Callable[[], T]) -> T:
         raise NoAnswer(error) from None
 
 
-class HttpExchange:
-    """One request and its answer, in a worker thread; the loop may cut it off."""
+def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
+             deadline: float) -> HttpResponse:
+    """Send a request and read the response; close a connection that is of no more use.
 
-    def __init__(self, origin: Origin, request: HttpRequest,
-                 context: ssl.SSLContext | None,
-                 kept: http.client.HTTPConnection | None, deadline: float) -> None:
-        self.origin = origin
-        self.connection = kept
-        self.is_connected = kept is not None
-        self._request: HttpRequest | None = request
-        self._context = context
-        self._deadline = deadline
-        self._sock: socket.socket | None = None     # the connection may let go of it
-        self._is_cut_off = False
-
-    # In the loop.
-
-    def cut_off(self) -> None:
-        """Make the thread end soon: shut its socket."""
-        self._is_cut_off = True         # first, see _check
-        if not self.is_connected:       # a look-up may hang for long: not with a message
-            self._request = None
-        sock = self._sock or (self.connection.sock if self.connection else None)
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                # Not sock.shutdown(): of a TLS socket that drops the encryption first,
-                # and the thread could then write in the clear.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    # In the thread.
-
-    def run(self) -> HttpResponse:
-        """Send the request, on a new connection if the kept one turns out closed."""
-        is_done = False
-        try:
-            response = self._run()
-            is_done = not self._is_cut_off
-            return response
-        finally:
-            if self.connection is not None and not is_done:
-                self.connection.close()
-
-    def _run(self) -> HttpResponse:
-        if self.connection is not None:
-            with contextlib.suppress(NotSent):
-                if _is_quiet(self.connection.sock):
-                    return self._exchange(self.connection)
-            self.connection.close()
-            self.is_connected = False
-        self.connection = self.origin.connect(self._context, self._time_left())
-        self.connection.connect()
-        self.is_connected = True
-        return self._exchange(self.connection)
-
-    def _exchange(self, connection: http.client.HTTPConnection) -> HttpResponse:
-        self._check(connection)
-        request = self._request
-        assert request is not None      # or _check had known
-        url = urllib.parse.urlsplit(request.url)
-        target = f"{url.path}?{url.query}" if url.query else url.path
-        try:
-            length = {} if request.method == "GET" else {
-                "Content-Length": str(len(request.body))}
-            connection.request(request.method, target, request.body or None,
-                               {**request.headers, **length})
-        except OSError as error:
-            return self._early_answer(connection, request.most, error)
-        self._check(connection)
-        return self._answer(connection, request.most)
-
-    def _early_answer(self, connection: http.client.HTTPConnection, most: int,
-                      error: OSError) -> HttpResponse:
-        """Read why a request was not taken whole, such as 413."""
-        try:
-            return self._answer(connection, most)
-        except (OSError, http.client.HTTPException, ValueError):
-            # Not from the error: that would close a ring, see _work.
-            raise NotSent(str(error) or type(error).__name__) from None
-
-    def _answer(self, connection: http.client.HTTPConnection, most: int) -> HttpResponse:
-        response = connection.getresponse()
-        if self._is_cut_off and response.status != 202:
-            raise TimeoutError("time is up")    # the header may have lost its end
-        headers = {name.lower(): value for name, value in response.getheaders()}
+    Raises NotSent if the server cannot have seen all of the request.
+    """
+    sock = connection.sock
+    # With "Connection: close" http.client closes its socket before the response is read.
+    with sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
+        on_failure.callback(connection.close)
+        response = _ask(connection, request, deadline)
+        reader, body = typing.cast(_Reader, response.fp.raw), b""
+        reader.is_lenient = True        # the status counts, whatever becomes of the body
         if response.status == 202:
-            assert self._sock is not None
-            self._sock.settimeout(REST_OF_202)
-            most = 1                    # enough to see that there is nothing
-        body, is_whole = b"", False
+            reader.deadline = min(deadline, time.monotonic() + REST_OF_202)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            while len(body) < most and not response.isclosed():
-                part = response.read(most - len(body))
-                if not part:
-                    break
-                body += part
-            is_whole = response.isclosed()      # which it is after some errors too
-        if not is_whole:
-            connection.close()
-        return HttpResponse(response.status, headers, body)
-
-    def _check(self, connection: http.client.HTTPConnection) -> None:
-        """Set the time-out to what is left. Raises TimeoutError if that is nothing."""
-        left = self._time_left()
-        if self._is_cut_off:            # cut_off() may have come before there was a socket
-            raise TimeoutError("time is up")
-        self._sock = connection.sock
-        self._sock.settimeout(left)
-
-    def _time_left(self) -> float:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("time is up")
-        return left
+            body = response.read(request.most)
+            if response.isclosed() and not response.length:
+                on_failure.pop_all()    # nothing of it is left on the connection
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return HttpResponse(response.status, headers, body)
 
 
-def _is_quiet(sock: socket.socket | None) -> bool:
-    """Whether a kept connection is open still, and nothing waits to be read from it."""
-    if sock is None:
-        return False
+def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
+         deadline: float) -> http.client.HTTPResponse:
+    sock = connection.sock
+
+    def pieces() -> Iterator[bytes]:
+        for piece in [request.body] if isinstance(request.body, bytes) else request.body:
+            sock.settimeout(time_left(deadline))
+            yield piece
+
+    length = {} if request.method == "GET" else {"Content-Length": str(len(request.body))}
+    sock.settimeout(time_left(deadline))
+    _set_deadline(connection, deadline)
+    problem = ""
     try:
-        sock.settimeout(0)
-        sock.recv(1)
-    except (BlockingIOError, ssl.SSLWantReadError):
-        return True
-    except OSError:
-        pass
-    return False
+        connection.request(
+            request.method, request.url[len(_base(request.url)):],
+            pieces() if request.body else None, {**request.headers, **length})
+    except OSError as error:
+        problem = str(error) or type(error).__name__
+    try:                                # an error such as 413 may come before the end
+        response = connection.getresponse()
+        while response.status < 200:    # 103 and the like: another one follows
+            response.headers = None     # type: ignore[assignment]
+            response.begin()
+        return response
+    except (OSError, http.client.HTTPException, ValueError):
+        if not problem:
+            raise
+    raise NotSent(problem)
 
 
 class HttpPool:
@@ -3701,95 +3632,84 @@ class HttpPool:
 
     def __init__(self, urls: Iterable[str]) -> None:
         """Get ready to send to the hosts of these URLs."""
-        self._origins = {_base(url): find_origin(url) for url in urls}
-        secure = any(origin.scheme == "https" for origin in self._origins.values())
         # Reading the system's certificates takes a while: not where nobody asks for them.
-        self._context = ssl.create_default_context() if secure else None
-        self._kept: dict[Origin, list[tuple[http.client.HTTPConnection, float]]] = {}
-        self._closer: asyncio.TimerHandle | None = None
+        self._context = (ssl.create_default_context()
+                         if any(url.startswith("https:") for url in urls) else None)
+        self._kept: dict[
+            str, list[tuple[http.client.HTTPConnection, asyncio.TimerHandle]]]
+        self._kept = collections.defaultdict(list)
 
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
         """Send a request. Raises NoAnswer.
 
-        A refused connection is tried three times; nothing else is, as it may have been
-        received.
+        The request is sent again only if a kept connection turns out closed before all of
+        it was written: in any other case the server may have received it.
         """
-        origin = self._origins.get(_base(request.url))
-        if origin is None:              # in a thread: some systems look names up for this
-            origin = await worked_out(deadline, lambda: find_origin(request.url))
-        for pause in (*REFUSED_PAUSES, None):
-            try:
-                return await self._exchange(origin, request, deadline)
-            except ConnectionRefusedError as error:
-                if pause is None or time.monotonic() + pause >= deadline:
-                    raise NoAnswer(error) from None
-                await asyncio.sleep(pause)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                raise NoAnswer(str(error) or type(error).__name__) from None
-        raise AssertionError("the last pause is None")
-
-    async def _exchange(self, origin: Origin, request: HttpRequest,
-                        deadline: float) -> HttpResponse:
-        exchange = HttpExchange(origin, request, self._context, self._take(origin),
-                                deadline)
-        future = in_thread(exchange.run)
+        base = _base(request.url)
         try:
-            if not await done_by(deadline, future):
-                exchange.cut_off()
-                # A thread with a connection soon says how it ended, perhaps with a 202;
-                # one that has none yet may hang in a look-up, and will send nothing.
-                await asyncio.wait({future}, timeout=GRACE if exchange.is_connected else 0)
-            if not future.done():
+            kept = self._take(base)
+            if kept:
+                with contextlib.suppress(NotSent):
+                    return await self._exchange(kept, request, deadline)
+            connection = await in_time(deadline, in_thread(
+                functools.partial(connect, base, self._context, deadline)))
+            return await self._exchange(connection, request, deadline)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise NoAnswer(str(error) or type(error).__name__) from None
+
+    async def _exchange(self, connection: http.client.HTTPConnection,
+                        request: HttpRequest, deadline: float) -> HttpResponse:
+        sock = connection.sock          # the connection may let go of it
+        future = in_thread(functools.partial(exchange, connection, request, deadline))
+        try:
+            if not await done_by(deadline + GRACE, future):
                 raise TimeoutError("time is up")
             response = future.result()
         except asyncio.CancelledError:
-            if request.method != "POST" or not _is_accepted(future):
-                exchange.cut_off()
+            if (request.method != "POST" or not future.done() or future.exception()
+                    or future.result().status != 202):
                 raise
             response = future.result()  # it came too late: the message is sent
         finally:
+            if future.done():
+                self._give_back(_base(request.url), connection)
+            else:                       # make the thread end soon
+                with contextlib.suppress(OSError):
+                    # Not sock.shutdown(): of a TLS socket that drops the encryption first,
+                    # and the thread could then write in the clear.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
             future.cancel()             # or asyncio would tell of an error nobody asked for
             del future                  # see _work
-        if exchange.connection is not None:
-            self._give_back(origin, exchange.connection)
         return response
 
-    def _take(self, origin: Origin) -> http.client.HTTPConnection | None:
-        kept = self._kept.get(origin)
-        if not kept or kept[-1][1] < time.monotonic():
-            return None
-        return kept.pop()[0]
+    def _take(self, base: str) -> http.client.HTTPConnection | None:
+        while self._kept[base]:
+            connection, timer = self._kept[base].pop()
+            timer.cancel()
+            if connection.sock:             # not closed by the timer
+                connection.sock.settimeout(0)
+                try:
+                    connection.sock.recv(1)     # the end, or what nobody asked for
+                except (BlockingIOError, ssl.SSLWantReadError):
+                    return connection
+                except OSError:
+                    pass
+                connection.close()
+        return None
 
-    def _give_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
-        kept = self._kept.setdefault(origin, [])
+    def _give_back(self, base: str, connection: http.client.HTTPConnection) -> None:
+        kept = self._kept[base]
         if connection.sock is None or len(kept) >= KEPT_CONNECTIONS:
             connection.close()
-            return
-        kept.append((connection, time.monotonic() + KEEP))
-        if self._closer is None:
-            self._close_old()
+        else:
+            kept.append((connection, asyncio.get_running_loop().call_later(
+                KEEP, connection.close)))
 
     def close(self) -> None:
         """Close the connections that are kept."""
-        for kept in self._kept.values():
-            while kept:
-                kept.pop()[0].close()
-
-    def _close_old(self) -> None:
-        """Close what has been idle for long, and look again as long as there is more."""
-        for origin, kept in list(self._kept.items()):
-            while kept and kept[0][1] < time.monotonic():
-                kept.pop(0)[0].close()
-            if not kept:
-                del self._kept[origin]
-        self._closer = None
-        if self._kept:
-            self._closer = asyncio.get_running_loop().call_later(KEEP, self._close_old)
-
-
-def _is_accepted(future: asyncio.Future[HttpResponse]) -> bool:
-    """Whether a request has ended in a 202, which nobody may have seen yet."""
-    return future.done() and not future.exception() and future.result().status == 202
+        for base in list(self._kept):
+            while connection := self._take(base):
+                connection.close()
 
 
 def _base(url: str) -> str:
@@ -4386,8 +4306,7 @@ class Directory:
 #
 #     401, but of an upload                once, with a new token
 #     429, 503 with Retry-After           after that time, in which the mailbox rests
-#     connection refused, or a kept one   §11
-#     closed before all was written
+#     a kept connection that was closed   §11
 #
 # Anything else is the answer to the client, or a case for the spool: after a time-out or
 # a 504 the message may be on its way already. A large message takes one turn for all of its
