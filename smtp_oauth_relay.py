@@ -108,7 +108,7 @@ import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, Union
+from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 try:
     import ctypes
@@ -125,6 +125,7 @@ except ImportError:                     # Windows has none of them
 __version__ = "1.0.0"
 USER_AGENT = f"smtp-oauth-relay/{__version__}"
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -3806,7 +3807,32 @@ ARC_KEYS = pathlib.Path(os.path.expandvars(
     "/var/opt/azcmagent/tokens"))
 
 Key = tuple[str, str, str, str, bytes]  # tenant, client, credential, resource, keyed hash
-K = TypeVar("K")
+
+
+class Cache(Generic[K, T]):
+    """Values that expire. Of more than MAX_CACHED the oldest goes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._values: dict[K, tuple[T, float]] = {}     # and when it expires
+
+    def get(self, key: K) -> T | None:
+        """Return the value, or None if there is none or it has expired."""
+        value, expires_at = self._values.get(key, (None, 0.0))
+        return value if self._clock() < expires_at else None
+
+    def put(self, key: K, value: T, seconds: float) -> None:
+        """Keep a value for so many seconds."""
+        self._values.pop(key, None)
+        self._values[key] = value, self._clock() + seconds
+        if len(self._values) > MAX_CACHED:
+            del self._values[next(iter(self._values))]
+
+    def pop(self, key: K) -> T | None:
+        """Return the value as get() does, and remove it."""
+        value = self.get(key)
+        self._values.pop(key, None)
+        return value
 
 
 def read_secret(path: str | pathlib.Path) -> str:
@@ -3829,10 +3855,9 @@ class Tokens:
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._pool = pool
-        self._clock = clock             # for what is kept; deadlines are time.monotonic()
         self._hash_key = secrets.token_bytes(32)
-        self._tokens: dict[Key, tuple[str, float]] = {}             # and its end
-        self._refusals: dict[Key, tuple[AuthError, float]] = {}     # and its end
+        self._tokens: Cache[Key, str] = Cache(clock)
+        self._refusals: Cache[Key, AuthError] = Cache(clock)
         self._fetches: dict[Key, tuple[asyncio.Task[str], float]] = {}   # and its deadline
         self._is_arc = bool((config.identity_endpoint and config.imds_endpoint)
                             or any(map(os.path.exists, ARC_AGENTS)))
@@ -3854,14 +3879,13 @@ class Tokens:
                 facts=error.facts, level=logging.ERROR) from None
 
     async def _get(self, application: Application, deadline: float, resource: str) -> str:
-        key, now = self._key(application, resource), self._clock()
-        token, ends_at = self._tokens.get(key, ("", now))
-        if now < ends_at:
+        key = self._key(application, resource)
+        token = self._tokens.get(key)
+        if token:
             return token
-        refusal, ends_at = self._refusals.get(key, (None, now))
-        if refusal and now < ends_at:
+        refusal = self._refusals.get(key)
+        if refusal:
             raise _fresh(refusal)
-        self._refusals.pop(key, None)
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
         while True:
             if key not in self._fetches:
@@ -3882,8 +3906,8 @@ class Tokens:
     def forget(self, application: Application, token: str, resource: str = "") -> None:
         """Drop a token that is not accepted, unless there is another already."""
         key = self._key(application, resource or self._config.graph_endpoint)
-        if self._tokens.get(key, ("", 0))[0] == token:
-            del self._tokens[key]
+        if self._tokens.get(key) == token:
+            self._tokens.pop(key)
 
     async def _fetch(self, key: Key, application: Application, deadline: float) -> str:
         resource, secret = key[3], application.secret
@@ -3898,9 +3922,9 @@ class Tokens:
         try:
             token = read_token(response, secret, time.time())
         except AuthError as error:
-            _remember(self._refusals, key, _fresh(error), self._clock() + REFUSALS_LAST)
+            self._refusals.put(key, _fresh(error), REFUSALS_LAST)
             raise
-        _remember(self._tokens, key, token.value, self._clock() + token.life)
+        self._tokens.put(key, token.value, token.life)
         return token.value
 
     def _request(self, application: Application, secret: str, resource: str) -> HttpRequest:
@@ -4189,14 +4213,13 @@ class Table:
     def __init__(self, config: Config, azure: Azure,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._azure = azure
-        self._clock = clock             # for what is remembered
         self._partition = config.azure_tables_partition_key
         self._url, _, self._sas = config.azure_tables_url.partition("?")
         host = urllib.parse.urlsplit(self._url).hostname or ""
         cosmos = host.partition(".table.")[2]
         self._resource = ("" if self._sas else f"https://{cosmos}"
                           if cosmos.startswith("cosmos.") else STORAGE)
-        self._found: dict[tuple[str, ...], tuple[Account | None, float]] = {}
+        self._found: Cache[tuple[str, ...], tuple[Account | None]] = Cache(clock)
 
     async def find(self, name: str, deadline: float) -> Account | None:
         """Find the account of NAME@lookup. Raises TemporaryError."""
@@ -4228,13 +4251,13 @@ class Table:
 
     async def _find(self, key: tuple[str, ...], where: str, query: dict[str, str],
                     deadline: float) -> Account | None:
-        account, ends_at = self._found.get(key, (None, 0.0))
-        if self._clock() < ends_at:
-            return account
+        known = self._found.get(key)
+        if known:
+            return known[0]
         entity = await self._query(where, query, deadline)
         account = None if entity is None else read_account(
             entity, key[0] if len(key) == 1 else "")
-        _remember(self._found, key, account, self._clock() + TABLE_LASTS)
+        self._found.put(key, (account,), TABLE_LASTS)
         return account
 
     async def _query(self, where: str, query: dict[str, str],
@@ -4267,8 +4290,7 @@ class Failures:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # With an end that _remember wants; _recent looks at each.
-        self._times: dict[object, tuple[list[float], float]] = {}
+        self._times: Cache[object, list[float]] = Cache(clock)
 
     def check(self, address: IpAddress | None) -> None:
         """Raise TemporaryError for an address that failed too often."""
@@ -4283,11 +4305,11 @@ class Failures:
     def add(self, address: IpAddress | None) -> float:
         """Count a failure; returns the seconds to wait before it is told."""
         times = [*self._recent(address), self._clock()]
-        _remember(self._times, _site(address), times, times[-1] + FAILURES_LAST)
+        self._times.put(_site(address), times, FAILURES_LAST)
         return min(len(times) * FAILURE_PAUSE, MAX_FAILURE_PAUSE)
 
     def _recent(self, address: IpAddress | None) -> list[float]:
-        times, _ = self._times.get(_site(address), ([], 0.0))
+        times = self._times.get(_site(address)) or []
         return [one for one in times if self._clock() < one + FAILURES_LAST]
 
 

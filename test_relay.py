@@ -3324,6 +3324,10 @@ class Running:
             return question()
         return asyncio.run_coroutine_threadsafe(answer(), self._loop).result(PATIENCE)
 
+    def forget_failures(self) -> None:
+        """Start counting refused logins from zero."""
+        self.ask(self.relay.directory.failures._times._values.clear)
+
     def begin_stop(self) -> None:
         """Do what SIGTERM does."""
         with contextlib.suppress(RuntimeError):         # it has ended
@@ -3431,7 +3435,7 @@ class RelayCase(unittest.TestCase):
         """Begin with a clean fake, and without the clients of other tests."""
         self.fake.reset()
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
-        self.running.ask(self.running.relay.directory.failures._times.clear)
+        self.running.forget_failures()
         self.open_lines()
         self.forget_receipts()
         self.password = f"secret of {self.id()}"
@@ -3481,7 +3485,7 @@ class SignInTests(RelayCase):
     settings = UNHURRIED
 
     def log_in(self, user: str = USER, password: str = "") -> str:
-        self.running.ask(self.running.relay.directory.failures._times.clear)
+        self.running.forget_failures()
         return self.connect().log_in(user, password or self.password)
 
     def test_a_good_login(self) -> None:
@@ -3678,8 +3682,9 @@ class CacheTests(RelayCase):
                 self.get(tokens, "s")
             except relay.AuthError as error:
                 raised.append(error)
-        self.assertEqual(len(raised), 3)
-        (refusal, _), = tokens._refusals.values()
+        self.assertEqual(len({id(error) for error in raised}), 3)
+        key = tokens._key(relay.Application(TENANT, CLIENT, "s"), self.fake.url)
+        refusal = tokens._refusals.get(key)
         self.assertIsNone(refusal.__traceback__)
         self.assertIsNone(refusal.__context__)
 
@@ -3703,16 +3708,21 @@ class CacheTests(RelayCase):
         keys = {tokens._key(one, "r") for one in (application, *others)}
         self.assertEqual(len({*keys, tokens._key(application, "x")}), 6)
 
-    def test_the_caches_are_bounded(self) -> None:
-        tokens, _ = self.tokens()
+    def test_a_cache(self) -> None:
+        clock = Clock()
+        cache: relay.Cache[int, str] = relay.Cache(clock)
+        cache.put(1, "a", 10.0)
+        self.assertEqual((cache.get(1), cache.get(2), cache.pop(2)), ("a", None, None))
+        clock.now += 10.0
+        self.assertEqual((cache.get(1), cache.pop(1)), (None, None))
+        cache.put(1, "b", 10.0)
+        self.assertEqual((cache.pop(1), cache.get(1)), ("b", None))
         for number in range(relay.MAX_CACHED + 10):
-            relay._remember(tokens._tokens, ("t", str(number), "", "", b""), "x", 9.0)
-        self.assertEqual(len(tokens._tokens), relay.MAX_CACHED)
-        self.assertNotIn(("t", "0", "", "", b""), tokens._tokens)
+            cache.put(number, "c", 10.0)
         for number in (10, 2000):           # what is put there again is new
-            relay._remember(tokens._tokens, ("t", str(number), "", "", b""), "x", 9.0)
-        self.assertIn(("t", "10", "", "", b""), tokens._tokens)
-        self.assertNotIn(("t", "11", "", "", b""), tokens._tokens)
+            cache.put(number, "d", 10.0)
+        self.assertEqual([cache.get(number) for number in (9, 10, 11, 12, 2000)],
+                         [None, "d", None, "c", "d"])
 
 
 # ---------------------------------------------------------------------------
@@ -3861,7 +3871,7 @@ class AccountLoginTests(AccountCase):
                 ("secret.inside", "x", "not from its networks"),
                 ("own.secret", "", "the password is empty")):
             with self.subTest(user, password=password), kept_log() as kept:
-                self.running.ask(self.running.relay.directory.failures._times.clear)
+                self.running.forget_failures()
                 replies.add(self.assertReply(self.log_in(user, password), "535 5.7.8"))
                 line, = kept.find("auth")
                 self.assertIn(problem, line[1])
@@ -4170,7 +4180,7 @@ class FailureTests(AccountCase):
         failures = relay.Failures()
         for number in range(relay.MAX_CACHED + 500):
             failures.add(relay.read_address(f"10.1.{number // 250}.{number % 250}"))
-        self.assertEqual(len(failures._times), relay.MAX_CACHED)
+        self.assertEqual(len(failures._times._values), relay.MAX_CACHED)
 
     @needs_loopbacks
     def test_who_guesses_at_once_learns_nothing(self) -> None:
@@ -4672,7 +4682,7 @@ class TableTests(RelayCase):
 
     def log_in(self, user: str, running: Running | None = None) -> str:
         """Log in on a new connection; returns the reply."""
-        (running or self.own).ask((running or self.own).relay.directory.failures._times.clear)
+        (running or self.own).forget_failures()
         client = self.connect(running or self.own)
         client.command_encoding = "utf-8"
         return client.log_in(user, self.password)
@@ -4709,7 +4719,7 @@ class TableTests(RelayCase):
 
     def test_answers_are_remembered_for_a_minute(self) -> None:
         clock = Clock()
-        self.own.relay.directory.table._clock = clock
+        self.own.relay.directory.table._found._clock = clock
         for _ in range(3):
             self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
             self.assertReply(self.log_in("none@lookup"), "535 5.7.8")
@@ -5041,7 +5051,7 @@ class AzuriteTests(RelayCase):
 
     def log_in(self, running: Running, user: str) -> str:
         """Log in on a new connection; returns the reply."""
-        running.ask(running.relay.directory.failures._times.clear)
+        running.forget_failures()
         client = self.connect(running)
         return client.log_in(user, self.password)
 
