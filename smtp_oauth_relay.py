@@ -118,9 +118,8 @@ try:
     import fcntl
     import pwd
     import resource
-    import termios
 except ImportError:                     # Windows has none of them
-    fcntl = pwd = resource = termios = None     # type: ignore[assignment]
+    fcntl = pwd = resource = None       # type: ignore[assignment]
 
 __version__ = "1.0.0"
 USER_AGENT = f"smtp-oauth-relay/{__version__}"
@@ -601,8 +600,8 @@ class Config:
         _whole(1000, 10 ** 12 - 1), "1073741824",
         "Most octets of that folder, with those of messages that were given up.")
     duplicate_window: int = setting(
-        _whole(0, 86400), "900", "How long a message is remembered whose 250 did not reach "
-        "the device, so that it is not sent twice. 0: not.")
+        _whole(0, 86400), "900", "How long an accepted message with Message-ID and Date is "
+        "remembered, so that it is not sent again if the device repeats it. 0: not.")
 
     # Limits
     max_message_size: int = setting(
@@ -5746,8 +5745,6 @@ def _private_file(octets: bytes) -> Iterator[str]:
 READ_COMMANDS = 4096            # octets worked on before others have their turn
 READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
-HEARD_WITHIN = 1.0              # seconds for a client's system to acknowledge a reply
-FIRST_LOOK = 0.02               # seconds until it is looked whether it has
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that may be open besides those of connections
@@ -5757,6 +5754,9 @@ _M_MMAP_THRESHOLD = -3          # of malloc.h
 # Handled always: as PID 1 of a container the relay has no default action. Not with the
 # loop's add_signal_handler(), which Windows lacks.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# The fields of RFC 5322 that identify a message, if they are not empty.
+_IDENTITY = re.compile(rb"^(Message-ID|Date)[ \t]*:(?:(?:\r\n)?[ \t])*[^\s]", re.I | re.M)
 
 _TIMED_OUT = Reply(421, "4.4.2", "Waited too long for you; goodbye")
 _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
@@ -5770,109 +5770,53 @@ def _own_name() -> str:
     return "localhost"
 
 
-def has_taken_all(sock: socket.socket) -> bool:
-    """Whether the other system has acknowledged all that was written to a socket. Where the
-    system does not tell: True. Raises OSError if the connection was reset.
+class DuplicateGuard:
+    """Remembers accepted messages, so that a retransmission is not sent again.
+
+    Only a message with a Message-ID and a Date field can be recognized (RFC 5322 section
+    3.6.4). Without them two equal messages may both be meant: a device repeats an alarm.
     """
-    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, os.strerror(error))
-    try:
-        return not any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
-    except (AttributeError, OSError):
-        return True
-
-
-def has_hung_up(sock: socket.socket) -> bool:
-    """Whether the other system has ended its half of a connection, or all of it. Where ours
-    does not tell: False.
-    """
-    try:
-        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    except (AttributeError, OSError):
-        return False
-    return state in (7, 8)              # CLOSE and CLOSE_WAIT of Linux
-
-
-class Receipt:
-    """What one client is told of a message that was accepted."""
-
-    def __init__(self, ident: str, digest: bytes = b"", text: str = "") -> None:
-        loop = asyncio.get_running_loop()
-        self.ident = ident
-        self.digest = digest            # none: it need not be remembered
-        self.text = text                # empty: it was not accepted, or not yet
-        self.outcome: asyncio.Future[None] = loop.create_future()
-        self.is_heard: asyncio.Future[bool] = loop.create_future()
-        self.told_at = 0.0
-        self.is_too_late = False        # the client had hung up before
-
-
-class Receipts:
-    """Remembers messages whose 250 was not heard: a client sends these again."""
 
     def __init__(self, window: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Remember for `window` seconds."""
+        """Remember messages for `window` seconds; 0 disables the guard."""
         self._window = window
-        self._clock = clock
-        self._under_way: dict[bytes, Receipt] = {}
-        self._unheard: dict[bytes, tuple[Receipt, float]] = {}      # and its end
+        self._under_way: dict[bytes, asyncio.Future[None]] = {}
+        self._accepted: Cache[bytes, tuple[str, str]] = Cache(clock)    # id and reply
+
+    def digest(self, login: Login, envelope: Envelope, header: bytes) -> bytes:
+        """Hash account, envelope and content; return b"" for an unrecognizable message."""
+        if not self._window or len({match[1].lower()
+                                    for match in _IDENTITY.finditer(header)}) < 2:
+            return b""
+        digest = hashlib.sha256(repr((
+            login.account.name, login.application.tenant, login.application.client,
+            envelope.reverse_path, sorted(envelope.recipients))).encode())
+        digest.update(envelope.message)
+        return digest.digest()
 
     @contextlib.asynccontextmanager
-    async def receipt(self, digest: bytes, ident: str,
-                      deadline: float) -> AsyncIterator[Receipt]:
-        """Give the receipt that is to be filled in. With a text it repeats that of the same
-        message, which was accepted and not heard. Raises TemporaryError.
+    async def claim(self, digest: bytes,
+                    deadline: float) -> AsyncIterator[tuple[str, str] | None]:
+        """Wait until no other client sends the same message, then yield the id and the
+        reply with which it was accepted before, or None. Raises TemporaryError.
         """
-        if not self._window:
-            yield Receipt(ident)
-            return
-        first = await self._find(digest, deadline)
-        receipt = (Receipt(first.ident, digest, first.text) if first else
-                   Receipt(ident, digest))
-        self._under_way[digest] = receipt
-        try:
-            yield receipt
-        finally:
-            del self._under_way[digest]
-            if receipt.text:            # that of a repeated one ends as the first would
-                _, ends_at = self._unheard.get(digest, (None, self._clock() + self._window))
-                _remember(self._unheard, digest, receipt, ends_at)
-            receipt.outcome.set_result(None)
-
-    async def _find(self, digest: bytes, deadline: float) -> Receipt | None:
-        while True:
-            first = self._under_way.get(digest)
-            # Some may come before, and be queued when there is no time left.
-            if first and not await done_by(deadline + DISK_TIMEOUT, first.outcome):
+        while digest in self._under_way:
+            if not await done_by(deadline, self._under_way[digest]):
                 raise TemporaryError("The same message is on its way; try again later", 451,
                                      "4.4.5")
-            first, ends_at = self._unheard.get(digest, (None, 0.0))
-            if first and self._clock() < ends_at:
-                await done_by(time.monotonic() + HEARD_WITHIN, first.is_heard)
-            if digest not in self._under_way:
-                break
-        first, ends_at = self._unheard.get(digest, (None, 0.0))
-        if self._clock() < ends_at:
-            return first
-        self._unheard.pop(digest, None)
-        return None
+        if not digest:
+            yield None
+            return
+        self._under_way[digest] = asyncio.get_running_loop().create_future()
+        try:
+            yield self._accepted.get(digest)
+        finally:
+            self._under_way.pop(digest).set_result(None)
 
-    def settle(self, receipt: Receipt, *, is_heard: bool) -> None:
-        """Learn whether its client has heard of it: if so the same is another message."""
-        if not receipt.is_heard.done():
-            receipt.is_heard.set_result(is_heard)
-        if is_heard and self._unheard.get(receipt.digest, (None, 0.0))[0] is receipt:
-            del self._unheard[receipt.digest]
-
-
-def identify(login: Login, envelope: Envelope) -> bytes:
-    """Hash what two messages have in common that are the same."""
-    digest = hashlib.sha256(repr((
-        login.account.name, login.application.tenant, login.application.client,
-        envelope.reverse_path, sorted(envelope.recipients))).encode())
-    digest.update(envelope.message)
-    return digest.digest()
+    def accepted(self, digest: bytes, ident: str, reply: str) -> None:
+        """Remember that a message was accepted."""
+        if digest:
+            self._accepted.put(digest, (ident, reply), self._window)
 
 
 class Relay:
@@ -5888,7 +5832,7 @@ class Relay:
         self.directory = Directory(config, Azure(config, pool, self._tokens))
         self.memory = Memory(config.max_memory_for_messages)
         self.name = config.server_name or _own_name()
-        self.receipts = Receipts(config.duplicate_window)
+        self._duplicates = DuplicateGuard(config.duplicate_window)
         self.spool = Spool(config, self._graph, self.directory.file, self.memory,
                            self.name) if config.spool_directory else None
         self._watcher: asyncio.Task[None] | None = None
@@ -5968,15 +5912,14 @@ class Relay:
             self._graph.check_upload(login.application, mailbox)
 
     async def deliver(self, login: Login, envelope: Envelope, session: str,
-                      address: IpAddress | None) -> Receipt:
-        """Send a message, or queue it. Raises RelayError."""
+                      address: IpAddress | None) -> str:
+        """Send a message, or queue it; returns the text of the reply. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
         account = login.account
         facts: dict[str, object] = {
             "session": session, "account": account.name or None,
             "sender": envelope.reverse_path, "recipients": len(envelope.recipients),
             "size": len(envelope.message)}
-        level, event = logging.INFO, "sent"
         try:
             message, digest = await self._prepare(login, envelope, deadline)
             facts.update(sender=message.prepared.mailbox, size=message.prepared.size)
@@ -5984,15 +5927,14 @@ class Relay:
                 account.check_sender(message.prepared.mailbox)
             if message.draft:
                 facts["attachments"] = len(message.draft.attachments)
-            async with self.receipts.receipt(digest, ident, deadline) as receipt:
-                if receipt.text:
-                    event, facts["first"] = "repeated", receipt.ident
-                elif await self._send(login, message, ident, deadline, address, facts):
-                    receipt.text = f"Accepted by Microsoft 365, id {ident}"
+            async with self._duplicates.claim(digest, deadline) as first:
+                if first:
+                    level, event = logging.INFO, "repeated"
+                    facts["first"], text = first
                 else:
-                    await self._queue(login, envelope, message.prepared, ident, facts)
-                    level, event = logging.WARNING, "queued"
-                    receipt.text = f"Queued, id {ident}"
+                    level, event, text = await self._send(login, envelope, message, ident,
+                                                          deadline, address, facts)
+                    self._duplicates.accepted(digest, ident, text)
         except asyncio.CancelledError:
             log_event(logging.WARNING, ident, "cut", **{
                 **facts, "problem": "the relay stops; it may have been sent"})
@@ -6005,7 +5947,7 @@ class Relay:
                       seconds=time.monotonic() - started)
             raise
         log_event(level, ident, event, **facts, seconds=time.monotonic() - started)
-        return receipt
+        return text
 
     async def _prepare(self, login: Login, envelope: Envelope,
                        deadline: float) -> tuple[Outgoing, bytes]:
@@ -6013,41 +5955,42 @@ class Relay:
         config = login.account.adapt(self.config)
         envelope = dataclasses.replace(envelope, reverse_path=login.account.from_email
                                        or envelope.reverse_path)
+
+        def edit() -> tuple[Outgoing, bytes]:
+            message = make_outgoing(envelope, config, login.username)
+            return message, self._duplicates.digest(login, envelope,
+                                                    message.prepared.before)
         try:
-            return await in_time(deadline, in_thread(lambda: (
-                make_outgoing(envelope, config, login.username),
-                identify(login, envelope))))
+            return await in_time(deadline, in_thread(edit))
         except TimeoutError:
             raise TemporaryError("The message takes too long to read; try again later"
                                  ) from None
 
-    async def _send(self, login: Login, message: Outgoing, ident: str, deadline: float,
-                    address: IpAddress | None, facts: dict[str, object]) -> bool:
-        """Send a message; False is: there is a spool, and it is for that. Raises
-        RelayError.
+    async def _send(self, login: Login, envelope: Envelope, message: Outgoing, ident: str,
+                    deadline: float, address: IpAddress | None,
+                    facts: dict[str, object]) -> tuple[int, str, str]:
+        """Send a message, or queue it if Microsoft does not take it now. Returns the level
+        and event to log, and the text of the reply. Raises RelayError.
         """
+        application = login.application
         try:
-            response = await self._graph.send(login.application, message, ident, deadline,
+            response = await self._graph.send(application, message, ident, deadline,
                                               (address, login.username))
-        except asyncio.CancelledError:          # the relay stops
+        except asyncio.CancelledError:
             if not self.spool:
                 raise
-            return False
+            reason = "the relay stops"
         except TemporaryError as error:
             if not self.spool or error.reply.close:     # the device must log in again
                 raise
             facts.update(error.facts, reply=error.reply)
-            return False
-        facts["request_id"] = response.headers.get("request-id")
-        if self.spool:
-            self.spool.logged_in(login.application)
-        return True
-
-    async def _queue(self, login: Login, envelope: Envelope, prepared: Prepared,
-                     ident: str, facts: Mapping[str, object]) -> None:
-        """Put a message into the spool. Raises TemporaryError."""
-        assert self.spool is not None           # or _send had raised
-        application, reason = login.application, str(facts.get("reply", "the relay stops"))
+            reason = str(error.reply)
+        else:
+            facts["request_id"] = response.headers.get("request-id")
+            if self.spool:
+                self.spool.logged_in(application)
+            return logging.INFO, "sent", f"Accepted by Microsoft 365, id {ident}"
+        prepared = message.prepared
         await self.spool.put(Entry(
             ident, login.account.name, application.tenant, application.client,
             prepared.mailbox, envelope.reverse_path and (
@@ -6055,6 +5998,7 @@ class Relay:
             list(envelope.recipients.values()), len(prepared.header), prepared.size, "",
             False, time.time(), 1, 0.0, reason), [prepared.header, prepared.body],
             application)
+        return logging.WARNING, "queued", f"Queued, id {ident}"
 
     def _deadline(self) -> float:
         return time.monotonic() + self.config.upstream_timeout
@@ -6084,8 +6028,6 @@ class Connection:
         self._progress = 0
         self._deadline = 0.0            # for the command under way
         self._is_timed_out = False
-        self._receipts: list[Receipt] = []          # that the client may not have heard of
-        self._untaken_at = 0.0          # when it was last seen that not all was taken
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
@@ -6107,11 +6049,6 @@ class Connection:
         self._session.abandon()
         self.is_running = False         # what follows ends soon, and is not to be cut off
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
-        for receipt in self._receipts[:1]:          # with the first all are known
-            self._look(FIRST_LOOK)
-            await done_by(time.monotonic() + HEARD_WITHIN, receipt.is_heard)
-            self._find_out()
-        self._settle(is_taken=False)
         await self._hang_up()
 
     def stop(self) -> None:
@@ -6148,16 +6085,8 @@ class Connection:
                     event, self._address, self.ident))
             else:
                 assert self._session.login is not None      # MAIL needs a login
-                receipt = await self._relay.deliver(self._session.login, event.envelope,
-                                                    self.ident, self._address)
-                self._session.delivered(receipt.text)
-                if receipt.digest:
-                    self._receipts.append(receipt)
-                    receipt.told_at = time.monotonic()
-                    receipt.is_too_late = self._is_gone or has_hung_up(
-                        self._plain_writer.get_extra_info("socket"))
-                    loop = asyncio.get_running_loop()
-                    loop.call_later(FIRST_LOOK, self._look, FIRST_LOOK)
+                self._session.delivered(await self._relay.deliver(
+                    self._session.login, event.envelope, self.ident, self._address))
         except RelayError as error:
             self._session.refuse(error.reply)
         self._renew_deadline()
@@ -6173,43 +6102,14 @@ class Connection:
         except asyncio.CancelledError:
             if not self._is_timed_out:
                 raise
-            self._find_out()            # first, as nobody may hear of the end
             self._session.end(_TIMED_OUT, "timed out")
             return
         finally:
             timer.cancel()
-        self._find_out()
         if octets:
             self._session.receive(octets)
         else:
             self._session.receive_eof()
-
-    def _find_out(self) -> None:
-        """Find out whether the client has heard of its messages."""
-        if self._is_gone:
-            self._settle(is_taken=False)
-        elif self._receipts:
-            try:
-                if self._has_taken_all():
-                    self._settle(is_taken=True)
-                else:
-                    self._untaken_at = time.monotonic()
-            except OSError:
-                self._settle(is_taken=False)
-
-    def _look(self, pause: float) -> None:
-        """Find out without a word of the client, ever more seldom: long after it has heard
-        it may reset the connection, or vanish.
-        """
-        self._find_out()
-        if self._receipts:
-            asyncio.get_running_loop().call_later(pause, self._look, 2 * pause)
-
-    def _has_taken_all(self) -> bool:
-        """Whether the client's system has taken all that was said. Raises OSError."""
-        plain, transport = self._plain_writer.transport, self._writer.transport
-        return not (plain.get_write_buffer_size() or transport.get_write_buffer_size()
-                    ) and has_taken_all(plain.get_extra_info("socket"))
 
     @property
     def _is_gone(self) -> bool:
@@ -6218,18 +6118,6 @@ class Connection:
         """
         return (self._plain_writer.transport.is_closing()
                 or self._writer.transport.is_closing())
-
-    def _settle(self, *, is_taken: bool) -> None:
-        """Say of which messages the client has heard, as it has taken all or is gone.
-
-        What it took in the end nobody can tell then. Rather twice than never: it has heard,
-        unless it had hung up before, or was seen to take nothing for HEARD_WITHIN.
-        """
-        for receipt in self._receipts:
-            may_have_heard = (not receipt.is_too_late
-                              and self._untaken_at < receipt.told_at + HEARD_WITHIN)
-            self._relay.receipts.settle(receipt, is_heard=is_taken or may_have_heard)
-        self._receipts.clear()
 
     def _time_out(self) -> None:
         """End the wait in _read."""

@@ -3393,6 +3393,10 @@ class Client(smtplib.SMTP):
         return f"{code} {text.decode()}"
 
 
+IDENTIFIED = (b"Message-ID: <1@x.y>\r\nDate: Sat, 28 Nov 2026 03:00:00 +0000\r\n"
+              b"Subject: s\r\n\r\nText\r\n")
+
+
 def trusting() -> ssl.SSLContext:
     """What a client knows that trusts the CA of the tests."""
     return ssl.create_default_context(cafile=FILES["ca.pem"])
@@ -3437,17 +3441,12 @@ class RelayCase(unittest.TestCase):
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
         self.running.forget_failures()
         self.open_lines()
-        self.forget_receipts()
         self.password = f"secret of {self.id()}"
         self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
 
     def open_lines(self) -> None:
         """Let mailboxes send that Microsoft has made wait."""
         self.running.ask(self.running.relay._graph.turns._lines.clear)
-
-    def forget_receipts(self) -> None:
-        """Take what comes for a message of its own, whatever came before."""
-        self.running.ask(self.running.relay.receipts._unheard.clear)
 
     def connect(self, running: Running | None = None) -> Client:
         """Connect and say EHLO."""
@@ -9029,327 +9028,142 @@ login = optional
         self.assertReply(self.come_from("127.0.0.2").post(), "530 5.7.0")
 
 
-class ReceiptTests(RelayCase):
-    """A message whose 250 was not heard is not sent twice; one that was heard is another."""
+class DuplicateTests(RelayCase):
+    """A message with Message-ID and Date is sent once, however often a client sends it."""
 
     settings = {"UPSTREAM_TIMEOUT": str(PATIENCE)}
 
-    def leave(self, *, reset: bool = False, client: Client | None = None) -> str:
-        """Disappear while a message is with Microsoft, which takes it; returns its id."""
-        client = client or self.begun()
-        self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        assert client.sock is not None
-        if reset:
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
-        with kept_log() as kept:
-            self.fake.release.set()
-            wait_for(lambda: kept.find("disconnected"))
-        return self.fake.asked("send")[-1].headers["client-request-id"]
+    def setUp(self) -> None:
+        super().setUp()
+        self.forget()
 
-    def again(self, **options: Any) -> str:
-        """Send the same message; returns the reply."""
-        return self.logged_in().post(b"Subject: s\r\n\r\nText\r\n", **options)
+    def forget(self) -> None:
+        """Begin a case: nothing was sent yet."""
+        self.fake.reset()
+        self.running.ask(self.running.relay._duplicates._accepted._values.clear)
 
-    def test_a_client_that_disappears_and_comes_again(self) -> None:
-        for reset in (False, True):
-            with self.subTest(reset=reset):
-                self.fake.reset()
-                self.forget_receipts()
-                ident = self.leave(reset=reset)
-                with kept_log() as kept:
-                    self.assertEqual(self.again(),
-                                     f"250 2.0.0 Accepted by Microsoft 365, id {ident}")
-                self.assertEqual(len(self.fake.delivered), 1)
-                self.assertIn(f"first={ident}", kept.find("repeated")[0][1])
-                # This 250 was heard, so the next one is another message.
-                self.assertReply(self.again(), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 2)
+    def sends(self, client: Client, content: bytes = IDENTIFIED) -> Client:
+        """Send the content of a message, and do not wait for the reply."""
+        client.send(content + b".\r\n")
+        return client
 
-    def test_others_are_not_the_same(self) -> None:
-        self.leave()
-        for options in ({"sender": "other@example.com"}, {"recipients": ("b@x.y",)},
-                        {"recipients": ("a@x.y", "b@x.y")}):
-            self.assertReply(self.again(**options), "250 2.0.0")
-        another = self.connect()
-        another.log_in(f"{TENANT}@{TENANT}", self.password)
-        self.assertReply(another.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-        self.assertReply(self.logged_in().post(b"Subject: s\r\n\r\nText.\r\n"), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 6)
-        self.assertReply(self.again(recipients=("A@X.Y",)), "250 2.0.0")    # this is
-        self.assertEqual(len(self.fake.delivered), 6)
+    def test_the_same_message_again(self) -> None:
+        def hear(client: Client) -> None:
+            self.assertReply(client.next_reply(), "250 2.0.0")
 
-    def test_what_makes_two_messages_the_same(self) -> None:
-        def identify(name: str = "", tenant: str = "t", client: str = "c", path: str = "p",
-                     recipients: str = "ab", message: bytes = b"m") -> bytes:
-            return relay.identify(
-                relay.Login(relay.Account(name), relay.Application(tenant, client)),
-                relay.Envelope(path, {one: one for one in recipients}, message))
-        self.assertEqual(identify(), identify(recipients="ba"))
-        others = [identify(), identify(name="n"), identify(tenant="u"), identify(client="d"),
-                  identify(path="q"), identify(recipients="a"), identify(message=b"n")]
-        self.assertEqual(len(set(others)), len(others))
+        def leave(client: Client) -> None:
+            client.close()
 
-    def test_one_that_comes_while_the_first_is_on_its_way(self) -> None:
-        for action, delivered, replies in (
-                (self.fake.accept, 1, 1), (say(400), 1, 2), (utter(b""), 1, 2)):
-            with self.subTest(replies=replies):
-                self.fake.reset()
-                self.forget_receipts()
-                first, second = self.begun(), self.begun()
-                self.fake.will("send", self.fake.hang_then(action))
-                first.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+        def leave_with_reset(client: Client) -> None:
+            assert client.sock is not None
+            client.file.close()
+            reset(client.sock)
+        for end in (hear, leave, leave_with_reset):
+            with self.subTest(end.__name__), kept_log() as kept:
+                self.forget()
+                self.fake.will("send", self.fake.hang_then(self.fake.accept))
+                client = self.sends(self.begun())
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-                second.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+                if end is not hear:
+                    end(client)
+                self.fake.release.set()
+                if end is hear:
+                    end(client)
+                for _ in range(2):
+                    reply = self.sends(self.begun()).next_reply()
+                    ident = self.fake.asked("send")[0].headers["client-request-id"]
+                    self.assertEqual(reply, f"250 2.0.0 Accepted by Microsoft 365, id {ident}")
+                    self.assertIn(f"first={ident} ", kept.find("repeated")[-1][1])
+                self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_which_messages_are_the_same(self) -> None:
+        head, text = IDENTIFIED.split(b"Subject")
+        ident, date, _ = head.split(b"\r\n")
+        other: dict[str, Any]
+        for is_same, message, other in (
+                (True, IDENTIFIED, {}),
+                (True, IDENTIFIED, {"recipients": ("b@x.y", "A@X.Y")}),
+                (False, IDENTIFIED, {"recipients": ("a@x.y",)}),
+                (False, IDENTIFIED, {"sender": "other@example.com"}),
+                (False, IDENTIFIED, {"message": IDENTIFIED + b".\r\n"}),
+                (False, IDENTIFIED, {"user": f"{TENANT}@{TENANT}"}),
+                # In any case and order; folded after the colon.
+                (True, b"date:x\r\nMESSAGE-ID :\r\n\t <a@b>\r\n\r\n", {}),
+                # Neither, one twice, one that is empty, one in the text or a longer name.
+                (False, b"Subject" + text, {}),
+                (False, date + b"\r\n" + date + b"\r\nSubject" + text, {}),
+                (False, ident + b"\r\nSubject" + text, {}),
+                (False, ident + b"\r\nDate: \r\n \r\nSubject" + text, {}),
+                (False, ident + b"\r\nSubject" + text + date + b"\r\n", {}),
+                (False, ident + b"\r\nX-" + date + b"\r\nResent-" + date + b"\r\n\r\n", {})):
+            with self.subTest(f"{message!r} and {other}"):
+                self.forget()
+                for change in ({}, other):
+                    values: dict[str, Any] = {"user": USER, "message": message, "sender": SENDER,
+                                              "recipients": ("a@x.y", "b@x.y"), **change}
+                    client = self.connect()
+                    client.log_in(values.pop("user"), self.password)
+                    self.assertReply(client.post(**values), "250 2.0.0")
+                self.assertEqual(len(self.fake.delivered), 1 if is_same else 2)
+
+    def test_the_same_while_the_first_is_on_its_way(self) -> None:
+        for action, is_sent_again in ((self.fake.accept, False), (say(400), True),
+                                      (utter(b""), True)):
+            with self.subTest(is_sent_again=is_sent_again):
+                self.forget()
+                self.fake.will("send", self.fake.hang_then(action))
+                first = self.sends(self.begun())
+                self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+                second = self.sends(self.begun())
                 first.close()
                 wait_for(lambda: self.running.ask(lambda: sum(
                     one._session.holds_message for one in self.running.server._connections)) == 2)
                 self.fake.release.set()
                 reply = self.assertReply(second.next_reply(), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), delivered)
+                self.assertEqual(len(self.fake.delivered), 1)
                 asked = self.fake.asked("send")
-                self.assertEqual(len(asked), replies)
+                self.assertEqual(len(asked), 1 + is_sent_again)
                 self.assertTrue(reply.endswith(asked[-1].headers["client-request-id"]))
+        self.assertEqual(self.running.relay._duplicates._under_way, {})
 
-    def test_the_same_at_once_of_clients_that_listen(self) -> None:
-        """Alarms repeat themselves; both are sent."""
-        clients = [self.begun() for _ in range(3)]
-        for client in clients:
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        replies = [client.next_reply() for client in clients]
-        self.assertEqual(len(set(replies)), 3)
-        self.assertEqual(len(self.fake.delivered), 3)
-
-    def test_one_that_waits_in_vain(self) -> None:
-        running = Running(self.config(UPSTREAM_TIMEOUT="3"))
+    def test_the_second_has_its_own_deadline(self) -> None:
+        running = Running(self.config(UPSTREAM_TIMEOUT="2"))
         self.addCleanup(running.stop)
-        first, second = self.begun(running), self.begun(running)
         self.fake.will("send", self.fake.hang, self.fake.hang)
-        for client in (first, second):
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        replies = sorted(client.next_reply() for client in (first, second))
+        clients = [self.sends(self.begun(running)) for _ in range(2)]
+        replies = sorted(client.next_reply() for client in clients)
         self.assertReply(replies[0], "451 4.4.1")
         self.assertRegex(replies[1], "^451 4.4.[15] ")
 
-    def test_what_was_heard_is_another_message(self) -> None:
-        def in_one_session(client: Client) -> None:
-            client.post(b"Subject: s\r\n\r\nText\r\n")
-
-        def with_quit(client: Client) -> None:
-            client.quit()
-
-        def without_quit(client: Client) -> None:
-            client.close()
-
-        def half_closed(client: Client) -> None:
-            """As `nc -N` and shell scripts do."""
-            client.sock.shutdown(socket.SHUT_WR)
-            self.assertEqual(client.next_reply()[:3], "")
-        for end in (in_one_session, with_quit, without_quit, half_closed):
-            with self.subTest(end.__name__):
-                self.fake.reset()
-                for _ in range(2):
-                    client = self.logged_in()
-                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-                    with kept_log() as kept:
-                        end(client)
-                        client.close()
-                        wait_for(lambda: kept.find("disconnected"))
-                self.assertEqual(len(self.fake.delivered), 4 if end is in_one_session else 2)
-
-    def test_who_says_all_at_once_and_hears_all(self) -> None:
-        """Then nothing that comes back shows that the 250 was heard, but TCP."""
-        for closes in (False, True):
-            for _ in range(2):
-                client = self.begun()
-                client.send(b"Subject: s\r\n\r\nText\r\n.\r\nQUIT\r\n")
-                if closes:
-                    client.sock.shutdown(socket.SHUT_WR)
-                self.assertReply(client.next_reply(), "250 2.0.0")
-                self.assertReply(client.next_reply(), "221 2.0.0")
-                client.close()
-        self.assertEqual(len(self.fake.delivered), 4)
-
-    def test_whether_all_was_taken(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            theirs = socket.create_connection(listener.getsockname())
-            ours, _ = listener.accept()
-        with ours, theirs:
-            wait_for(lambda: relay.has_taken_all(ours))
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            ours.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    ours.send(b"x" * 65536)
-            self.assertEqual(relay.has_taken_all(ours), relay.fcntl is None)
-            theirs.close()                      # with octets unread, so it resets
-            with self.assertRaises(ConnectionResetError):
-                wait_for(lambda: relay.has_taken_all(ours) and relay.fcntl)
-
-    def test_for_how_long_and_how_many(self) -> None:
-        async def play() -> list[str]:
-            clock = Clock()
-            receipts = relay.Receipts(900, clock)
-
-            async def accept(digest: bytes, ident: str) -> str:
-                async with receipts.receipt(digest, ident, time.monotonic()) as receipt:
-                    receipt.text = receipt.text or ident
-                receipts.settle(receipt, is_heard=False)
-                return receipt.text
-            said = [await accept(b"x", "1"), await accept(b"x", "2")]
-            clock.now += 899
-            said.append(await accept(b"x", "3"))
-            clock.now += 2
-            said.append(await accept(b"x", "4"))
-            for number in range(2000):
-                await accept(b"%d" % number, "n")
-            self.assertLessEqual(len(receipts._unheard), 1000)
-            self.assertEqual(receipts._under_way, {})
+    def test_the_window(self) -> None:
+        async def play(guard: relay.DuplicateGuard, clock: Clock) -> list[Any]:
+            said = []
+            for number, pause in enumerate((0, 899, 2)):        # a repetition adds no time
+                clock.now += pause
+                async with guard.claim(b"x", time.monotonic()) as first:
+                    said.append(first)
+                    if not first:
+                        guard.accepted(b"x", str(number), "reply")
             return said
-        self.assertEqual(asyncio.run(play()), ["1", "1", "1", "4"])
+        clock = Clock()
+        self.assertEqual(asyncio.run(play(relay.DuplicateGuard(900, clock), clock)),
+                         [None, ("0", "reply"), None])
 
-    def test_nothing_of_it_when_it_is_off(self) -> None:
+    def test_without_a_window_and_without_identity_nobody_waits(self) -> None:
         running = Running(self.config(DUPLICATE_WINDOW="0"))
         self.addCleanup(running.stop)
-        client = self.connect(running)
-        client.log_in(password=self.password)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
-        self.leave(client=client)
-        client = self.connect(running)
-        client.log_in(password=self.password)
-        self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 2)
-        # Nor does one wait for the other.
-        self.fake.release.clear()
-        self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 2)
-        for client in [self.connect(running) for _ in range(2)]:
-            client.log_in(password=self.password)
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-                client.docmd(line)
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE / 2))
-        self.fake.release.set()
-
-    def test_who_has_heard_and_then_resets_or_vanishes(self) -> None:
-        """The same that comes later is another message: to swallow it would lose it."""
-        def hear(client: Client) -> socket.socket:
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-            self.assertReply(client.next_reply(), "250 2.0.0")
-            assert client.sock is not None
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            return client.sock
-
-        def settled() -> bool:
-            return not self.running.ask(lambda: [
-                one for one in self.running.server._connections if one._receipts])
-
-        def leave(client: Client, one: Any) -> None:
-            client.file.close()
-            client.sock.close()
-            if one._receipts:           # it is looked before the relay knows of the reset
-                one._look(1.0)
-        first_look = relay.FIRST_LOOK
-        self.addCleanup(setattr, relay, "FIRST_LOOK", first_look)
-        for is_late in (False, True):
-            relay.FIRST_LOOK = first_look if is_late else PATIENCE
-            with self.subTest(is_late=is_late):
-                self.fake.reset()
-                for _ in range(2):
-                    client = self.begun()
-                    hear(client)
-                    one, = self.running.ask(lambda: list(self.running.server._connections))
-                    if is_late:         # it is looked without a word from the client
-                        wait_for(settled)
-                    with kept_log() as kept:
-                        self.running.ask(functools.partial(leave, client, one))
-                        wait_for(lambda: kept.find("disconnected"))
-                self.assertEqual(len(self.fake.delivered), 2)
-
-    def test_who_has_heard_and_resets_in_a_pass_that_is_slow(self) -> None:
-        """Whichever the relay sees first, the reset or that it is time to look."""
-        self.addCleanup(setattr, relay, "HEARD_WITHIN", relay.HEARD_WITHIN)
-        for is_looked_first in (True, False):
-            with self.subTest(is_looked_first=is_looked_first):
-                self.fake.reset()
-                relay.HEARD_WITHIN = 1.0 if is_looked_first else 0.05
-                client = self.begun()
-                one, = self.running.ask(lambda: list(self.running.server._connections))
-
-                def hear_and_reset(client: Client = client, one: Any = one) -> None:
-                    assert client.sock is not None
-                    self.assertIn(b"250 2.0.0", client.sock.recv(4096))
-                    told_at = one._receipts[0].told_at
-                    client.file.close()
-                    reset(client.sock)
-                    if relay.HEARD_WITHIN == 1.0:
-                        one._look(1.0)
-                    while time.monotonic() < told_at + 0.05:
-                        pass
-                with kept_log() as kept, after("sent", hear_and_reset):
-                    client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-                    wait_for(lambda: kept.find("disconnected"))
-                with self.logged_in() as client:
-                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 2)
-                wait_for(lambda: not self.running.ask(
-                    lambda: len(self.running.server._connections)))
-
-    def test_who_goes_while_the_second_of_two_is_on_its_way(self) -> None:
-        """Of this one it cannot have heard; of the first it has, or was gone already."""
-        self.addCleanup(setattr, relay, "FIRST_LOOK", relay.FIRST_LOOK)
-        relay.FIRST_LOOK = PATIENCE
-        both = (f"Subject: s\r\n\r\nText\r\n.\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\n"
-                "DATA\r\nSubject: t\r\n\r\nText\r\n.\r\n").encode()
-        hang_then, accept = self.fake.hang_then, self.fake.accept
-        for hears, leave in ((True, socket.socket.close), (True, reset),
-                             (False, socket.socket.close)):
-            with self.subTest(hears=hears, leave=leave), kept_log() as kept:
-                self.fake.reset()
-                self.forget_receipts()
-                client = self.begun()
-                assert client.sock is not None
-                self.fake.will("send", accept if hears else hang_then(accept), hang_then(accept))
-                client.send(both)
+        for where, content in ((running, IDENTIFIED), (self.running, b"Subject: s\r\n\r\n")):
+            self.forget()
+            self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 2)
+            clients = [self.sends(self.begun(where), content) for _ in range(2)]
+            for _ in clients:
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-                if hears:
-                    self.assertReply(client.next_reply(), "250 2.0.0")
-                client.file.close()
-                leave(client.sock)
-                if leave is reset:      # it is judged at the next look
-                    one, = self.running.ask(lambda: [
-                        one for one in self.running.server._connections
-                        if one._session.holds_message])
-                    wait_for(functools.partial(getattr, one, "_is_gone"))
-                    self.running.ask(functools.partial(one._look, PATIENCE))
-                    self.assertReply(self.again(), "250 2.0.0")
-                    self.assertEqual(len(self.fake.delivered), 2)
-                self.fake.release.set()
-                wait_for(lambda: kept.find("disconnected"))
-                if leave is not reset:
-                    self.assertReply(self.again(), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 2 + hears)
-                self.assertReply(self.logged_in().post(b"Subject: t\r\n\r\nText\r\n"), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 2 + hears)
-
-    def test_two_clients_that_are_told_the_same(self) -> None:
-        """What becomes of the first is of no matter to the second."""
-        self.leave()
-        first, = self.running.ask(lambda: list(self.running.relay.receipts._unheard.values()))
-        self.assertReply(self.again(), "250 2.0.0")             # and hears it
-        wait_for(lambda: not self.running.ask(self.running.relay.receipts._unheard.copy))
-        self.running.ask(lambda: self.running.relay.receipts.settle(first[0], is_heard=False))
-        self.assertReply(self.again(), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 2)
+            self.fake.release.set()
+            self.assertEqual(len({client.next_reply() for client in clients}), 2)
 
 
-class DeafReceiptTests(RelayCase):
-    """Clients that do not read, or late, and leave without having heard 250."""
-
-    MESSAGE = (f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
-               "Subject: s\r\n\r\nText\r\n.\r\n").encode()
+class LingerTests(RelayCase):
+    """A client that reads late."""
 
     def buffered(self) -> int:
         """Octets for the only client that are in none of the buffers of the system."""
@@ -9380,13 +9194,6 @@ class DeafReceiptTests(RelayCase):
         self.flood(sock, 0)
         return sock, one
 
-    @staticmethod
-    def reset_and_look(sock: socket.socket, one: Any) -> None:
-        """Both in one pass of the loop, as if it were busy."""
-        reset(sock)
-        asyncio.get_running_loop().call_soon(one._look, 1.0)
-        asyncio.get_running_loop().call_later(0, one._look, 1.0)
-
     def test_one_that_reads_all_in_the_end(self) -> None:
         """The connection is not closed before the last word has left."""
         self.addCleanup(setattr, relay, "LINGER", relay.LINGER)
@@ -9404,52 +9211,6 @@ class DeafReceiptTests(RelayCase):
                 self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
                 wait_for(one.task.done)
                 self.assertIsNone(one.task.exception())
-
-    def test_one_that_resets_and_one_that_quits(self) -> None:
-        self.addCleanup(setattr, relay, "HEARD_WITHIN", relay.HEARD_WITHIN)
-        for is_reset in (False, True):
-            with self.subTest(is_reset=is_reset), kept_log() as kept:
-                self.fake.reset()
-                self.forget_receipts()
-                if is_reset:
-                    relay.HEARD_WITHIN = 0.0    # it is seen at once that it takes nothing
-                else:                   # some systems tell nothing of their own buffers
-                    self.addCleanup(setattr, relay, "fcntl", relay.fcntl)
-                    relay.fcntl = None      # type: ignore[assignment]
-                sock, one = self.begin_deaf()
-                sock.sendall(self.MESSAGE + (b"" if is_reset else b"QUIT\r\n"))
-                if is_reset:
-                    wait_for(functools.partial(getattr, one, "_untaken_at"))
-                    self.flood(sock, 65536)     # so that the relay waits to say more
-                    self.running.ask(functools.partial(self.reset_and_look, sock, one))
-                wait_for(lambda: not self.running.ask(
-                    lambda: len(self.running.server._connections)))
-                self.assertEqual(one._receipts, [])
-                with self.logged_in() as client:
-                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 1)
-                self.assertEqual(len(kept.find("repeated")), 1)
-                wait_for(lambda: not self.running.ask(
-                    lambda: len(self.running.server._connections)))
-
-
-    def test_one_that_hears_and_resets_while_the_relay_has_more_to_say(self) -> None:
-        for name in ("FIRST_LOOK", "HEARD_WITHIN"):
-            self.addCleanup(setattr, relay, name, getattr(relay, name))
-            setattr(relay, name, PATIENCE)      # it may have heard, however late
-        sock, one = self.begin_deaf()
-        sock.sendall(self.MESSAGE)
-        wait_for(lambda: one._receipts)
-        self.flood(sock, 65536)
-        said = b""
-        while b"250 2.0.0 Accepted" not in said:
-            said = said[-20:] + sock.recv(4096)
-        self.assertEqual(len(one._receipts), 1)
-        reset(sock)
-        wait_for(one.task.done)
-        with self.logged_in() as client:
-            self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 2)
 
 
 class DeafTests(TlsCase):
@@ -9469,27 +9230,16 @@ class DeafTests(TlsCase):
             for _ in range(1000):
                 sock.sendall(b"HELP\r\n" * 3000)
 
-    def test_a_client_that_is_cut_off_has_not_heard(self) -> None:
-        for _ in range(2):
-            client = self.connect()
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            client.log_in(password=self.password)
-            client.sock.sendall(b"HELP\r\n" * 10_000)
-            client.sock.sendall(b"MAIL FROM:<scanner@example.com>\r\nRCPT TO:<a@x.y>\r\n"
-                                b"DATA\r\nSubject: s\r\n\r\nText\r\n.\r\n")
-            self.deafen(client.sock)
-            wait_for(lambda: not self.running.ask(
-                lambda: len(self.running.server._connections)))
-            client.close()
-        self.assertEqual(len(self.fake.delivered), 1)
-
-    def test_who_says_nothing_more_has_heard(self) -> None:
-        for _ in range(2):
-            client = self.connect()
-            client.log_in(password=self.password)
-            self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-            self.assertReply(client.next_reply(), "421 4.4.2")
-        self.assertEqual(len(self.fake.delivered), 2)
+    def test_the_end_is_said_in_tls_too(self) -> None:
+        """Or the client would not know whether it has heard all."""
+        sock = trusting().wrap_socket(self.raw(smtps=True), server_hostname="localhost",
+                                      suppress_ragged_eofs=False)
+        self.addCleanup(sock.close)
+        self.read_until(sock, b"220 ")
+        sock.sendall(b"QUIT\r\n")
+        self.read_until(sock, b"221 ")
+        while sock.recv(4096):
+            pass
 
     def test_a_deaf_client_that_ends_tls_is_let_go(self) -> None:
         """By itself asyncio waits for ever until it takes what is left."""
@@ -9524,98 +9274,6 @@ class DeafTests(TlsCase):
         if IS_LINUX:                    # ours is open still, and theirs is not
             wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
         raw.close()
-
-
-class ReceiptTlsTests(TlsCase):
-    """The same under TLS, which knows no half-closed connection."""
-
-    settings = {"REQUIRE_TLS": "true", "UPSTREAM_TIMEOUT": str(PATIENCE)}
-
-    def begin(self) -> Client:
-        client = Client(self.running.port)
-        self.addCleanup(client.close)
-        client.starttls(context=trusting())
-        client.ehlo()
-        client.log_in(password=self.password)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
-        return client
-
-    def test_the_end_is_said_in_tls_too(self) -> None:
-        """Or the client would not know whether it has heard all."""
-        sock = trusting().wrap_socket(self.raw(smtps=True), server_hostname="localhost",
-                                      suppress_ragged_eofs=False)
-        self.addCleanup(sock.close)
-        self.read_until(sock, b"220 ")
-        sock.sendall(b"QUIT\r\n")
-        self.read_until(sock, b"221 ")
-        while sock.recv(4096):
-            pass
-
-    def test_unheard_and_heard(self) -> None:
-        client = self.begin()
-        self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        client.close()
-        one, = self.running.server._connections
-        wait_for(lambda: self.running.ask(lambda: one._is_gone))
-        with kept_log() as kept:
-            self.fake.release.set()
-            wait_for(lambda: kept.find("disconnected"))
-        ident = self.fake.asked("send")[0].headers["client-request-id"]
-        for number in range(3):
-            client = self.begin()
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-            reply = self.assertReply(client.next_reply(), "250 2.0.0")
-            self.assertEqual(reply.endswith(ident), number == 0)
-            with kept_log() as kept:
-                client.close()                  # without QUIT
-                wait_for(lambda: kept.find("disconnected"))
-        self.assertEqual(len(self.fake.delivered), 3)
-
-    def test_who_hears_says_quit_and_goes(self) -> None:
-        """In one pass of the loop, and without waiting for the 221."""
-        for delivered in (1, 2):
-            client = self.begin()
-
-            def hear_and_go(client: Client = client) -> None:
-                assert isinstance(client.sock, ssl.SSLSocket)
-                self.assertIn(b"250 2.0.0", client.sock.recv(4096))
-                client.sock.sendall(b"QUIT\r\n")
-                client.sock.setblocking(False)
-                with contextlib.suppress(OSError):
-                    client.sock.unwrap()        # says close_notify
-                client.close()
-            with kept_log() as kept, after("sent", hear_and_go), after("repeated", hear_and_go):
-                client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-                wait_for(lambda: kept.find("disconnected"))
-            self.assertEqual(len(self.fake.delivered), delivered)
-
-    def test_who_says_all_at_once_hears_all_and_goes(self) -> None:
-        """It takes all and goes between two looks: the end of TLS is all that shows it."""
-        client = self.begin()
-        client.send(b"Subject: another\r\n\r\nText\r\n.\r\n")
-        self.assertReply(client.next_reply(), "250 2.0.0")
-        one, = self.running.ask(lambda: list(self.running.server._connections))
-
-        def hear_and_go() -> None:
-            self.assertEqual(len(one._receipts), 1)
-            assert client.sock is not None
-            said = b""
-            while b"\r\n221 " not in said:
-                said = said[-20:] + client.sock.recv(65536)
-            client.close()
-        with kept_log() as kept, after("disconnected", hear_and_go):
-            # More than its system takes before it reads.
-            client.send(b"HELP\r\n" * 1500 + f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
-                        "Subject: s\r\n\r\nText\r\n.\r\nQUIT\r\n".encode())
-            wait_for(lambda: kept.find("disconnected"))
-            wait_for(one.task.done)
-        client = self.begin()
-        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        self.assertReply(client.next_reply(), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 3)
 
 
 class ConnectionLimitTests(TlsCase):
@@ -10346,7 +10004,6 @@ class ResetTests(TlsCase):
                 self.fake.reset()
                 self.fake.will(kind, self.fake.hang_then(self.fake.accept))
                 self.password = f"secret of {tls} {kind}"
-                self.forget_receipts()      # the message is the same each time
                 with self.subTest(state, tls=tls), kept_log() as kept:
                     sock = self.come(state, tls=tls)
                     self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
@@ -12309,7 +11966,7 @@ class Story:
     # How often it was taken without a word, by id: the relay cannot know.
     unknown: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     is_calm: bool = True    # nothing is planned for it, nor for the login
-    came_again: bool = False    # its client left, and sent it once more
+    is_identified: bool = False     # by Message-ID and Date
     ended: float = 0.0
 
 
@@ -12318,8 +11975,9 @@ class Law:
 
     250: once; with `at_least_once` again for each time that Microsoft took it and did not
     say so. Refused: never; but once if Microsoft took it and did not say so. Unheard: as if
-    either had been heard. And always from the sender, to the recipients, and whole. A
-    message is known to Microsoft by the id that is in the reply.
+    either had been heard. An identified message that a client sends again: once in all. And
+    always from the sender, to the recipients, and whole. A message is known to Microsoft by
+    the id that is in the reply.
     """
 
     def __init__(self, *, at_least_once: bool = False) -> None:
@@ -12339,10 +11997,10 @@ class Law:
             if taken[ident] > self.most(reply[:3] == "250", story.unknown[ident]):
                 yield f"taken {taken[ident]} times, but answered {reply}"
         heard = collections.Counter(ident for reply, ident in story.heard if reply[:3] == "250")
-        if not story.unheard and any(number > 1 for number in heard.values()):
-            yield "answered as the same message before, of which the client had heard"
-        if story.came_again and len(story.takes) > 1 + sum(story.unknown.values()):
-            yield "sent twice, as its client left and came again"
+        if not story.is_identified and any(number > 1 for number in heard.values()):
+            yield "answered as a duplicate, although nothing identifies it"
+        if story.is_identified and len(story.takes) > 1 + sum(story.unknown.values()):
+            yield "sent twice, although it is identified"
         others = set(taken) - {ident for _, ident in story.heard}
         if len(others) > story.unheard:
             yield f"taken as {others}, of which no client knows"
@@ -12606,7 +12264,7 @@ class Traffic:
             story.is_calm = False       # other visitors may meet faults
 
     def make_story(self, chance: random.Random, marker: str, *, large: bool = False,
-                   calm: bool = False) -> Story:
+                   calm: bool = False, identified: bool = False) -> Story:
         """Invent a message, and what Microsoft will do about it."""
         recipients = [f"{marker}.{one}@x.y" for one in range(chance.choice((1, 1, 2, 3)))]
         sender = f"{chance.choice(('box1', 'box2', marker))}@example.com"
@@ -12614,18 +12272,18 @@ class Traffic:
                                k=chance.choice((0, 3, 30, 300)))
         head = (f"Subject: {marker}\nTo: {recipients[0]}, stranger@x.y\n"
                 f"Cc: {', '.join([*recipients[1:2], 'other@x.y'])}\n")
+        if identified:
+            head += f"Message-ID: <{marker}@x.y>\nDate: Sat, 28 Nov 2026 03:00:00 +0000\n"
         message = crlf(head) + b"\r\n" + b"".join(line + b"\r\n" for line in lines)
         kinds: dict[str, tuple[str, ...]] = {"send": SEND_FAULTS}
         if large:
-            # That a mailbox may have no drafts is remembered: none shares it.
-            sender = f"{marker}@example.com"
             message = LARGE.replace(b"Subject: s", f"Subject: {marker}".encode()).replace(
                 b"To: a@x.y", crlf(head.partition("\n")[2]).rstrip()).replace(
                 b"scan.pdf", f"{marker}.pdf".encode())
             others = (*(one for one in ANSWERS if one != "200"), "hang", "slow", "then close")
             kinds = {"send-draft": SEND_FAULTS, "draft": (*others, "taken 504", "taken close"),
                      "open": (*others, "200"), "put": others, "delete": others}
-        story = Story(marker, sender, recipients, message)
+        story = Story(marker, sender, recipients, message, is_identified=identified)
         if not calm:
             chances = (2, 3, 2, 1) if not large else (6, 2, 1, 0)
             story.plan = {kind: collections.deque(chance.choices(
@@ -12719,7 +12377,8 @@ class Visitor:
         for number in range(self.chance.choice((1, 1, 2, 3)) if self.way != "large" else 1):
             self.stories.append(self.traffic.make_story(
                 self.chance, f"story-{self.number + 1}-{number}", large=self.way == "large",
-                calm=self.is_calm and self.chance.random() < 0.5))
+                calm=self.is_calm and self.chance.random() < 0.5,
+                identified=self.chance.random() < 0.5))
             self.stories[-1].is_calm &= not self.faults
 
     def say(self, client: Client, line: str, *wanted: str) -> str:
@@ -12837,7 +12496,6 @@ class Visitor:
             if self.log_in(client):
                 for line in self.envelope(story):
                     self.say(client, line, "250", "354")
-                story.came_again = True
                 self.submit(client, story)
 
     def disappear(self, client: Client) -> None:
