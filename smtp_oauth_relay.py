@@ -106,6 +106,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, Union
@@ -4427,7 +4428,7 @@ class Directory:
 #     closed before all was written
 #
 # Anything else is the answer to the client, or a case for the spool: after a time-out or
-# a 504 the message may be on its way already. A large message takes one turn for all of its
+# a 504 the message may be on its way already. A large message takes one slot for all of its
 # requests, and its draft is deleted if any of them fails.
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
@@ -4436,129 +4437,57 @@ MOST_PAUSE = 86400.0            # seconds; what is longer is garbage
 THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
 NO_RIGHT_LASTS = 3600.0         # seconds that a missing Mail.ReadWrite is remembered
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
-SPOOLED = None                  # in place of a client: what no client waits for
 
 
-@dataclass
-class Line:
-    """Those who wait for one mailbox, by client, and whose turn it is next comes first."""
-
-    busy: int = 0
-    opens_at: float = 0.0       # time.monotonic(); before it nobody may ask
-    waiting: dict[object, collections.deque[asyncio.Future[bool]]] = field(
-        default_factory=dict)
-    deadlines: dict[asyncio.Future[bool], float] = field(default_factory=dict)
-
-    def next(self) -> asyncio.Future[bool]:
-        """Take out who is next; the other messages of this client go behind all others."""
-        client = next((one for one in self.waiting if one is not SPOOLED), SPOOLED)
-        turns = self.waiting.pop(client)
-        turn = turns.popleft()
-        if turns:
-            self.waiting[client] = turns
-        return turn
-
-    def leave(self, client: object, turn: asyncio.Future[bool]) -> None:
-        """Take out one who waits no more."""
-        self.waiting[client].remove(turn)
-        if not self.waiting[client]:
-            del self.waiting[client]
+MailboxKey = tuple[str, str, str]       # tenant, client, mailbox: Graph limits these
 
 
-class Turns:
-    """Lets so many at once do something with a mailbox; the others wait in line.
+class MailboxLimiter:
+    """Limits how many messages are sent from a mailbox at once: first come, first served.
 
-    Clients take turns, so that a burst of one does not hold up another. While a line is
-    held nobody's turn comes, and whose deadline is before its end is told so at once.
+    A message from the queue gets a slot when no client waits for one. The queue sends the
+    messages of a mailbox one by one, so it never holds more than one slot.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lines: dict[object, Line] = {}
+    def __init__(self) -> None:
+        self.in_use = 0
+        self._live: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._queued: collections.deque[asyncio.Future[None]] = collections.deque()
 
     @contextlib.asynccontextmanager
-    async def turn(self, key: object, client: object,
-                   deadline: float) -> AsyncIterator[None]:
-        """Wait for a turn, and have it. Raises TemporaryError if none comes in time."""
-        line = self._lines.setdefault(key, Line())
-        if line.busy < self._limit and not line.waiting and not line.opens_at:
-            line.busy += 1
+    async def slot(self, deadline: float, *, is_live: bool) -> AsyncIterator[None]:
+        """Hold a slot. Raises TemporaryError if none is free in time."""
+        if self.in_use < REQUESTS_AT_ONCE:
+            self.in_use += 1
         else:
-            await self._wait(line, key, client, deadline)
+            await self._wait(self._live if is_live else self._queued, deadline)
         try:
             yield
         finally:
-            line.busy -= 1
-            self._pass_on(key)
+            self._release()
 
-    async def _wait(self, line: Line, key: object, client: object, deadline: float) -> None:
-        if deadline < line.opens_at:
-            raise _too_fast()
-        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        line.waiting.setdefault(client, collections.deque()).append(turn)
-        line.deadlines[turn] = deadline
+    async def _wait(self, waiting: collections.deque[asyncio.Future[None]],
+                    deadline: float) -> None:
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting.append(slot)
         try:
-            if not await done_by(deadline, turn):
+            if not await done_by(deadline, slot):
                 raise TemporaryError("Too many messages for this mailbox at once; try "
                                      "again later", 451, "4.4.5")
-            if not turn.result():
-                raise _too_fast()
         except BaseException:
-            if not turn.done():
-                line.leave(client, turn)
-            elif turn.result():             # it came at the moment of a cancellation
-                line.busy -= 1
-            self._pass_on(key)
+            if slot.done():             # it came at the moment of a cancellation
+                self._release()
+            else:
+                waiting.remove(slot)
             raise
-        finally:
-            del line.deadlines[turn]
 
-    def hold(self, key: object, seconds: float) -> None:
-        """Let nobody's turn come for a while; that is what Microsoft wants."""
-        line = self._lines.setdefault(key, Line())
-        opens_at = time.monotonic() + seconds
-        if opens_at <= line.opens_at:
-            return
-        line.opens_at = opens_at
-        asyncio.get_running_loop().call_later(seconds, self._open, key, opens_at)
-        for client, turns in list(line.waiting.items()):
-            for turn in [one for one in turns if line.deadlines[one] < opens_at]:
-                line.leave(client, turn)
-                turn.set_result(False)
-
-    def held_for(self, key: object) -> float:
-        """Seconds for which a line is held."""
-        line = self._lines.get(key)
-        return max(0.0, line.opens_at - time.monotonic()) if line else 0.0
-
-    async def opened(self, key: object, deadline: float) -> None:
-        """Wait until a line is open, as one whose turn it is. Raises TemporaryError if
-        that is too late.
-        """
-        while self.held_for(key):
-            if time.monotonic() + self.held_for(key) >= deadline:
-                raise _too_fast()
-            await asyncio.sleep(self.held_for(key))
-
-    def _open(self, key: object, opens_at: float) -> None:
-        line = self._lines.get(key)
-        if line and line.opens_at == opens_at:      # it was not held for longer meanwhile
-            line.opens_at = 0.0
-            self._pass_on(key)
-
-    def _pass_on(self, key: object) -> None:
-        line = self._lines.get(key)
-        if line is None:                    # all is done already
-            return
-        while line.waiting and line.busy < self._limit and not line.opens_at:
-            line.next().set_result(True)
-            line.busy += 1
-        if not (line.busy or line.waiting or line.opens_at):
-            del self._lines[key]
-
-
-def _too_fast() -> TemporaryError:
-    return TemporaryError(_BUSY.text, _BUSY.code, _BUSY.status)
+    def _release(self) -> None:
+        """Pass a slot on to the next message."""
+        waiting = self._live or self._queued
+        if waiting:
+            waiting.popleft().set_result(None)
+        else:
+            self.in_use -= 1
 
 
 @dataclass(frozen=True)
@@ -4569,7 +4498,7 @@ class Errand:
     mailbox: str
     ident: str
     deadline: float
-    latest: float           # for the request that sends
+    latest: float           # to begin a request: it must have time to be answered
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -4591,14 +4520,17 @@ class Graph:
         self._pool = pool
         self._tokens = tokens
         self._clock = clock             # for what is remembered
-        self.turns = Turns(REQUESTS_AT_ONCE)
+        # A limiter is needed as long as a message holds or waits for one of its slots.
+        self._limiters: weakref.WeakValueDictionary[MailboxKey, MailboxLimiter] = (
+            weakref.WeakValueDictionary())
+        self._resume_at: Cache[MailboxKey, float] = Cache()     # time.monotonic()
         self._no_uploads: dict[tuple[str, str, str], tuple[Reply, float]] = {}
 
     async def send(self, application: Application, message: Outgoing, ident: str,
-                   deadline: float, client: object = SPOOLED) -> HttpResponse:
+                   deadline: float, *, is_live: bool = False) -> HttpResponse:
         """Send a message; returns the 202. Raises RelayError for anything else.
 
-        Clients of a mailbox take turns; what was spooled comes after them all.
+        `is_live`: a client waits for it. Messages from the queue come after these.
         """
         mailbox = message.prepared.mailbox
         # A request that is soon cut off may have been obeyed, and nobody would know.
@@ -4606,7 +4538,8 @@ class Graph:
         errand = Errand(application, mailbox, ident, deadline, latest)
         if message.draft:
             self.check_upload(application, mailbox)
-        async with self.turns.turn(errand.key, client, latest):
+        limiter = self._limiters.setdefault(errand.key, MailboxLimiter())
+        async with limiter.slot(latest, is_live=is_live):
             if not message.draft:
                 return await self._ask(errand, Step.SEND, self._request(
                     errand, "sendMail", message.prepared.encoded))
@@ -4617,6 +4550,10 @@ class Graph:
                           self._clock() + NO_RIGHT_LASTS)
                 _explain_right(errand)
                 raise
+
+    def held_for(self, key: MailboxKey) -> float:
+        """Return for how many seconds Microsoft wants no request for a mailbox."""
+        return max(0.0, (self._resume_at.get(key) or 0.0) - time.monotonic())
 
     def check_upload(self, application: Application, mailbox: str) -> None:
         """Raise DeliveryError if it is known that drafts may not be made there."""
@@ -4677,7 +4614,8 @@ class Graph:
 
     async def _discard(self, errand: Errand, path: str) -> None:
         """Delete a draft that is not sent; if that fails it stays, and the log says so."""
-        errand = dataclasses.replace(errand, deadline=time.monotonic() + DISCARD_TIMEOUT)
+        deadline = time.monotonic() + DISCARD_TIMEOUT
+        errand = dataclasses.replace(errand, deadline=deadline, latest=deadline)
         facts: dict[str, object] = {"problem": "the relay stops"}
         try:
             await self._ask(errand, Step.ATTACH,
@@ -4703,17 +4641,15 @@ class Graph:
 
     async def _ask(self, errand: Errand, step: Step, request: HttpRequest) -> HttpResponse:
         """Send a request until it succeeds. Raises RelayError."""
-        renewed, pause = False, 0.0
-        # When it is too late to begin: what sends must have time to be heard.
-        latest = errand.latest if step in (Step.SEND, Step.SEND_DRAFT) else errand.deadline
+        renewed = False
         while True:
-            if pause or request.method != "DELETE":     # a draft must not stay for a pause
-                await self.turns.opened(errand.key, latest)
+            if request.method != "DELETE":      # a draft must not stay for a pause
+                await self._wait_until_resumed(errand)
             token, headers = "", request.headers
             if step is not Step.UPLOAD:
                 token = await self._token(errand.application, errand.deadline)
                 headers = {**headers, "Authorization": f"Bearer {token}"}
-            if time.monotonic() >= latest:
+            if time.monotonic() >= errand.latest:
                 raise NoAnswer("no time is left")
             response = await self._pool.send(dataclasses.replace(request, headers=headers),
                                              errand.deadline)
@@ -4724,10 +4660,20 @@ class Graph:
                 self._tokens.forget(errand.application, token)
                 continue
             pause = _pause(response)
-            if pause:
-                self.turns.hold(errand.key, pause)
-            if not pause or time.monotonic() + pause >= latest:
+            if pause > self.held_for(errand.key):
+                self._resume_at.put(errand.key, time.monotonic() + pause, pause)
+            if not pause or time.monotonic() + pause >= errand.latest:
                 raise graph_error(response, errand.mailbox, step)
+            await asyncio.sleep(pause)
+
+    async def _wait_until_resumed(self, errand: Errand) -> None:
+        """Wait while Microsoft throttles a mailbox. Raises TemporaryError at once if that
+        is too long.
+        """
+        while self.held_for(errand.key):
+            if time.monotonic() + self.held_for(errand.key) >= errand.latest:
+                raise TemporaryError(_BUSY.text, _BUSY.code, _BUSY.status)
+            await asyncio.sleep(self.held_for(errand.key))
 
     async def _token(self, application: Application, deadline: float) -> str:
         """Get the token again; the device logged in long ago."""
@@ -5103,7 +5049,7 @@ class Spool:
         """Store a message; it is safe when this returns. Raises TemporaryError."""
         pause = 0.0
         if application and entry.key not in self._backlogs:     # it has just failed
-            pause = self._graph.turns.held_for(entry.key) or self._pause(1)
+            pause = self._graph.held_for(entry.key) or self._pause(1)
             entry.next_at = time.time() + pause
         octets, is_stored = len(entry.first_line) + entry.size, False
         self._writing += octets
@@ -5310,7 +5256,7 @@ class Spool:
             await self._give_up(backlog, entry, self._too_old(reason))
             return
         entry.reason = reason
-        held = self._graph.turns.held_for(entry.key)
+        held = self._graph.held_for(entry.key)
         others = [one for one in backlog.entries if one is not entry
                   and _is_due(one, time.time()) and self._application(one)]
         if held or backlog.suspect or not others:
@@ -5911,8 +5857,7 @@ class Relay:
         if login.account.adapt(self.config).sender_from == "envelope":  # else unknown yet
             self._graph.check_upload(login.application, mailbox)
 
-    async def deliver(self, login: Login, envelope: Envelope, session: str,
-                      address: IpAddress | None) -> str:
+    async def deliver(self, login: Login, envelope: Envelope, session: str) -> str:
         """Send a message, or queue it; returns the text of the reply. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
         account = login.account
@@ -5933,7 +5878,7 @@ class Relay:
                     facts["first"], text = first
                 else:
                     level, event, text = await self._send(login, envelope, message, ident,
-                                                          deadline, address, facts)
+                                                          deadline, facts)
                     self._duplicates.accepted(digest, ident, text)
         except asyncio.CancelledError:
             log_event(logging.WARNING, ident, "cut", **{
@@ -5967,15 +5912,14 @@ class Relay:
                                  ) from None
 
     async def _send(self, login: Login, envelope: Envelope, message: Outgoing, ident: str,
-                    deadline: float, address: IpAddress | None,
-                    facts: dict[str, object]) -> tuple[int, str, str]:
+                    deadline: float, facts: dict[str, object]) -> tuple[int, str, str]:
         """Send a message, or queue it if Microsoft does not take it now. Returns the level
         and event to log, and the text of the reply. Raises RelayError.
         """
         application = login.application
         try:
             response = await self._graph.send(application, message, ident, deadline,
-                                              (address, login.username))
+                                              is_live=True)
         except asyncio.CancelledError:
             if not self.spool:
                 raise
@@ -6086,7 +6030,7 @@ class Connection:
             else:
                 assert self._session.login is not None      # MAIL needs a login
                 self._session.delivered(await self._relay.deliver(
-                    self._session.login, event.envelope, self.ident, self._address))
+                    self._session.login, event.envelope, self.ident))
         except RelayError as error:
             self._session.refuse(error.reply)
         self._renew_deadline()

@@ -52,7 +52,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Callable, NamedTuple
 
 import smtp_oauth_relay as relay
@@ -3339,6 +3339,12 @@ class Running:
         if self._thread.is_alive():
             raise AssertionError("the relay does not stop")
 
+    def waiting(self) -> int:
+        """How many messages wait for a slot of their mailbox."""
+        waiting: int = self.ask(lambda: sum(len(one._live) + len(one._queued)
+                                            for one in self.relay._graph._limiters.values()))
+        return waiting
+
     def stop(self) -> None:
         """Stop it."""
         self.begin_stop()
@@ -3446,7 +3452,7 @@ class RelayCase(unittest.TestCase):
 
     def open_lines(self) -> None:
         """Let mailboxes send that Microsoft has made wait."""
-        self.running.ask(self.running.relay._graph.turns._lines.clear)
+        self.running.ask(self.running.relay._graph._resume_at._values.clear)
 
     def connect(self, running: Running | None = None) -> Client:
         """Connect and say EHLO."""
@@ -3822,32 +3828,6 @@ class AccountLoginTests(AccountCase):
         self.assertEqual(request.path, f"/{TENANT}/oauth2/v2.0/token")
         self.assertEqual(len(self.fake.asked("token")), 1)
         self.assertEqual({one.mailbox for one in self.fake.delivered}, {"scanner@example.com"})
-
-    @needs_loopbacks
-    def test_who_is_a_client_of_its_own(self) -> None:
-        """A mailbox is shared by turns: of each address and of each name."""
-        clients = []
-        for user, address in (*[("scan2", "127.0.0.8")] * 6, ("scan2", "127.0.0.9"),
-                              ("scan2@lookup", "127.0.0.8")):
-            client = self.come_from(address)
-            self.assertReply(client.log_in(user, PASSWORD), "235 2.7.0")
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-                client.docmd(line)
-            clients.append(client)
-        self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 4)
-        for number, client in enumerate(clients[:4]):
-            client.send(f"{number}\r\n.\r\n".encode())
-        for _ in range(4):
-            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        for number, client in enumerate(clients[4:]):
-            client.send(f"next {number}\r\n.\r\n".encode())
-        line, = self.running.ask(self.running.relay._graph.turns._lines.values)
-        wait_for(lambda: len(line.deadlines) == 4)
-        self.assertEqual(sorted(map(len, line.waiting.values())), [1, 1, 2])
-        self.assertNotIn(relay.SPOOLED, line.waiting)
-        self.fake.release.set()
-        for client in clients:
-            self.assertReply(client.next_reply(), "250 2.0.0")
 
     def test_the_password_may_be_the_secret(self) -> None:
         client = self.connect()
@@ -5792,11 +5772,9 @@ class SendTests(RelayCase):
             client.send(f"{number}\r\n.\r\n".encode())
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        wait_for(lambda: self.running.ask(lambda: sum(
-            len(line.deadlines) for line in self.running.relay._graph.turns._lines.values())) == 3)
+        wait_for(lambda: self.running.waiting() == 3)
         go.set()
-        wait_for(lambda: not self.running.ask(lambda: sum(
-            len(line.deadlines) for line in self.running.relay._graph.turns._lines.values())))
+        wait_for(lambda: not self.running.waiting())
         self.fake.release.set()
         self.assertEqual(sorted(client.getreply()[0] for client in clients),
                          [250] * 3 + [451] * 4)
@@ -5842,10 +5820,22 @@ class SendTests(RelayCase):
         self.have_no_time_for_a_pause()
         self.fake.will("send", graph_says(429, "X", retry_after="999999999"))
         self.assertReply(self.logged_in().post(), "451 4.4.5")
-        held, = self.running.ask(lambda: [
-            self.running.relay._graph.turns.held_for(key)
-            for key in self.running.relay._graph.turns._lines])
-        self.assertLessEqual(held, 1800)
+        key = TENANT, CLIENT, SENDER
+        self.assertLessEqual(self.running.ask(
+            lambda: self.running.relay._graph.held_for(key)), 1800)
+
+    def test_the_longest_pause_counts(self) -> None:
+        """For a message that waits already, too."""
+        clients = [self.begun() for _ in range(3)]
+        for number, pause in enumerate(("1", "99", "0")):
+            self.fake.will("send", self.fake.hang_then(graph_says(429, "X", retry_after=pause)))
+            clients[number].send(f"{number}\r\n.\r\n".encode())
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        self.fake.release.set()
+        for client in clients:
+            self.assertReply(client.next_reply(), "451 4.4.5")
+        self.assertReply(self.logged_in().post(), "451 4.4.5")
+        self.assertEqual(len(self.fake.asked("send")), 3)
 
     def test_connections_are_kept(self) -> None:
         client = self.logged_in()
@@ -5917,36 +5907,6 @@ class SendTests(RelayCase):
             self.assertEqual(client.getreply()[0], 250)
         self.assertEqual(self.fake.most_busy, 4)
 
-    def test_no_turn_in_time(self) -> None:
-        async def play() -> str:
-            pool = relay.HttpPool([self.fake.url])
-            graph = relay.Graph(self.config(UPSTREAM_TIMEOUT="3"), pool,
-                                relay.Tokens(self.config(), pool))
-
-            envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, b"\r\n")
-
-            def send(seconds: float) -> Any:
-                return graph.send(relay.Application(TENANT, CLIENT, self.password),
-                                  relay.make_outgoing(envelope, self.config()), "id",
-                                  time.monotonic() + seconds)
-            tasks = [asyncio.ensure_future(send(PATIENCE)) for _ in range(4)]
-            for _ in range(4):
-                await asyncio.to_thread(self.fake.arrived.acquire, timeout=PATIENCE)
-            try:
-                await send(0.4)
-            except relay.TemporaryError as error:
-                return str(error.reply)
-            finally:
-                self.fake.release.set()
-                await asyncio.wait(tasks)
-                for task in tasks:
-                    task.exception()
-                pool.close()
-            return ""
-        self.fake.will("send", *[self.fake.hang] * 4)
-        self.assertReply(asyncio.run(play()), "451 4.4.5")
-        self.assertEqual(len(self.fake.asked("send")), 4)
-
     def test_a_pause_that_ends_too_late_to_be_heard(self) -> None:
         """There are 60 seconds, of which the last 20 are for Microsoft to answer."""
         async def play() -> list[str]:
@@ -5962,7 +5922,7 @@ class SendTests(RelayCase):
                                                            time.monotonic() + 60))
                 if is_under_way:
                     await asyncio.to_thread(self.fake.arrived.acquire, timeout=PATIENCE)
-                    graph.turns.hold(relay.limits_key(application, SENDER), 50)
+                    graph._resume_at.put((TENANT, CLIENT, SENDER), time.monotonic() + 50, 50)
                     self.fake.release.set()
                 try:
                     await asyncio.wait_for(sending, PATIENCE)
@@ -6930,205 +6890,69 @@ class HttpsTests(RelayCase):
             del os.environ["http_proxy"], os.environ["https_proxy"]
 
 
-class TurnsTests(unittest.TestCase):
-    """So many at once for a key; no turn is lost, and none is made up."""
+class LimiterTests(unittest.TestCase):
+    """A mailbox has REQUESTS_AT_ONCE slots; none is lost, and none is made up."""
 
-    def test_no_turn_in_time(self) -> None:
-        async def play() -> None:
-            turns = relay.Turns(1)
-            async with turns.turn("key", "c", time.monotonic() + PATIENCE):
-                async with turns.turn("other", "c", time.monotonic() + PATIENCE):
-                    pass
-                with self.assertRaises(relay.TemporaryError) as caught:
-                    async with turns.turn("key", "c", time.monotonic() + 0.05):
-                        self.fail("two at once")
-                self.assertEqual(str(caught.exception.reply)[:9], "451 4.4.5")
-            async with turns.turn("key", "c", time.monotonic()):
-                pass
-        asyncio.run(play())
+    @contextlib.asynccontextmanager
+    async def full(self) -> AsyncIterator[relay.MailboxLimiter]:
+        """A limiter with all slots in use."""
+        limiter = relay.MailboxLimiter()
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(relay.REQUESTS_AT_ONCE):
+                await stack.enter_async_context(limiter.slot(0.0, is_live=True))
+            yield limiter
 
-    def order_of(self, *clients: object, numbered: bool = False) -> list[object]:
-        """Whose turn comes first of those who wait for one; which of his, if numbered."""
-        async def play() -> list[object]:
-            turns, order = relay.Turns(1), []
+    def test_first_come_first_served_and_the_queue_last(self) -> None:
+        async def work(limiter: relay.MailboxLimiter, name: str, order: list[str]) -> None:
+            async with limiter.slot(time.monotonic() + PATIENCE, is_live=name != "q"):
+                order.append(name)
 
-            async def work(number: int, client: object) -> None:
-                async with turns.turn("key", client, time.monotonic() + PATIENCE):
-                    order.append((client, number) if numbered else client)
-                    await asyncio.sleep(0)
-
-            async with turns.turn("key", "first", time.monotonic()):
-                tasks = [asyncio.ensure_future(work(*one)) for one in enumerate(clients)]
+        async def play(cancelled: set[int]) -> str:
+            order: list[str] = []
+            async with self.full() as limiter:
+                tasks = [asyncio.ensure_future(work(limiter, name, order)) for name in "1q23456"]
                 await asyncio.sleep(0)
-            await asyncio.wait(tasks)
-            self.assertEqual(turns._lines, {})
-            return order
-        return asyncio.run(play())
+            # The first four have a slot, and do not know it yet.
+            for number in cancelled:
+                tasks[number].cancel()
+            _, late = await asyncio.wait(tasks, timeout=PATIENCE / 2)
+            self.assertEqual((late, limiter.in_use), (set(), 0))
+            return "".join(order)
+        for cancelled, order in ((set[int](), "123456q"), ({0}, "23456q"), ({0, 2, 3, 4}, "56q"),
+                                 ({1}, "123456"), ({6}, "12345q")):
+            with self.subTest(cancelled):
+                self.assertEqual(asyncio.run(play(cancelled)), order)
 
-    def test_clients_take_turns_and_what_was_spooled_comes_last(self) -> None:
-        self.assertEqual(self.order_of("a", "a", "a", "b", "b", "c"), list("abcaba"))
-        self.assertEqual(self.order_of(relay.SPOOLED, "a", relay.SPOOLED, "a", "b"),
-                         ["a", "b", "a", relay.SPOOLED, relay.SPOOLED])
-
-    def test_the_messages_of_a_client_go_out_as_they_came(self) -> None:
-        self.assertEqual(self.order_of("a", "a", "a", numbered=True),
-                         [("a", 0), ("a", 1), ("a", 2)])
-
-    def test_a_turn_that_comes_at_the_moment_of_a_cancellation(self) -> None:
-        """It goes to the next one at once, and not only when its deadline comes."""
-        async def play() -> None:
-            turns = relay.Turns(1)
-
-            async def work() -> None:
-                async with turns.turn("key", "c", time.monotonic() + PATIENCE):
-                    pass
-            async with turns.turn("key", "c", time.monotonic()):
-                first, second = [asyncio.ensure_future(work()) for _ in range(2)]
-                await asyncio.sleep(0)
-            first.cancel()
-            await asyncio.wait({first, second}, timeout=PATIENCE / 2)
-            self.assertTrue(second.done() and first.cancelled())
-            self.assertEqual(turns._lines, {})
-        asyncio.run(play())
-
-    def test_who_was_told_of_a_pause_gives_no_turn_back(self) -> None:
-        """He had none; else two were at once."""
-        async def play() -> None:
-            turns = relay.Turns(1)
-
-            async def work(seconds: float) -> None:
-                async with turns.turn("key", "c", time.monotonic() + seconds):
-                    pass
-            async with turns.turn("key", "c", time.monotonic()):
-                in_vain = asyncio.ensure_future(work(PATIENCE))
-                await asyncio.sleep(0)
-                turns.hold("key", 2 * PATIENCE)
-                with self.assertRaises(relay.TemporaryError):
-                    await in_vain
-                turns._open("key", turns._lines["key"].opens_at)
-                with self.assertRaises(relay.TemporaryError):
-                    await work(0.02)
-        asyncio.run(play())
-
-    def test_a_held_line(self) -> None:
-        """Who cannot wait for its end is told at once; it is open for the others then."""
-        async def ask(turns: relay.Turns, seconds: float) -> str:
-            try:
-                async with turns.turn("key", "c", time.monotonic() + seconds):
-                    return "turn"
-            except relay.TemporaryError as error:
-                return str(error.reply)[:9]
-
-        async def play() -> list[str]:
-            turns = relay.Turns(2)
-            async with turns.turn("key", "c", time.monotonic()):
-                turns.hold("key", 30)
-                waiting = [asyncio.ensure_future(ask(turns, seconds)) for seconds in (60, 999)]
-                await asyncio.sleep(0)
-                turns.hold("key", 120)
-                turns.hold("key", 10)           # shorter than what is known
-                early, late = [await ask(turns, 60), await waiting[0]], waiting[1]
-                self.assertFalse(late.done())
-                with self.assertRaises(relay.TemporaryError):
-                    await turns.opened("key", time.monotonic() + 60)
-                self.assertGreater(turns.held_for("key"), 60)
-                async with turns.turn("other", "c", time.monotonic()):
-                    pass
-            turns._open("key", turns._lines["key"].opens_at)
-            self.assertEqual((await late, turns._lines), ("turn", {}))
-            turns.hold("key", 0.05)
-            self.assertEqual(await ask(turns, PATIENCE), "turn")
-            return early
-        self.assertEqual(asyncio.run(play()), ["451 4.4.5"] * 2)
-
-    def test_after_a_pause_as_many_go_on_as_may(self) -> None:
-        """And nobody before, not even when somebody is done."""
-        async def play() -> None:
-            turns, busy, both = relay.Turns(2), 0, asyncio.Event()
-
-            async def work() -> None:
-                nonlocal busy
-                async with turns.turn("key", "c", time.monotonic() + 9 * PATIENCE):
-                    busy += 1
-                    if busy == 2:
-                        both.set()
-                    await both.wait()
-            async with turns.turn("key", "c", time.monotonic()):
-                turns.hold("key", 2 * PATIENCE)
-                tasks = [asyncio.ensure_future(work()) for _ in range(2)]
-                await asyncio.sleep(0)
-            for _ in range(9):                  # more steps than it takes
-                await asyncio.sleep(0)
-            self.assertEqual(busy, 0)
-            turns._open("key", turns._lines["key"].opens_at)
-            await asyncio.wait_for(both.wait(), PATIENCE)
-            await asyncio.wait(tasks)
-        asyncio.run(play())
-
-    def test_a_pause_that_ends_before_who_was_told_of_it_goes(self) -> None:
-        """The loop may be busy for that long; then there is no line any more."""
-        async def play() -> None:
-            turns = relay.Turns(1)
-
-            async def work() -> None:
-                async with turns.turn("key", "c", time.monotonic() + 0.4):
-                    self.fail("two at once")
-            async with turns.turn("key", "c", time.monotonic()):
-                task = asyncio.ensure_future(work())
-                await asyncio.sleep(0)
-                turns.hold("key", PATIENCE)
-            for _ in range(2):
-                turns._open("key", turns._lines["key"].opens_at if turns._lines else 0.0)
-            with self.assertRaises(relay.TemporaryError):
-                await task
-            self.assertEqual(turns._lines, {})
-        asyncio.run(play())
-
-    def test_a_pause_that_becomes_longer_while_it_is_waited_for(self) -> None:
-        async def play() -> None:
-            turns = relay.Turns(1)
-            async with turns.turn("key", "c", time.monotonic()):
-                turns.hold("key", PATIENCE)
-                is_over = asyncio.Event()       # what it was told of at first
-                with unittest.mock.patch.object(asyncio, "sleep", lambda seconds: is_over.wait()):
-                    waiting = asyncio.ensure_future(
-                        turns.opened("key", time.monotonic() + 2 * PATIENCE))
-                    await asyncio.wait({waiting}, timeout=0.02)
-                turns.hold("key", 4 * PATIENCE)
-                is_over.set()
-                with self.assertRaises(relay.TemporaryError):
-                    await waiting
-                self.assertGreater(turns.held_for("key"), 2 * PATIENCE)
-        asyncio.run(play())
-
-    def test_who_has_waited_in_vain_is_not_held(self) -> None:
+    def test_a_message_that_gets_no_slot_is_not_held(self) -> None:
         """Not even until the garbage collector comes."""
-        async def wait(turns: relay.Turns, message: relay.Envelope) -> None:
-            async with turns.turn("key", "c", time.monotonic()):
-                self.fail(f"two at once, {message}")
+        async def wait(limiter: relay.MailboxLimiter, message: relay.Envelope) -> None:
+            async with limiter.slot(time.monotonic() + 0.02, is_live=True):
+                self.fail(f"a fifth slot, {message}")
 
         async def play() -> bool:
-            turns, message = relay.Turns(1), relay.Envelope("")
+            message = relay.Envelope("")
             held = weakref.ref(message)
-            async with turns.turn("key", "c", time.monotonic() + PATIENCE):
-                with contextlib.suppress(relay.TemporaryError):
-                    await wait(turns, message)
-                del message
+            async with self.full() as limiter:
+                with self.assertRaises(relay.TemporaryError) as caught:
+                    await wait(limiter, message)
+                self.assertEqual(str(caught.exception.reply)[:9], "451 4.4.5")
+                del message, caught
             await asyncio.sleep(0)              # this step still has the future that ended
             return held() is not None
         gc.disable()
         self.addCleanup(gc.enable)
         self.assertFalse(asyncio.run(play()))
 
-    def test_turns_under_cancellation_and_time_outs(self) -> None:
+    def test_cancellations_and_time_outs(self) -> None:
         async def play() -> int:
-            turns, busy, most = relay.Turns(2), 0, 0
+            limiter, busy, most = relay.MailboxLimiter(), 0, 0
             chance = random.Random(7)
 
             async def worker() -> None:
                 nonlocal busy, most
                 with contextlib.suppress(relay.TemporaryError, asyncio.CancelledError):
-                    async with turns.turn("key", "c", time.monotonic() + chance.random() / 50):
+                    async with limiter.slot(time.monotonic() + chance.random() / 50,
+                                            is_live=chance.random() < 0.8):
                         busy += 1
                         most = max(most, busy)
                         try:
@@ -7137,14 +6961,14 @@ class TurnsTests(unittest.TestCase):
                             busy -= 1
 
             for _ in range(30):
-                tasks = [asyncio.ensure_future(worker()) for _ in range(20)]
+                tasks = [asyncio.ensure_future(worker()) for _ in range(40)]
                 await asyncio.sleep(chance.random() / 100)
-                for task in chance.sample(tasks, 6):
+                for task in chance.sample(tasks, 12):
                     task.cancel()
                 await asyncio.wait(tasks)
-            self.assertEqual((busy, turns._lines), (0, {}))
+            self.assertEqual((busy, limiter.in_use), (0, 0))
             return most
-        self.assertEqual(asyncio.run(play()), 2)
+        self.assertEqual(asyncio.run(play()), relay.REQUESTS_AT_ONCE)
 
 
 @contextlib.contextmanager
@@ -7607,7 +7431,7 @@ class SpoolTests(SpoolCase):
         self.be_down(times=1)
         relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
         self.assertIn("Queued", self.post(client, "spooled"))
-        may_end, turns = threading.Semaphore(0), running.relay._graph.turns
+        may_end = threading.Semaphore(0)
 
         def accept(sock: socket.socket, request: Request) -> bool:
             may_end.acquire(timeout=PATIENCE)
@@ -7615,8 +7439,7 @@ class SpoolTests(SpoolCase):
 
         def wait_for_requests(begun: int, in_line: int) -> None:
             wait_for(lambda: len(self.fake.asked("send")) == begun)
-            wait_for(lambda: running.ask(lambda: sum(
-                len(line.deadlines) for line in turns._lines.values())) == in_line)
+            wait_for(lambda: running.waiting() == in_line)
         self.fake.will("send", *[accept] * 7)
         clients = [self.log_in_to(running) for _ in range(6)]
         for number, one in enumerate(clients):
@@ -12581,8 +12404,7 @@ def what_is_left(running: Running) -> list[str]:
                 # This one, the server's, and that of the spool.
                 "tasks": len(asyncio.all_tasks()) - 2 - (joined.spool is not None),
                 "memory": joined.config.max_memory_for_messages - joined.memory.free,
-                "turns": sum(line.busy + len(line.deadlines)
-                             for line in joined._graph.turns._lines.values()),
+                "slots": sum(one.in_use for one in joined._graph._limiters.values()),
                 "fetches": len(joined._tokens._fetches), "loop errors": len(running.loop_errors)}
         return [f"{number} {name} left" for name, number in held.items() if number]
     found: list[str] = running.ask(look)
