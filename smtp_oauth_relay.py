@@ -1326,15 +1326,11 @@ class Session:
     def __init__(self, config: Config, name: str,
                  trace: Callable[[str, object], None] | None = None,
                  memory: Memory | None = None,
-                 check_upload: Callable[[Login, str], None] | None = None,
                  guest: Login | None = None) -> None:
-        """Begin. A guest may send without login. `check_upload` raises RelayError where it
-        is known that a mailbox cannot send a message above GRAPH_MESSAGE_LIMIT.
-        """
+        """Begin. A guest may send without login."""
         self._config = config
         self._name = name
         self._memory = memory or Memory(config.max_memory_for_messages)
-        self._check_upload = check_upload or (lambda login, mailbox: None)
         self._guest = guest
         self.secure = False
         self.login = guest              # who may send
@@ -1576,7 +1572,10 @@ class Session:
         self._check_ascii(mailbox, "SMTPUTF8" in parameters)
         if mailbox:                         # else From says who sends
             self.login.account.check_sender(mailbox)
-        self._check_size(self.login, mailbox, int(parameters.get("SIZE") or 0))
+        size = int(parameters.get("SIZE") or 0)
+        if size > self._config.size_limit:
+            raise _above_limit(self._config)
+        self._memory.check(size)
         self._envelope = Envelope(mailbox)
         self._allow_utf8 = "SMTPUTF8" in parameters
         self._phase = Phase.MAIL
@@ -1585,14 +1584,6 @@ class Session:
     def _mail_size(self, value: str | None) -> None:
         if not _SIZE.fullmatch(value or ""):
             raise ProtocolError("SIZE must be a number of octets")
-
-    def _check_size(self, login: Login, mailbox: str, size: int) -> None:
-        """Refuse what is known to be in vain before it is transferred."""
-        if size > self._config.size_limit:
-            raise _above_limit(self._config)
-        if size > GRAPH_MESSAGE_LIMIT:
-            self._check_upload(login, mailbox)
-        self._memory.check(size)
 
     def _mail_body(self, value: str | None) -> None:
         if (value or "").upper() not in ("7BIT", "8BITMIME"):
@@ -3041,10 +3032,6 @@ SUCCESS: Mapping[Step, tuple[int, ...]] = {
     Step.UPLOAD: (200, 201, 202), Step.SEND_DRAFT: (202,)}
 
 
-class NoUploadRight(DeliveryError):
-    """The application may not make drafts in a mailbox."""
-
-
 def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) -> RelayError:
     """Make the error for an answer of Graph that is not the one for success."""
     reply, code = _find_reply(response), _graph_code(response)
@@ -3056,8 +3043,7 @@ def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) ->
         reply = _FAILING                # it is between Graph and Exchange
     facts = {"status": response.status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
-    kind = (NoUploadRight if reply is _NO_UPLOAD_RIGHT and step is Step.CREATE else
-            TemporaryError if reply.code < 500 else DeliveryError)
+    kind = TemporaryError if reply.code < 500 else DeliveryError
     level = logging.ERROR if reply is _NOT_SENT else logging.WARNING
     return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
                 level=level)
@@ -4027,14 +4013,6 @@ def _fresh(error: AuthError) -> AuthError:
     return AuthError(error.reply.text, facts=error.facts, level=error.level)
 
 
-def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float) -> None:
-    """Put a value into a cache; the one that was put there first makes room."""
-    cache.pop(key, None)
-    cache[key] = value, ends_at
-    if len(cache) > MAX_CACHED:
-        del cache[next(iter(cache))]
-
-
 # ---------------------------------------------------------------------------
 # §13  Directory
 # ---------------------------------------------------------------------------
@@ -4435,7 +4413,6 @@ REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own 
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
 MOST_PAUSE = 86400.0            # seconds; what is longer is garbage
 THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
-NO_RIGHT_LASTS = 3600.0         # seconds that a missing Mail.ReadWrite is remembered
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
 
 
@@ -4498,33 +4475,25 @@ class Errand:
     mailbox: str
     ident: str
     deadline: float
-    latest: float           # to begin a request: it must have time to be answered
+    latest: float           # to begin a request, as it must have time to be answered
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> MailboxKey:
         """Whose limits it is under."""
-        return limits_key(self.application, self.mailbox)
-
-
-def limits_key(application: Application, mailbox: str) -> tuple[str, str, str]:
-    """What Graph counts and grants for: an application and a mailbox."""
-    return application.tenant, application.client, mailbox.lower()
+        return self.application.tenant, self.application.client, self.mailbox.lower()
 
 
 class Graph:
     """Sends messages; Microsoft Graph v1.0, "user: sendMail", "message: send"."""
 
-    def __init__(self, config: Config, pool: HttpPool, tokens: Tokens,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
         self._config = config
         self._pool = pool
         self._tokens = tokens
-        self._clock = clock             # for what is remembered
         # A limiter is needed as long as a message holds or waits for one of its slots.
         self._limiters: weakref.WeakValueDictionary[MailboxKey, MailboxLimiter] = (
             weakref.WeakValueDictionary())
         self._resume_at: Cache[MailboxKey, float] = Cache()     # time.monotonic()
-        self._no_uploads: dict[tuple[str, str, str], tuple[Reply, float]] = {}
 
     async def send(self, application: Application, message: Outgoing, ident: str,
                    deadline: float, *, is_live: bool = False) -> HttpResponse:
@@ -4536,30 +4505,16 @@ class Graph:
         # A request that is soon cut off may have been obeyed, and nobody would know.
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
         errand = Errand(application, mailbox, ident, deadline, latest)
-        if message.draft:
-            self.check_upload(application, mailbox)
         limiter = self._limiters.setdefault(errand.key, MailboxLimiter())
         async with limiter.slot(latest, is_live=is_live):
-            if not message.draft:
-                return await self._ask(errand, Step.SEND, self._request(
-                    errand, "sendMail", message.prepared.encoded))
-            try:
+            if message.draft:
                 return await self._send_draft(errand, message.draft)
-            except NoUploadRight as error:
-                _remember(self._no_uploads, errand.key, error.reply,
-                          self._clock() + NO_RIGHT_LASTS)
-                _explain_right(errand)
-                raise
+            return await self._ask(errand, Step.SEND, self._request(
+                errand, "sendMail", message.prepared.encoded))
 
     def held_for(self, key: MailboxKey) -> float:
         """Return for how many seconds Microsoft wants no request for a mailbox."""
         return max(0.0, (self._resume_at.get(key) or 0.0) - time.monotonic())
-
-    def check_upload(self, application: Application, mailbox: str) -> None:
-        """Raise DeliveryError if it is known that drafts may not be made there."""
-        reply, ends_at = self._no_uploads.get(limits_key(application, mailbox), (None, 0.0))
-        if reply and self._clock() < ends_at:
-            raise DeliveryError(reply.text, reply.code, reply.status)
 
     # Large messages.
 
@@ -4599,12 +4554,10 @@ class Graph:
 
     async def _upload(self, errand: Errand, url: str, attachment: Attachment) -> None:
         """Send a file in pieces, to the host that Graph named, and without the token."""
-        pieces, begin = attachment.part.pieces(), 0
+        pieces, begin = filter(None, attachment.part.pieces()), 0
         while begin < attachment.size:
-            piece = await worked_out(errand.deadline, functools.partial(next, pieces))
+            piece = await worked_out(errand.deadline, functools.partial(next, pieces, b""))
             end = begin + len(piece)
-            if end == begin:            # nothing but line ends stood there
-                continue
             response = await self._ask(errand, Step.UPLOAD, HttpRequest("PUT", url, {
                 "Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
                 "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}, piece))
@@ -4698,19 +4651,6 @@ def _pause(response: HttpResponse) -> float:
     if pause is None or pause > MOST_PAUSE:
         return THROTTLED_PAUSE if response.status == 429 else 0.0
     return max(pause, LEAST_PAUSE)
-
-
-def _explain_right(errand: Errand) -> None:
-    """Tell the admin how to give the right to one mailbox."""
-    mailbox = errand.mailbox.replace("'", "''" * 2)     # a text in a text of PowerShell
-    log_event(logging.WARNING, errand.ident, "no-upload-right", mailbox=errand.mailbox,
-              client=errand.application.client, remedy="in Exchange Online PowerShell: "
-              "New-ManagementScope -Name 'relay uploads' -RecipientRestrictionFilter "
-              f"'UserPrincipalName -eq ''{mailbox}''"
-              "'; New-ManagementRoleAssignment "
-              "-App <object ID of the enterprise application> -Role 'Application "
-              "Mail.ReadWrite' -CustomResourceScope 'relay uploads'; or set "
-              "LARGE_MESSAGES=refuse")
 
 
 # ---------------------------------------------------------------------------
@@ -5851,12 +5791,6 @@ class Relay:
             self.spool.logged_in(login.application)
         return login
 
-    def check_upload(self, login: Login, mailbox: str) -> None:
-        """Raise DeliveryError if it is known that a large message cannot be sent."""
-        mailbox = login.account.from_email or mailbox
-        if login.account.adapt(self.config).sender_from == "envelope":  # else unknown yet
-            self._graph.check_upload(login.application, mailbox)
-
     async def deliver(self, login: Login, envelope: Envelope, session: str) -> str:
         """Send a message, or queue it; returns the text of the reply. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
@@ -5966,8 +5900,7 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._plain_writer = writer     # asyncio closes its transport when it is collected
-        self._session = Session(config, name, self._trace, relay.memory,
-                                relay.check_upload, self.guest)
+        self._session = Session(config, name, self._trace, relay.memory, self.guest)
         self._timeout = relay.config.client_timeout
         self._progress = 0
         self._deadline = 0.0            # for the command under way
