@@ -3025,17 +3025,19 @@ class Step(enum.Enum):
     ATTACH = "change the draft"         # so does this
     UPLOAD = "take a piece of a file"   # this needs no token
     SEND_DRAFT = "send the draft"
+    DELETE = "delete the draft"         # this needs Mail.ReadWrite too
 
 
 SUCCESS: Mapping[Step, tuple[int, ...]] = {
     Step.SEND: (202,), Step.CREATE: (200, 201), Step.ATTACH: (200, 201, 204),
-    Step.UPLOAD: (200, 201, 202), Step.SEND_DRAFT: (202,)}
+    Step.UPLOAD: (200, 201, 202), Step.SEND_DRAFT: (202,),
+    Step.DELETE: (200, 204, 404)}
 
 
 def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) -> RelayError:
     """Make the error for an answer of Graph that is not the one for success."""
     reply, code = _find_reply(response), _graph_code(response)
-    if step in (Step.CREATE, Step.ATTACH) and reply is _NO_RIGHT:
+    if step in (Step.CREATE, Step.ATTACH, Step.DELETE) and reply is _NO_RIGHT:
         reply = _NO_UPLOAD_RIGHT
     if step not in (Step.SEND, Step.CREATE) and reply is _NO_MAILBOX:
         reply = _FAILING                # it had one a moment ago
@@ -4402,6 +4404,7 @@ class Directory:
 #
 #     401, but of an upload                once, with a new token
 #     429, 503 with Retry-After           after that time, in which the mailbox rests
+#     404 for a draft that is new         a few times: not all servers know it at once
 #     connection refused, or a kept one   §11
 #     closed before all was written
 #
@@ -4413,6 +4416,7 @@ REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own 
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
 MOST_PAUSE = 86400.0            # seconds; what is longer is garbage
 THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
+DRAFT_DELAYS = (0.5, 1.0, 2.0, 4.0)     # seconds between attempts if a draft is not found
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
 
 
@@ -4571,13 +4575,13 @@ class Graph:
         errand = dataclasses.replace(errand, deadline=deadline, latest=deadline)
         facts: dict[str, object] = {"problem": "the relay stops"}
         try:
-            await self._ask(errand, Step.ATTACH,
+            await self._ask(errand, Step.DELETE,
                             self._request(errand, path, method="DELETE"))
             facts = {}
         except RelayError as error:
             facts = {"reply": error.reply, **error.facts}
         finally:
-            if facts and facts.get("status") != 404:
+            if facts:
                 log_event(logging.WARNING, errand.ident, "draft-left",
                           mailbox=errand.mailbox, **facts)
 
@@ -4594,9 +4598,9 @@ class Graph:
 
     async def _ask(self, errand: Errand, step: Step, request: HttpRequest) -> HttpResponse:
         """Send a request until it succeeds. Raises RelayError."""
-        renewed = False
+        renewed, delays = False, iter(DRAFT_DELAYS)
         while True:
-            if request.method != "DELETE":      # a draft must not stay for a pause
+            if step is not Step.DELETE:         # a draft must not stay for a pause
                 await self._wait_until_resumed(errand)
             token, headers = "", request.headers
             if step is not Step.UPLOAD:
@@ -4615,6 +4619,8 @@ class Graph:
             pause = _pause(response)
             if pause > self.held_for(errand.key):
                 self._resume_at.put(errand.key, time.monotonic() + pause, pause)
+            if response.status == 404 and step in (Step.ATTACH, Step.SEND_DRAFT):
+                pause = next(delays, 0.0)
             if not pause or time.monotonic() + pause >= errand.latest:
                 raise graph_error(response, errand.mailbox, step)
             await asyncio.sleep(pause)

@@ -2915,6 +2915,7 @@ class FakeMicrosoft:
         self.arc_key = ""
         self._busy: collections.Counter[str] = collections.Counter()
         self.most_busy = 0
+        self.least_upload = 2_097_152
         self.requests: list[Request] = []
         self.delivered: list[Delivered] = []
         self.drafts: dict[str, FakeDraft] = {}
@@ -3212,7 +3213,7 @@ class FakeMicrosoft:
         if refused is not None:
             return refused
         item = json.loads(request.body)["AttachmentItem"]
-        if item.pop("attachmentType") != "file" or item["size"] < 2_097_152:
+        if item.pop("attachmentType") != "file" or item["size"] < self.least_upload:
             return graph_says(400, "ErrorAttachmentSizeShouldNotBeLessThanMinimumSize")(
                 sock, request)
         file = (item, bytearray())
@@ -6076,117 +6077,12 @@ class LargeMessageTests(RelayCase):
             self.assertEqual(len(self.fake.asked(kind)), 1)
             self.assertTrue(self.fake.sent_drafts[0].files[0][1] == octets)
 
-    def test_each_step_may_fail_and_then_there_is_no_draft(self) -> None:
-        client = self.logged_in()
-        message = crlf(multipart("mixed", PLAIN, PDF, SCAN, header=NAMED))
-        for step in STEPS:
-            for action, wanted in (
-                    (graph_says(403, "ErrorQuotaExceeded"), "452 4.2.2"), (say(413), "552 5.3.4"),
-                    (say(500), "451 4.3.0"), (utter(b""), "451 4.4.1"),
-                    (say(429, retry_after="99"), "451 4.4.5"),
-                    (graph_says(400, "BadRequest"), "554 5.6.0"),
-                    (graph_says(404, "ErrorInvalidUser"), "550 5.1.8"), (say(302), "554 5.3.0")):
-                if step == "put" and wanted[:3] in ("550", "554"):
-                    wanted = "451 4.3.0"        # it is not the client's fault
-                if step != "draft" and wanted == "550 5.1.8":
-                    wanted = "451 4.3.0"        # the mailbox was there a moment ago
-                with self.subTest(step, wanted=wanted):
-                    self.fake.reset()
-                    self.open_lines()
-                    self.fake.will(step, action)
-                    self.assertReply(self.post(client, message), wanted)
-                    self.assertEqual(self.fake.drafts, {})
-                    self.assertEqual(len(self.fake.deleted), int(step != "draft"))
-                    self.assertEqual(len(self.fake.asked(step)), 1)
-        self.fake.reset()
-        self.open_lines()
-        self.assertReply(self.post(client, message), "250 2.0.0")
-
-    def test_a_200_is_not_sent(self) -> None:
-        self.fake.will("send-draft", say(200))
-        self.assertReply(self.post(self.logged_in()), "554 5.3.0")
-        self.assertEqual(self.fake.sent_drafts, [])
-
-    def test_other_statuses_of_success(self) -> None:
-        self.fake.will("draft", say(200, {"id": "x"}))
-        self.fake.will("attach", say(200, {"id": "x"}))
-        self.fake.will("open", say(200, {"uploadUrl": self.fake.upload_url.format(0)}))
-        self.fake.will("put", say(202), say(202))
-        self.fake.will("send-draft", say(202))
-        message = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
-        self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
-
     def test_pieces_in_which_there_is_nothing_are_not_sent(self) -> None:
         head, _, text = SCAN.partition("\n\n")
         message = crlf(multipart("mixed", f"{head}\n\n" + "\n" * 2_000_000 + text, header=NAMED))
         self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
         self.assertTrue(self.fake.sent_drafts[0].files[0][1] == SCAN_OCTETS)
         self.assertEqual(len(self.fake.asked("put")), 2)
-
-    def test_a_401_of_the_upload_host_is_not_about_the_token(self) -> None:
-        self.fake.will("put", say(401))
-        self.assertReply(self.post(self.logged_in()), "451 4.3.0")
-        self.assertEqual((len(self.fake.asked("put")), self.fake.drafts), (1, {}))
-
-    def test_what_is_tried_again_as_it_does_no_harm(self) -> None:
-        client = self.logged_in()
-        passing = itertools.cycle([graph_says(429, "X", retry_after="0"),
-                                   say(503, retry_after="0.1")])
-        for step in STEPS:
-            with self.subTest(step):
-                self.fake.reset()
-                self.fake.will(step, next(passing), *([self.fake.expire] if step != "put" else []))
-                message = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
-                self.assertReply(self.post(client, message), "250 2.0.0")
-                self.assertEqual(len(self.fake.sent_drafts), 1)
-                self.assertEqual(len(self.fake.sent_drafts[0].files), 2)
-                self.assertEqual(len(self.fake.asked(step)), 3)
-
-    def test_a_missing_right_is_named(self) -> None:
-        client = self.logged_in()
-        for step in ("draft", "attach", "open"):
-            self.fake.will(step, graph_says(403, "ErrorAccessDenied"))
-            self.assertIn("Mail.ReadWrite", self.assertReply(self.post(client, TWO_FILES),
-                                                             "552 5.3.4"))
-        self.assertReply(self.post(client), "250 2.0.0")        # nothing is remembered
-
-    def test_where_files_may_go(self) -> None:
-        client = self.logged_in()
-        port = self.fake.url.rpartition(":")[2]
-        for url in ("http://outlook.office.com/x", "ftp://127.0.0.1/x", "//127.0.0.1/x", "", 5,
-                    None, f"http://u:p@127.0.0.1:{port}/upload/0", "http://127.0.0.1:0/x",
-                    "http://127.0.0.1:99999/x", f"http://127.0.0.1:{port}/a b",
-                    f"http://127.0.0.1:{port}/\r\nX: y", "https://", "http://[::1", "https://\u00fc"):
-            with self.subTest(url):
-                self.fake.reset()
-                self.fake.will("open", say(201, {"uploadUrl": url}))
-                self.assertReply(self.post(client), "451 4.4.1")
-                self.assertEqual((self.fake.drafts, self.fake.asked("other")), ({}, []))
-        for url, allow, is_good in (("https://outlook.office.com/a?b=c", False, True),
-                                    ("http://127.0.0.1/a", True, True),
-                                    ("http://127.0.0.1/a", False, False),
-                                    ("https:///a", False, False),
-                                    ("http://10.0.0.1/a", True, False)):
-            answer = response(201, {"uploadUrl": url})
-            self.assertEqual(relay.read_upload_url(answer, allow_http=allow), url * is_good)
-
-    def test_garbage_in_answers(self) -> None:
-        client = self.logged_in()
-        for step, body in (("draft", b""), ("draft", {"id": 5}), ("draft", {"id": ""}),
-                           ("draft", b"[" * 1000), ("draft", {"id": "\ud800"}),
-                           ("draft", {"id": "a b"}), ("open", b"{"), ("open", []),
-                           ("put", {"NextExpectedRanges": ["5"]}),
-                           ("put", {"nextExpectedRanges": ["0-"]})):
-            with self.subTest(step, body=body):
-                self.fake.reset()
-                self.fake.will(step, say(201 if step != "put" else 200, body))
-                self.assertReply(self.post(client), "451 4.4.1")
-                self.assertEqual(self.fake.sent_drafts, [])
-        for ranges, wanted in ((["7"], 7), (["7-"], 7), (["7-9"], 7), ([7], 7), ([], None),
-                               (["x"], None), ("7", None)):
-            for name in ("NextExpectedRanges", "nextExpectedRanges"):
-                self.assertEqual(relay.next_range(response(200, {name: ranges})), wanted)
-        self.assertIsNone(relay.next_range(response(201)))
 
     def test_a_long_text_that_comes_back_in_the_answer(self) -> None:
         for text in ("<\u00fc>" * 900_000, "<" * 3_200_000):
@@ -6202,37 +6098,6 @@ class LargeMessageTests(RelayCase):
         self.assertIn("is signed", self.assertReply(self.post(client, message), "552 5.3.4"))
         self.assertEqual([one.kind for one in self.fake.requests], ["token"])
         self.assertReply(client.post(), "250 2.0.0")
-
-    def test_a_draft_is_not_deleted_against_the_will_of_microsoft(self) -> None:
-        client, times = self.logged_in(), []        # when it is tried
-
-        def busy(sock: socket.socket, request: Request) -> bool:
-            times.append(time.monotonic())
-            return graph_says(429, "X", retry_after="0.2")(sock, request)
-
-        def delete(sock: socket.socket, request: Request) -> bool:
-            times.append(time.monotonic())
-            return self.fake._delete_draft(sock, request)
-        self.fake.will("open", say(500))
-        self.fake.will("delete", busy, delete)
-        self.assertReply(self.post(client), "451 4.3.0")
-        self.assertEqual(len(self.fake.deleted), 1)
-        self.assertGreaterEqual(times[1] - times[0], relay.LEAST_PAUSE - 0.1)
-
-    def test_a_draft_that_cannot_be_deleted_is_logged(self) -> None:
-        client = self.logged_in()
-        self.fake.will("put", say(500))
-        self.fake.will("delete", say(500))
-        with kept_log() as kept:
-            self.assertReply(self.post(client), "451 4.3.0")
-        self.assertEqual(kept.find("draft-left")[0][0], "WARNING")
-        # It was sent after all, and so is not there any more.
-        self.fake.reset()
-        self.fake.will("send-draft", say(504))
-        self.fake.will("delete", graph_says(404, "ErrorItemNotFound"))
-        with kept_log() as kept:
-            self.assertReply(self.post(client), "451 4.3.0")
-        self.assertEqual(kept.find("draft-left"), [])
 
     def test_the_memory_of_a_client_that_is_gone(self) -> None:
         client, memory = self.logged_in(), self.running.server._relay.memory
@@ -6304,20 +6169,146 @@ class LargeMessageTests(RelayCase):
         self.assertEqual(self.running.ask(lambda: self.running.server._relay.memory.free),
                          268_435_456)
 
-    def test_secrets_are_never_logged(self) -> None:
+NOT_FOUND = graph_says(404, "ErrorItemNotFound")
+SOON = graph_says(429, "X", retry_after="0")
+
+
+class DraftFaultTests(RelayCase):
+    """Each step of a large message may fail: what is answered, asked, deleted and logged."""
+
+    settings = {"UPSTREAM_TIMEOUT": "30"}
+    UPLOADED = scan(32_000)[0]          # two pieces
+    MESSAGE = crlf(multipart("mixed", PLAIN, PDF, UPLOADED, header=NAMED))
+    # In "open" these are no place for a file.
+    BAD_URLS = ("http://outlook.office.com/x", "ftp://127.0.0.1/x", "//127.0.0.1/x", "", 5, None,
+                "http://u:p@127.0.0.1/upload/0", "http://127.0.0.1:0/x", "http://127.0.0.1:99999/x",
+                "http://127.0.0.1/a b", "http://127.0.0.1/\r\nX: y", "https://", "http://[::1",
+                "https://\u00fc", "http://x/?authtoken=a%2Fb")
+    # What comes of these answers, in these steps: reply, and requests of the step.
+    TABLE: tuple[tuple[str, tuple[Action, ...], str, int], ...] = (
+        ("draft attach open put send-draft", (graph_says(403, "ErrorQuotaExceeded"),),
+         "452 4.2.2", 1),
+        ("draft attach open put send-draft", (say(413),), "552 5.3.4 Microsoft", 1),
+        ("draft attach open put send-draft", (say(500),), "451 4.3.0", 1),
+        ("draft attach open put send-draft", (utter(b""),), "451 4.4.1", 1),
+        ("draft attach open put send-draft", (say(429, retry_after="99"),), "451 4.4.5", 1),
+        ("draft attach open send-draft", (graph_says(400, "BadRequest"),), "554 5.6.0", 1),
+        ("draft attach open send-draft", (say(302),), "554 5.3.0", 1),
+        ("send-draft", (say(200),), "554 5.3.0", 1),
+        ("draft", (graph_says(404, "ErrorInvalidUser"),), "550 5.1.8", 1),
+        # The upload is between Graph and Exchange, and has no token.
+        ("put", (graph_says(400, "BadRequest"),), "451 4.3.0", 1),
+        ("put", (say(302),), "451 4.3.0", 1), ("put", (say(401),), "451 4.3.0", 1),
+        ("put", (say(404),), "451 4.3.0", 1),
+        # A missing right; nothing is remembered.
+        ("draft attach open", (graph_says(403, "ErrorAccessDenied"),),
+         "552 5.3.4 The message is larger than 3 MB, and to send such as scanner@example.com "
+         "the application needs the right Mail.ReadWrite", 1),
+        ("send-draft", (graph_says(403, "ErrorAccessDenied"),), "550 5.7.1", 1),
+        # A draft that not all servers know yet; the mailbox was there a moment ago.
+        ("attach open send-draft", (NOT_FOUND, NOT_FOUND), "250 2.0.0", 3),
+        ("attach open send-draft", (NOT_FOUND,) * 5, "451 4.3.0", 3),
+        ("attach open send-draft", (graph_says(404, "ErrorInvalidUser"),) * 5, "451 4.3.0", 3),
+        # Tried again, as it does no harm.
+        ("draft attach open put send-draft", (SOON,), "250 2.0.0", 2),
+        ("draft attach open put send-draft", (say(503, retry_after="0.1"),), "250 2.0.0", 2),
+        # Garbage.
+        *(("draft", (say(201, body),), "451 4.4.1", 1) for body in (
+            b"", {"id": 5}, {"id": ""}, b"[" * 1000, {"id": "\ud800"}, {"id": "a b"})),
+        *(("open", (say(201, body),), "451 4.4.1", 1) for body in (
+            b"{", [], *({"uploadUrl": url} for url in BAD_URLS))),
+        *(("put", (say(200, body),), "451 4.4.1", 1) for body in (
+            {"NextExpectedRanges": ["5"]}, {"nextExpectedRanges": ["0-"]})))
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Make limits smaller, and pauses shorter."""
+        super().setUpClass()
+        for owner, name, value in ((relay, "GRAPH_MESSAGE_LIMIT", 31_457),
+                                   (relay, "LARGE_ATTACHMENT", 31_300),
+                                   (relay, "UPLOAD_PIECE", 39_322), (relay, "LEAST_PAUSE", 0.01),
+                                   (relay, "DRAFT_DELAYS", (0.01, 0.02)),
+                                   (cls.fake, "least_upload", 20_971)):
+            cls.addClassCleanup(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
+    def post(self, client: Client) -> str:
+        self.open_lines()
+        return client.post_octets(self.MESSAGE, SENDER, ["a@x.y"])
+
+    def test_each_step(self) -> None:
         client = self.logged_in()
-        with kept_log() as kept:
-            for step in (*STEPS, "delete"):
-                self.fake.will(step, say(500))
-                self.fake.will("delete", say(500))
-                self.post(client)
-                self.fake.will("open", say(201, {"uploadUrl": "http://x/?authtoken=a%2Fb"}))
-                self.post(client)
-                self.fake.reset()
-            self.post(client)
-        shown = repr(kept.lines)
-        for hidden in ("authtoken", "a%2Fb", self.password, "token-", "Hello", "JVBER"):
+        with kept_log() as all_kept:
+            for steps, answers, wanted, requests in self.TABLE:
+                for step in steps.split():
+                    with self.subTest(step, wanted=wanted), kept_log() as kept:
+                        self.fake.reset()
+                        self.fake.will(step, *answers)
+                        self.assertTrue(self.post(client).startswith(f"{wanted} "), wanted)
+                        is_sent = wanted == "250 2.0.0"
+                        asked = self.fake.asked(step)
+                        self.assertEqual(len(asked), requests + (is_sent and step == "put"))
+                        self.assertEqual(len(self.fake.deleted), not is_sent and step != "draft")
+                        self.assertEqual([one.sent for one in self.fake.drafts.values()],
+                                         [True] * is_sent)
+                        self.assertEqual(self.fake.asked("other"), [])
+                        self.assertEqual(len(kept.find("sent")), is_sent)
+                        self.assertEqual([f' reply="{wanted}' in line for _, line in
+                                          kept.find("refused")], [True] * (not is_sent))
+        shown = repr(all_kept.lines)
+        for hidden in ("draft-left", "authtoken", "a%2Fb", self.password, "token-", "Hello",
+                       "JVBER"):
             self.assertNotIn(hidden, shown)
+
+    def test_other_statuses_of_success(self) -> None:
+        self.fake.will("draft", say(200, {"id": "x"}))
+        self.fake.will("attach", say(200, {"id": "x"}))
+        self.fake.will("open", say(200, {"uploadUrl": self.fake.upload_url.format(0)}))
+        self.fake.will("put", say(202), say(202))
+        self.fake.will("send-draft", say(202))
+        self.assertReply(self.post(self.logged_in()), "250 2.0.0")
+
+    def test_a_new_token_in_each_step(self) -> None:
+        for step in ("draft", "attach", "open", "send-draft", "delete"):
+            with self.subTest(step):
+                client = self.logged_in()
+                self.fake.reset()
+                self.fake.will(step, self.fake.expire)
+                self.fake.will("put", *[say(500)] * (step == "delete"))
+                self.assertReply(self.post(client), "451" if step == "delete" else "250")
+                self.assertEqual([len(self.fake.asked(one)) for one in (step, "token")], [2, 1])
+
+    def test_the_draft_is_deleted(self) -> None:
+        client = self.logged_in()
+        # The answers, and the requests, how many drafts are left, and what is logged.
+        for answers, requests, left, logged in (
+                ((), 1, 0, ""), ((NOT_FOUND,), 1, 1, ""),      # it was sent after all
+                ((SOON, SOON), 3, 0, ""),
+                ((say(500),), 1, 1, 'reply="451 4.3.0'), ((utter(b""),), 1, 1, 'reply="451 4.4.1'),
+                ((graph_says(403, "ErrorAccessDenied"),), 1, 1, "Mail.ReadWrite")):
+            with self.subTest(requests=requests, logged=logged), kept_log() as kept:
+                self.fake.reset()
+                self.fake.will("put", say(500))
+                self.fake.will("delete", *answers)
+                self.assertReply(self.post(client), "451 4.3.0")
+                self.assertEqual(len(self.fake.asked("delete")), requests)
+                self.assertEqual(len(self.fake.drafts), left)
+                self.assertEqual([(level, logged in line) for level, line in
+                                  kept.find("draft-left")], [("WARNING", True)] * bool(logged))
+
+    def test_answers_about_an_upload(self) -> None:
+        for url, allow, is_good in (("https://outlook.office.com/a?b=c", False, True),
+                                    ("http://127.0.0.1/a", True, True),
+                                    ("http://127.0.0.1/a", False, False),
+                                    ("https:///a", False, False),
+                                    ("http://10.0.0.1/a", True, False)):
+            answer = response(201, {"uploadUrl": url})
+            self.assertEqual(relay.read_upload_url(answer, allow_http=allow), url * is_good)
+        for ranges, wanted in ((["7"], 7), (["7-"], 7), (["7-9"], 7), ([7], 7), ([], None),
+                               (["x"], None), ("7", None)):
+            for name in ("NextExpectedRanges", "nextExpectedRanges"):
+                self.assertEqual(relay.next_range(response(200, {name: ranges})), wanted)
+        self.assertIsNone(relay.next_range(response(201)))
 
 
 class SlowUploadTests(RelayCase):
