@@ -5341,22 +5341,7 @@ VAULT_REMEDIES: Mapping[int, str] = {
     404: "there is no such certificate",
 }
 
-# PFX
-COMMAND_SECONDS = 10
-PEM_BLOCK = re.compile(
-    rb"(.*?)(-----BEGIN ([A-Z ]+)-----\r?\n[\w+/=\s]+-----END \3-----\r?\n)", re.S)
-BAG_NAMES = re.compile(rb"^ *(localKeyID|subject|issuer) ?[:=] *(.*)", re.M)
-NO_PAIR = "no private key with its certificate in it"
-BIO_CTRL_INFO = 3       # <openssl/bio.h>: says where a BIO's octets lie
-# result, name, arguments: p(ointer), t(ext), i(nt), l(ong), u(nsigned long), n(othing)
-LIBCRYPTO = """
-    p d2i_PKCS12 p p l; i PKCS12_parse p t p p p; n PKCS12_free p; n EVP_PKEY_free p;
-    n X509_free p; u X509_subject_name_hash p; u X509_issuer_name_hash p;
-    p OPENSSL_sk_shift p; n OPENSSL_sk_free p; n ERR_clear_error; p BIO_s_mem;
-    p BIO_new p; i BIO_free p; l BIO_ctrl p i l p; i PEM_write_bio_X509 p p;
-    i PEM_write_bio_PrivateKey p p p p i p p; p OSSL_LIB_CTX_new; n OSSL_LIB_CTX_free p;
-    p OSSL_LIB_CTX_set0_default p; p OSSL_PROVIDER_load p t; i OSSL_PROVIDER_unload p"""
-
+COMMAND_SECONDS = 10            # for one run of the openssl command
 _CERTIFICATE_EXPIRED = 10       # X509_V_ERR_CERT_HAS_EXPIRED
 _PARTIAL_CHAIN = 0x80000        # X509_V_FLAG_PARTIAL_CHAIN; ssl names it from 3.10 on
 
@@ -5461,119 +5446,29 @@ def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
 
 
 def pfx_to_pem(pfx: bytes) -> bytes:
-    """Key, leaf and chain as PEM, for load_cert_chain() reads nothing else."""
-    reasons = []
-    for name, way in ("libcrypto", _pem_by_libcrypto), ("openssl", _pem_by_command):
-        try:
-            return way(pfx)
-        except (ImportError, AttributeError, TypeError, OSError, ValueError) as problem:
-            reasons.append(f"{name}: {problem}")
-    raise ValueError("PKCS#12 not readable: " + "; ".join(reasons))
+    """Convert a PKCS#12 file without a password to PEM: key, certificate, chain.
 
-
-def _pem_by_libcrypto(pfx: bytes) -> bytes:
-    """By the library that ssl has loaded anyway, so that nothing need be installed."""
-    lib, ref = _libcrypto(), ctypes.byref
-    key, leaf, chain = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-    with contextlib.ExitStack() as last:
-        _admit_old_ciphers(lib, last)
-        last.callback(lib.ERR_clear_error)      # or ssl would take them for its own
-        p12 = lib.d2i_PKCS12(None, ref(ctypes.c_char_p(pfx)), len(pfx))
-        last.callback(lib.PKCS12_free, p12)
-        if not p12 or not lib.PKCS12_parse(p12, b"", ref(key), ref(leaf), ref(chain)):
-            raise ValueError("damaged, of unknown kind, or with a password")
-        last.callback(lib.EVP_PKEY_free, key)
-        certs = [leaf.value, *iter(lambda: lib.OPENSSL_sk_shift(chain), None)]
-        last.callback(lib.OPENSSL_sk_free, chain)
-        for cert in certs:
-            last.callback(lib.X509_free, cert)
-        if not key or not leaf:
-            raise ValueError(NO_PAIR)
-        names = lib.X509_subject_name_hash, lib.X509_issuer_name_hash
-        certs = _chained([(*(name(cert) for name in names), cert) for cert in certs])
-        return _written(lib, last, key, certs)
-
-
-def _libcrypto() -> Any:
-    """Python's own libcrypto with its types, lest ctypes cut a pointer to an int."""
-    import _ssl
-    lib = ctypes.CDLL(getattr(_ssl, "__file__", None))      # None: built into Python
-    types = {"p": ctypes.c_void_p, "t": ctypes.c_char_p, "i": ctypes.c_int,
-             "l": ctypes.c_long, "u": ctypes.c_ulong, "n": None}
-    for result, name, *wants in map(str.split, LIBCRYPTO.split(";")):
-        if hasattr(lib, name) or not name.startswith("OSSL_"):      # OpenSSL 3 has those
-            function = getattr(lib, name)
-            function.restype = types[result]
-            function.argtypes = [types[want] for want in wants]
-    return lib
-
-
-def _admit_old_ciphers(lib: Any, last: contextlib.ExitStack) -> None:
-    """RC2-40 in a context for this call in this thread: TLS shall never know of it."""
-    if not hasattr(lib, "OSSL_LIB_CTX_new"):
-        return      # before OpenSSL 3 they are there
-    context = lib.OSSL_LIB_CTX_new()
-    if not context:
-        raise ValueError("no library context")      # NULL would mean the whole process
-    last.callback(lib.OSSL_LIB_CTX_free, context)
-    for name in b"default", b"legacy":
-        provider = lib.OSSL_PROVIDER_load(context, name)
-        if provider:        # new files do without "legacy", which may not be installed
-            last.callback(lib.OSSL_PROVIDER_unload, provider)
-    before = lib.OSSL_LIB_CTX_set0_default(context)
-    last.callback(lib.OSSL_LIB_CTX_set0_default, before)
-
-
-def _written(lib: Any, last: contextlib.ExitStack, key: Any, certs: list[Any]) -> bytes:
-    """PEM of what libcrypto holds; the key as PKCS#8, not encrypted."""
-    bio, text = lib.BIO_new(lib.BIO_s_mem()), ctypes.c_void_p()
-    last.callback(lib.BIO_free, bio)
-    if not (bio and lib.PEM_write_bio_PrivateKey(bio, key, None, None, 0, None, None)
-            and all(lib.PEM_write_bio_X509(bio, cert) for cert in certs)):
-        raise ValueError("PEM not written")
-    size = lib.BIO_ctrl(bio, BIO_CTRL_INFO, 0, ctypes.byref(text))
-    return bytes(ctypes.string_at(text, size))
-
-
-def _chained(certs: list[Any]) -> list[Any]:
-    """Of (subject, issuer, certificate): the first, its issuer and on, then others."""
-    chain = [certs.pop(0)]
-    while certs:
-        issuers = [cert for cert in certs if cert[0] == chain[-1][1]]
-        chain.append((issuers or certs)[0])
-        certs.remove(chain[-1])
-    return [cert[2] for cert in chain]
-
-
-def _pem_by_command(pfx: bytes) -> bytes:
-    """By OpenSSL's command, which needs no ctypes; nothing comes to the disk."""
-    for legacy in ["-legacy"], []:      # OpenSSL 1.1 neither needs nor knows it
+    The ssl module cannot read PKCS#12, so this runs the openssl command. Nothing is
+    written to the disk. Raises ValueError.
+    """
+    for legacy in ["-legacy"], []:      # OpenSSL 3 needs it for RC2; 1.1 does not know it
         command = ["openssl", "pkcs12", "-nodes", "-passin", "pass:", *legacy]
         try:
-            done = subprocess.run(command, input=pfx, capture_output=True,   # noqa: S603
-                                 timeout=COMMAND_SECONDS)
+            parts = [subprocess.run([*command, *options], input=pfx,        # noqa: S603
+                                    capture_output=True, timeout=COMMAND_SECONDS)
+                     for options in (["-nocerts"], ["-nokeys", "-clcerts"],
+                                     ["-nokeys", "-cacerts"])]
+        except OSError as error:
+            raise ValueError(f"the openssl command: {error.strerror}") from None
         except subprocess.TimeoutExpired:
-            raise ValueError("no end in time") from None
-        if done.returncode == 0:
-            return _sorted_pem(done.stdout)
-    reason = done.stderr.decode(errors="replace").partition("\n")[0].strip()
-    raise ValueError(reason[:120] or f"exit status {done.returncode}")
-
-
-def _sorted_pem(text: bytes) -> bytes:
-    """The PEM blocks alone, key and leaf first: the command keeps the file's order."""
-    keys: list[Any] = []
-    certs: list[Any] = []
-    for names, pem, kind in PEM_BLOCK.findall(text):
-        name = dict(BAG_NAMES.findall(names)).get
-        entry = name(b"subject"), name(b"issuer"), pem, name(b"localKeyID")
-        (keys if b"KEY" in kind else certs).append(entry)
-    if not keys or not certs:
-        raise ValueError(NO_PAIR)
-    *_, key, key_id = keys[0]
-    issuers = {issuer for subject, issuer, *_ in certs if issuer != subject}
-    certs.sort(key=lambda cert: (cert[3] != key_id, cert[0] in issuers))
-    return b"".join([key, *_chained(certs)])
+            raise ValueError("the openssl command: timed out") from None
+        failed = [part for part in parts if part.returncode]
+        if not failed:
+            if b" KEY-----" not in parts[0].stdout or b" CERT" not in parts[1].stdout:
+                raise ValueError("no private key with its certificate in it")
+            return b"".join(part.stdout for part in parts)
+    reason = failed[0].stderr.decode(errors="replace").partition("\n")[0].strip()
+    raise ValueError(f"the openssl command: {reason[:120]}")
 
 
 async def fetch_certificate(config: Config, name: str) -> bytes:

@@ -3754,6 +3754,7 @@ client_id =
 password = {HASH}
 """
 needs_loopbacks = unittest.skipUnless(sys.platform == "linux", "needs 127.0.0.2")
+needs_openssl = unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
 
 
 class AccountCase(RelayCase):
@@ -5106,6 +5107,7 @@ class VaultTests(RelayCase):
             raise relay.StartError("while it is there")
         self.assertEqual(os.listdir(folder), [])
 
+    @needs_openssl
     def test_each_kind(self) -> None:
         for name, value, kind in (("old", OLD_PFX, "application/x-pkcs12"),
                                   ("new", NEW_PFX, "application/x-pkcs12"),
@@ -5122,55 +5124,34 @@ class VaultTests(RelayCase):
         self.assertEqual(request.path, "/secrets/relay?api-version=7.4")
         self.assertIn("resource=https%3A%2F%2Fvault.azure.net", self.fake.asked("imds")[0].path)
 
-    def test_the_command_where_libcrypto_fails(self) -> None:
-        if not shutil.which("openssl"):
-            self.skipTest("needs the openssl command")
-        for name, value in (("old", OLD_PFX), ("new", NEW_PFX)):
-            with self.subTest(name):
-                pem = relay._pem_by_command(base64.b64decode(value)).decode()
-                self.assertEqual(blocks(pem), blocks(VAULT_PEM))
-
-    def test_libcrypto_keeps_the_chain_and_leaves_nothing_behind(self) -> None:
-        for name, value in (("old", OLD_PFX), ("new", NEW_PFX)):
-            with self.subTest(name):
-                pem = relay._pem_by_libcrypto(base64.b64decode(value)).decode()
-                self.assertEqual(blocks(pem), blocks(VAULT_PEM))
-        with self.assertRaises(ValueError):
-            relay._pem_by_libcrypto(b"garbage")
-        self.assertEqual(relay._libcrypto().ERR_peek_error(), 0)    # ssl would take it for its
-
-    def test_the_order_of_a_chain(self) -> None:
-        """Each certificate is followed by its issuer, whatever the order of the file."""
-        def bag(names: str, ident: str = "") -> bytes:
-            subject, _, issuer = names.partition("<")
-            kind, about = ("CERTIFICATE", f"subject={subject}\nissuer={issuer}\n") if issuer else \
-                ("PRIVATE KEY", "")
-            return (f"Bag Attributes\n    localKeyID: {ident}\n{about}-----BEGIN {kind}-----\n"
-                    f"{subject}\n-----END {kind}-----\n").encode()
-        for bags, wanted in (
-                ((bag("root<root"), bag("mid<root"), bag("leaf<mid"), bag("key")),
-                 "key leaf mid root"),
-                ((bag("other<x", "1"), bag("root<root"), bag("leaf<mid", "2"), bag("mid<root"),
-                  bag("key", "2")), "key leaf mid root other"),
-                ((bag("leaf<leaf"), bag("other<x"), bag("key")), "key leaf other")):
-            pem = relay._sorted_pem(b"".join(bags)).decode()
-            self.assertEqual(" ".join(re.findall("^[a-z]+$", pem, re.M)), wanted)
-        self.assertEqual(relay._chained([("leaf", "mid", 1), ("root", "root", 3),
-                                         ("mid", "root", 2)]), [1, 2, 3])
-
-    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
-    def test_a_certificate_without_its_key(self) -> None:
-        done = subprocess.run(["openssl", "pkcs12", "-export", "-nokeys", "-passout", "pass:"],
-                              input=ROOT_CERT.encode(), check=True, capture_output=True)
-        with self.assertRaises(ValueError) as caught:
-            relay.pfx_to_pem(done.stdout)
-        self.assertEqual(str(caught.exception).count(relay.NO_PAIR), 2)
-
-    def test_garbage(self) -> None:
+    @needs_openssl
+    def test_pkcs12_is_converted_in_order_or_the_problem_is_named(self) -> None:
+        for octets in map(base64.b64decode, (OLD_PFX, NEW_PFX)):
+            self.assertEqual(blocks(relay.pfx_to_pem(octets).decode()), blocks(VAULT_PEM))
         good = base64.b64decode(NEW_PFX)
-        for octets in (b"", b"\x30", b"garbage", good[:100], good[:-1], good[:600] + b"\0" * 500):
-            with self.subTest(octets[:10]), self.assertRaises(ValueError):
+        only_a_certificate = subprocess.run(
+            ["openssl", "pkcs12", "-export", "-nokeys", "-passout", "pass:"],
+            input=ROOT_CERT.encode(), check=True, capture_output=True).stdout
+        for octets, word in ((b"", "openssl"), (b"garbage", "openssl"), (good[:-1], "openssl"),
+                             (good[:600] + b"\0" * 500, "openssl"),
+                             (only_a_certificate, "no private key")):
+            with self.subTest(octets[:10]), self.assertRaisesRegex(ValueError, word):
                 relay.pfx_to_pem(octets)
+
+    @unittest.skipUnless(os.name == "posix", "needs a script as a command")
+    def test_an_openssl_command_that_is_missing_or_hangs(self) -> None:
+        folder = tempfile.mkdtemp(dir=FILES.folder)
+        self.addCleanup(setattr, relay, "COMMAND_SECONDS", relay.COMMAND_SECONDS)
+        relay.COMMAND_SECONDS = 0.1
+        self.give(NEW_PFX)
+        for script, word in (("", "No such file"), ("#!/bin/sh\nexec /bin/sleep 60", "timed out")):
+            if script:
+                command = pathlib.Path(folder) / "openssl"
+                command.write_text(script)
+                command.chmod(0o700)
+            with self.subTest(word), unittest.mock.patch.dict(os.environ, PATH=folder):
+                with self.assertRaisesRegex(relay.StartError, f"openssl.*{word}.* to PEM, "):
+                    relay.make_tls_contexts(self.settings_of())
 
     def test_each_failure_is_one_clear_line(self) -> None:
         self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
@@ -8655,7 +8636,7 @@ class OldTlsTests(TlsCase):
                 self.assertIn("TLS_MIN_VERSION", kept.find("disconnected")[0][1])
                 self.greet(running, fine)
 
-    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
+    @needs_openssl
     def test_a_certificate_that_is_as_old_as_the_printer(self) -> None:
         cert, key = FILES["old-cert.pem"], FILES["old-key.pem"]
         subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:1024", "-nodes", "-sha1",
