@@ -3327,15 +3327,12 @@ def escaped(value: object) -> str:
 
 
 class LogQueue(logging.handlers.QueueHandler):
-    """Hands lines to a thread, as the loop must not wait for a full pipe.
-
-    When too many lines wait, more are dropped, and counted.
-    """
+    """Drops lines while the queue is full, and counts them."""
 
     dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Queue a line; the first one that fits again tells how many did not."""
+        """Queue a line; the first one that fits again reports how many were dropped."""
         if self.dropped:
             record.msg = f"{record.msg} (lines lost before this one: {self.dropped})"
         try:
@@ -3347,9 +3344,10 @@ class LogQueue(logging.handlers.QueueHandler):
 
 @contextlib.contextmanager
 def logging_to_stderr(level: str) -> Iterator[None]:
-    """Write the log to standard error, from a thread of its own."""
+    """Write the log to standard error from a thread, because a full pipe blocks it."""
     stream = logging.StreamHandler()
-    stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
+                                          "%Y-%m-%dT%H:%M:%S%z"))
     lines: queue.Queue[Any] = queue.Queue(LOG_QUEUE)
     listener = logging.handlers.QueueListener(lines, stream)
     handler = LogQueue(lines)
@@ -3362,12 +3360,13 @@ def logging_to_stderr(level: str) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        # stop() waits for the last line, and so for whoever reads the pipe.
-        stopper = threading.Thread(target=listener.stop, daemon=True)
-        stopper.start()
-        stopper.join(2)
-        if stopper.is_alive():
-            os._exit(0)         # nobody reads it, and Python itself would wait for ever
+        with lines.all_tasks_done:
+            is_written = lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 2)
+        if not is_written:              # nobody reads, and Python would wait at its exit
+            error = sys.exc_info()[1]
+            os._exit(2 if isinstance(error, ConfigError) else
+                     0 if error is None or isinstance(error, SystemExit) else 1)
+        listener.stop()
 
 
 # ---------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import math
 import os
 import pathlib
 import platform
+import queue
 import quopri
 import random
 import re
@@ -2796,15 +2797,43 @@ class LogTests(unittest.TestCase):
             relay.log_event(logging.INFO, "id", "sent", request_id="r", size=5, other=None)
         self.assertEqual(kept.lines, [("INFO", "id sent request-id=r size=5")])
 
-    def test_the_log_is_written_by_a_thread_and_a_full_pipe_blocks_nobody(self) -> None:
+    def test_a_full_pipe_blocks_nobody_and_keeps_the_exit_status(self) -> None:
         code = ("import smtp_oauth_relay as r, logging, sys\n"
+                "r.LOG_QUEUE = 1000\n"
                 "with r.logging_to_stderr('INFO'):\n"
-                "    for n in range(30000): r.log_event(logging.INFO, 'id', 'x' * 50)\n"
-                "    print('done', flush=True)\n")
-        with start_python("-c", code) as process:
-            assert process.stdout is not None
-            self.assertEqual(process.stdout.readline(), "done\n")
-            self.assertEqual(process.wait(PATIENCE), 0)
+                "    for n in range(3000): r.log_event(logging.INFO, 'id', 'x' * 50)\n"
+                "    print('done', flush=True)\n    {}\n")
+        with contextlib.ExitStack() as stack:
+            for process, status in [(stack.enter_context(start_python("-c", code.format(end))),
+                                     status) for end, status in (
+                    ("", 0), ("sys.exit(0)", 0), ("1 / 0", 1), ("raise r.StartError", 1),
+                    ("raise r.ConfigError", 2))]:
+                with self.subTest(process.args):
+                    self.assertEqual(process.stdout.readline(), "done\n")
+                    self.assertEqual(process.wait(PATIENCE), status)
+
+    def test_lines_are_whole_have_a_zone_and_lost_ones_are_counted(self) -> None:
+        lines = queue.Queue(2)
+        handler = relay.LogQueue(lines)
+        for number in range(4):
+            handler.handle(logging.LogRecord("", 20, "", 1, "line %d", (number,), None))
+        self.assertEqual(lines.get().getMessage(), "line 0")
+        handler.handle(logging.LogRecord("", 20, "", 1, "100 %", None, None))
+        self.assertEqual([lines.get().getMessage() for _ in range(2)],
+                         ["line 1", "100 % (lines lost before this one: 2)"])
+        self.addCleanup(setattr, relay.log, "propagate", relay.log.propagate)
+        relay.log.propagate = True
+        with contextlib.redirect_stderr(io.StringIO()) as err, relay.logging_to_stderr("INFO"):
+            try:
+                raise OSError("why")
+            except OSError:
+                relay.log.error("%s broken", "id", exc_info=True)
+            relay.log_event(logging.INFO, "id", "last")
+        relay.log.setLevel("DEBUG")
+        when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}"
+        self.assertRegex(err.getvalue(), rf"\A{when} ERROR id broken\nTraceback (?s:.*)\n"
+                                         rf"OSError: why\n{when} INFO id last\n\Z")
+        self.assertEqual(err.getvalue().count("Traceback"), 1)
 
 
 # ---------------------------------------------------------------------------
@@ -9254,7 +9283,7 @@ class Watched:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
-            self.events[line.split()[4]] += 1
+            self.events[line.split()[3]] += 1
 
     def lines(self, words: str) -> int:
         """How many lines of the log have these words; they come later than the replies."""
