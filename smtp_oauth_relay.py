@@ -5537,8 +5537,6 @@ SPARE_FILES = 100               # that may be open besides those of connections
 RETURNED_BLOCK = 1_048_576      # octets: well above what asyncio asks for at each read
 _M_MMAP_THRESHOLD = -3          # of malloc.h
 
-# Handled always: as PID 1 of a container the relay has no default action. Not with the
-# loop's add_signal_handler(), which Windows lacks.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # The fields of RFC 5322 that identify a message, if they are not empty.
@@ -6156,14 +6154,29 @@ def return_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_BLOCK)
 
 
+def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> None:
+    """Call `stop` at SIGTERM or SIGINT, and `reload` at SIGHUP. The second SIGTERM or SIGINT
+    ends the process at once.
+
+    All three are always handled: the relay as PID 1 of a container has no default action,
+    and SIGHUP would end it elsewhere. Windows lacks the loop's add_signal_handler().
+    """
+    def handle(number: int, frame: object) -> None:
+        if number in STOP_SIGNALS:
+            for each in STOP_SIGNALS:
+                signal.signal(each, lambda number, _: os._exit(128 + number))
+        with contextlib.suppress(RuntimeError):         # the loop has ended already
+            (stop if number in STOP_SIGNALS else reload)()
+
+    for number in (*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, handle)
+
+
 def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises StartError."""
     config = within_open_files(config)
     return_memory()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))   # nothing has begun yet
-    if config.accounts_file and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)    # it is handled later, see _run
+    handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
     contexts = make_tls_contexts(config)
     relay = Relay(config)
     sockets = bind(config)
@@ -6180,17 +6193,10 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
     loop.set_exception_handler(_log_loop_error)
     stop = asyncio.Event()
 
-    def handle(number: int, frame: object) -> None:
-        with contextlib.suppress(RuntimeError):         # the loop has ended already
-            loop.call_soon_threadsafe(stop.set if number in STOP_SIGNALS
-                                      else relay.directory.file.ask)
-
     try:
         await relay.start()
-        for number in STOP_SIGNALS:
-            signal.signal(number, handle)
-        if relay.config.accounts_file and hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, handle)
+        handle_signals(functools.partial(loop.call_soon_threadsafe, stop.set),
+                       functools.partial(loop.call_soon_threadsafe, relay.directory.file.ask))
         await Server(relay, contexts).run(sockets, stop)
     finally:
         relay.close()

@@ -10681,15 +10681,38 @@ class ServeTests(unittest.TestCase):
                 return int(match[1])
         raise AssertionError("it does not listen")
 
-    def test_signals_end_it_with_0(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(number), self.serve() as process:
-                client = Client(self.port(process))
-                client.ehlo()
-                process.send_signal(number)
-                self.assertTrue(client.next_reply().startswith("421 4.3.2"))
-                client.close()
-                self.assertEqual(process.wait(PATIENCE), 0)
+    def test_signals(self) -> None:
+        """The first ends it with 0, a second one at once. SIGHUP never does."""
+        fake = FakeMicrosoft()
+        self.addCleanup(fake.close)
+        settings = {"AZURE_AUTHORITY_HOST": fake.url, "GRAPH_ENDPOINT": fake.url}
+        for first, second in ((signal.SIGTERM, None), (signal.SIGINT, signal.SIGTERM)):
+            fake.will("send", fake.hang_then(fake.accept))
+            with self.subTest(second), self.serve(TLS_SOURCE="off", REQUIRE_TLS="false",
+                                                  **settings) as process:
+                port = self.port(process)
+                process.send_signal(getattr(signal, "SIGHUP", 0))
+                idle, busy = Client(port), Client(port)
+                self.addCleanup(idle.close)
+                self.addCleanup(busy.close)
+                busy.ehlo()
+                busy.log_in()
+                begin_message(busy, b"\r\n")
+                self.assertTrue(fake.arrived.acquire(timeout=PATIENCE))
+                process.send_signal(first)
+                self.assertTrue(idle.next_reply().startswith("421 4.3.2"))
+                if second:
+                    process.send_signal(second)
+                    self.assertEqual(process.wait(PATIENCE), 128 + second)
+                fake.release.set()
+                self.assertEqual(process.wait(PATIENCE), 128 + second if second else 0)
+        fake.will("imds", fake.hang)            # before there is a loop for them
+        with self.serve(TLS_SOURCE="keyvault", AZURE_KEY_VAULT_URL=fake.url,
+                        AZURE_KEY_VAULT_CERT_NAME="relay",
+                        AZURE_POD_IDENTITY_AUTHORITY_HOST=fake.url, **settings) as process:
+            self.assertTrue(fake.arrived.acquire(timeout=PATIENCE))
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
 
     @unittest.skipUnless(relay.resource, "needs limits of open files")
     def test_more_connections_than_open_files(self) -> None:
