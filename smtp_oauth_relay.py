@@ -616,7 +616,7 @@ class Config:
     max_connections: int = setting(
         _count, "1000", "Most connections at once.")
     max_connections_per_client: int = setting(
-        _count, "100", "Most connections at once from one address.")
+        _count, "100", "Most connections at once from one address, or one /64 of IPv6.")
     client_timeout: float = setting(
         _seconds, "300", "How long a device may take for one command, or for each "
         "64 KiB of a message.")
@@ -5340,7 +5340,7 @@ VAULT_REMEDIES: Mapping[int, str] = {
     404: "there is no such certificate",
 }
 
-COMMAND_SECONDS = 10            # for one run of the openssl command
+COMMAND_SECONDS = 10.0          # for one run of the openssl command
 _CERTIFICATE_EXPIRED = 10       # X509_V_ERR_CERT_HAS_EXPIRED
 _PARTIAL_CHAIN = 0x80000        # X509_V_FLAG_PARTIAL_CHAIN; ssl names it from 3.10 on
 
@@ -5533,7 +5533,7 @@ READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
-SPARE_FILES = 100               # that may be open besides those of connections
+SPARE_FILES = 100               # that no client gets, so that Microsoft can be reached
 RETURNED_BLOCK = 1_048_576      # octets: well above what asyncio asks for at each read
 _M_MMAP_THRESHOLD = -3          # of malloc.h
 
@@ -5975,8 +5975,11 @@ class Server:
         self._relay = relay
         self._contexts = contexts
         self._connections: set[Connection] = set()
-        self._clients: collections.Counter[str] = collections.Counter()
+        self._clients: collections.Counter[object] = collections.Counter()     # by site
         self._is_stopping = False
+        # A connection needs a file, and may need a second one to reach Microsoft.
+        limit = raise_open_files(2 * relay.config.max_connections + 2 * SPARE_FILES)
+        self._client_files = limit - min(SPARE_FILES, limit / 2)
 
     async def run(self, sockets: Iterable[tuple[socket.socket, bool]],
                   stop: asyncio.Event) -> None:
@@ -6017,91 +6020,69 @@ class Server:
 
     def _accept(self, implicit_tls: bool, reader: asyncio.StreamReader,
                 writer: asyncio.StreamWriter) -> None:
+        sock = writer.get_extra_info("socket")
+        with contextlib.suppress(OSError):      # a reply that waits for an ACK takes 40 ms
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = writer.get_extra_info("peername")
-        client = peer[0] if peer else "unknown"
-        problem = self._find_problem(client)
+        address = read_address(peer[0]) if peer else None
+        client, site = str(address or "unknown"), _site(address)
+        problem = self._find_problem(site, sock.fileno())
         if problem:
             if not implicit_tls:
                 writer.write(bytes(Reply(421, "4.7.0", f"{problem}; try again later")))
             writer.close()
             log_event(logging.WARNING, "-", "turned-away", client=client, reason=problem)
             return
-        connection = Connection(self._relay, self._contexts, self._relay.name,
-                                read_address(client), reader, writer)
+        connection = Connection(self._relay, self._contexts, self._relay.name, address,
+                                reader, writer)
         connection.is_stopping = self._is_stopping      # asyncio had accepted it already
         self._connections.add(connection)
-        self._clients[client] += 1
+        self._clients[site] += 1
         guest = connection.guest
         log_event(logging.INFO, connection.ident, "connected", client=client,
                   port=writer.get_extra_info("sockname")[1],
                   account=guest.account.name if guest else None)
         connection.task = asyncio.ensure_future(connection.run(implicit_tls=implicit_tls))
-        connection.task.add_done_callback(functools.partial(self._left, connection, client))
+        connection.task.add_done_callback(functools.partial(self._left, connection, site))
 
-    def _find_problem(self, client: str) -> str:
+    def _find_problem(self, site: object, file: int) -> str:
         config = self._relay.config
+        if file >= self._client_files:
+            return "Too many connections for the limit of open files"
         if len(self._connections) >= config.max_connections:
             return "Too many connections"
-        if self._clients[client] >= config.max_connections_per_client:
+        if self._clients[site] >= config.max_connections_per_client:
             return "Too many connections from your address"
         return ""
 
-    def _left(self, connection: Connection, client: str, task: asyncio.Task[None]) -> None:
+    def _left(self, connection: Connection, site: object, task: asyncio.Task[None]) -> None:
         self._connections.discard(connection)
-        self._clients[client] -= 1
-        if not self._clients[client]:
-            del self._clients[client]
+        self._clients[site] -= 1
+        if not self._clients[site]:
+            del self._clients[site]
 
 
 def bind(config: Config) -> list[tuple[socket.socket, bool]]:
     """Open the ports; each with whether it is for implicit TLS. Raises StartError."""
-    sockets = [(sock, False) for sock in _bind_port(config, "SMTP_PORT", config.smtp_port)]
+    sockets = [(_listen(config, "SMTP_PORT", config.smtp_port), False)]
     if config.smtps_port:
-        sockets += [(sock, True)
-                    for sock in _bind_port(config, "SMTPS_PORT", config.smtps_port)]
+        sockets.append((_listen(config, "SMTPS_PORT", config.smtps_port), True))
     return sockets
 
 
-def _bind_port(config: Config, setting_name: str, port: int) -> list[socket.socket]:
-    sockets: list[socket.socket] = []
+def _listen(config: Config, setting_name: str, port: int) -> socket.socket:
+    is_dual = not config.listen_address and socket.has_dualstack_ipv6()
+    host = "::" if is_dual else config.listen_address or "0.0.0.0"
+    if host.lower() == "localhost":     # its first address may be ::1 alone
+        host = "127.0.0.1"
     try:
-        found = socket.getaddrinfo(config.listen_address or None, port,
-                                   type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in found:
-            if sockets:                 # port 0: the one that the first got
-                address = (address[0], sockets[0].getsockname()[1], *address[2:])
-            try:
-                sockets.append(_bind_socket(family, kind, protocol, address))
-            except OSError as error:
-                # A machine without IPv6 still names it.
-                if family != socket.AF_INET6 or error.errno in (errno.EADDRINUSE,
-                                                                errno.EACCES):
-                    raise
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG,
+                                    dualstack_ipv6=is_dual)
     except OSError as error:
+        problem = (error.strerror or str(error)).partition(" (while")[0]
         raise StartError(f"{setting_name}={port}, LISTEN_ADDRESS={config.listen_address}: "
-                         f"cannot listen: {error.strerror or error}") from None
-    if not sockets:
-        raise StartError(f"LISTEN_ADDRESS={config.listen_address}: not an address of this "
-                         "machine")
-    return sockets
-
-
-def _bind_socket(family: int, kind: int, protocol: int,
-                 address: tuple[Any, ...]) -> socket.socket:
-    # With the protocol: only if it is known does asyncio set TCP_NODELAY, without which a
-    # login takes 40 ms more. socket.create_server() leaves it open.
-    sock = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":          # elsewhere it would let two programs share a port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+                         f"cannot listen: {problem}") from None
 
 
 def become(user: str) -> None:
@@ -6122,26 +6103,20 @@ def become(user: str) -> None:
                          "as another user, with RUN_AS empty") from None
 
 
-def within_open_files(config: Config) -> Config:
-    """Raise the soft limit of open files, as a connection needs one, and one to Microsoft;
-    where the hard limit is too low, allow fewer connections, so that there is always one
-    for Microsoft.
+def raise_open_files(wanted: int) -> float:
+    """Raise the soft limit of open files to `wanted`, or as far as the system allows.
+    Returns the limit.
     """
     if resource is None:
-        return config
+        return math.inf
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * config.max_connections + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    endless = resource.RLIM_INFINITY
+    if soft != endless and soft < wanted:
+        limit = wanted if hard == endless else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):      # macOS and sandboxes have more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))       # limits
             soft = limit
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return config
-    most = max(1, (soft - SPARE_FILES) // 2)
-    log_event(logging.WARNING, "-", "limited", max_connections=most, open_files=soft,
-              remedy=f"raise the limit of open files (ulimit -n, LimitNOFILE=) to {wanted}")
-    return dataclasses.replace(config, max_connections=most)
+    return math.inf if soft == endless else soft
 
 
 def return_memory() -> None:
@@ -6174,7 +6149,6 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
 
 def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises StartError."""
-    config = within_open_files(config)
     return_memory()
     handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
     contexts = make_tls_contexts(config)

@@ -2813,7 +2813,7 @@ class LogTests(unittest.TestCase):
                     self.assertEqual(process.wait(PATIENCE), status)
 
     def test_lines_are_whole_have_a_zone_and_lost_ones_are_counted(self) -> None:
-        lines = queue.Queue(2)
+        lines: queue.Queue[Any] = queue.Queue(2)
         handler = relay.LogQueue(lines)
         for number in range(4):
             handler.handle(logging.LogRecord("", 20, "", 1, "line %d", (number,), None))
@@ -8561,15 +8561,10 @@ class ShellTests(TlsCase):
 
     def test_replies_leave_at_once(self) -> None:
         """Without TCP_NODELAY the second of two would wait for 40 ms."""
-        sock = self.raw()
-        self.read_until(sock, b"\r\n")
-
-        def delays() -> list[int]:
-            return [one._writer.get_extra_info("socket").getsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                for one in self.running.server._connections]
-        self.assertTrue(all(self.running.ask(delays)))
-        self.assertTrue(self.running.ask(delays))
+        self.read_until(self.raw(), b"\r\n")
+        one, = self.running.ask(lambda: list(self.running.server._connections))
+        self.assertTrue(one._writer.get_extra_info("socket").getsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_an_http_client_is_closed_at_once(self) -> None:
         sock = self.raw()
@@ -9067,6 +9062,26 @@ class ConnectionLimitTests(TlsCase):
                                         ("127.0.0.3", 0))
         self.addCleanup(sock.close)
         self.assertTrue(self.read(sock).startswith(b"421 4.7.0 Too many connections;"))
+
+    def test_a_network_of_ipv6_counts_as_one_client(self) -> None:
+        writers = []
+
+        def come(address: str) -> None:
+            reader, writer = asyncio.StreamReader(), unittest.mock.MagicMock()
+            sock = unittest.mock.MagicMock(fileno=lambda: 5)
+            writer.get_extra_info = {"peername": (address, 9, 0, 0), "sockname": ("::", 25),
+                                     "socket": sock}.get
+            writer.drain = writer.wait_closed = unittest.mock.AsyncMock()
+            self.running.server._accept(False, reader, writer)
+            writers.append((reader, writer))
+        with kept_log() as kept:
+            for address in ("2001:db8::1", "2001:db8::2", "2001:db8::ffff:1", "2001:db8::3",
+                            "2001:db8:0:1::1"):
+                self.running.ask(functools.partial(come, address))
+        (_, line), = kept.find("turned-away")
+        self.assertIn("client=2001:db8::3 ", line)
+        for reader, _ in writers:
+            self.running._loop.call_soon_threadsafe(reader.feed_eof)
 
 
 class LimitTests(TlsCase):
@@ -10716,37 +10731,44 @@ class ServeTests(unittest.TestCase):
 
     @unittest.skipUnless(relay.resource, "needs limits of open files")
     def test_more_connections_than_open_files(self) -> None:
-        """The soft limit is raised; else fewer connections are allowed, and it is said."""
-        code = ("import dataclasses, logging, resource, smtp_oauth_relay as relay\n"
-                "logging.basicConfig()\n"
-                "resource.setrlimit(resource.RLIMIT_NOFILE, ({}, {}))\n"
-                "config = relay.within_open_files(relay.Config(max_connections=200))\n"
-                "print(config.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])")
-        for soft, hard, wanted in ((50, 600, "200 500"), (550, 600, "200 550"),
-                                   (50, 300, "100 300"), (50, 60, "1 60")):
-            with self.subTest(hard), start_python("-c", code.format(soft, hard)) as process:
-                out, err = process.communicate(timeout=PATIENCE)
-                self.assertEqual(out.strip(), wanted, err)
-                self.assertEqual("limited max-connections=" in err, hard < 500)
+        """The soft limit is raised. At the hard one clients are refused, and those inside all
+        reach Microsoft.
+        """
+        fake = FakeMicrosoft()
+        self.addCleanup(fake.close)
+        code = ("import resource, smtp_oauth_relay as relay\n"
+                "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 60))\nrelay.main([])")
+        with start_python("-c", code, SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1",
+                          TLS_SOURCE="off", REQUIRE_TLS="false", MAX_CONNECTIONS="200",
+                          AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url) as process:
+            port, clients, said = self.port(process), [], "220"
+            while said.startswith("220"):
+                sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+                self.addCleanup(sock.close)
+                said = sock.recv(1000).decode()
+                clients.append(sock)
+            self.assertRegex(said, "^421 4.7.0 Too many connections for the limit of open ")
+            self.assertGreater(len(clients), 10)
+            for number, sock in enumerate(clients[:-1]):
+                sock.sendall(b"EHLO x\r\n" + login_line() + b"MAIL FROM:<%d@x.y>\r\n"
+                             b"RCPT TO:<a@x.y>\r\nDATA\r\n\r\n.\r\nQUIT\r\n" % number)
+            for sock in clients[:-1]:
+                self.assertRegex(last_octets(sock), rb"\r\n250 2\.0\.0 [^\r]+\r\n221 ")
 
     @unittest.skipUnless(relay.resource, "needs limits of open files")
-    def test_limits_of_open_files_that_have_no_end_or_cannot_be_raised(self) -> None:
-        """As on macOS, and in some sandboxes."""
-        def forbid(*_: object) -> None:
-            raise ValueError("not allowed to raise maximum limit")
+    def test_limits_of_open_files(self) -> None:
+        """They may have no end, as on macOS, and a sandbox may forbid to raise them."""
         resource, endless = relay.resource, relay.resource.RLIM_INFINITY
-        for name in ("getrlimit", "setrlimit"):
-            self.addCleanup(setattr, resource, name, getattr(resource, name))
-        for found, most, raised in (((endless, endless), 200, []), ((50, endless), 200, [500]),
-                                    ((300, 600), 100, None)):
-            with self.subTest(found), kept_log() as kept:
-                said: list[int] = []
-                resource.getrlimit = lambda _, found=found: found
-                resource.setrlimit = (forbid if raised is None else
-                                      lambda _, limits, said=said: said.append(limits[0]))
-                config = relay.within_open_files(relay.Config(max_connections=200))
-                self.assertEqual((config.max_connections, said), (most, raised or []))
-                self.assertEqual(len(kept.find("limited")), raised is None)
+        for limits, error, raised, wanted in (
+                ((endless, endless), None, [], math.inf), ((600, 900), None, [], 600),
+                ((50, endless), None, [500], 500), ((50, 300), None, [300], 300),
+                ((50, endless), ValueError, [500], 50), ((50, 900), OSError, [500], 50)):
+            with self.subTest(limits), unittest.mock.patch.multiple(
+                    resource, getrlimit=lambda _, limits=limits: limits,
+                    setrlimit=unittest.mock.Mock(side_effect=error)):
+                self.assertEqual(relay.raise_open_files(500), wanted)
+                self.assertEqual([call.args[1][0] for call in
+                                  resource.setrlimit.call_args_list], raised)
 
     def test_an_expired_certificate_is_warned_about(self) -> None:
         lines: list[str] = []
@@ -10757,15 +10779,12 @@ class ServeTests(unittest.TestCase):
         self.assertIn("WARNING - tls problem=\"the certificate has expired", lines[0])
 
     def test_both_families_listen_on_one_port(self) -> None:
+        """On one socket, and the log names IPv4 as such."""
         with self.serve(LISTEN_ADDRESS="") as process:
             port = self.port(process)
-            Client(port).close()
-            if socket.has_ipv6:
-                with contextlib.suppress(OSError):      # a machine may have none
-                    probe = socket.create_server(("::1", 0), family=socket.AF_INET6)
-                    probe.close()
-                    self.assertEqual(self.port(process), port)
-                    smtplib.SMTP("::1", port, "test", PATIENCE).close()
+            for host in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
+                smtplib.SMTP(host, port, "test", PATIENCE).close()
+                self.assertIn(f"client={host} ", wait_for_line(process, " connected"))
 
     @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs root")
     def test_root_becomes_run_as_after_reading_the_key(self) -> None:
