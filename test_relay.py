@@ -8669,6 +8669,8 @@ class OldTlsTests(TlsCase):
         running = Running(self.config(TLS_MIN_VERSION="1.0", TLS_CERT_FILEPATH=cert,
                                       TLS_KEY_FILEPATH=key))
         self.addCleanup(running.stop)
+        begin, end = relay.certificate_dates(running._contexts["1.0"], cert)
+        self.assertEqual((end - begin) / 86400, 9)
         context = self.old_client("1.0")
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         with Client(running.port) as client:
@@ -8724,6 +8726,17 @@ login = optional
         except OSError:
             return ""
         return str(client.sock.version())
+
+    def test_the_dates_of_a_certificate(self) -> None:
+        """Also if it has expired, or the root is not in the file."""
+        chain = FILES.write("chain.pem", VAULT_PEM)
+        for cert, key, years in ((FILES["expired.pem"], FILES["key.pem"], (2020, 2020)),
+                                 (FILES["cert.pem"], FILES["key.pem"], (2026, 2126)),
+                                 (chain, chain, (2020, 2120))):
+            for context in relay.make_tls_contexts(tls_config(
+                    TLS_CERT_FILEPATH=cert, TLS_KEY_FILEPATH=key)).values():
+                dates = relay.certificate_dates(context, cert)
+                self.assertEqual(tuple(time.gmtime(date).tm_year for date in dates), years)
 
     def test_weak_ciphers_are_for_old_tls_alone(self) -> None:
         contexts = relay.make_tls_contexts(tls_config())
