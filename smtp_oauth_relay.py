@@ -112,10 +112,6 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 try:
-    import ctypes
-except ImportError:                     # so it is if libffi is missing
-    ctypes = None                       # type: ignore[assignment]
-try:
     import fcntl
     import pwd
     import resource
@@ -5538,8 +5534,6 @@ HANDSHAKE_TIMEOUT = 30.0        # seconds
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that no client gets, so that Microsoft can be reached
-RETURNED_BLOCK = 1_048_576      # octets: well above what asyncio asks for at each read
-_M_MMAP_THRESHOLD = -3          # of malloc.h
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -6123,16 +6117,6 @@ def raise_open_files(wanted: int) -> float:
     return math.inf if soft == endless else soft
 
 
-def return_memory() -> None:
-    """Have the blocks of a message given back to the system when it is gone; mallopt(3).
-
-    glibc keeps what has once been freed, up to 32 MiB in each thread's arena. Other
-    systems have no such function, and no such need.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_BLOCK)
-
-
 def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> None:
     """Call `stop` at SIGTERM or SIGINT, and `reload` at SIGHUP. The second SIGTERM or SIGINT
     ends the process at once.
@@ -6153,7 +6137,6 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
 
 def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises StartError."""
-    return_memory()
     handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
     contexts = make_tls_contexts(config)
     relay = Relay(config)
