@@ -49,7 +49,7 @@ Contents (search for the number; each section uses only those above it)
     §15  Spool                      what Microsoft could not take yet, on disk
     §16  TLS                        the relay's own certificate
     §17  Server                     Connection, Server
-    §18  Demo                       a stand-in for Microsoft
+    §18  Demo                       an outbox in place of Microsoft
     §19  Explain                    what would become of a message
     §20  Command line               main
 """
@@ -80,7 +80,6 @@ import hashlib
 import hmac
 import html
 import http.client
-import http.server
 import ipaddress
 import itertools
 import json
@@ -2557,7 +2556,7 @@ class Outgoing(NamedTuple):
 def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoing:
     """Do all to a message of a device with that login. Raises DeliveryError."""
     prepared = prepare(envelope, config, login)
-    if prepared.size <= GRAPH_MESSAGE_LIMIT or config.large_messages == "whole":
+    if prepared.size <= GRAPH_MESSAGE_LIMIT:
         return Outgoing(prepared)
     if config.large_messages == "refuse":
         raise DeliveryError(
@@ -3356,8 +3355,8 @@ def logging_to_stderr(level: str) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        with lines.all_tasks_done:
-            is_written = lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 2)
+        with (done := lines.all_tasks_done):
+            is_written = done.wait_for(lambda: not lines.unfinished_tasks, 2)
         if not is_written:              # nobody reads, and Python would wait at its exit
             error = sys.exc_info()[1]
             os._exit(2 if isinstance(error, ConfigError) else
@@ -5421,8 +5420,8 @@ def _load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str,
 
 
 def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, float]:
-    """Return when a server's certificate begins and ends to be valid, in Unix time; (0, inf)
-    if OpenSSL accepts it for no client.
+    """Return when the validity of a server's certificate begins and ends, in Unix time;
+    (0, inf) if no client accepts the certificate.
 
     The ssl module reads a certificate's dates in no other public way than by a handshake.
     """
@@ -5604,13 +5603,16 @@ class DuplicateGuard:
 class Relay:
     """What a login and a message mean: the sections above, joined."""
 
-    def __init__(self, config: Config) -> None:
-        """Join them. Raises ConfigError if ACCOUNTS_FILE cannot be used."""
+    def __init__(self, config: Config, microsoft: Any = None) -> None:
+        """Join them. `microsoft` takes the place of Tokens and of Graph.
+
+        Raises ConfigError if ACCOUNTS_FILE cannot be used.
+        """
         pool = HttpPool(config.endpoints)
         self.config = config
         self._pool = pool
-        self._tokens = Tokens(config, pool)
-        self._graph = Graph(config, pool, self._tokens)
+        self._tokens = microsoft or Tokens(config, pool)
+        self._graph = microsoft or Graph(config, pool, self._tokens)
         self.directory = Directory(config, Azure(config, pool, self._tokens))
         self.memory = Memory(config.max_memory_for_messages)
         self.name = config.server_name or _own_name()
@@ -6118,7 +6120,7 @@ def raise_open_files(wanted: int) -> float:
 
 
 def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> None:
-    """Call `stop` at SIGTERM or SIGINT, and `reload` at SIGHUP. The second SIGTERM or SIGINT
+    """Call `stop` at SIGTERM or SIGINT, and `reload` at SIGHUP. A second SIGTERM or SIGINT
     ends the process at once.
 
     All three are always handled: the relay as PID 1 of a container has no default action,
@@ -6135,11 +6137,12 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
         signal.signal(number, handle)
 
 
-def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises StartError."""
+def run(config: Config, announce: Callable[[int], None] | None = None,
+        microsoft: Any = None) -> None:
+    """Serve until SIGTERM or SIGINT; `announce` gets the port. Raises StartError."""
     handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
     contexts = make_tls_contexts(config)
-    relay = Relay(config)
+    relay = Relay(config, microsoft)
     sockets = bind(config)
     become(config.run_as)
     relay.directory.file.check_access()
@@ -6156,8 +6159,8 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
 
     try:
         await relay.start()
-        handle_signals(functools.partial(loop.call_soon_threadsafe, stop.set),
-                       functools.partial(loop.call_soon_threadsafe, relay.directory.file.ask))
+        soon, file = loop.call_soon_threadsafe, relay.directory.file
+        handle_signals(lambda: soon(stop.set), lambda: soon(file.ask))
         await Server(relay, contexts).run(sockets, stop)
     finally:
         relay.close()
@@ -6177,75 +6180,43 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
 
 
-class StandIn(http.server.BaseHTTPRequestHandler):
-    """Plays Entra ID and Graph for the demo: any login is right, any message is kept."""
+class Outbox:
+    """Takes the place of Microsoft: accepts every login, and stores messages as files."""
 
-    protocol_version = "HTTP/1.1"
-    timeout = 60                        # seconds
-    outbox = pathlib.Path("outbox")
+    folder = pathlib.Path("outbox")
 
-    def do_POST(self) -> None:
-        """Answer a request for a token or for sendMail."""
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,8}", length):
-            self.close_connection = True
-            self._answer(411, "LengthRequired")
-            return
-        body = self.rfile.read(int(length))
-        sending = re.fullmatch("/v1.0/users/([^/]+)/sendMail", self.path)
-        if re.fullmatch("/[^/]+/oauth2/v2.0/token", self.path):
-            self._answer(200, "", {"token_type": "Bearer", "expires_in": 3599,
-                                   "access_token": secrets.token_urlsafe()})
-        elif sending:
-            self._answer(*self._keep(urllib.parse.unquote(sending[1]), body))
-        else:
-            self._answer(404, "ResourceNotFound")
+    async def get(self, application: Application, deadline: float) -> str:
+        """Return a token, as Tokens does."""
+        return "token"
 
-    def _keep(self, mailbox: str, body: bytes) -> tuple[int, str]:
+    async def send(self, application: Application, message: Outgoing, ident: str,
+                   deadline: float, *, is_live: bool) -> HttpResponse:
+        """Store a message, large ones too. Raises DeliveryError."""
+        path = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
+        prepared = message.prepared
         try:
-            message = base64.b64decode(body, validate=True)
-        except binascii.Error:
-            return 400, "ErrorMimeContentInvalidBase64String"
-        ident = decode_uuid(self.headers.get("client-request-id", "")) or str(uuid.uuid4())
-        path = self.outbox / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
-        try:
-            path.write_bytes(message)
+            path.write_bytes(prepared.header + prepared.body)
         except OSError as error:
-            print(f"{path} cannot be written: {error.strerror}", flush=True)
-            return 507, "ErrorQuotaExceeded"
-        print(f"{path}: {len(message)} octets from {escaped(mailbox)}", flush=True)
-        return 202, ""
-
-    def _answer(self, status: int, code: str = "", answer: object = None) -> None:
-        answer = {"error": {"code": code}} if code else answer
-        body = json.dumps(answer).encode() if answer else b""
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing; the relay's log has it."""
+            raise DeliveryError(f"{path} cannot be written: {error.strerror}", 452,
+                                "4.3.1") from None
+        print(f"{path}: {prepared.size} octets from {escaped(prepared.mailbox)}",
+              flush=True)
+        return HttpResponse(202, {}, b"")
 
 
 def demo(environ: Mapping[str, str]) -> None:
-    """Run in front of a stand-in for Microsoft. Raises ConfigError, StartError."""
+    """Run with an outbox in place of Microsoft. Raises ConfigError, StartError."""
     try:
-        StandIn.outbox.mkdir(exist_ok=True)
+        Outbox.folder.mkdir(exist_ok=True)
     except OSError as error:
         raise StartError("the folder outbox cannot be made here: "
                          f"{error.strerror}") from None
-    stand_in = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    url = f"http://127.0.0.1:{stand_in.server_address[1]}"
     config = Config.from_environ({
-        **environ, "AZURE_AUTHORITY_HOST": url, "GRAPH_ENDPOINT": url, "TLS_SOURCE": "off",
-        "REQUIRE_TLS": "false", "SMTPS_PORT": "0", "RUN_AS": "", "SPOOL_DIRECTORY": "",
+        **environ, "TLS_SOURCE": "off", "REQUIRE_TLS": "false", "SMTPS_PORT": "0",
+        "RUN_AS": "", "SPOOL_DIRECTORY": "",
         "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"})
-    # So that a scan is saved as it came too, and not as the draft that Microsoft would get.
-    config = dataclasses.replace(config, large_messages="whole")
-    threading.Thread(target=stand_in.serve_forever, daemon=True).start()
     with logging_to_stderr(config.log_level):
-        run(config, functools.partial(_print_demo, config))
+        run(config, functools.partial(_print_demo, config), Outbox())
 
 
 def _print_demo(config: Config, port: int) -> None:
@@ -6258,7 +6229,7 @@ def _print_demo(config: Config, port: int) -> None:
 The relay listens on {address} port {port}, without TLS, in front of a stand-in for
 Microsoft. For a printer, start it with LISTEN_ADDRESS=0.0.0.0. With any password, log in as
 {user}
-Each message is saved in {StandIn.outbox}/. Send a first one from another terminal:
+Each message is saved in {Outbox.folder}/. Send a first one from another terminal:
 
   printf 'Subject: Hello\\n\\nIt works.\\n' | curl \\
     smtp://{credentials}@{in_url}:{port} \\
