@@ -376,6 +376,13 @@ def _user(text: str) -> str:
     return text
 
 
+def _tls_version(text: str) -> str:
+    version = _choice("1.0", "1.1", "1.2", "1.3")(text)
+    if not getattr(ssl, "HAS_TLSv" + version.replace(".", "_").replace("_0", ""), True):
+        raise ValueError("a version that the OpenSSL of this Python has")
+    return version
+
+
 def _ciphers(text: str) -> str:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
@@ -510,8 +517,7 @@ class Config:
     tls_key_filepath: str = setting(
         str, "certs/key.pem", "PEM file of the certificate's private key.")
     tls_min_version: str = setting(
-        _choice("1.0", "1.1", "1.2", "1.3"), "1.2",
-        "Oldest TLS version accepted; old printers need 1.0.")
+        _tls_version, "1.2", "Oldest TLS version accepted; old printers need 1.0.")
     tls_cipher_suite: str = setting(
         _optional(_ciphers), "", "OpenSSL cipher list. Empty: OpenSSL's own.")
     require_tls: bool = setting(
@@ -939,8 +945,7 @@ class Account:
     require_tls: bool | None = setting(
         _optional(_boolean, None), "", "`REQUIRE_TLS` for `networks`.")
     tls_min_version: str = setting(
-        _optional(_choice("1.0", "1.1", "1.2", "1.3")), "",
-        "`TLS_MIN_VERSION` for `networks`.")
+        _optional(_tls_version), "", "`TLS_MIN_VERSION` for `networks`.")
 
     @property
     def has_credential(self) -> bool:
@@ -5793,8 +5798,7 @@ class Connection:
         self._relay = relay
         self._address = address
         self.guest, config = relay.directory.file.accounts.at(address, relay.config)
-        self._context = contexts.get(config.tls_min_version,
-                                     contexts.get(relay.config.tls_min_version))
+        self._context = contexts.get(config.tls_min_version)
         self._reader = reader
         self._writer = writer
         self._plain_writer = writer     # asyncio closes its transport when it is collected

@@ -8740,6 +8740,16 @@ login = optional
                 dates = relay.certificate_dates(context, cert)
                 self.assertEqual(tuple(time.gmtime(date).tm_year for date in dates), years)
 
+    def test_a_version_that_this_openssl_lacks(self) -> None:
+        text = f"[a]\n{APPLICATION}login = required\nnetworks = 10.0.0.1\ntls_min_version = 1.0"
+        for name in ("HAS_TLSv1", "HAS_TLSv1_1"):
+            with unittest.mock.patch.object(ssl, name, False):
+                _, faults = relay.parse_accounts(text, make_config())
+                self.assertEqual(["OpenSSL" in fault for fault in faults],
+                                 [True] * (name == "HAS_TLSv1"))
+                with self.assertRaisesRegex(relay.ConfigError, "TLS_MIN_VERSION='1.[01]'.*Open"):
+                    make_config(TLS_MIN_VERSION="1.0" if name == "HAS_TLSv1" else "1.1")
+
     def test_weak_ciphers_are_for_old_tls_alone(self) -> None:
         contexts = relay.make_tls_contexts(tls_config())
         names = {version: {one["name"] for one in context.get_ciphers()}
