@@ -49,7 +49,7 @@ Contents (search for the number; each section uses only those above it)
     §15  Spool                      what Microsoft could not take yet, on disk
     §16  TLS                        the relay's own certificate
     §17  Server                     Connection, Server
-    §18  Demo                       a stand-in for Microsoft
+    §18  Demo                       an outbox in place of Microsoft
     §19  Explain                    what would become of a message
     §20  Command line               main
 """
@@ -80,7 +80,6 @@ import hashlib
 import hmac
 import html
 import http.client
-import http.server
 import io
 import ipaddress
 import itertools
@@ -107,21 +106,17 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 try:
-    import ctypes
-except ImportError:                     # so it is if libffi is missing
-    ctypes = None                       # type: ignore[assignment]
-try:
     import fcntl
     import pwd
     import resource
-    import termios
 except ImportError:                     # Windows has none of them
-    fcntl = pwd = resource = termios = None     # type: ignore[assignment]
+    fcntl = pwd = resource = None       # type: ignore[assignment]
 
 __version__ = "1.0.0"
 USER_AGENT = f"smtp-oauth-relay/{__version__}"
@@ -382,6 +377,13 @@ def _user(text: str) -> str:
     return text
 
 
+def _tls_version(text: str) -> str:
+    version = _choice("1.0", "1.1", "1.2", "1.3")(text)
+    if not getattr(ssl, "HAS_TLSv" + version.replace(".", "_").replace("_0", ""), True):
+        raise ValueError("a version that the OpenSSL of this Python has")
+    return version
+
+
 def _ciphers(text: str) -> str:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
@@ -517,8 +519,7 @@ class Config:
     tls_key_filepath: str = setting(
         str, "certs/key.pem", "PEM file of the certificate's private key.")
     tls_min_version: str = setting(
-        _choice("1.0", "1.1", "1.2", "1.3"), "1.2",
-        "Oldest TLS version accepted; old printers need 1.0.")
+        _tls_version, "1.2", "Oldest TLS version accepted; old printers need 1.0.")
     tls_cipher_suite: str = setting(
         _optional(_ciphers), "", "OpenSSL cipher list. Empty: OpenSSL's own.")
     require_tls: bool = setting(
@@ -601,8 +602,8 @@ class Config:
         _whole(1000, 10 ** 12 - 1), "1073741824",
         "Most octets of that folder, with those of messages that were given up.")
     duplicate_window: int = setting(
-        _whole(0, 86400), "900", "How long a message is remembered whose 250 did not reach "
-        "the device, so that it is not sent twice. 0: not.")
+        _whole(0, 86400), "900", "How long an accepted message with Message-ID and Date is "
+        "remembered, so that it is not sent again if the device repeats it. 0: not.")
 
     # Limits
     max_message_size: int = setting(
@@ -616,7 +617,7 @@ class Config:
     max_connections: int = setting(
         _count, "1000", "Most connections at once.")
     max_connections_per_client: int = setting(
-        _count, "100", "Most connections at once from one address.")
+        _count, "100", "Most connections at once from one address, or one /64 of IPv6.")
     client_timeout: float = setting(
         _seconds, "300", "How long a device may take for one command, or for each "
         "64 KiB of a message.")
@@ -947,8 +948,7 @@ class Account:
     require_tls: bool | None = setting(
         _optional(_boolean, None), "", "`REQUIRE_TLS` for `networks`.")
     tls_min_version: str = setting(
-        _optional(_choice("1.0", "1.1", "1.2", "1.3")), "",
-        "`TLS_MIN_VERSION` for `networks`.")
+        _optional(_tls_version), "", "`TLS_MIN_VERSION` for `networks`.")
 
     @property
     def has_credential(self) -> bool:
@@ -1329,15 +1329,11 @@ class Session:
     def __init__(self, config: Config, name: str,
                  trace: Callable[[str, object], None] | None = None,
                  memory: Memory | None = None,
-                 check_upload: Callable[[Login, str], None] | None = None,
                  guest: Login | None = None) -> None:
-        """Begin. A guest may send without login. `check_upload` raises RelayError where it
-        is known that a mailbox cannot send a message above GRAPH_MESSAGE_LIMIT.
-        """
+        """Begin. A guest may send without login."""
         self._config = config
         self._name = name
         self._memory = memory or Memory(config.max_memory_for_messages)
-        self._check_upload = check_upload or (lambda login, mailbox: None)
         self._guest = guest
         self.secure = False
         self.login = guest              # who may send
@@ -1579,7 +1575,10 @@ class Session:
         self._check_ascii(mailbox, "SMTPUTF8" in parameters)
         if mailbox:                         # else From says who sends
             self.login.account.check_sender(mailbox)
-        self._check_size(self.login, mailbox, int(parameters.get("SIZE") or 0))
+        size = int(parameters.get("SIZE") or 0)
+        if size > self._config.size_limit:
+            raise _above_limit(self._config)
+        self._memory.check(size)
         self._envelope = Envelope(mailbox)
         self._allow_utf8 = "SMTPUTF8" in parameters
         self._phase = Phase.MAIL
@@ -1588,14 +1587,6 @@ class Session:
     def _mail_size(self, value: str | None) -> None:
         if not _SIZE.fullmatch(value or ""):
             raise ProtocolError("SIZE must be a number of octets")
-
-    def _check_size(self, login: Login, mailbox: str, size: int) -> None:
-        """Refuse what is known to be in vain before it is transferred."""
-        if size > self._config.size_limit:
-            raise _above_limit(self._config)
-        if size > GRAPH_MESSAGE_LIMIT:
-            self._check_upload(login, mailbox)
-        self._memory.check(size)
 
     def _mail_body(self, value: str | None) -> None:
         if (value or "").upper() not in ("7BIT", "8BITMIME"):
@@ -2573,7 +2564,7 @@ class Outgoing(NamedTuple):
 def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoing:
     """Do all to a message of a device with that login. Raises DeliveryError."""
     prepared = prepare(envelope, config, login)
-    if prepared.size <= GRAPH_MESSAGE_LIMIT or config.large_messages == "whole":
+    if prepared.size <= GRAPH_MESSAGE_LIMIT:
         return Outgoing(prepared)
     if config.large_messages == "refuse":
         raise DeliveryError(
@@ -3043,21 +3034,19 @@ class Step(enum.Enum):
     ATTACH = "change the draft"         # so does this
     UPLOAD = "take a piece of a file"   # this needs no token
     SEND_DRAFT = "send the draft"
+    DELETE = "delete the draft"         # this needs Mail.ReadWrite too
 
 
 SUCCESS: Mapping[Step, tuple[int, ...]] = {
     Step.SEND: (202,), Step.CREATE: (200, 201), Step.ATTACH: (200, 201, 204),
-    Step.UPLOAD: (200, 201, 202), Step.SEND_DRAFT: (202,)}
-
-
-class NoUploadRight(DeliveryError):
-    """The application may not make drafts in a mailbox."""
+    Step.UPLOAD: (200, 201, 202), Step.SEND_DRAFT: (202,),
+    Step.DELETE: (200, 204, 404)}
 
 
 def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) -> RelayError:
     """Make the error for an answer of Graph that is not the one for success."""
     reply, code = _find_reply(response), _graph_code(response)
-    if step in (Step.CREATE, Step.ATTACH) and reply is _NO_RIGHT:
+    if step in (Step.CREATE, Step.ATTACH, Step.DELETE) and reply is _NO_RIGHT:
         reply = _NO_UPLOAD_RIGHT
     if step not in (Step.SEND, Step.CREATE) and reply is _NO_MAILBOX:
         reply = _FAILING                # it had one a moment ago
@@ -3065,8 +3054,7 @@ def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) ->
         reply = _FAILING                # it is between Graph and Exchange
     facts = {"status": response.status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
-    kind = (NoUploadRight if reply is _NO_UPLOAD_RIGHT and step is Step.CREATE else
-            TemporaryError if reply.code < 500 else DeliveryError)
+    kind = TemporaryError if reply.code < 500 else DeliveryError
     level = logging.ERROR if reply is _NOT_SENT else logging.WARNING
     return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
                 level=level)
@@ -3351,15 +3339,12 @@ def escaped(value: object) -> str:
 
 
 class LogQueue(logging.handlers.QueueHandler):
-    """Hands lines to a thread, as the loop must not wait for a full pipe.
-
-    When too many lines wait, more are dropped, and counted.
-    """
+    """Drops lines while the queue is full, and counts them."""
 
     dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Queue a line; the first one that fits again tells how many did not."""
+        """Queue a line; the first one that fits again reports how many were dropped."""
         if self.dropped:
             record.msg = f"{record.msg} (lines lost before this one: {self.dropped})"
         try:
@@ -3371,9 +3356,10 @@ class LogQueue(logging.handlers.QueueHandler):
 
 @contextlib.contextmanager
 def logging_to_stderr(level: str) -> Iterator[None]:
-    """Write the log to standard error, from a thread of its own."""
+    """Write the log to standard error from a thread, because a full pipe blocks it."""
     stream = logging.StreamHandler()
-    stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
+                                          "%Y-%m-%dT%H:%M:%S%z"))
     lines: queue.Queue[Any] = queue.Queue(LOG_QUEUE)
     listener = logging.handlers.QueueListener(lines, stream)
     handler = LogQueue(lines)
@@ -3386,12 +3372,13 @@ def logging_to_stderr(level: str) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        # stop() waits for the last line, and so for whoever reads the pipe.
-        stopper = threading.Thread(target=listener.stop, daemon=True)
-        stopper.start()
-        stopper.join(2)
-        if stopper.is_alive():
-            os._exit(0)         # nobody reads it, and Python itself would wait for ever
+        with (done := lines.all_tasks_done):
+            is_written = done.wait_for(lambda: not lines.unfinished_tasks, 2)
+        if not is_written:              # nobody reads, and Python would wait at its exit
+            error = sys.exc_info()[1]
+            os._exit(2 if isinstance(error, ConfigError) else
+                     0 if error is None or isinstance(error, SystemExit) else 1)
+        listener.stop()
 
 
 # ---------------------------------------------------------------------------
@@ -3935,14 +3922,6 @@ def _fresh(error: AuthError) -> AuthError:
     return AuthError(error.reply.text, facts=error.facts, level=error.level)
 
 
-def _remember(cache: dict[K, tuple[T, float]], key: K, value: T, ends_at: float) -> None:
-    """Put a value into a cache; the one that was put there first makes room."""
-    cache.pop(key, None)
-    cache[key] = value, ends_at
-    if len(cache) > MAX_CACHED:
-        del cache[next(iter(cache))]
-
-
 # ---------------------------------------------------------------------------
 # §13  Directory
 # ---------------------------------------------------------------------------
@@ -4306,141 +4285,70 @@ class Directory:
 #
 #     401, but of an upload                once, with a new token
 #     429, 503 with Retry-After           after that time, in which the mailbox rests
+#     404 for a draft that is new         a few times: not all servers know it at once
 #     a kept connection that was closed   §11
 #
 # Anything else is the answer to the client, or a case for the spool: after a time-out or
-# a 504 the message may be on its way already. A large message takes one turn for all of its
+# a 504 the message may be on its way already. A large message takes one slot for all of its
 # requests, and its draft is deleted if any of them fails.
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
 LEAST_PAUSE = 0.5               # seconds before anything is tried again
 MOST_PAUSE = 86400.0            # seconds; what is longer is garbage
 THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
-NO_RIGHT_LASTS = 3600.0         # seconds that a missing Mail.ReadWrite is remembered
+DRAFT_DELAYS = (0.5, 1.0, 2.0, 4.0)     # seconds between attempts if a draft is not found
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
-SPOOLED = None                  # in place of a client: what no client waits for
 
 
-@dataclass
-class Line:
-    """Those who wait for one mailbox, by client, and whose turn it is next comes first."""
-
-    busy: int = 0
-    opens_at: float = 0.0       # time.monotonic(); before it nobody may ask
-    waiting: dict[object, collections.deque[asyncio.Future[bool]]] = field(
-        default_factory=dict)
-    deadlines: dict[asyncio.Future[bool], float] = field(default_factory=dict)
-
-    def next(self) -> asyncio.Future[bool]:
-        """Take out who is next; the other messages of this client go behind all others."""
-        client = next((one for one in self.waiting if one is not SPOOLED), SPOOLED)
-        turns = self.waiting.pop(client)
-        turn = turns.popleft()
-        if turns:
-            self.waiting[client] = turns
-        return turn
-
-    def leave(self, client: object, turn: asyncio.Future[bool]) -> None:
-        """Take out one who waits no more."""
-        self.waiting[client].remove(turn)
-        if not self.waiting[client]:
-            del self.waiting[client]
+MailboxKey = tuple[str, str, str]       # tenant, client, mailbox: Graph limits these
 
 
-class Turns:
-    """Lets so many at once do something with a mailbox; the others wait in line.
+class MailboxLimiter:
+    """Limits how many messages are sent from a mailbox at once: first come, first served.
 
-    Clients take turns, so that a burst of one does not hold up another. While a line is
-    held nobody's turn comes, and whose deadline is before its end is told so at once.
+    A message from the queue gets a slot when no client waits for one. The queue sends the
+    messages of a mailbox one by one, so it never holds more than one slot.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lines: dict[object, Line] = {}
+    def __init__(self) -> None:
+        self.in_use = 0
+        self._live: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._queued: collections.deque[asyncio.Future[None]] = collections.deque()
 
     @contextlib.asynccontextmanager
-    async def turn(self, key: object, client: object,
-                   deadline: float) -> AsyncIterator[None]:
-        """Wait for a turn, and have it. Raises TemporaryError if none comes in time."""
-        line = self._lines.setdefault(key, Line())
-        if line.busy < self._limit and not line.waiting and not line.opens_at:
-            line.busy += 1
+    async def slot(self, deadline: float, *, is_live: bool) -> AsyncIterator[None]:
+        """Hold a slot. Raises TemporaryError if none is free in time."""
+        if self.in_use < REQUESTS_AT_ONCE:
+            self.in_use += 1
         else:
-            await self._wait(line, key, client, deadline)
+            await self._wait(self._live if is_live else self._queued, deadline)
         try:
             yield
         finally:
-            line.busy -= 1
-            self._pass_on(key)
+            self._release()
 
-    async def _wait(self, line: Line, key: object, client: object, deadline: float) -> None:
-        if deadline < line.opens_at:
-            raise _too_fast()
-        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        line.waiting.setdefault(client, collections.deque()).append(turn)
-        line.deadlines[turn] = deadline
+    async def _wait(self, waiting: collections.deque[asyncio.Future[None]],
+                    deadline: float) -> None:
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting.append(slot)
         try:
-            if not await done_by(deadline, turn):
+            if not await done_by(deadline, slot):
                 raise TemporaryError("Too many messages for this mailbox at once; try "
                                      "again later", 451, "4.4.5")
-            if not turn.result():
-                raise _too_fast()
         except BaseException:
-            if not turn.done():
-                line.leave(client, turn)
-            elif turn.result():             # it came at the moment of a cancellation
-                line.busy -= 1
-            self._pass_on(key)
+            if slot.done():             # it came at the moment of a cancellation
+                self._release()
+            else:
+                waiting.remove(slot)
             raise
-        finally:
-            del line.deadlines[turn]
 
-    def hold(self, key: object, seconds: float) -> None:
-        """Let nobody's turn come for a while; that is what Microsoft wants."""
-        line = self._lines.setdefault(key, Line())
-        opens_at = time.monotonic() + seconds
-        if opens_at <= line.opens_at:
-            return
-        line.opens_at = opens_at
-        asyncio.get_running_loop().call_later(seconds, self._open, key, opens_at)
-        for client, turns in list(line.waiting.items()):
-            for turn in [one for one in turns if line.deadlines[one] < opens_at]:
-                line.leave(client, turn)
-                turn.set_result(False)
-
-    def held_for(self, key: object) -> float:
-        """Seconds for which a line is held."""
-        line = self._lines.get(key)
-        return max(0.0, line.opens_at - time.monotonic()) if line else 0.0
-
-    async def opened(self, key: object, deadline: float) -> None:
-        """Wait until a line is open, as one whose turn it is. Raises TemporaryError if
-        that is too late.
-        """
-        while self.held_for(key):
-            if time.monotonic() + self.held_for(key) >= deadline:
-                raise _too_fast()
-            await asyncio.sleep(self.held_for(key))
-
-    def _open(self, key: object, opens_at: float) -> None:
-        line = self._lines.get(key)
-        if line and line.opens_at == opens_at:      # it was not held for longer meanwhile
-            line.opens_at = 0.0
-            self._pass_on(key)
-
-    def _pass_on(self, key: object) -> None:
-        line = self._lines.get(key)
-        if line is None:                    # all is done already
-            return
-        while line.waiting and line.busy < self._limit and not line.opens_at:
-            line.next().set_result(True)
-            line.busy += 1
-        if not (line.busy or line.waiting or line.opens_at):
-            del self._lines[key]
-
-
-def _too_fast() -> TemporaryError:
-    return TemporaryError(_BUSY.text, _BUSY.code, _BUSY.status)
+    def _release(self) -> None:
+        """Pass a slot on to the next message."""
+        waiting = self._live or self._queued
+        if waiting:
+            waiting.popleft().set_result(None)
+        else:
+            self.in_use -= 1
 
 
 @dataclass(frozen=True)
@@ -4451,60 +4359,46 @@ class Errand:
     mailbox: str
     ident: str
     deadline: float
-    latest: float           # for the request that sends
+    latest: float           # to begin a request, as it must have time to be answered
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> MailboxKey:
         """Whose limits it is under."""
-        return limits_key(self.application, self.mailbox)
-
-
-def limits_key(application: Application, mailbox: str) -> tuple[str, str, str]:
-    """What Graph counts and grants for: an application and a mailbox."""
-    return application.tenant, application.client, mailbox.lower()
+        return self.application.tenant, self.application.client, self.mailbox.lower()
 
 
 class Graph:
     """Sends messages; Microsoft Graph v1.0, "user: sendMail", "message: send"."""
 
-    def __init__(self, config: Config, pool: HttpPool, tokens: Tokens,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
         self._config = config
         self._pool = pool
         self._tokens = tokens
-        self._clock = clock             # for what is remembered
-        self.turns = Turns(REQUESTS_AT_ONCE)
-        self._no_uploads: dict[tuple[str, str, str], tuple[Reply, float]] = {}
+        # A limiter is needed as long as a message holds or waits for one of its slots.
+        self._limiters: weakref.WeakValueDictionary[MailboxKey, MailboxLimiter] = (
+            weakref.WeakValueDictionary())
+        self._resume_at: Cache[MailboxKey, float] = Cache()     # time.monotonic()
 
     async def send(self, application: Application, message: Outgoing, ident: str,
-                   deadline: float, client: object = SPOOLED) -> HttpResponse:
+                   deadline: float, *, is_live: bool = False) -> HttpResponse:
         """Send a message; returns the 202. Raises RelayError for anything else.
 
-        Clients of a mailbox take turns; what was spooled comes after them all.
+        `is_live`: a client waits for it. Messages from the queue come after these.
         """
         mailbox = message.prepared.mailbox
         # A request that is soon cut off may have been obeyed, and nobody would know.
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
         errand = Errand(application, mailbox, ident, deadline, latest)
-        if message.draft:
-            self.check_upload(application, mailbox)
-        async with self.turns.turn(errand.key, client, latest):
-            if not message.draft:
-                return await self._ask(errand, Step.SEND, self._request(
-                    errand, "sendMail", message.prepared.encoded))
-            try:
+        limiter = self._limiters.setdefault(errand.key, MailboxLimiter())
+        async with limiter.slot(latest, is_live=is_live):
+            if message.draft:
                 return await self._send_draft(errand, message.draft)
-            except NoUploadRight as error:
-                _remember(self._no_uploads, errand.key, error.reply,
-                          self._clock() + NO_RIGHT_LASTS)
-                _explain_right(errand)
-                raise
+            return await self._ask(errand, Step.SEND, self._request(
+                errand, "sendMail", message.prepared.encoded))
 
-    def check_upload(self, application: Application, mailbox: str) -> None:
-        """Raise DeliveryError if it is known that drafts may not be made there."""
-        reply, ends_at = self._no_uploads.get(limits_key(application, mailbox), (None, 0.0))
-        if reply and self._clock() < ends_at:
-            raise DeliveryError(reply.text, reply.code, reply.status)
+    def held_for(self, key: MailboxKey) -> float:
+        """Return for how many seconds Microsoft wants no request for a mailbox."""
+        return max(0.0, (self._resume_at.get(key) or 0.0) - time.monotonic())
 
     # Large messages.
 
@@ -4544,12 +4438,10 @@ class Graph:
 
     async def _upload(self, errand: Errand, url: str, attachment: Attachment) -> None:
         """Send a file in pieces, to the host that Graph named, and without the token."""
-        pieces, begin = attachment.part.pieces(), 0
+        pieces, begin = filter(None, attachment.part.pieces()), 0
         while begin < attachment.size:
-            piece = await worked_out(errand.deadline, functools.partial(next, pieces))
+            piece = await worked_out(errand.deadline, functools.partial(next, pieces, b""))
             end = begin + len(piece)
-            if end == begin:            # nothing but line ends stood there
-                continue
             response = await self._ask(errand, Step.UPLOAD, HttpRequest("PUT", url, {
                 "Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
                 "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}, piece))
@@ -4559,16 +4451,17 @@ class Graph:
 
     async def _discard(self, errand: Errand, path: str) -> None:
         """Delete a draft that is not sent; if that fails it stays, and the log says so."""
-        errand = dataclasses.replace(errand, deadline=time.monotonic() + DISCARD_TIMEOUT)
+        deadline = time.monotonic() + DISCARD_TIMEOUT
+        errand = dataclasses.replace(errand, deadline=deadline, latest=deadline)
         facts: dict[str, object] = {"problem": "the relay stops"}
         try:
-            await self._ask(errand, Step.ATTACH,
+            await self._ask(errand, Step.DELETE,
                             self._request(errand, path, method="DELETE"))
             facts = {}
         except RelayError as error:
             facts = {"reply": error.reply, **error.facts}
         finally:
-            if facts and facts.get("status") != 404:
+            if facts:
                 log_event(logging.WARNING, errand.ident, "draft-left",
                           mailbox=errand.mailbox, **facts)
 
@@ -4585,17 +4478,15 @@ class Graph:
 
     async def _ask(self, errand: Errand, step: Step, request: HttpRequest) -> HttpResponse:
         """Send a request until it succeeds. Raises RelayError."""
-        renewed, pause = False, 0.0
-        # When it is too late to begin: what sends must have time to be heard.
-        latest = errand.latest if step in (Step.SEND, Step.SEND_DRAFT) else errand.deadline
+        renewed, delays = False, iter(DRAFT_DELAYS)
         while True:
-            if pause or request.method != "DELETE":     # a draft must not stay for a pause
-                await self.turns.opened(errand.key, latest)
+            if step is not Step.DELETE:         # a draft must not stay for a pause
+                await self._wait_until_resumed(errand)
             token, headers = "", request.headers
             if step is not Step.UPLOAD:
                 token = await self._tokens.get(errand.application, errand.deadline)
                 headers = {**headers, "Authorization": f"Bearer {token}"}
-            if time.monotonic() >= latest:
+            if time.monotonic() >= errand.latest:
                 raise NoAnswer("no time is left")
             response = await self._pool.send(dataclasses.replace(request, headers=headers),
                                              errand.deadline)
@@ -4606,10 +4497,22 @@ class Graph:
                 self._tokens.forget(errand.application, token)
                 continue
             pause = _pause(response)
-            if pause:
-                self.turns.hold(errand.key, pause)
-            if not pause or time.monotonic() + pause >= latest:
+            if pause > self.held_for(errand.key):
+                self._resume_at.put(errand.key, time.monotonic() + pause, pause)
+            if response.status == 404 and step in (Step.ATTACH, Step.SEND_DRAFT):
+                pause = next(delays, 0.0)
+            if not pause or time.monotonic() + pause >= errand.latest:
                 raise graph_error(response, errand.mailbox, step)
+            await asyncio.sleep(pause)
+
+    async def _wait_until_resumed(self, errand: Errand) -> None:
+        """Wait while Microsoft throttles a mailbox. Raises TemporaryError at once if that
+        is too long.
+        """
+        while self.held_for(errand.key):
+            if time.monotonic() + self.held_for(errand.key) >= errand.latest:
+                raise TemporaryError(_BUSY.text, _BUSY.code, _BUSY.status)
+            await asyncio.sleep(self.held_for(errand.key))
 
 
 def _pause(response: HttpResponse) -> float:
@@ -4620,19 +4523,6 @@ def _pause(response: HttpResponse) -> float:
     if pause is None or pause > MOST_PAUSE:
         return THROTTLED_PAUSE if response.status == 429 else 0.0
     return max(pause, LEAST_PAUSE)
-
-
-def _explain_right(errand: Errand) -> None:
-    """Tell the admin how to give the right to one mailbox."""
-    mailbox = errand.mailbox.replace("'", "''" * 2)     # a text in a text of PowerShell
-    log_event(logging.WARNING, errand.ident, "no-upload-right", mailbox=errand.mailbox,
-              client=errand.application.client, remedy="in Exchange Online PowerShell: "
-              "New-ManagementScope -Name 'relay uploads' -RecipientRestrictionFilter "
-              f"'UserPrincipalName -eq ''{mailbox}''"
-              "'; New-ManagementRoleAssignment "
-              "-App <object ID of the enterprise application> -Role 'Application "
-              "Mail.ReadWrite' -CustomResourceScope 'relay uploads'; or set "
-              "LARGE_MESSAGES=refuse")
 
 
 # ---------------------------------------------------------------------------
@@ -4971,7 +4861,7 @@ class Spool:
         """Store a message; it is safe when this returns. Raises TemporaryError."""
         pause = 0.0
         if application and entry.key not in self._backlogs:     # it has just failed
-            pause = self._graph.turns.held_for(entry.key) or self._pause(1)
+            pause = self._graph.held_for(entry.key) or self._pause(1)
             entry.next_at = time.time() + pause
         octets, is_stored = len(entry.first_line) + entry.size, False
         self._writing += octets
@@ -5180,7 +5070,7 @@ class Spool:
             await self._give_up(backlog, entry, self._too_old(reason))
             return
         entry.reason = reason
-        held = self._graph.turns.held_for(entry.key)
+        held = self._graph.held_for(entry.key)
         others = [one for one in backlog.entries if one is not entry
                   and _is_due(one, time.time()) and self._application(one)]
         if held or backlog.suspect or not others:
@@ -5319,24 +5209,9 @@ VAULT_REMEDIES: Mapping[int, str] = {
     404: "there is no such certificate",
 }
 
-# PFX
-COMMAND_SECONDS = 10
-PEM_BLOCK = re.compile(
-    rb"(.*?)(-----BEGIN ([A-Z ]+)-----\r?\n[\w+/=\s]+-----END \3-----\r?\n)", re.S)
-BAG_NAMES = re.compile(rb"^ *(localKeyID|subject|issuer) ?[:=] *(.*)", re.M)
-NO_PAIR = "no private key with its certificate in it"
-BIO_CTRL_INFO = 3       # <openssl/bio.h>: says where a BIO's octets lie
-# result, name, arguments: p(ointer), t(ext), i(nt), l(ong), u(nsigned long), n(othing)
-LIBCRYPTO = """
-    p d2i_PKCS12 p p l; i PKCS12_parse p t p p p; n PKCS12_free p; n EVP_PKEY_free p;
-    n X509_free p; u X509_subject_name_hash p; u X509_issuer_name_hash p;
-    p OPENSSL_sk_shift p; n OPENSSL_sk_free p; n ERR_clear_error; p BIO_s_mem;
-    p BIO_new p; i BIO_free p; l BIO_ctrl p i l p; i PEM_write_bio_X509 p p;
-    i PEM_write_bio_PrivateKey p p p p i p p; p OSSL_LIB_CTX_new; n OSSL_LIB_CTX_free p;
-    p OSSL_LIB_CTX_set0_default p; p OSSL_PROVIDER_load p t; i OSSL_PROVIDER_unload p"""
-
-_CERTIFICATE_EXPIRED = 10       # X509_V_ERR_CERT_HAS_EXPIRED
-_PARTIAL_CHAIN = 0x80000        # X509_V_FLAG_PARTIAL_CHAIN; ssl names it from 3.10 on
+COMMAND_SECONDS = 10.0          # for one run of the openssl command
+# X509_V_FLAG_PARTIAL_CHAIN, which ssl names from 3.10 on, and X509_V_FLAG_NO_CHECK_TIME
+_ANY_CERTIFICATE = 0x80000 | 0x200000
 
 
 def describe_failure(error: OSError) -> str:
@@ -5382,7 +5257,7 @@ def _make_contexts(config: Config, cert_path: str, key_path: str, cert_name: str
             contexts.setdefault(version, _make_context(config, version))
     for context in contexts.values():
         _load_certificate(context, cert_path, key_path, key_name)
-    if _is_expired(contexts[config.tls_min_version], cert_path):
+    if certificate_dates(contexts[config.tls_min_version], cert_path)[1] < time.time():
         log_event(logging.WARNING, "-", "tls", problem="the certificate has expired; "
                   "devices may refuse it", certificate=cert_name)
     return contexts
@@ -5418,140 +5293,54 @@ def _load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str,
         raise StartError(f"{key_name}: {problem}") from None
 
 
-def _is_expired(context: ssl.SSLContext, cert_path: str) -> bool:
-    """Rehearse a handshake with a client that trusts this very certificate.
+def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, float]:
+    """Return when the validity of a server's certificate begins and ends, in Unix time;
+    (0, inf) if no client accepts the certificate.
 
-    The ssl module reads a certificate's dates in no other public way.
+    The ssl module reads a certificate's dates in no other public way than by a handshake.
     """
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname = False
-    trusting.verify_flags |= _PARTIAL_CHAIN
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= _ANY_CERTIFICATE
+    client.set_ciphers("ALL:@SECLEVEL=0")       # for a key that is as old as a printer
+    client.load_verify_locations(cert_path)
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = (client.wrap_bio(back, there), context.wrap_bio(there, back, True))
     try:
-        trusting.load_verify_locations(cert_path)
-        sides = (trusting.wrap_bio(back, there), context.wrap_bio(there, back, True))
         for side in sides * 3:
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()
-    except ssl.SSLError as error:
-        return getattr(error, "verify_code", 0) == _CERTIFICATE_EXPIRED
-    return False
+        found: Any = sides[0].getpeercert()
+        return (ssl.cert_time_to_seconds(found["notBefore"]),
+                ssl.cert_time_to_seconds(found["notAfter"]))
+    except (ssl.SSLError, ValueError):
+        return 0.0, math.inf
 
 
 def pfx_to_pem(pfx: bytes) -> bytes:
-    """Key, leaf and chain as PEM, for load_cert_chain() reads nothing else."""
-    reasons = []
-    for name, way in ("libcrypto", _pem_by_libcrypto), ("openssl", _pem_by_command):
-        try:
-            return way(pfx)
-        except (ImportError, AttributeError, TypeError, OSError, ValueError) as problem:
-            reasons.append(f"{name}: {problem}")
-    raise ValueError("PKCS#12 not readable: " + "; ".join(reasons))
+    """Convert a PKCS#12 file without a password to PEM: key, certificate, chain.
 
-
-def _pem_by_libcrypto(pfx: bytes) -> bytes:
-    """By the library that ssl has loaded anyway, so that nothing need be installed."""
-    lib, ref = _libcrypto(), ctypes.byref
-    key, leaf, chain = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-    with contextlib.ExitStack() as last:
-        _admit_old_ciphers(lib, last)
-        last.callback(lib.ERR_clear_error)      # or ssl would take them for its own
-        p12 = lib.d2i_PKCS12(None, ref(ctypes.c_char_p(pfx)), len(pfx))
-        last.callback(lib.PKCS12_free, p12)
-        if not p12 or not lib.PKCS12_parse(p12, b"", ref(key), ref(leaf), ref(chain)):
-            raise ValueError("damaged, of unknown kind, or with a password")
-        last.callback(lib.EVP_PKEY_free, key)
-        certs = [leaf.value, *iter(lambda: lib.OPENSSL_sk_shift(chain), None)]
-        last.callback(lib.OPENSSL_sk_free, chain)
-        for cert in certs:
-            last.callback(lib.X509_free, cert)
-        if not key or not leaf:
-            raise ValueError(NO_PAIR)
-        names = lib.X509_subject_name_hash, lib.X509_issuer_name_hash
-        certs = _chained([(*(name(cert) for name in names), cert) for cert in certs])
-        return _written(lib, last, key, certs)
-
-
-def _libcrypto() -> Any:
-    """Python's own libcrypto with its types, lest ctypes cut a pointer to an int."""
-    import _ssl
-    lib = ctypes.CDLL(getattr(_ssl, "__file__", None))      # None: built into Python
-    types = {"p": ctypes.c_void_p, "t": ctypes.c_char_p, "i": ctypes.c_int,
-             "l": ctypes.c_long, "u": ctypes.c_ulong, "n": None}
-    for result, name, *wants in map(str.split, LIBCRYPTO.split(";")):
-        if hasattr(lib, name) or not name.startswith("OSSL_"):      # OpenSSL 3 has those
-            function = getattr(lib, name)
-            function.restype = types[result]
-            function.argtypes = [types[want] for want in wants]
-    return lib
-
-
-def _admit_old_ciphers(lib: Any, last: contextlib.ExitStack) -> None:
-    """RC2-40 in a context for this call in this thread: TLS shall never know of it."""
-    if not hasattr(lib, "OSSL_LIB_CTX_new"):
-        return      # before OpenSSL 3 they are there
-    context = lib.OSSL_LIB_CTX_new()
-    if not context:
-        raise ValueError("no library context")      # NULL would mean the whole process
-    last.callback(lib.OSSL_LIB_CTX_free, context)
-    for name in b"default", b"legacy":
-        provider = lib.OSSL_PROVIDER_load(context, name)
-        if provider:        # new files do without "legacy", which may not be installed
-            last.callback(lib.OSSL_PROVIDER_unload, provider)
-    before = lib.OSSL_LIB_CTX_set0_default(context)
-    last.callback(lib.OSSL_LIB_CTX_set0_default, before)
-
-
-def _written(lib: Any, last: contextlib.ExitStack, key: Any, certs: list[Any]) -> bytes:
-    """PEM of what libcrypto holds; the key as PKCS#8, not encrypted."""
-    bio, text = lib.BIO_new(lib.BIO_s_mem()), ctypes.c_void_p()
-    last.callback(lib.BIO_free, bio)
-    if not (bio and lib.PEM_write_bio_PrivateKey(bio, key, None, None, 0, None, None)
-            and all(lib.PEM_write_bio_X509(bio, cert) for cert in certs)):
-        raise ValueError("PEM not written")
-    size = lib.BIO_ctrl(bio, BIO_CTRL_INFO, 0, ctypes.byref(text))
-    return bytes(ctypes.string_at(text, size))
-
-
-def _chained(certs: list[Any]) -> list[Any]:
-    """Of (subject, issuer, certificate): the first, its issuer and on, then others."""
-    chain = [certs.pop(0)]
-    while certs:
-        issuers = [cert for cert in certs if cert[0] == chain[-1][1]]
-        chain.append((issuers or certs)[0])
-        certs.remove(chain[-1])
-    return [cert[2] for cert in chain]
-
-
-def _pem_by_command(pfx: bytes) -> bytes:
-    """By OpenSSL's command, which needs no ctypes; nothing comes to the disk."""
-    for legacy in ["-legacy"], []:      # OpenSSL 1.1 neither needs nor knows it
+    The ssl module cannot read PKCS#12, so this runs the openssl command. Nothing is
+    written to the disk. Raises ValueError.
+    """
+    for legacy in ["-legacy"], []:      # OpenSSL 3 needs it for RC2; 1.1 does not know it
         command = ["openssl", "pkcs12", "-nodes", "-passin", "pass:", *legacy]
         try:
-            done = subprocess.run(command, input=pfx, capture_output=True,   # noqa: S603
-                                 timeout=COMMAND_SECONDS)
+            parts = [subprocess.run([*command, *options], input=pfx,        # noqa: S603
+                                    capture_output=True, timeout=COMMAND_SECONDS)
+                     for options in (["-nocerts"], ["-nokeys", "-clcerts"],
+                                     ["-nokeys", "-cacerts"])]
+        except OSError as error:
+            raise ValueError(f"the openssl command: {error.strerror}") from None
         except subprocess.TimeoutExpired:
-            raise ValueError("no end in time") from None
-        if done.returncode == 0:
-            return _sorted_pem(done.stdout)
-    reason = done.stderr.decode(errors="replace").partition("\n")[0].strip()
-    raise ValueError(reason[:120] or f"exit status {done.returncode}")
-
-
-def _sorted_pem(text: bytes) -> bytes:
-    """The PEM blocks alone, key and leaf first: the command keeps the file's order."""
-    keys: list[Any] = []
-    certs: list[Any] = []
-    for names, pem, kind in PEM_BLOCK.findall(text):
-        name = dict(BAG_NAMES.findall(names)).get
-        entry = name(b"subject"), name(b"issuer"), pem, name(b"localKeyID")
-        (keys if b"KEY" in kind else certs).append(entry)
-    if not keys or not certs:
-        raise ValueError(NO_PAIR)
-    *_, key, key_id = keys[0]
-    issuers = {issuer for subject, issuer, *_ in certs if issuer != subject}
-    certs.sort(key=lambda cert: (cert[3] != key_id, cert[0] in issuers))
-    return b"".join([key, *_chained(certs)])
+            raise ValueError("the openssl command: timed out") from None
+        failed = [part for part in parts if part.returncode]
+        if not failed:
+            if b" KEY-----" not in parts[0].stdout or b" CERT" not in parts[1].stdout:
+                raise ValueError("no private key with its certificate in it")
+            return b"".join(part.stdout for part in parts)
+    reason = failed[0].stderr.decode(errors="replace").partition("\n")[0].strip()
+    raise ValueError(f"the openssl command: {reason[:120]}")
 
 
 async def fetch_certificate(config: Config, name: str) -> bytes:
@@ -5615,17 +5404,14 @@ def _private_file(octets: bytes) -> Iterator[str]:
 READ_COMMANDS = 4096            # octets worked on before others have their turn
 READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
-HEARD_WITHIN = 1.0              # seconds for a client's system to acknowledge a reply
-FIRST_LOOK = 0.02               # seconds until it is looked whether it has
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
-SPARE_FILES = 100               # that may be open besides those of connections
-RETURNED_BLOCK = 1_048_576      # octets: well above what asyncio asks for at each read
-_M_MMAP_THRESHOLD = -3          # of malloc.h
+SPARE_FILES = 100               # that no client gets, so that Microsoft can be reached
 
-# Handled always: as PID 1 of a container the relay has no default action. Not with the
-# loop's add_signal_handler(), which Windows lacks.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# The fields of RFC 5322 that identify a message, if they are not empty.
+_IDENTITY = re.compile(rb"^(Message-ID|Date)[ \t]*:(?:(?:\r\n)?[ \t])*[^\s]", re.I | re.M)
 
 _TIMED_OUT = Reply(421, "4.4.2", "Waited too long for you; goodbye")
 _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
@@ -5639,125 +5425,72 @@ def _own_name() -> str:
     return "localhost"
 
 
-def has_taken_all(sock: socket.socket) -> bool:
-    """Whether the other system has acknowledged all that was written to a socket. Where the
-    system does not tell: True. Raises OSError if the connection was reset.
+class DuplicateGuard:
+    """Remembers accepted messages, so that a retransmission is not sent again.
+
+    Only a message with a Message-ID and a Date field can be recognized (RFC 5322 section
+    3.6.4). Without them two equal messages may both be meant: a device repeats an alarm.
     """
-    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, os.strerror(error))
-    try:
-        return not any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
-    except (AttributeError, OSError):
-        return True
-
-
-def has_hung_up(sock: socket.socket) -> bool:
-    """Whether the other system has ended its half of a connection, or all of it. Where ours
-    does not tell: False.
-    """
-    try:
-        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    except (AttributeError, OSError):
-        return False
-    return state in (7, 8)              # CLOSE and CLOSE_WAIT of Linux
-
-
-class Receipt:
-    """What one client is told of a message that was accepted."""
-
-    def __init__(self, ident: str, digest: bytes = b"", text: str = "") -> None:
-        loop = asyncio.get_running_loop()
-        self.ident = ident
-        self.digest = digest            # none: it need not be remembered
-        self.text = text                # empty: it was not accepted, or not yet
-        self.outcome: asyncio.Future[None] = loop.create_future()
-        self.is_heard: asyncio.Future[bool] = loop.create_future()
-        self.told_at = 0.0
-        self.is_too_late = False        # the client had hung up before
-
-
-class Receipts:
-    """Remembers messages whose 250 was not heard: a client sends these again."""
 
     def __init__(self, window: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Remember for `window` seconds."""
+        """Remember messages for `window` seconds; 0 disables the guard."""
         self._window = window
-        self._clock = clock
-        self._under_way: dict[bytes, Receipt] = {}
-        self._unheard: dict[bytes, tuple[Receipt, float]] = {}      # and its end
+        self._under_way: dict[bytes, asyncio.Future[None]] = {}
+        self._accepted: Cache[bytes, tuple[str, str]] = Cache(clock)    # id and reply
+
+    def digest(self, login: Login, envelope: Envelope, header: bytes) -> bytes:
+        """Hash account, envelope and content; return b"" for an unrecognizable message."""
+        if not self._window or len({match[1].lower()
+                                    for match in _IDENTITY.finditer(header)}) < 2:
+            return b""
+        digest = hashlib.sha256(repr((
+            login.account.name, login.application.tenant, login.application.client,
+            envelope.reverse_path, sorted(envelope.recipients))).encode())
+        digest.update(envelope.message)
+        return digest.digest()
 
     @contextlib.asynccontextmanager
-    async def receipt(self, digest: bytes, ident: str,
-                      deadline: float) -> AsyncIterator[Receipt]:
-        """Give the receipt that is to be filled in. With a text it repeats that of the same
-        message, which was accepted and not heard. Raises TemporaryError.
+    async def claim(self, digest: bytes,
+                    deadline: float) -> AsyncIterator[tuple[str, str] | None]:
+        """Wait until no other client sends the same message, then yield the id and the
+        reply with which it was accepted before, or None. Raises TemporaryError.
         """
-        if not self._window:
-            yield Receipt(ident)
-            return
-        first = await self._find(digest, deadline)
-        receipt = (Receipt(first.ident, digest, first.text) if first else
-                   Receipt(ident, digest))
-        self._under_way[digest] = receipt
-        try:
-            yield receipt
-        finally:
-            del self._under_way[digest]
-            if receipt.text:            # that of a repeated one ends as the first would
-                _, ends_at = self._unheard.get(digest, (None, self._clock() + self._window))
-                _remember(self._unheard, digest, receipt, ends_at)
-            receipt.outcome.set_result(None)
-
-    async def _find(self, digest: bytes, deadline: float) -> Receipt | None:
-        while True:
-            first = self._under_way.get(digest)
-            # Some may come before, and be queued when there is no time left.
-            if first and not await done_by(deadline + DISK_TIMEOUT, first.outcome):
+        while digest in self._under_way:
+            if not await done_by(deadline, self._under_way[digest]):
                 raise TemporaryError("The same message is on its way; try again later", 451,
                                      "4.4.5")
-            first, ends_at = self._unheard.get(digest, (None, 0.0))
-            if first and self._clock() < ends_at:
-                await done_by(time.monotonic() + HEARD_WITHIN, first.is_heard)
-            if digest not in self._under_way:
-                break
-        first, ends_at = self._unheard.get(digest, (None, 0.0))
-        if self._clock() < ends_at:
-            return first
-        self._unheard.pop(digest, None)
-        return None
+        if not digest:
+            yield None
+            return
+        self._under_way[digest] = asyncio.get_running_loop().create_future()
+        try:
+            yield self._accepted.get(digest)
+        finally:
+            self._under_way.pop(digest).set_result(None)
 
-    def settle(self, receipt: Receipt, *, is_heard: bool) -> None:
-        """Learn whether its client has heard of it: if so the same is another message."""
-        if not receipt.is_heard.done():
-            receipt.is_heard.set_result(is_heard)
-        if is_heard and self._unheard.get(receipt.digest, (None, 0.0))[0] is receipt:
-            del self._unheard[receipt.digest]
-
-
-def identify(login: Login, envelope: Envelope) -> bytes:
-    """Hash what two messages have in common that are the same."""
-    digest = hashlib.sha256(repr((
-        login.account.name, login.application.tenant, login.application.client,
-        envelope.reverse_path, sorted(envelope.recipients))).encode())
-    digest.update(envelope.message)
-    return digest.digest()
+    def accepted(self, digest: bytes, ident: str, reply: str) -> None:
+        """Remember that a message was accepted."""
+        if digest:
+            self._accepted.put(digest, (ident, reply), self._window)
 
 
 class Relay:
     """What a login and a message mean: the sections above, joined."""
 
-    def __init__(self, config: Config) -> None:
-        """Join them. Raises ConfigError if ACCOUNTS_FILE cannot be used."""
+    def __init__(self, config: Config, microsoft: Any = None) -> None:
+        """Join them. `microsoft` takes the place of Tokens and of Graph.
+
+        Raises ConfigError if ACCOUNTS_FILE cannot be used.
+        """
         pool = HttpPool(config.endpoints)
         self.config = config
         self._pool = pool
-        self._tokens = Tokens(config, pool)
-        self._graph = Graph(config, pool, self._tokens)
+        self._tokens = microsoft or Tokens(config, pool)
+        self._graph = microsoft or Graph(config, pool, self._tokens)
         self.directory = Directory(config, Azure(config, pool, self._tokens))
         self.memory = Memory(config.max_memory_for_messages)
         self.name = config.server_name or _own_name()
-        self.receipts = Receipts(config.duplicate_window)
+        self._duplicates = DuplicateGuard(config.duplicate_window)
         self.spool = Spool(config, self._graph, self.directory.file, self.memory,
                            self.name) if config.spool_directory else None
         self._watcher: asyncio.Task[None] | None = None
@@ -5831,22 +5564,14 @@ class Relay:
             self.spool.logged_in(login.application)
         return login
 
-    def check_upload(self, login: Login, mailbox: str) -> None:
-        """Raise DeliveryError if it is known that a large message cannot be sent."""
-        mailbox = login.account.from_email or mailbox
-        if login.account.adapt(self.config).sender_from == "envelope":  # else unknown yet
-            self._graph.check_upload(login.application, mailbox)
-
-    async def deliver(self, login: Login, envelope: Envelope, session: str,
-                      address: IpAddress | None) -> Receipt:
-        """Send a message, or queue it. Raises RelayError."""
+    async def deliver(self, login: Login, envelope: Envelope, session: str) -> str:
+        """Send a message, or queue it; returns the text of the reply. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
         account = login.account
         facts: dict[str, object] = {
             "session": session, "account": account.name or None,
             "sender": envelope.reverse_path, "recipients": len(envelope.recipients),
             "size": len(envelope.message)}
-        level, event = logging.INFO, "sent"
         try:
             message, digest = await self._prepare(login, envelope, deadline)
             facts.update(sender=message.prepared.mailbox, size=message.prepared.size)
@@ -5854,15 +5579,14 @@ class Relay:
                 account.check_sender(message.prepared.mailbox)
             if message.draft:
                 facts["attachments"] = len(message.draft.attachments)
-            async with self.receipts.receipt(digest, ident, deadline) as receipt:
-                if receipt.text:
-                    event, facts["first"] = "repeated", receipt.ident
-                elif await self._send(login, message, ident, deadline, address, facts):
-                    receipt.text = f"Accepted by Microsoft 365, id {ident}"
+            async with self._duplicates.claim(digest, deadline) as first:
+                if first:
+                    level, event = logging.INFO, "repeated"
+                    facts["first"], text = first
                 else:
-                    await self._queue(login, envelope, message.prepared, ident, facts)
-                    level, event = logging.WARNING, "queued"
-                    receipt.text = f"Queued, id {ident}"
+                    level, event, text = await self._send(login, envelope, message, ident,
+                                                          deadline, facts)
+                    self._duplicates.accepted(digest, ident, text)
         except asyncio.CancelledError:
             log_event(logging.WARNING, ident, "cut", **{
                 **facts, "problem": "the relay stops; it may have been sent"})
@@ -5875,7 +5599,7 @@ class Relay:
                       seconds=time.monotonic() - started)
             raise
         log_event(level, ident, event, **facts, seconds=time.monotonic() - started)
-        return receipt
+        return text
 
     async def _prepare(self, login: Login, envelope: Envelope,
                        deadline: float) -> tuple[Outgoing, bytes]:
@@ -5883,26 +5607,30 @@ class Relay:
         config = login.account.adapt(self.config)
         envelope = dataclasses.replace(envelope, reverse_path=login.account.from_email
                                        or envelope.reverse_path)
+
+        def edit() -> tuple[Outgoing, bytes]:
+            message = make_outgoing(envelope, config, login.username)
+            return message, self._duplicates.digest(login, envelope,
+                                                    message.prepared.before)
         try:
-            return await in_time(deadline, in_thread(lambda: (
-                make_outgoing(envelope, config, login.username),
-                identify(login, envelope))))
+            return await in_time(deadline, in_thread(edit))
         except TimeoutError:
             raise TemporaryError("The message takes too long to read; try again later"
                                  ) from None
 
-    async def _send(self, login: Login, message: Outgoing, ident: str, deadline: float,
-                    address: IpAddress | None, facts: dict[str, object]) -> bool:
-        """Send a message; False is: there is a spool, and it is for that. Raises
-        RelayError.
+    async def _send(self, login: Login, envelope: Envelope, message: Outgoing, ident: str,
+                    deadline: float, facts: dict[str, object]) -> tuple[int, str, str]:
+        """Send a message, or queue it if Microsoft does not take it now. Returns the level
+        and event to log, and the text of the reply. Raises RelayError.
         """
+        application = login.application
         try:
-            response = await self._graph.send(login.application, message, ident, deadline,
-                                              (address, login.username))
-        except asyncio.CancelledError:          # the relay stops
+            response = await self._graph.send(application, message, ident, deadline,
+                                              is_live=True)
+        except asyncio.CancelledError:
             if not self.spool:
                 raise
-            return False
+            reason = "the relay stops"
         except AuthError as error:              # the secret has changed since the login
             raise TemporaryError("Microsoft no longer accepts this login; log in again",
                                  421, "4.7.0", close=True,
@@ -5911,17 +5639,13 @@ class Relay:
             if not self.spool:
                 raise
             facts.update(error.facts, reply=error.reply)
-            return False
-        facts["request_id"] = response.headers.get("request-id")
-        if self.spool:
-            self.spool.logged_in(login.application)
-        return True
-
-    async def _queue(self, login: Login, envelope: Envelope, prepared: Prepared,
-                     ident: str, facts: Mapping[str, object]) -> None:
-        """Put a message into the spool. Raises TemporaryError."""
-        assert self.spool is not None           # or _send had raised
-        application, reason = login.application, str(facts.get("reply", "the relay stops"))
+            reason = str(error.reply)
+        else:
+            facts["request_id"] = response.headers.get("request-id")
+            if self.spool:
+                self.spool.logged_in(application)
+            return logging.INFO, "sent", f"Accepted by Microsoft 365, id {ident}"
+        prepared = message.prepared
         await self.spool.put(Entry(
             ident, login.account.name, application.tenant, application.client,
             prepared.mailbox, envelope.reverse_path and (
@@ -5929,6 +5653,7 @@ class Relay:
             list(envelope.recipients.values()), len(prepared.header), prepared.size, "",
             False, time.time(), 1, 0.0, reason), [prepared.header, prepared.body],
             application)
+        return logging.WARNING, "queued", f"Queued, id {ident}"
 
     def _deadline(self) -> float:
         return time.monotonic() + self.config.upstream_timeout
@@ -5947,19 +5672,15 @@ class Connection:
         self._relay = relay
         self._address = address
         self.guest, config = relay.directory.file.accounts.at(address, relay.config)
-        self._context = contexts.get(config.tls_min_version,
-                                     contexts.get(relay.config.tls_min_version))
+        self._context = contexts.get(config.tls_min_version)
         self._reader = reader
         self._writer = writer
         self._plain_writer = writer     # asyncio closes its transport when it is collected
-        self._session = Session(config, name, self._trace, relay.memory,
-                                relay.check_upload, self.guest)
+        self._session = Session(config, name, self._trace, relay.memory, self.guest)
         self._timeout = relay.config.client_timeout
         self._progress = 0
         self._deadline = 0.0            # for the command under way
         self._is_timed_out = False
-        self._receipts: list[Receipt] = []          # that the client may not have heard of
-        self._untaken_at = 0.0          # when it was last seen that not all was taken
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
@@ -5981,11 +5702,6 @@ class Connection:
         self._session.abandon()
         self.is_running = False         # what follows ends soon, and is not to be cut off
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
-        for receipt in self._receipts[:1]:          # with the first all are known
-            self._look(FIRST_LOOK)
-            await done_by(time.monotonic() + HEARD_WITHIN, receipt.is_heard)
-            self._find_out()
-        self._settle(is_taken=False)
         await self._hang_up()
 
     def stop(self) -> None:
@@ -6022,16 +5738,8 @@ class Connection:
                     event, self._address, self.ident))
             else:
                 assert self._session.login is not None      # MAIL needs a login
-                receipt = await self._relay.deliver(self._session.login, event.envelope,
-                                                    self.ident, self._address)
-                self._session.delivered(receipt.text)
-                if receipt.digest:
-                    self._receipts.append(receipt)
-                    receipt.told_at = time.monotonic()
-                    receipt.is_too_late = self._is_gone or has_hung_up(
-                        self._plain_writer.get_extra_info("socket"))
-                    loop = asyncio.get_running_loop()
-                    loop.call_later(FIRST_LOOK, self._look, FIRST_LOOK)
+                self._session.delivered(await self._relay.deliver(
+                    self._session.login, event.envelope, self.ident))
         except RelayError as error:
             self._session.refuse(error.reply)
         self._renew_deadline()
@@ -6047,43 +5755,14 @@ class Connection:
         except asyncio.CancelledError:
             if not self._is_timed_out:
                 raise
-            self._find_out()            # first, as nobody may hear of the end
             self._session.end(_TIMED_OUT, "timed out")
             return
         finally:
             timer.cancel()
-        self._find_out()
         if octets:
             self._session.receive(octets)
         else:
             self._session.receive_eof()
-
-    def _find_out(self) -> None:
-        """Find out whether the client has heard of its messages."""
-        if self._is_gone:
-            self._settle(is_taken=False)
-        elif self._receipts:
-            try:
-                if self._has_taken_all():
-                    self._settle(is_taken=True)
-                else:
-                    self._untaken_at = time.monotonic()
-            except OSError:
-                self._settle(is_taken=False)
-
-    def _look(self, pause: float) -> None:
-        """Find out without a word of the client, ever more seldom: long after it has heard
-        it may reset the connection, or vanish.
-        """
-        self._find_out()
-        if self._receipts:
-            asyncio.get_running_loop().call_later(pause, self._look, 2 * pause)
-
-    def _has_taken_all(self) -> bool:
-        """Whether the client's system has taken all that was said. Raises OSError."""
-        plain, transport = self._plain_writer.transport, self._writer.transport
-        return not (plain.get_write_buffer_size() or transport.get_write_buffer_size()
-                    ) and has_taken_all(plain.get_extra_info("socket"))
 
     @property
     def _is_gone(self) -> bool:
@@ -6092,18 +5771,6 @@ class Connection:
         """
         return (self._plain_writer.transport.is_closing()
                 or self._writer.transport.is_closing())
-
-    def _settle(self, *, is_taken: bool) -> None:
-        """Say of which messages the client has heard, as it has taken all or is gone.
-
-        What it took in the end nobody can tell then. Rather twice than never: it has heard,
-        unless it had hung up before, or was seen to take nothing for HEARD_WITHIN.
-        """
-        for receipt in self._receipts:
-            may_have_heard = (not receipt.is_too_late
-                              and self._untaken_at < receipt.told_at + HEARD_WITHIN)
-            self._relay.receipts.settle(receipt, is_heard=is_taken or may_have_heard)
-        self._receipts.clear()
 
     def _time_out(self) -> None:
         """End the wait in _read."""
@@ -6186,8 +5853,11 @@ class Server:
         self._relay = relay
         self._contexts = contexts
         self._connections: set[Connection] = set()
-        self._clients: collections.Counter[str] = collections.Counter()
+        self._clients: collections.Counter[object] = collections.Counter()     # by site
         self._is_stopping = False
+        # A connection needs a file, and may need a second one to reach Microsoft.
+        limit = raise_open_files(2 * relay.config.max_connections + 2 * SPARE_FILES)
+        self._client_files = limit - min(SPARE_FILES, limit / 2)
 
     async def run(self, sockets: Iterable[tuple[socket.socket, bool]],
                   stop: asyncio.Event) -> None:
@@ -6228,91 +5898,69 @@ class Server:
 
     def _accept(self, implicit_tls: bool, reader: asyncio.StreamReader,
                 writer: asyncio.StreamWriter) -> None:
+        sock = writer.get_extra_info("socket")
+        with contextlib.suppress(OSError):      # a reply that waits for an ACK takes 40 ms
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = writer.get_extra_info("peername")
-        client = peer[0] if peer else "unknown"
-        problem = self._find_problem(client)
+        address = read_address(peer[0]) if peer else None
+        client, site = str(address or "unknown"), _site(address)
+        problem = self._find_problem(site, sock.fileno())
         if problem:
             if not implicit_tls:
                 writer.write(bytes(Reply(421, "4.7.0", f"{problem}; try again later")))
             writer.close()
             log_event(logging.WARNING, "-", "turned-away", client=client, reason=problem)
             return
-        connection = Connection(self._relay, self._contexts, self._relay.name,
-                                read_address(client), reader, writer)
+        connection = Connection(self._relay, self._contexts, self._relay.name, address,
+                                reader, writer)
         connection.is_stopping = self._is_stopping      # asyncio had accepted it already
         self._connections.add(connection)
-        self._clients[client] += 1
+        self._clients[site] += 1
         guest = connection.guest
         log_event(logging.INFO, connection.ident, "connected", client=client,
                   port=writer.get_extra_info("sockname")[1],
                   account=guest.account.name if guest else None)
         connection.task = asyncio.ensure_future(connection.run(implicit_tls=implicit_tls))
-        connection.task.add_done_callback(functools.partial(self._left, connection, client))
+        connection.task.add_done_callback(functools.partial(self._left, connection, site))
 
-    def _find_problem(self, client: str) -> str:
+    def _find_problem(self, site: object, file: int) -> str:
         config = self._relay.config
+        if file >= self._client_files:
+            return "Too many connections for the limit of open files"
         if len(self._connections) >= config.max_connections:
             return "Too many connections"
-        if self._clients[client] >= config.max_connections_per_client:
+        if self._clients[site] >= config.max_connections_per_client:
             return "Too many connections from your address"
         return ""
 
-    def _left(self, connection: Connection, client: str, task: asyncio.Task[None]) -> None:
+    def _left(self, connection: Connection, site: object, task: asyncio.Task[None]) -> None:
         self._connections.discard(connection)
-        self._clients[client] -= 1
-        if not self._clients[client]:
-            del self._clients[client]
+        self._clients[site] -= 1
+        if not self._clients[site]:
+            del self._clients[site]
 
 
 def bind(config: Config) -> list[tuple[socket.socket, bool]]:
     """Open the ports; each with whether it is for implicit TLS. Raises StartError."""
-    sockets = [(sock, False) for sock in _bind_port(config, "SMTP_PORT", config.smtp_port)]
+    sockets = [(_listen(config, "SMTP_PORT", config.smtp_port), False)]
     if config.smtps_port:
-        sockets += [(sock, True)
-                    for sock in _bind_port(config, "SMTPS_PORT", config.smtps_port)]
+        sockets.append((_listen(config, "SMTPS_PORT", config.smtps_port), True))
     return sockets
 
 
-def _bind_port(config: Config, setting_name: str, port: int) -> list[socket.socket]:
-    sockets: list[socket.socket] = []
+def _listen(config: Config, setting_name: str, port: int) -> socket.socket:
+    is_dual = not config.listen_address and socket.has_dualstack_ipv6()
+    host = "::" if is_dual else config.listen_address or "0.0.0.0"
+    if host.lower() == "localhost":     # its first address may be ::1 alone
+        host = "127.0.0.1"
     try:
-        found = socket.getaddrinfo(config.listen_address or None, port,
-                                   type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in found:
-            if sockets:                 # port 0: the one that the first got
-                address = (address[0], sockets[0].getsockname()[1], *address[2:])
-            try:
-                sockets.append(_bind_socket(family, kind, protocol, address))
-            except OSError as error:
-                # A machine without IPv6 still names it.
-                if family != socket.AF_INET6 or error.errno in (errno.EADDRINUSE,
-                                                                errno.EACCES):
-                    raise
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG,
+                                    dualstack_ipv6=is_dual)
     except OSError as error:
+        problem = (error.strerror or str(error)).partition(" (while")[0]
         raise StartError(f"{setting_name}={port}, LISTEN_ADDRESS={config.listen_address}: "
-                         f"cannot listen: {error.strerror or error}") from None
-    if not sockets:
-        raise StartError(f"LISTEN_ADDRESS={config.listen_address}: not an address of this "
-                         "machine")
-    return sockets
-
-
-def _bind_socket(family: int, kind: int, protocol: int,
-                 address: tuple[Any, ...]) -> socket.socket:
-    # With the protocol: only if it is known does asyncio set TCP_NODELAY, without which a
-    # login takes 40 ms more. socket.create_server() leaves it open.
-    sock = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":          # elsewhere it would let two programs share a port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+                         f"cannot listen: {problem}") from None
 
 
 def become(user: str) -> None:
@@ -6333,48 +5981,46 @@ def become(user: str) -> None:
                          "as another user, with RUN_AS empty") from None
 
 
-def within_open_files(config: Config) -> Config:
-    """Raise the soft limit of open files, as a connection needs one, and one to Microsoft;
-    where the hard limit is too low, allow fewer connections, so that there is always one
-    for Microsoft.
+def raise_open_files(wanted: int) -> float:
+    """Raise the soft limit of open files to `wanted`, or as far as the system allows.
+    Returns the limit.
     """
     if resource is None:
-        return config
+        return math.inf
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * config.max_connections + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    endless = resource.RLIM_INFINITY
+    if soft != endless and soft < wanted:
+        limit = wanted if hard == endless else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):      # macOS and sandboxes have more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))       # limits
             soft = limit
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return config
-    most = max(1, (soft - SPARE_FILES) // 2)
-    log_event(logging.WARNING, "-", "limited", max_connections=most, open_files=soft,
-              remedy=f"raise the limit of open files (ulimit -n, LimitNOFILE=) to {wanted}")
-    return dataclasses.replace(config, max_connections=most)
+    return math.inf if soft == endless else soft
 
 
-def return_memory() -> None:
-    """Have the blocks of a message given back to the system when it is gone; mallopt(3).
+def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> None:
+    """Call `stop` at SIGTERM or SIGINT, and `reload` at SIGHUP. A second SIGTERM or SIGINT
+    ends the process at once.
 
-    glibc keeps what has once been freed, up to 32 MiB in each thread's arena. Other
-    systems have no such function, and no such need.
+    All three are always handled: the relay as PID 1 of a container has no default action,
+    and SIGHUP would end it elsewhere. Windows lacks the loop's add_signal_handler().
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_BLOCK)
+    def handle(number: int, frame: object) -> None:
+        if number in STOP_SIGNALS:
+            for each in STOP_SIGNALS:
+                signal.signal(each, lambda number, _: os._exit(128 + number))
+        with contextlib.suppress(RuntimeError):         # the loop has ended already
+            (stop if number in STOP_SIGNALS else reload)()
+
+    for number in (*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, handle)
 
 
-def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises StartError."""
-    config = within_open_files(config)
-    return_memory()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))   # nothing has begun yet
-    if config.accounts_file and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)    # it is handled later, see _run
+def run(config: Config, announce: Callable[[int], None] | None = None,
+        microsoft: Any = None) -> None:
+    """Serve until SIGTERM or SIGINT; `announce` gets the port. Raises StartError."""
+    handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
     contexts = make_tls_contexts(config)
-    relay = Relay(config)
+    relay = Relay(config, microsoft)
     sockets = bind(config)
     become(config.run_as)
     relay.directory.file.check_access()
@@ -6389,17 +6035,10 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
     loop.set_exception_handler(_log_loop_error)
     stop = asyncio.Event()
 
-    def handle(number: int, frame: object) -> None:
-        with contextlib.suppress(RuntimeError):         # the loop has ended already
-            loop.call_soon_threadsafe(stop.set if number in STOP_SIGNALS
-                                      else relay.directory.file.ask)
-
     try:
         await relay.start()
-        for number in STOP_SIGNALS:
-            signal.signal(number, handle)
-        if relay.config.accounts_file and hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, handle)
+        soon, file = loop.call_soon_threadsafe, relay.directory.file
+        handle_signals(lambda: soon(stop.set), lambda: soon(file.ask))
         await Server(relay, contexts).run(sockets, stop)
     finally:
         relay.close()
@@ -6419,75 +6058,43 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
 
 
-class StandIn(http.server.BaseHTTPRequestHandler):
-    """Plays Entra ID and Graph for the demo: any login is right, any message is kept."""
+class Outbox:
+    """Takes the place of Microsoft: accepts every login, and stores messages as files."""
 
-    protocol_version = "HTTP/1.1"
-    timeout = 60                        # seconds
-    outbox = pathlib.Path("outbox")
+    folder = pathlib.Path("outbox")
 
-    def do_POST(self) -> None:
-        """Answer a request for a token or for sendMail."""
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,8}", length):
-            self.close_connection = True
-            self._answer(411, "LengthRequired")
-            return
-        body = self.rfile.read(int(length))
-        sending = re.fullmatch("/v1.0/users/([^/]+)/sendMail", self.path)
-        if re.fullmatch("/[^/]+/oauth2/v2.0/token", self.path):
-            self._answer(200, "", {"token_type": "Bearer", "expires_in": 3599,
-                                   "access_token": secrets.token_urlsafe()})
-        elif sending:
-            self._answer(*self._keep(urllib.parse.unquote(sending[1]), body))
-        else:
-            self._answer(404, "ResourceNotFound")
+    async def get(self, application: Application, deadline: float) -> str:
+        """Return a token, as Tokens does."""
+        return "token"
 
-    def _keep(self, mailbox: str, body: bytes) -> tuple[int, str]:
+    async def send(self, application: Application, message: Outgoing, ident: str,
+                   deadline: float, *, is_live: bool) -> HttpResponse:
+        """Store a message, large ones too. Raises DeliveryError."""
+        path = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
+        prepared = message.prepared
         try:
-            message = base64.b64decode(body, validate=True)
-        except binascii.Error:
-            return 400, "ErrorMimeContentInvalidBase64String"
-        ident = decode_uuid(self.headers.get("client-request-id", "")) or str(uuid.uuid4())
-        path = self.outbox / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
-        try:
-            path.write_bytes(message)
+            path.write_bytes(prepared.header + prepared.body)
         except OSError as error:
-            print(f"{path} cannot be written: {error.strerror}", flush=True)
-            return 507, "ErrorQuotaExceeded"
-        print(f"{path}: {len(message)} octets from {escaped(mailbox)}", flush=True)
-        return 202, ""
-
-    def _answer(self, status: int, code: str = "", answer: object = None) -> None:
-        answer = {"error": {"code": code}} if code else answer
-        body = json.dumps(answer).encode() if answer else b""
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing; the relay's log has it."""
+            raise DeliveryError(f"{path} cannot be written: {error.strerror}", 452,
+                                "4.3.1") from None
+        print(f"{path}: {prepared.size} octets from {escaped(prepared.mailbox)}",
+              flush=True)
+        return HttpResponse(202, {}, b"")
 
 
 def demo(environ: Mapping[str, str]) -> None:
-    """Run in front of a stand-in for Microsoft. Raises ConfigError, StartError."""
+    """Run with an outbox in place of Microsoft. Raises ConfigError, StartError."""
     try:
-        StandIn.outbox.mkdir(exist_ok=True)
+        Outbox.folder.mkdir(exist_ok=True)
     except OSError as error:
         raise StartError("the folder outbox cannot be made here: "
                          f"{error.strerror}") from None
-    stand_in = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    url = f"http://127.0.0.1:{stand_in.server_address[1]}"
     config = Config.from_environ({
-        **environ, "AZURE_AUTHORITY_HOST": url, "GRAPH_ENDPOINT": url, "TLS_SOURCE": "off",
-        "REQUIRE_TLS": "false", "SMTPS_PORT": "0", "RUN_AS": "", "SPOOL_DIRECTORY": "",
+        **environ, "TLS_SOURCE": "off", "REQUIRE_TLS": "false", "SMTPS_PORT": "0",
+        "RUN_AS": "", "SPOOL_DIRECTORY": "",
         "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"})
-    # So that a scan is saved as it came too, and not as the draft that Microsoft would get.
-    config = dataclasses.replace(config, large_messages="whole")
-    threading.Thread(target=stand_in.serve_forever, daemon=True).start()
     with logging_to_stderr(config.log_level):
-        run(config, functools.partial(_print_demo, config))
+        run(config, functools.partial(_print_demo, config), Outbox())
 
 
 def _print_demo(config: Config, port: int) -> None:
@@ -6500,7 +6107,7 @@ def _print_demo(config: Config, port: int) -> None:
 The relay listens on {address} port {port}, without TLS, in front of a stand-in for
 Microsoft. For a printer, start it with LISTEN_ADDRESS=0.0.0.0. With any password, log in as
 {user}
-Each message is saved in {StandIn.outbox}/. Send a first one from another terminal:
+Each message is saved in {Outbox.folder}/. Send a first one from another terminal:
 
   printf 'Subject: Hello\\n\\nIt works.\\n' | curl \\
     smtp://{credentials}@{in_url}:{port} \\

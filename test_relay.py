@@ -31,6 +31,7 @@ import math
 import os
 import pathlib
 import platform
+import queue
 import quopri
 import random
 import re
@@ -52,7 +53,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Callable, NamedTuple
 
 import smtp_oauth_relay as relay
@@ -1525,18 +1526,6 @@ class SizeTests(SessionCase):
         dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + RCPT + b"DATA\r\nabc\r\n.\r\n")
         self.assertEqual(memory.free, 100_000 - 5)
 
-    def test_what_is_known_to_be_in_vain_is_refused_before_it_is_transferred(self) -> None:
-        asked = []
-
-        def check(login: relay.Login, mailbox: str) -> None:
-            asked.append(mailbox)
-            raise relay.DeliveryError("no right", 552, "5.3.4")
-        dialogue = Dialogue(tls_config(), secure=True, check_upload=check)
-        said = dialogue.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<a@b.c> SIZE=3145729\r\n"
-                             + b"MAIL FROM:<a@b.c> SIZE=3145728\r\n")
-        self.assertEqual(codes(said)[-2:], [552, 250])
-        self.assertEqual(asked, ["a@b.c"])
-
 
 class StartTlsTests(SessionCase):
     """RFC 3207 section 4.2: what was said in the clear is forgotten."""
@@ -2784,15 +2773,43 @@ class LogTests(unittest.TestCase):
             relay.log_event(logging.INFO, "id", "sent", request_id="r", size=5, other=None)
         self.assertEqual(kept.lines, [("INFO", "id sent request-id=r size=5")])
 
-    def test_the_log_is_written_by_a_thread_and_a_full_pipe_blocks_nobody(self) -> None:
+    def test_a_full_pipe_blocks_nobody_and_keeps_the_exit_status(self) -> None:
         code = ("import smtp_oauth_relay as r, logging, sys\n"
+                "r.LOG_QUEUE = 1000\n"
                 "with r.logging_to_stderr('INFO'):\n"
-                "    for n in range(30000): r.log_event(logging.INFO, 'id', 'x' * 50)\n"
-                "    print('done', flush=True)\n")
-        with start_python("-c", code) as process:
-            assert process.stdout is not None
-            self.assertEqual(process.stdout.readline(), "done\n")
-            self.assertEqual(process.wait(PATIENCE), 0)
+                "    for n in range(3000): r.log_event(logging.INFO, 'id', 'x' * 50)\n"
+                "    print('done', flush=True)\n    {}\n")
+        with contextlib.ExitStack() as stack:
+            for process, status in [(stack.enter_context(start_python("-c", code.format(end))),
+                                     status) for end, status in (
+                    ("", 0), ("sys.exit(0)", 0), ("1 / 0", 1), ("raise r.StartError", 1),
+                    ("raise r.ConfigError", 2))]:
+                with self.subTest(process.args):
+                    self.assertEqual(process.stdout.readline(), "done\n")
+                    self.assertEqual(process.wait(PATIENCE), status)
+
+    def test_lines_are_whole_have_a_zone_and_lost_ones_are_counted(self) -> None:
+        lines: queue.Queue[Any] = queue.Queue(2)
+        handler = relay.LogQueue(lines)
+        for number in range(4):
+            handler.handle(logging.LogRecord("", 20, "", 1, "line %d", (number,), None))
+        self.assertEqual(lines.get().getMessage(), "line 0")
+        handler.handle(logging.LogRecord("", 20, "", 1, "100 %", None, None))
+        self.assertEqual([lines.get().getMessage() for _ in range(2)],
+                         ["line 1", "100 % (lines lost before this one: 2)"])
+        self.addCleanup(setattr, relay.log, "propagate", relay.log.propagate)
+        relay.log.propagate = True
+        with contextlib.redirect_stderr(io.StringIO()) as err, relay.logging_to_stderr("INFO"):
+            try:
+                raise OSError("why")
+            except OSError:
+                relay.log.error("%s broken", "id", exc_info=True)
+            relay.log_event(logging.INFO, "id", "last")
+        relay.log.setLevel("DEBUG")
+        when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}"
+        self.assertRegex(err.getvalue(), rf"\A{when} ERROR id broken\nTraceback (?s:.*)\n"
+                                         rf"OSError: why\n{when} INFO id last\n\Z")
+        self.assertEqual(err.getvalue().count("Traceback"), 1)
 
 
 # ---------------------------------------------------------------------------
@@ -2902,6 +2919,7 @@ class FakeMicrosoft:
         self.secret: dict[str, Any] = {}
         self._busy: collections.Counter[str] = collections.Counter()
         self.most_busy = 0
+        self.least_upload = 2_097_152
         self.requests: list[Request] = []
         self.delivered: list[Delivered] = []
         self.drafts: dict[str, FakeDraft] = {}
@@ -3196,7 +3214,7 @@ class FakeMicrosoft:
         if refused is not None:
             return refused
         item = json.loads(request.body)["AttachmentItem"]
-        if item.pop("attachmentType") != "file" or item["size"] < 2_097_152:
+        if item.pop("attachmentType") != "file" or item["size"] < self.least_upload:
             return graph_says(400, "ErrorAttachmentSizeShouldNotBeLessThanMinimumSize")(
                 sock, request)
         file = (item, bytearray())
@@ -3311,6 +3329,12 @@ class Running:
         if self._thread.is_alive():
             raise AssertionError("the relay does not stop")
 
+    def waiting(self) -> int:
+        """How many messages wait for a slot of their mailbox."""
+        waiting: int = self.ask(lambda: sum(len(one._live) + len(one._queued)
+                                            for one in self.relay._graph._limiters.values()))
+        return waiting
+
     def stop(self) -> None:
         """Stop it."""
         self.begin_stop()
@@ -3365,6 +3389,10 @@ class Client(smtplib.SMTP):
         return f"{code} {text.decode()}"
 
 
+IDENTIFIED = (b"Message-ID: <1@x.y>\r\nDate: Sat, 28 Nov 2026 03:00:00 +0000\r\n"
+              b"Subject: s\r\n\r\nText\r\n")
+
+
 def trusting() -> ssl.SSLContext:
     """What a client knows that trusts the CA of the tests."""
     return ssl.create_default_context(cafile=FILES["ca.pem"])
@@ -3409,17 +3437,12 @@ class RelayCase(unittest.TestCase):
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
         self.running.forget_failures()
         self.open_lines()
-        self.forget_receipts()
         self.password = f"secret of {self.id()}"
         self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
 
     def open_lines(self) -> None:
         """Let mailboxes send that Microsoft has made wait."""
-        self.running.ask(self.running.relay._graph.turns._lines.clear)
-
-    def forget_receipts(self) -> None:
-        """Take what comes for a message of its own, whatever came before."""
-        self.running.ask(self.running.relay.receipts._unheard.clear)
+        self.running.ask(self.running.relay._graph._resume_at._values.clear)
 
     def connect(self, running: Running | None = None) -> Client:
         """Connect and say EHLO."""
@@ -3752,6 +3775,7 @@ client_id =
 password = {HASH}
 """
 needs_loopbacks = unittest.skipUnless(sys.platform == "linux", "needs 127.0.0.2")
+needs_openssl = unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
 
 
 class AccountCase(RelayCase):
@@ -4867,6 +4891,7 @@ class VaultTests(RelayCase):
             raise relay.StartError("while it is there")
         self.assertEqual(os.listdir(folder), [])
 
+    @needs_openssl
     def test_each_kind(self) -> None:
         for name, value, kind in (("old", OLD_PFX, "application/x-pkcs12"),
                                   ("new", NEW_PFX, "application/x-pkcs12"),
@@ -4883,55 +4908,34 @@ class VaultTests(RelayCase):
         self.assertEqual(request.path, "/secrets/relay?api-version=7.4")
         self.assertIn("resource=https%3A%2F%2Fvault.azure.net", self.fake.asked("imds")[0].path)
 
-    def test_the_command_where_libcrypto_fails(self) -> None:
-        if not shutil.which("openssl"):
-            self.skipTest("needs the openssl command")
-        for name, value in (("old", OLD_PFX), ("new", NEW_PFX)):
-            with self.subTest(name):
-                pem = relay._pem_by_command(base64.b64decode(value)).decode()
-                self.assertEqual(blocks(pem), blocks(VAULT_PEM))
-
-    def test_libcrypto_keeps_the_chain_and_leaves_nothing_behind(self) -> None:
-        for name, value in (("old", OLD_PFX), ("new", NEW_PFX)):
-            with self.subTest(name):
-                pem = relay._pem_by_libcrypto(base64.b64decode(value)).decode()
-                self.assertEqual(blocks(pem), blocks(VAULT_PEM))
-        with self.assertRaises(ValueError):
-            relay._pem_by_libcrypto(b"garbage")
-        self.assertEqual(relay._libcrypto().ERR_peek_error(), 0)    # ssl would take it for its
-
-    def test_the_order_of_a_chain(self) -> None:
-        """Each certificate is followed by its issuer, whatever the order of the file."""
-        def bag(names: str, ident: str = "") -> bytes:
-            subject, _, issuer = names.partition("<")
-            kind, about = ("CERTIFICATE", f"subject={subject}\nissuer={issuer}\n") if issuer else \
-                ("PRIVATE KEY", "")
-            return (f"Bag Attributes\n    localKeyID: {ident}\n{about}-----BEGIN {kind}-----\n"
-                    f"{subject}\n-----END {kind}-----\n").encode()
-        for bags, wanted in (
-                ((bag("root<root"), bag("mid<root"), bag("leaf<mid"), bag("key")),
-                 "key leaf mid root"),
-                ((bag("other<x", "1"), bag("root<root"), bag("leaf<mid", "2"), bag("mid<root"),
-                  bag("key", "2")), "key leaf mid root other"),
-                ((bag("leaf<leaf"), bag("other<x"), bag("key")), "key leaf other")):
-            pem = relay._sorted_pem(b"".join(bags)).decode()
-            self.assertEqual(" ".join(re.findall("^[a-z]+$", pem, re.M)), wanted)
-        self.assertEqual(relay._chained([("leaf", "mid", 1), ("root", "root", 3),
-                                         ("mid", "root", 2)]), [1, 2, 3])
-
-    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
-    def test_a_certificate_without_its_key(self) -> None:
-        done = subprocess.run(["openssl", "pkcs12", "-export", "-nokeys", "-passout", "pass:"],
-                              input=ROOT_CERT.encode(), check=True, capture_output=True)
-        with self.assertRaises(ValueError) as caught:
-            relay.pfx_to_pem(done.stdout)
-        self.assertEqual(str(caught.exception).count(relay.NO_PAIR), 2)
-
-    def test_garbage(self) -> None:
+    @needs_openssl
+    def test_pkcs12_is_converted_in_order_or_the_problem_is_named(self) -> None:
+        for octets in map(base64.b64decode, (OLD_PFX, NEW_PFX)):
+            self.assertEqual(blocks(relay.pfx_to_pem(octets).decode()), blocks(VAULT_PEM))
         good = base64.b64decode(NEW_PFX)
-        for octets in (b"", b"\x30", b"garbage", good[:100], good[:-1], good[:600] + b"\0" * 500):
-            with self.subTest(octets[:10]), self.assertRaises(ValueError):
+        only_a_certificate = subprocess.run(
+            ["openssl", "pkcs12", "-export", "-nokeys", "-passout", "pass:"],
+            input=ROOT_CERT.encode(), check=True, capture_output=True).stdout
+        for octets, word in ((b"", "openssl"), (b"garbage", "openssl"), (good[:-1], "openssl"),
+                             (good[:600] + b"\0" * 500, "openssl"),
+                             (only_a_certificate, "no private key")):
+            with self.subTest(octets[:10]), self.assertRaisesRegex(ValueError, word):
                 relay.pfx_to_pem(octets)
+
+    @unittest.skipUnless(os.name == "posix", "needs a script as a command")
+    def test_an_openssl_command_that_is_missing_or_hangs(self) -> None:
+        folder = tempfile.mkdtemp(dir=FILES.folder)
+        self.addCleanup(setattr, relay, "COMMAND_SECONDS", relay.COMMAND_SECONDS)
+        relay.COMMAND_SECONDS = 0.1
+        self.give(NEW_PFX)
+        for script, word in (("", "No such file"), ("#!/bin/sh\nexec /bin/sleep 60", "timed out")):
+            if script:
+                command = pathlib.Path(folder) / "openssl"
+                command.write_text(script)
+                command.chmod(0o700)
+            with self.subTest(word), unittest.mock.patch.dict(os.environ, PATH=folder):
+                with self.assertRaisesRegex(relay.StartError, f"openssl.*{word}.* to PEM, "):
+                    relay.make_tls_contexts(self.settings_of())
 
     def test_each_failure_is_one_clear_line(self) -> None:
         self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
@@ -5512,11 +5516,9 @@ class SendTests(RelayCase):
             client.send(f"{number}\r\n.\r\n".encode())
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        wait_for(lambda: self.running.ask(lambda: sum(
-            len(line.deadlines) for line in self.running.relay._graph.turns._lines.values())) == 3)
+        wait_for(lambda: self.running.waiting() == 3)
         go.set()
-        wait_for(lambda: not self.running.ask(lambda: sum(
-            len(line.deadlines) for line in self.running.relay._graph.turns._lines.values())))
+        wait_for(lambda: not self.running.waiting())
         self.fake.release.set()
         self.assertEqual(sorted(client.getreply()[0] for client in clients),
                          [250] * 3 + [451] * 4)
@@ -5562,10 +5564,22 @@ class SendTests(RelayCase):
         self.have_no_time_for_a_pause()
         self.fake.will("send", graph_says(429, "X", retry_after="999999999"))
         self.assertReply(self.logged_in().post(), "451 4.4.5")
-        held, = self.running.ask(lambda: [
-            self.running.relay._graph.turns.held_for(key)
-            for key in self.running.relay._graph.turns._lines])
-        self.assertLessEqual(held, 1800)
+        key = TENANT, CLIENT, SENDER
+        self.assertLessEqual(self.running.ask(
+            lambda: self.running.relay._graph.held_for(key)), 1800)
+
+    def test_the_longest_pause_counts(self) -> None:
+        """For a message that waits already, too."""
+        clients = [self.begun() for _ in range(3)]
+        for number, pause in enumerate(("1", "99", "0")):
+            self.fake.will("send", self.fake.hang_then(graph_says(429, "X", retry_after=pause)))
+            clients[number].send(f"{number}\r\n.\r\n".encode())
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        self.fake.release.set()
+        for client in clients:
+            self.assertReply(client.next_reply(), "451 4.4.5")
+        self.assertReply(self.logged_in().post(), "451 4.4.5")
+        self.assertEqual(len(self.fake.asked("send")), 3)
 
     def test_a_connection_that_is_idle_for_long_is_closed(self) -> None:
         with unittest.mock.patch.object(relay, "KEEP", 0.1):
@@ -5620,36 +5634,6 @@ class SendTests(RelayCase):
             self.assertEqual(client.getreply()[0], 250)
         self.assertEqual(self.fake.most_busy, 4)
 
-    def test_no_turn_in_time(self) -> None:
-        async def play() -> str:
-            pool = relay.HttpPool([self.fake.url])
-            graph = relay.Graph(self.config(UPSTREAM_TIMEOUT="3"), pool,
-                                relay.Tokens(self.config(), pool))
-
-            envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, b"\r\n")
-
-            def send(seconds: float) -> Any:
-                return graph.send(relay.Application(TENANT, CLIENT, self.password),
-                                  relay.make_outgoing(envelope, self.config()), "id",
-                                  time.monotonic() + seconds)
-            tasks = [asyncio.ensure_future(send(PATIENCE)) for _ in range(4)]
-            for _ in range(4):
-                await asyncio.to_thread(self.fake.arrived.acquire, timeout=PATIENCE)
-            try:
-                await send(0.4)
-            except relay.TemporaryError as error:
-                return str(error.reply)
-            finally:
-                self.fake.release.set()
-                await asyncio.wait(tasks)
-                for task in tasks:
-                    task.exception()
-                pool.close()
-            return ""
-        self.fake.will("send", *[self.fake.hang] * 4)
-        self.assertReply(asyncio.run(play()), "451 4.4.5")
-        self.assertEqual(len(self.fake.asked("send")), 4)
-
     def test_a_pause_that_ends_too_late_to_be_heard(self) -> None:
         """There are 60 seconds, of which the last 20 are for Microsoft to answer."""
         async def play() -> list[str]:
@@ -5665,7 +5649,7 @@ class SendTests(RelayCase):
                                                            time.monotonic() + 60))
                 if is_under_way:
                     await asyncio.to_thread(self.fake.arrived.acquire, timeout=PATIENCE)
-                    graph.turns.hold(relay.limits_key(application, SENDER), 50)
+                    graph._resume_at.put((TENANT, CLIENT, SENDER), time.monotonic() + 50, 50)
                     self.fake.release.set()
                 try:
                     await asyncio.wait_for(sending, PATIENCE)
@@ -5836,180 +5820,12 @@ class LargeMessageTests(RelayCase):
             self.assertEqual(len(self.fake.asked(kind)), 1)
             self.assertTrue(self.fake.sent_drafts[0].files[0][1] == octets)
 
-    def test_each_step_may_fail_and_then_there_is_no_draft(self) -> None:
-        client = self.logged_in()
-        message = crlf(multipart("mixed", PLAIN, PDF, SCAN, header=NAMED))
-        for step in STEPS:
-            for action, wanted in (
-                    (graph_says(403, "ErrorQuotaExceeded"), "452 4.2.2"), (say(413), "552 5.3.4"),
-                    (say(500), "451 4.3.0"), (utter(b""), "451 4.4.1"),
-                    (say(429, retry_after="99"), "451 4.4.5"),
-                    (graph_says(400, "BadRequest"), "554 5.6.0"),
-                    (graph_says(404, "ErrorInvalidUser"), "550 5.1.8"), (say(302), "554 5.3.0")):
-                if step == "put" and wanted[:3] in ("550", "554"):
-                    wanted = "451 4.3.0"        # it is not the client's fault
-                if step != "draft" and wanted == "550 5.1.8":
-                    wanted = "451 4.3.0"        # the mailbox was there a moment ago
-                with self.subTest(step, wanted=wanted):
-                    self.fake.reset()
-                    self.open_lines()
-                    self.fake.will(step, action)
-                    self.assertReply(self.post(client, message), wanted)
-                    self.assertEqual(self.fake.drafts, {})
-                    self.assertEqual(len(self.fake.deleted), int(step != "draft"))
-                    self.assertEqual(len(self.fake.asked(step)), 1)
-        self.fake.reset()
-        self.open_lines()
-        self.assertReply(self.post(client, message), "250 2.0.0")
-
-    def test_a_200_is_not_sent(self) -> None:
-        self.fake.will("send-draft", say(200))
-        self.assertReply(self.post(self.logged_in()), "554 5.3.0")
-        self.assertEqual(self.fake.sent_drafts, [])
-
-    def test_other_statuses_of_success(self) -> None:
-        self.fake.will("draft", say(200, {"id": "x"}))
-        self.fake.will("attach", say(200, {"id": "x"}))
-        self.fake.will("open", say(200, {"uploadUrl": self.fake.upload_url.format(0)}))
-        self.fake.will("put", say(202), say(202))
-        self.fake.will("send-draft", say(202))
-        message = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
-        self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
-
     def test_pieces_in_which_there_is_nothing_are_not_sent(self) -> None:
         head, _, text = SCAN.partition("\n\n")
         message = crlf(multipart("mixed", f"{head}\n\n" + "\n" * 2_000_000 + text, header=NAMED))
         self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
         self.assertTrue(self.fake.sent_drafts[0].files[0][1] == SCAN_OCTETS)
         self.assertEqual(len(self.fake.asked("put")), 2)
-
-    def test_a_401_of_the_upload_host_is_not_about_the_token(self) -> None:
-        self.fake.will("put", say(401))
-        self.assertReply(self.post(self.logged_in()), "451 4.3.0")
-        self.assertEqual((len(self.fake.asked("put")), self.fake.drafts), (1, {}))
-
-    def test_what_is_tried_again_as_it_does_no_harm(self) -> None:
-        client = self.logged_in()
-        passing = itertools.cycle([graph_says(429, "X", retry_after="0"),
-                                   say(503, retry_after="0.1")])
-        for step in STEPS:
-            with self.subTest(step):
-                self.fake.reset()
-                self.fake.will(step, next(passing), *([self.fake.expire] if step != "put" else []))
-                message = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
-                self.assertReply(self.post(client, message), "250 2.0.0")
-                self.assertEqual(len(self.fake.sent_drafts), 1)
-                self.assertEqual(len(self.fake.sent_drafts[0].files), 2)
-                self.assertEqual(len(self.fake.asked(step)), 3)
-
-    def test_a_missing_right_is_named_and_remembered(self) -> None:
-        client = self.logged_in()
-        self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
-        sender = "no.right@example.com"         # the relay remembers it for other tests too
-        with kept_log() as kept:
-            reply = self.assertReply(self.post(client, sender=sender), "552 5.3.4")
-        self.assertIn("Mail.ReadWrite", reply)
-        (level, line), = kept.find("no-upload-right")
-        self.assertEqual(level, "WARNING")
-        for word in (sender, "New-ManagementRoleAssignment", "Application Mail.ReadWrite",
-                     f"'UserPrincipalName -eq ''{sender}'''", CLIENT):
-            self.assertIn(word, line)
-        self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
-        with kept_log() as kept:
-            self.post(client, sender="o'brien@x.y")
-        # A text in a text of PowerShell: nobody can plant a command there.
-        self.assertIn("'UserPrincipalName -eq ''o" + "'" * 4 + "brien@x.y" + "'" * 3,
-                      kept.find("no-upload-right")[0][1])
-        # The next one is refused before it is transferred, and without asking.
-        asked = len(self.fake.requests)
-        reply = client.say(f"MAIL FROM:<{sender.title()}> SIZE=3145729")
-        self.assertIn("Mail.ReadWrite", self.assertReply(reply, "552 5.3.4"))
-        self.assertReply(self.post(client, sender=sender), "552 5.3.4")     # no SIZE was given
-        self.assertEqual(len(self.fake.requests), asked)
-        # Small ones, and other mailboxes and applications, are not concerned.
-        self.assertReply(client.post(sender=sender), "250 2.0.0")
-        self.assertReply(client.say("MAIL FROM:<o@x.y> SIZE=3145729"), "250 2.1.0")
-        another = self.connect()
-        another.log_in(f"{TENANT}@{TENANT}", self.password)
-        self.assertReply(another.say(f"MAIL FROM:<{sender}> SIZE=3145729"), "250 2.1.0")
-
-    def test_with_sender_from_header_the_mailbox_is_known_later(self) -> None:
-        with alone(SENDER_FROM="header") as (fake, client):
-            client.log_in()
-            fake.will("draft", graph_says(403, "ErrorAccessDenied"))
-            for _ in range(2):
-                self.assertReply(self.post(client), "552 5.3.4")
-            self.assertEqual(len(fake.asked("draft")), 1)
-            self.assertReply(client.say(f"MAIL FROM:<{SENDER}> SIZE=3145729"), "250 2.1.0")
-
-    def test_a_missing_right_is_forgotten_after_an_hour(self) -> None:
-        clock = Clock()
-        config = self.config()
-        pool = relay.HttpPool([self.fake.url])
-        graph = relay.Graph(config, pool, relay.Tokens(config, pool), clock=clock)
-        application = relay.Application(TENANT, CLIENT, self.password)
-        envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, bytearray(LARGE))
-
-        def send() -> str:
-            async def play() -> str:
-                try:
-                    await graph.send(application, relay.make_outgoing(envelope, config), "id",
-                                     time.monotonic() + PATIENCE)
-                except relay.RelayError as error:
-                    return str(error.reply)
-                return "sent"
-            return asyncio.run(play())
-        # Where a draft could be made, the right is there, whatever else is missing.
-        self.fake.will("open", graph_says(403, "ErrorAccessDenied"))
-        self.assertReply(send(), "552 5.3.4")
-        self.assertEqual(self.fake.drafts, {})
-        self.fake.reset()
-        self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
-        self.assertReply(send(), "552 5.3.4")
-        clock.now += 3599
-        self.assertReply(send(), "552 5.3.4")
-        self.assertEqual(len(self.fake.asked("draft")), 1)
-        clock.now += 1
-        self.assertEqual(send(), "sent")
-        pool.close()
-
-    def test_where_files_may_go(self) -> None:
-        client = self.logged_in()
-        port = self.fake.url.rpartition(":")[2]
-        for url in ("http://outlook.office.com/x", "ftp://127.0.0.1/x", "//127.0.0.1/x", "", 5,
-                    None, f"http://u:p@127.0.0.1:{port}/upload/0", "http://127.0.0.1:0/x",
-                    "http://127.0.0.1:99999/x", f"http://127.0.0.1:{port}/a b",
-                    f"http://127.0.0.1:{port}/\r\nX: y", "https://", "http://[::1", "https://\u00fc"):
-            with self.subTest(url):
-                self.fake.reset()
-                self.fake.will("open", say(201, {"uploadUrl": url}))
-                self.assertReply(self.post(client), "451 4.4.1")
-                self.assertEqual((self.fake.drafts, self.fake.asked("other")), ({}, []))
-        for url, allow, is_good in (("https://outlook.office.com/a?b=c", False, True),
-                                    ("http://127.0.0.1/a", True, True),
-                                    ("http://127.0.0.1/a", False, False),
-                                    ("https:///a", False, False),
-                                    ("http://10.0.0.1/a", True, False)):
-            answer = response(201, {"uploadUrl": url})
-            self.assertEqual(relay.read_upload_url(answer, allow_http=allow), url * is_good)
-
-    def test_garbage_in_answers(self) -> None:
-        client = self.logged_in()
-        for step, body in (("draft", b""), ("draft", {"id": 5}), ("draft", {"id": ""}),
-                           ("draft", b"[" * 1000), ("draft", {"id": "\ud800"}),
-                           ("draft", {"id": "a b"}), ("open", b"{"), ("open", []),
-                           ("put", {"NextExpectedRanges": ["5"]}),
-                           ("put", {"nextExpectedRanges": ["0-"]})):
-            with self.subTest(step, body=body):
-                self.fake.reset()
-                self.fake.will(step, say(201 if step != "put" else 200, body))
-                self.assertReply(self.post(client), "451 4.4.1")
-                self.assertEqual(self.fake.sent_drafts, [])
-        for ranges, wanted in ((["7"], 7), (["7-"], 7), (["7-9"], 7), ([7], 7), ([], None),
-                               (["x"], None), ("7", None)):
-            for name in ("NextExpectedRanges", "nextExpectedRanges"):
-                self.assertEqual(relay.next_range(response(200, {name: ranges})), wanted)
-        self.assertIsNone(relay.next_range(response(201)))
 
     def test_a_long_text_that_comes_back_in_the_answer(self) -> None:
         for text in ("<\u00fc>" * 900_000, "<" * 3_200_000):
@@ -6025,37 +5841,6 @@ class LargeMessageTests(RelayCase):
         self.assertIn("is signed", self.assertReply(self.post(client, message), "552 5.3.4"))
         self.assertEqual([one.kind for one in self.fake.requests], ["token"])
         self.assertReply(client.post(), "250 2.0.0")
-
-    def test_a_draft_is_not_deleted_against_the_will_of_microsoft(self) -> None:
-        client, times = self.logged_in(), []        # when it is tried
-
-        def busy(sock: socket.socket, request: Request) -> bool:
-            times.append(time.monotonic())
-            return graph_says(429, "X", retry_after="0.2")(sock, request)
-
-        def delete(sock: socket.socket, request: Request) -> bool:
-            times.append(time.monotonic())
-            return self.fake._delete_draft(sock, request)
-        self.fake.will("open", say(500))
-        self.fake.will("delete", busy, delete)
-        self.assertReply(self.post(client), "451 4.3.0")
-        self.assertEqual(len(self.fake.deleted), 1)
-        self.assertGreaterEqual(times[1] - times[0], relay.LEAST_PAUSE - 0.1)
-
-    def test_a_draft_that_cannot_be_deleted_is_logged(self) -> None:
-        client = self.logged_in()
-        self.fake.will("put", say(500))
-        self.fake.will("delete", say(500))
-        with kept_log() as kept:
-            self.assertReply(self.post(client), "451 4.3.0")
-        self.assertEqual(kept.find("draft-left")[0][0], "WARNING")
-        # It was sent after all, and so is not there any more.
-        self.fake.reset()
-        self.fake.will("send-draft", say(504))
-        self.fake.will("delete", graph_says(404, "ErrorItemNotFound"))
-        with kept_log() as kept:
-            self.assertReply(self.post(client), "451 4.3.0")
-        self.assertEqual(kept.find("draft-left"), [])
 
     def test_the_memory_of_a_client_that_is_gone(self) -> None:
         client, memory = self.logged_in(), self.running.server._relay.memory
@@ -6127,20 +5912,146 @@ class LargeMessageTests(RelayCase):
         self.assertEqual(self.running.ask(lambda: self.running.server._relay.memory.free),
                          268_435_456)
 
-    def test_secrets_are_never_logged(self) -> None:
+NOT_FOUND = graph_says(404, "ErrorItemNotFound")
+SOON = graph_says(429, "X", retry_after="0")
+
+
+class DraftFaultTests(RelayCase):
+    """Each step of a large message may fail: what is answered, asked, deleted and logged."""
+
+    settings = {"UPSTREAM_TIMEOUT": "30"}
+    UPLOADED = scan(32_000)[0]          # two pieces
+    MESSAGE = crlf(multipart("mixed", PLAIN, PDF, UPLOADED, header=NAMED))
+    # In "open" these are no place for a file.
+    BAD_URLS = ("http://outlook.office.com/x", "ftp://127.0.0.1/x", "//127.0.0.1/x", "", 5, None,
+                "http://u:p@127.0.0.1/upload/0", "http://127.0.0.1:0/x", "http://127.0.0.1:99999/x",
+                "http://127.0.0.1/a b", "http://127.0.0.1/\r\nX: y", "https://", "http://[::1",
+                "https://\u00fc", "http://x/?authtoken=a%2Fb")
+    # What comes of these answers, in these steps: reply, and requests of the step.
+    TABLE: tuple[tuple[str, tuple[Action, ...], str, int], ...] = (
+        ("draft attach open put send-draft", (graph_says(403, "ErrorQuotaExceeded"),),
+         "452 4.2.2", 1),
+        ("draft attach open put send-draft", (say(413),), "552 5.3.4 Microsoft", 1),
+        ("draft attach open put send-draft", (say(500),), "451 4.3.0", 1),
+        ("draft attach open put send-draft", (utter(b""),), "451 4.4.1", 1),
+        ("draft attach open put send-draft", (say(429, retry_after="99"),), "451 4.4.5", 1),
+        ("draft attach open send-draft", (graph_says(400, "BadRequest"),), "554 5.6.0", 1),
+        ("draft attach open send-draft", (say(302),), "554 5.3.0", 1),
+        ("send-draft", (say(200),), "554 5.3.0", 1),
+        ("draft", (graph_says(404, "ErrorInvalidUser"),), "550 5.1.8", 1),
+        # The upload is between Graph and Exchange, and has no token.
+        ("put", (graph_says(400, "BadRequest"),), "451 4.3.0", 1),
+        ("put", (say(302),), "451 4.3.0", 1), ("put", (say(401),), "451 4.3.0", 1),
+        ("put", (say(404),), "451 4.3.0", 1),
+        # A missing right; nothing is remembered.
+        ("draft attach open", (graph_says(403, "ErrorAccessDenied"),),
+         "552 5.3.4 The message is larger than 3 MB, and to send such as scanner@example.com "
+         "the application needs the right Mail.ReadWrite", 1),
+        ("send-draft", (graph_says(403, "ErrorAccessDenied"),), "550 5.7.1", 1),
+        # A draft that not all servers know yet; the mailbox was there a moment ago.
+        ("attach open send-draft", (NOT_FOUND, NOT_FOUND), "250 2.0.0", 3),
+        ("attach open send-draft", (NOT_FOUND,) * 5, "451 4.3.0", 3),
+        ("attach open send-draft", (graph_says(404, "ErrorInvalidUser"),) * 5, "451 4.3.0", 3),
+        # Tried again, as it does no harm.
+        ("draft attach open put send-draft", (SOON,), "250 2.0.0", 2),
+        ("draft attach open put send-draft", (say(503, retry_after="0.1"),), "250 2.0.0", 2),
+        # Garbage.
+        *(("draft", (say(201, body),), "451 4.4.1", 1) for body in (
+            b"", {"id": 5}, {"id": ""}, b"[" * 1000, {"id": "\ud800"}, {"id": "a b"})),
+        *(("open", (say(201, body),), "451 4.4.1", 1) for body in (
+            b"{", [], *({"uploadUrl": url} for url in BAD_URLS))),
+        *(("put", (say(200, body),), "451 4.4.1", 1) for body in (
+            {"NextExpectedRanges": ["5"]}, {"nextExpectedRanges": ["0-"]})))
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Make limits smaller, and pauses shorter."""
+        super().setUpClass()
+        for owner, name, value in ((relay, "GRAPH_MESSAGE_LIMIT", 31_457),
+                                   (relay, "LARGE_ATTACHMENT", 31_300),
+                                   (relay, "UPLOAD_PIECE", 39_322), (relay, "LEAST_PAUSE", 0.01),
+                                   (relay, "DRAFT_DELAYS", (0.01, 0.02)),
+                                   (cls.fake, "least_upload", 20_971)):
+            cls.addClassCleanup(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
+    def post(self, client: Client) -> str:
+        self.open_lines()
+        return client.post_octets(self.MESSAGE, SENDER, ["a@x.y"])
+
+    def test_each_step(self) -> None:
         client = self.logged_in()
-        with kept_log() as kept:
-            for step in (*STEPS, "delete"):
-                self.fake.will(step, say(500))
-                self.fake.will("delete", say(500))
-                self.post(client)
-                self.fake.will("open", say(201, {"uploadUrl": "http://x/?authtoken=a%2Fb"}))
-                self.post(client)
-                self.fake.reset()
-            self.post(client)
-        shown = repr(kept.lines)
-        for hidden in ("authtoken", "a%2Fb", self.password, "token-", "Hello", "JVBER"):
+        with kept_log() as all_kept:
+            for steps, answers, wanted, requests in self.TABLE:
+                for step in steps.split():
+                    with self.subTest(step, wanted=wanted), kept_log() as kept:
+                        self.fake.reset()
+                        self.fake.will(step, *answers)
+                        self.assertTrue(self.post(client).startswith(f"{wanted} "), wanted)
+                        is_sent = wanted == "250 2.0.0"
+                        asked = self.fake.asked(step)
+                        self.assertEqual(len(asked), requests + (is_sent and step == "put"))
+                        self.assertEqual(len(self.fake.deleted), not is_sent and step != "draft")
+                        self.assertEqual([one.sent for one in self.fake.drafts.values()],
+                                         [True] * is_sent)
+                        self.assertEqual(self.fake.asked("other"), [])
+                        self.assertEqual(len(kept.find("sent")), is_sent)
+                        self.assertEqual([f' reply="{wanted}' in line for _, line in
+                                          kept.find("refused")], [True] * (not is_sent))
+        shown = repr(all_kept.lines)
+        for hidden in ("draft-left", "authtoken", "a%2Fb", self.password, "token-", "Hello",
+                       "JVBER"):
             self.assertNotIn(hidden, shown)
+
+    def test_other_statuses_of_success(self) -> None:
+        self.fake.will("draft", say(200, {"id": "x"}))
+        self.fake.will("attach", say(200, {"id": "x"}))
+        self.fake.will("open", say(200, {"uploadUrl": self.fake.upload_url.format(0)}))
+        self.fake.will("put", say(202), say(202))
+        self.fake.will("send-draft", say(202))
+        self.assertReply(self.post(self.logged_in()), "250 2.0.0")
+
+    def test_a_new_token_in_each_step(self) -> None:
+        for step in ("draft", "attach", "open", "send-draft", "delete"):
+            with self.subTest(step):
+                client = self.logged_in()
+                self.fake.reset()
+                self.fake.will(step, self.fake.expire)
+                self.fake.will("put", *[say(500)] * (step == "delete"))
+                self.assertReply(self.post(client), "451" if step == "delete" else "250")
+                self.assertEqual([len(self.fake.asked(one)) for one in (step, "token")], [2, 1])
+
+    def test_the_draft_is_deleted(self) -> None:
+        client = self.logged_in()
+        # The answers, and the requests, how many drafts are left, and what is logged.
+        for answers, requests, left, logged in (
+                ((), 1, 0, ""), ((NOT_FOUND,), 1, 1, ""),      # it was sent after all
+                ((SOON, SOON), 3, 0, ""),
+                ((say(500),), 1, 1, 'reply="451 4.3.0'), ((utter(b""),), 1, 1, 'reply="451 4.4.1'),
+                ((graph_says(403, "ErrorAccessDenied"),), 1, 1, "Mail.ReadWrite")):
+            with self.subTest(requests=requests, logged=logged), kept_log() as kept:
+                self.fake.reset()
+                self.fake.will("put", say(500))
+                self.fake.will("delete", *answers)
+                self.assertReply(self.post(client), "451 4.3.0")
+                self.assertEqual(len(self.fake.asked("delete")), requests)
+                self.assertEqual(len(self.fake.drafts), left)
+                self.assertEqual([(level, logged in line) for level, line in
+                                  kept.find("draft-left")], [("WARNING", True)] * bool(logged))
+
+    def test_answers_about_an_upload(self) -> None:
+        for url, allow, is_good in (("https://outlook.office.com/a?b=c", False, True),
+                                    ("http://127.0.0.1/a", True, True),
+                                    ("http://127.0.0.1/a", False, False),
+                                    ("https:///a", False, False),
+                                    ("http://10.0.0.1/a", True, False)):
+            answer = response(201, {"uploadUrl": url})
+            self.assertEqual(relay.read_upload_url(answer, allow_http=allow), url * is_good)
+        for ranges, wanted in ((["7"], 7), (["7-"], 7), (["7-9"], 7), ([7], 7), ([], None),
+                               (["x"], None), ("7", None)):
+            for name in ("NextExpectedRanges", "nextExpectedRanges"):
+                self.assertEqual(relay.next_range(response(200, {name: ranges})), wanted)
+        self.assertIsNone(relay.next_range(response(201)))
 
 
 class SlowUploadTests(RelayCase):
@@ -6152,10 +6063,16 @@ class SlowUploadTests(RelayCase):
         pool = relay.HttpPool([self.fake.url])
         graph = relay.Graph(config, pool, relay.Tokens(config, pool))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, bytearray(LARGE))
+        draft = relay.make_outgoing(envelope, config).draft
+        now = time.monotonic()
         errand = relay.Errand(relay.Application(TENANT, CLIENT, self.password), SENDER, "id",
-                              time.monotonic() + PATIENCE, time.monotonic())
+                              now + 2 * PATIENCE, now + PATIENCE)
+
+        def take_long(sock: socket.socket, request: Request) -> bool:
+            object.__setattr__(errand, "latest", now)
+            return self.fake.accept(sock, request)
+        self.fake.will("put", take_long)
         with self.assertRaises(relay.NoAnswer):
-            draft = relay.make_outgoing(envelope, config).draft
             assert draft is not None
             asyncio.run(graph._send_draft(errand, draft))
         self.assertEqual((self.fake.drafts, self.fake.asked("send-draft")), ({}, []))
@@ -6277,9 +6194,11 @@ class MemoryTests(unittest.TestCase):
     def send(self, fake: FakeMicrosoft, message: bytes) -> int:
         """Send a message through a process of its own; returns what it cost, in octets."""
         port = free_port()
+        # As in the Dockerfile: else glibc keeps up to half of a message for the next one.
         with start_program(SMTP_PORT=str(port), AZURE_AUTHORITY_HOST=fake.url,
                            GRAPH_ENDPOINT=fake.url, TLS_SOURCE="off", REQUIRE_TLS="false",
-                           LISTEN_ADDRESS="127.0.0.1") as process:
+                           LISTEN_ADDRESS="127.0.0.1",
+                           MALLOC_MMAP_THRESHOLD_="1048576") as process:
             wait_for_line(process, "listening")
             with Client(port) as client:
                 client.ehlo()
@@ -6332,205 +6251,69 @@ def at_once(play: Callable[..., Any], cases: dict[str, tuple[Any, ...]]) -> dict
         return {name: one.result() for name, one in plays.items()}
 
 
-class TurnsTests(unittest.TestCase):
-    """So many at once for a key; no turn is lost, and none is made up."""
+class LimiterTests(unittest.TestCase):
+    """A mailbox has REQUESTS_AT_ONCE slots; none is lost, and none is made up."""
 
-    def test_no_turn_in_time(self) -> None:
-        async def play() -> None:
-            turns = relay.Turns(1)
-            async with turns.turn("key", "c", time.monotonic() + PATIENCE):
-                async with turns.turn("other", "c", time.monotonic() + PATIENCE):
-                    pass
-                with self.assertRaises(relay.TemporaryError) as caught:
-                    async with turns.turn("key", "c", time.monotonic() + 0.05):
-                        self.fail("two at once")
-                self.assertEqual(str(caught.exception.reply)[:9], "451 4.4.5")
-            async with turns.turn("key", "c", time.monotonic()):
-                pass
-        asyncio.run(play())
+    @contextlib.asynccontextmanager
+    async def full(self) -> AsyncIterator[relay.MailboxLimiter]:
+        """A limiter with all slots in use."""
+        limiter = relay.MailboxLimiter()
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(relay.REQUESTS_AT_ONCE):
+                await stack.enter_async_context(limiter.slot(0.0, is_live=True))
+            yield limiter
 
-    def order_of(self, *clients: object, numbered: bool = False) -> list[object]:
-        """Whose turn comes first of those who wait for one; which of his, if numbered."""
-        async def play() -> list[object]:
-            turns, order = relay.Turns(1), []
+    def test_first_come_first_served_and_the_queue_last(self) -> None:
+        async def work(limiter: relay.MailboxLimiter, name: str, order: list[str]) -> None:
+            async with limiter.slot(time.monotonic() + PATIENCE, is_live=name != "q"):
+                order.append(name)
 
-            async def work(number: int, client: object) -> None:
-                async with turns.turn("key", client, time.monotonic() + PATIENCE):
-                    order.append((client, number) if numbered else client)
-                    await asyncio.sleep(0)
-
-            async with turns.turn("key", "first", time.monotonic()):
-                tasks = [asyncio.ensure_future(work(*one)) for one in enumerate(clients)]
+        async def play(cancelled: set[int]) -> str:
+            order: list[str] = []
+            async with self.full() as limiter:
+                tasks = [asyncio.ensure_future(work(limiter, name, order)) for name in "1q23456"]
                 await asyncio.sleep(0)
-            await asyncio.wait(tasks)
-            self.assertEqual(turns._lines, {})
-            return order
-        return asyncio.run(play())
+            # The first four have a slot, and do not know it yet.
+            for number in cancelled:
+                tasks[number].cancel()
+            _, late = await asyncio.wait(tasks, timeout=PATIENCE / 2)
+            self.assertEqual((late, limiter.in_use), (set(), 0))
+            return "".join(order)
+        for cancelled, order in ((set[int](), "123456q"), ({0}, "23456q"), ({0, 2, 3, 4}, "56q"),
+                                 ({1}, "123456"), ({6}, "12345q")):
+            with self.subTest(cancelled):
+                self.assertEqual(asyncio.run(play(cancelled)), order)
 
-    def test_clients_take_turns_and_what_was_spooled_comes_last(self) -> None:
-        self.assertEqual(self.order_of("a", "a", "a", "b", "b", "c"), list("abcaba"))
-        self.assertEqual(self.order_of(relay.SPOOLED, "a", relay.SPOOLED, "a", "b"),
-                         ["a", "b", "a", relay.SPOOLED, relay.SPOOLED])
-
-    def test_the_messages_of_a_client_go_out_as_they_came(self) -> None:
-        self.assertEqual(self.order_of("a", "a", "a", numbered=True),
-                         [("a", 0), ("a", 1), ("a", 2)])
-
-    def test_a_turn_that_comes_at_the_moment_of_a_cancellation(self) -> None:
-        """It goes to the next one at once, and not only when its deadline comes."""
-        async def play() -> None:
-            turns = relay.Turns(1)
-
-            async def work() -> None:
-                async with turns.turn("key", "c", time.monotonic() + PATIENCE):
-                    pass
-            async with turns.turn("key", "c", time.monotonic()):
-                first, second = [asyncio.ensure_future(work()) for _ in range(2)]
-                await asyncio.sleep(0)
-            first.cancel()
-            await asyncio.wait({first, second}, timeout=PATIENCE / 2)
-            self.assertTrue(second.done() and first.cancelled())
-            self.assertEqual(turns._lines, {})
-        asyncio.run(play())
-
-    def test_who_was_told_of_a_pause_gives_no_turn_back(self) -> None:
-        """He had none; else two were at once."""
-        async def play() -> None:
-            turns = relay.Turns(1)
-
-            async def work(seconds: float) -> None:
-                async with turns.turn("key", "c", time.monotonic() + seconds):
-                    pass
-            async with turns.turn("key", "c", time.monotonic()):
-                in_vain = asyncio.ensure_future(work(PATIENCE))
-                await asyncio.sleep(0)
-                turns.hold("key", 2 * PATIENCE)
-                with self.assertRaises(relay.TemporaryError):
-                    await in_vain
-                turns._open("key", turns._lines["key"].opens_at)
-                with self.assertRaises(relay.TemporaryError):
-                    await work(0.02)
-        asyncio.run(play())
-
-    def test_a_held_line(self) -> None:
-        """Who cannot wait for its end is told at once; it is open for the others then."""
-        async def ask(turns: relay.Turns, seconds: float) -> str:
-            try:
-                async with turns.turn("key", "c", time.monotonic() + seconds):
-                    return "turn"
-            except relay.TemporaryError as error:
-                return str(error.reply)[:9]
-
-        async def play() -> list[str]:
-            turns = relay.Turns(2)
-            async with turns.turn("key", "c", time.monotonic()):
-                turns.hold("key", 30)
-                waiting = [asyncio.ensure_future(ask(turns, seconds)) for seconds in (60, 999)]
-                await asyncio.sleep(0)
-                turns.hold("key", 120)
-                turns.hold("key", 10)           # shorter than what is known
-                early, late = [await ask(turns, 60), await waiting[0]], waiting[1]
-                self.assertFalse(late.done())
-                with self.assertRaises(relay.TemporaryError):
-                    await turns.opened("key", time.monotonic() + 60)
-                self.assertGreater(turns.held_for("key"), 60)
-                async with turns.turn("other", "c", time.monotonic()):
-                    pass
-            turns._open("key", turns._lines["key"].opens_at)
-            self.assertEqual((await late, turns._lines), ("turn", {}))
-            turns.hold("key", 0.05)
-            self.assertEqual(await ask(turns, PATIENCE), "turn")
-            return early
-        self.assertEqual(asyncio.run(play()), ["451 4.4.5"] * 2)
-
-    def test_after_a_pause_as_many_go_on_as_may(self) -> None:
-        """And nobody before, not even when somebody is done."""
-        async def play() -> None:
-            turns, busy, both = relay.Turns(2), 0, asyncio.Event()
-
-            async def work() -> None:
-                nonlocal busy
-                async with turns.turn("key", "c", time.monotonic() + 9 * PATIENCE):
-                    busy += 1
-                    if busy == 2:
-                        both.set()
-                    await both.wait()
-            async with turns.turn("key", "c", time.monotonic()):
-                turns.hold("key", 2 * PATIENCE)
-                tasks = [asyncio.ensure_future(work()) for _ in range(2)]
-                await asyncio.sleep(0)
-            for _ in range(9):                  # more steps than it takes
-                await asyncio.sleep(0)
-            self.assertEqual(busy, 0)
-            turns._open("key", turns._lines["key"].opens_at)
-            await asyncio.wait_for(both.wait(), PATIENCE)
-            await asyncio.wait(tasks)
-        asyncio.run(play())
-
-    def test_a_pause_that_ends_before_who_was_told_of_it_goes(self) -> None:
-        """The loop may be busy for that long; then there is no line any more."""
-        async def play() -> None:
-            turns = relay.Turns(1)
-
-            async def work() -> None:
-                async with turns.turn("key", "c", time.monotonic() + 0.4):
-                    self.fail("two at once")
-            async with turns.turn("key", "c", time.monotonic()):
-                task = asyncio.ensure_future(work())
-                await asyncio.sleep(0)
-                turns.hold("key", PATIENCE)
-            for _ in range(2):
-                turns._open("key", turns._lines["key"].opens_at if turns._lines else 0.0)
-            with self.assertRaises(relay.TemporaryError):
-                await task
-            self.assertEqual(turns._lines, {})
-        asyncio.run(play())
-
-    def test_a_pause_that_becomes_longer_while_it_is_waited_for(self) -> None:
-        async def play() -> None:
-            turns = relay.Turns(1)
-            async with turns.turn("key", "c", time.monotonic()):
-                turns.hold("key", PATIENCE)
-                is_over = asyncio.Event()       # what it was told of at first
-                with unittest.mock.patch.object(asyncio, "sleep", lambda seconds: is_over.wait()):
-                    waiting = asyncio.ensure_future(
-                        turns.opened("key", time.monotonic() + 2 * PATIENCE))
-                    await asyncio.wait({waiting}, timeout=0.02)
-                turns.hold("key", 4 * PATIENCE)
-                is_over.set()
-                with self.assertRaises(relay.TemporaryError):
-                    await waiting
-                self.assertGreater(turns.held_for("key"), 2 * PATIENCE)
-        asyncio.run(play())
-
-    def test_who_has_waited_in_vain_is_not_held(self) -> None:
+    def test_a_message_that_gets_no_slot_is_not_held(self) -> None:
         """Not even until the garbage collector comes."""
-        async def wait(turns: relay.Turns, message: relay.Envelope) -> None:
-            async with turns.turn("key", "c", time.monotonic()):
-                self.fail(f"two at once, {message}")
+        async def wait(limiter: relay.MailboxLimiter, message: relay.Envelope) -> None:
+            async with limiter.slot(time.monotonic() + 0.02, is_live=True):
+                self.fail(f"a fifth slot, {message}")
 
         async def play() -> bool:
-            turns, message = relay.Turns(1), relay.Envelope("")
+            message = relay.Envelope("")
             held = weakref.ref(message)
-            async with turns.turn("key", "c", time.monotonic() + PATIENCE):
-                with contextlib.suppress(relay.TemporaryError):
-                    await wait(turns, message)
-                del message
+            async with self.full() as limiter:
+                with self.assertRaises(relay.TemporaryError) as caught:
+                    await wait(limiter, message)
+                self.assertEqual(str(caught.exception.reply)[:9], "451 4.4.5")
+                del message, caught
             await asyncio.sleep(0)              # this step still has the future that ended
             return held() is not None
         gc.disable()
         self.addCleanup(gc.enable)
         self.assertFalse(asyncio.run(play()))
 
-    def test_turns_under_cancellation_and_time_outs(self) -> None:
+    def test_cancellations_and_time_outs(self) -> None:
         async def play() -> int:
-            turns, busy, most = relay.Turns(2), 0, 0
+            limiter, busy, most = relay.MailboxLimiter(), 0, 0
             chance = random.Random(7)
 
             async def worker() -> None:
                 nonlocal busy, most
                 with contextlib.suppress(relay.TemporaryError, asyncio.CancelledError):
-                    async with turns.turn("key", "c", time.monotonic() + chance.random() / 50):
+                    async with limiter.slot(time.monotonic() + chance.random() / 50,
+                                            is_live=chance.random() < 0.8):
                         busy += 1
                         most = max(most, busy)
                         try:
@@ -6539,14 +6322,14 @@ class TurnsTests(unittest.TestCase):
                             busy -= 1
 
             for _ in range(30):
-                tasks = [asyncio.ensure_future(worker()) for _ in range(20)]
+                tasks = [asyncio.ensure_future(worker()) for _ in range(40)]
                 await asyncio.sleep(chance.random() / 100)
-                for task in chance.sample(tasks, 6):
+                for task in chance.sample(tasks, 12):
                     task.cancel()
                 await asyncio.wait(tasks)
-            self.assertEqual((busy, turns._lines), (0, {}))
+            self.assertEqual((busy, limiter.in_use), (0, 0))
             return most
-        self.assertEqual(asyncio.run(play()), 2)
+        self.assertEqual(asyncio.run(play()), relay.REQUESTS_AT_ONCE)
 
 
 @contextlib.contextmanager
@@ -7009,7 +6792,7 @@ class SpoolTests(SpoolCase):
         self.be_down(times=1)
         relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
         self.assertIn("Queued", self.post(client, "spooled"))
-        may_end, turns = threading.Semaphore(0), running.relay._graph.turns
+        may_end = threading.Semaphore(0)
 
         def accept(sock: socket.socket, request: Request) -> bool:
             may_end.acquire(timeout=PATIENCE)
@@ -7017,8 +6800,7 @@ class SpoolTests(SpoolCase):
 
         def wait_for_requests(begun: int, in_line: int) -> None:
             wait_for(lambda: len(self.fake.asked("send")) == begun)
-            wait_for(lambda: running.ask(lambda: sum(
-                len(line.deadlines) for line in turns._lines.values())) == in_line)
+            wait_for(lambda: running.waiting() == in_line)
         self.fake.will("send", *[accept] * 7)
         clients = [self.log_in_to(running) for _ in range(6)]
         for number, one in enumerate(clients):
@@ -8208,15 +7990,10 @@ class ShellTests(TlsCase):
 
     def test_replies_leave_at_once(self) -> None:
         """Without TCP_NODELAY the second of two would wait for 40 ms."""
-        sock = self.raw()
-        self.read_until(sock, b"\r\n")
-
-        def delays() -> list[int]:
-            return [one._writer.get_extra_info("socket").getsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                for one in self.running.server._connections]
-        self.assertTrue(all(self.running.ask(delays)))
-        self.assertTrue(self.running.ask(delays))
+        self.read_until(self.raw(), b"\r\n")
+        one, = self.running.ask(lambda: list(self.running.server._connections))
+        self.assertTrue(one._writer.get_extra_info("socket").getsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_an_http_client_is_closed_at_once(self) -> None:
         sock = self.raw()
@@ -8312,7 +8089,7 @@ class OldTlsTests(TlsCase):
                 self.assertIn("TLS_MIN_VERSION", kept.find("disconnected")[0][1])
                 self.greet(running, fine)
 
-    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
+    @needs_openssl
     def test_a_certificate_that_is_as_old_as_the_printer(self) -> None:
         cert, key = FILES["old-cert.pem"], FILES["old-key.pem"]
         subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:1024", "-nodes", "-sha1",
@@ -8321,6 +8098,8 @@ class OldTlsTests(TlsCase):
         running = Running(self.config(TLS_MIN_VERSION="1.0", TLS_CERT_FILEPATH=cert,
                                       TLS_KEY_FILEPATH=key))
         self.addCleanup(running.stop)
+        begin, end = relay.certificate_dates(running._contexts["1.0"], cert)
+        self.assertEqual((end - begin) / 86400, 9)
         context = self.old_client("1.0")
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         with Client(running.port) as client:
@@ -8377,6 +8156,27 @@ login = optional
             return ""
         return str(client.sock.version())
 
+    def test_the_dates_of_a_certificate(self) -> None:
+        """Also if it has expired, or the root is not in the file."""
+        chain = FILES.write("chain.pem", VAULT_PEM)
+        for cert, key, years in ((FILES["expired.pem"], FILES["key.pem"], (2020, 2020)),
+                                 (FILES["cert.pem"], FILES["key.pem"], (2026, 2126)),
+                                 (chain, chain, (2020, 2120))):
+            for context in relay.make_tls_contexts(tls_config(
+                    TLS_CERT_FILEPATH=cert, TLS_KEY_FILEPATH=key)).values():
+                dates = relay.certificate_dates(context, cert)
+                self.assertEqual(tuple(time.gmtime(date).tm_year for date in dates), years)
+
+    def test_a_version_that_this_openssl_lacks(self) -> None:
+        text = f"[a]\n{APPLICATION}login = required\nnetworks = 10.0.0.1\ntls_min_version = 1.0"
+        for name in ("HAS_TLSv1", "HAS_TLSv1_1"):
+            with unittest.mock.patch.object(ssl, name, False):
+                _, faults = relay.parse_accounts(text, make_config())
+                self.assertEqual(["OpenSSL" in fault for fault in faults],
+                                 [True] * (name == "HAS_TLSv1"))
+                with self.assertRaisesRegex(relay.ConfigError, "TLS_MIN_VERSION='1.[01]'.*Open"):
+                    make_config(TLS_MIN_VERSION="1.0" if name == "HAS_TLSv1" else "1.1")
+
     def test_weak_ciphers_are_for_old_tls_alone(self) -> None:
         contexts = relay.make_tls_contexts(tls_config())
         names = {version: {one["name"] for one in context.get_ciphers()}
@@ -8430,327 +8230,142 @@ login = optional
         self.assertReply(self.come_from("127.0.0.2").post(), "530 5.7.0")
 
 
-class ReceiptTests(RelayCase):
-    """A message whose 250 was not heard is not sent twice; one that was heard is another."""
+class DuplicateTests(RelayCase):
+    """A message with Message-ID and Date is sent once, however often a client sends it."""
 
     settings = {"UPSTREAM_TIMEOUT": str(PATIENCE)}
 
-    def leave(self, *, reset: bool = False, client: Client | None = None) -> str:
-        """Disappear while a message is with Microsoft, which takes it; returns its id."""
-        client = client or self.begun()
-        self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        assert client.sock is not None
-        if reset:
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
-        with kept_log() as kept:
-            self.fake.release.set()
-            wait_for(lambda: kept.find("disconnected"))
-        return self.fake.asked("send")[-1].headers["client-request-id"]
+    def setUp(self) -> None:
+        super().setUp()
+        self.forget()
 
-    def again(self, **options: Any) -> str:
-        """Send the same message; returns the reply."""
-        return self.logged_in().post(b"Subject: s\r\n\r\nText\r\n", **options)
+    def forget(self) -> None:
+        """Begin a case: nothing was sent yet."""
+        self.fake.reset()
+        self.running.ask(self.running.relay._duplicates._accepted._values.clear)
 
-    def test_a_client_that_disappears_and_comes_again(self) -> None:
-        for reset in (False, True):
-            with self.subTest(reset=reset):
-                self.fake.reset()
-                self.forget_receipts()
-                ident = self.leave(reset=reset)
-                with kept_log() as kept:
-                    self.assertEqual(self.again(),
-                                     f"250 2.0.0 Accepted by Microsoft 365, id {ident}")
-                self.assertEqual(len(self.fake.delivered), 1)
-                self.assertIn(f"first={ident}", kept.find("repeated")[0][1])
-                # This 250 was heard, so the next one is another message.
-                self.assertReply(self.again(), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 2)
+    def sends(self, client: Client, content: bytes = IDENTIFIED) -> Client:
+        """Send the content of a message, and do not wait for the reply."""
+        client.send(content + b".\r\n")
+        return client
 
-    def test_others_are_not_the_same(self) -> None:
-        self.leave()
-        for options in ({"sender": "other@example.com"}, {"recipients": ("b@x.y",)},
-                        {"recipients": ("a@x.y", "b@x.y")}):
-            self.assertReply(self.again(**options), "250 2.0.0")
-        another = self.connect()
-        another.log_in(f"{TENANT}@{TENANT}", self.password)
-        self.assertReply(another.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-        self.assertReply(self.logged_in().post(b"Subject: s\r\n\r\nText.\r\n"), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 6)
-        self.assertReply(self.again(recipients=("A@X.Y",)), "250 2.0.0")    # this is
-        self.assertEqual(len(self.fake.delivered), 6)
+    def test_the_same_message_again(self) -> None:
+        def hear(client: Client) -> None:
+            self.assertReply(client.next_reply(), "250 2.0.0")
 
-    def test_what_makes_two_messages_the_same(self) -> None:
-        def identify(name: str = "", tenant: str = "t", client: str = "c", path: str = "p",
-                     recipients: str = "ab", message: bytes = b"m") -> bytes:
-            return relay.identify(
-                relay.Login(relay.Account(name), relay.Application(tenant, client)),
-                relay.Envelope(path, {one: one for one in recipients}, message))
-        self.assertEqual(identify(), identify(recipients="ba"))
-        others = [identify(), identify(name="n"), identify(tenant="u"), identify(client="d"),
-                  identify(path="q"), identify(recipients="a"), identify(message=b"n")]
-        self.assertEqual(len(set(others)), len(others))
+        def leave(client: Client) -> None:
+            client.close()
 
-    def test_one_that_comes_while_the_first_is_on_its_way(self) -> None:
-        for action, delivered, replies in (
-                (self.fake.accept, 1, 1), (say(400), 1, 2), (utter(b""), 1, 2)):
-            with self.subTest(replies=replies):
-                self.fake.reset()
-                self.forget_receipts()
-                first, second = self.begun(), self.begun()
-                self.fake.will("send", self.fake.hang_then(action))
-                first.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+        def leave_with_reset(client: Client) -> None:
+            assert client.sock is not None
+            client.file.close()
+            reset(client.sock)
+        for end in (hear, leave, leave_with_reset):
+            with self.subTest(end.__name__), kept_log() as kept:
+                self.forget()
+                self.fake.will("send", self.fake.hang_then(self.fake.accept))
+                client = self.sends(self.begun())
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-                second.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
+                if end is not hear:
+                    end(client)
+                self.fake.release.set()
+                if end is hear:
+                    end(client)
+                for _ in range(2):
+                    reply = self.sends(self.begun()).next_reply()
+                    ident = self.fake.asked("send")[0].headers["client-request-id"]
+                    self.assertEqual(reply, f"250 2.0.0 Accepted by Microsoft 365, id {ident}")
+                    self.assertIn(f"first={ident} ", kept.find("repeated")[-1][1])
+                self.assertEqual(len(self.fake.delivered), 1)
+
+    def test_which_messages_are_the_same(self) -> None:
+        head, text = IDENTIFIED.split(b"Subject")
+        ident, date, _ = head.split(b"\r\n")
+        other: dict[str, Any]
+        for is_same, message, other in (
+                (True, IDENTIFIED, {}),
+                (True, IDENTIFIED, {"recipients": ("b@x.y", "A@X.Y")}),
+                (False, IDENTIFIED, {"recipients": ("a@x.y",)}),
+                (False, IDENTIFIED, {"sender": "other@example.com"}),
+                (False, IDENTIFIED, {"message": IDENTIFIED + b".\r\n"}),
+                (False, IDENTIFIED, {"user": f"{TENANT}@{TENANT}"}),
+                # In any case and order; folded after the colon.
+                (True, b"date:x\r\nMESSAGE-ID :\r\n\t <a@b>\r\n\r\n", {}),
+                # Neither, one twice, one that is empty, one in the text or a longer name.
+                (False, b"Subject" + text, {}),
+                (False, date + b"\r\n" + date + b"\r\nSubject" + text, {}),
+                (False, ident + b"\r\nSubject" + text, {}),
+                (False, ident + b"\r\nDate: \r\n \r\nSubject" + text, {}),
+                (False, ident + b"\r\nSubject" + text + date + b"\r\n", {}),
+                (False, ident + b"\r\nX-" + date + b"\r\nResent-" + date + b"\r\n\r\n", {})):
+            with self.subTest(f"{message!r} and {other}"):
+                self.forget()
+                for change in ({}, other):
+                    values: dict[str, Any] = {"user": USER, "message": message, "sender": SENDER,
+                                              "recipients": ("a@x.y", "b@x.y"), **change}
+                    client = self.connect()
+                    client.log_in(values.pop("user"), self.password)
+                    self.assertReply(client.post(**values), "250 2.0.0")
+                self.assertEqual(len(self.fake.delivered), 1 if is_same else 2)
+
+    def test_the_same_while_the_first_is_on_its_way(self) -> None:
+        for action, is_sent_again in ((self.fake.accept, False), (say(400), True),
+                                      (utter(b""), True)):
+            with self.subTest(is_sent_again=is_sent_again):
+                self.forget()
+                self.fake.will("send", self.fake.hang_then(action))
+                first = self.sends(self.begun())
+                self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+                second = self.sends(self.begun())
                 first.close()
                 wait_for(lambda: self.running.ask(lambda: sum(
                     one._session.holds_message for one in self.running.server._connections)) == 2)
                 self.fake.release.set()
                 reply = self.assertReply(second.next_reply(), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), delivered)
+                self.assertEqual(len(self.fake.delivered), 1)
                 asked = self.fake.asked("send")
-                self.assertEqual(len(asked), replies)
+                self.assertEqual(len(asked), 1 + is_sent_again)
                 self.assertTrue(reply.endswith(asked[-1].headers["client-request-id"]))
+        self.assertEqual(self.running.relay._duplicates._under_way, {})
 
-    def test_the_same_at_once_of_clients_that_listen(self) -> None:
-        """Alarms repeat themselves; both are sent."""
-        clients = [self.begun() for _ in range(3)]
-        for client in clients:
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        replies = [client.next_reply() for client in clients]
-        self.assertEqual(len(set(replies)), 3)
-        self.assertEqual(len(self.fake.delivered), 3)
-
-    def test_one_that_waits_in_vain(self) -> None:
-        running = Running(self.config(UPSTREAM_TIMEOUT="3"))
+    def test_the_second_has_its_own_deadline(self) -> None:
+        running = Running(self.config(UPSTREAM_TIMEOUT="2"))
         self.addCleanup(running.stop)
-        first, second = self.begun(running), self.begun(running)
         self.fake.will("send", self.fake.hang, self.fake.hang)
-        for client in (first, second):
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        replies = sorted(client.next_reply() for client in (first, second))
+        clients = [self.sends(self.begun(running)) for _ in range(2)]
+        replies = sorted(client.next_reply() for client in clients)
         self.assertReply(replies[0], "451 4.4.1")
         self.assertRegex(replies[1], "^451 4.4.[15] ")
 
-    def test_what_was_heard_is_another_message(self) -> None:
-        def in_one_session(client: Client) -> None:
-            client.post(b"Subject: s\r\n\r\nText\r\n")
-
-        def with_quit(client: Client) -> None:
-            client.quit()
-
-        def without_quit(client: Client) -> None:
-            client.close()
-
-        def half_closed(client: Client) -> None:
-            """As `nc -N` and shell scripts do."""
-            client.sock.shutdown(socket.SHUT_WR)
-            self.assertEqual(client.next_reply()[:3], "")
-        for end in (in_one_session, with_quit, without_quit, half_closed):
-            with self.subTest(end.__name__):
-                self.fake.reset()
-                for _ in range(2):
-                    client = self.logged_in()
-                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-                    with kept_log() as kept:
-                        end(client)
-                        client.close()
-                        wait_for(lambda: kept.find("disconnected"))
-                self.assertEqual(len(self.fake.delivered), 4 if end is in_one_session else 2)
-
-    def test_who_says_all_at_once_and_hears_all(self) -> None:
-        """Then nothing that comes back shows that the 250 was heard, but TCP."""
-        for closes in (False, True):
-            for _ in range(2):
-                client = self.begun()
-                client.send(b"Subject: s\r\n\r\nText\r\n.\r\nQUIT\r\n")
-                if closes:
-                    client.sock.shutdown(socket.SHUT_WR)
-                self.assertReply(client.next_reply(), "250 2.0.0")
-                self.assertReply(client.next_reply(), "221 2.0.0")
-                client.close()
-        self.assertEqual(len(self.fake.delivered), 4)
-
-    def test_whether_all_was_taken(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            theirs = socket.create_connection(listener.getsockname())
-            ours, _ = listener.accept()
-        with ours, theirs:
-            wait_for(lambda: relay.has_taken_all(ours))
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            ours.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    ours.send(b"x" * 65536)
-            self.assertEqual(relay.has_taken_all(ours), relay.fcntl is None)
-            theirs.close()                      # with octets unread, so it resets
-            with self.assertRaises(ConnectionResetError):
-                wait_for(lambda: relay.has_taken_all(ours) and relay.fcntl)
-
-    def test_for_how_long_and_how_many(self) -> None:
-        async def play() -> list[str]:
-            clock = Clock()
-            receipts = relay.Receipts(900, clock)
-
-            async def accept(digest: bytes, ident: str) -> str:
-                async with receipts.receipt(digest, ident, time.monotonic()) as receipt:
-                    receipt.text = receipt.text or ident
-                receipts.settle(receipt, is_heard=False)
-                return receipt.text
-            said = [await accept(b"x", "1"), await accept(b"x", "2")]
-            clock.now += 899
-            said.append(await accept(b"x", "3"))
-            clock.now += 2
-            said.append(await accept(b"x", "4"))
-            for number in range(2000):
-                await accept(b"%d" % number, "n")
-            self.assertLessEqual(len(receipts._unheard), 1000)
-            self.assertEqual(receipts._under_way, {})
+    def test_the_window(self) -> None:
+        async def play(guard: relay.DuplicateGuard, clock: Clock) -> list[Any]:
+            said = []
+            for number, pause in enumerate((0, 899, 2)):        # a repetition adds no time
+                clock.now += pause
+                async with guard.claim(b"x", time.monotonic()) as first:
+                    said.append(first)
+                    if not first:
+                        guard.accepted(b"x", str(number), "reply")
             return said
-        self.assertEqual(asyncio.run(play()), ["1", "1", "1", "4"])
+        clock = Clock()
+        self.assertEqual(asyncio.run(play(relay.DuplicateGuard(900, clock), clock)),
+                         [None, ("0", "reply"), None])
 
-    def test_nothing_of_it_when_it_is_off(self) -> None:
+    def test_without_a_window_and_without_identity_nobody_waits(self) -> None:
         running = Running(self.config(DUPLICATE_WINDOW="0"))
         self.addCleanup(running.stop)
-        client = self.connect(running)
-        client.log_in(password=self.password)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
-        self.leave(client=client)
-        client = self.connect(running)
-        client.log_in(password=self.password)
-        self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 2)
-        # Nor does one wait for the other.
-        self.fake.release.clear()
-        self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 2)
-        for client in [self.connect(running) for _ in range(2)]:
-            client.log_in(password=self.password)
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-                client.docmd(line)
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE / 2))
-        self.fake.release.set()
-
-    def test_who_has_heard_and_then_resets_or_vanishes(self) -> None:
-        """The same that comes later is another message: to swallow it would lose it."""
-        def hear(client: Client) -> socket.socket:
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-            self.assertReply(client.next_reply(), "250 2.0.0")
-            assert client.sock is not None
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            return client.sock
-
-        def settled() -> bool:
-            return not self.running.ask(lambda: [
-                one for one in self.running.server._connections if one._receipts])
-
-        def leave(client: Client, one: Any) -> None:
-            client.file.close()
-            client.sock.close()
-            if one._receipts:           # it is looked before the relay knows of the reset
-                one._look(1.0)
-        first_look = relay.FIRST_LOOK
-        self.addCleanup(setattr, relay, "FIRST_LOOK", first_look)
-        for is_late in (False, True):
-            relay.FIRST_LOOK = first_look if is_late else PATIENCE
-            with self.subTest(is_late=is_late):
-                self.fake.reset()
-                for _ in range(2):
-                    client = self.begun()
-                    hear(client)
-                    one, = self.running.ask(lambda: list(self.running.server._connections))
-                    if is_late:         # it is looked without a word from the client
-                        wait_for(settled)
-                    with kept_log() as kept:
-                        self.running.ask(functools.partial(leave, client, one))
-                        wait_for(lambda: kept.find("disconnected"))
-                self.assertEqual(len(self.fake.delivered), 2)
-
-    def test_who_has_heard_and_resets_in_a_pass_that_is_slow(self) -> None:
-        """Whichever the relay sees first, the reset or that it is time to look."""
-        self.addCleanup(setattr, relay, "HEARD_WITHIN", relay.HEARD_WITHIN)
-        for is_looked_first in (True, False):
-            with self.subTest(is_looked_first=is_looked_first):
-                self.fake.reset()
-                relay.HEARD_WITHIN = 1.0 if is_looked_first else 0.05
-                client = self.begun()
-                one, = self.running.ask(lambda: list(self.running.server._connections))
-
-                def hear_and_reset(client: Client = client, one: Any = one) -> None:
-                    assert client.sock is not None
-                    self.assertIn(b"250 2.0.0", client.sock.recv(4096))
-                    told_at = one._receipts[0].told_at
-                    client.file.close()
-                    reset(client.sock)
-                    if relay.HEARD_WITHIN == 1.0:
-                        one._look(1.0)
-                    while time.monotonic() < told_at + 0.05:
-                        pass
-                with kept_log() as kept, after("sent", hear_and_reset):
-                    client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-                    wait_for(lambda: kept.find("disconnected"))
-                with self.logged_in() as client:
-                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 2)
-                wait_for(lambda: not self.running.ask(
-                    lambda: len(self.running.server._connections)))
-
-    def test_who_goes_while_the_second_of_two_is_on_its_way(self) -> None:
-        """Of this one it cannot have heard; of the first it has, or was gone already."""
-        self.addCleanup(setattr, relay, "FIRST_LOOK", relay.FIRST_LOOK)
-        relay.FIRST_LOOK = PATIENCE
-        both = (f"Subject: s\r\n\r\nText\r\n.\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\n"
-                "DATA\r\nSubject: t\r\n\r\nText\r\n.\r\n").encode()
-        hang_then, accept = self.fake.hang_then, self.fake.accept
-        for hears, leave in ((True, socket.socket.close), (True, reset),
-                             (False, socket.socket.close)):
-            with self.subTest(hears=hears, leave=leave), kept_log() as kept:
-                self.fake.reset()
-                self.forget_receipts()
-                client = self.begun()
-                assert client.sock is not None
-                self.fake.will("send", accept if hears else hang_then(accept), hang_then(accept))
-                client.send(both)
+        for where, content in ((running, IDENTIFIED), (self.running, b"Subject: s\r\n\r\n")):
+            self.forget()
+            self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 2)
+            clients = [self.sends(self.begun(where), content) for _ in range(2)]
+            for _ in clients:
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-                if hears:
-                    self.assertReply(client.next_reply(), "250 2.0.0")
-                client.file.close()
-                leave(client.sock)
-                if leave is reset:      # it is judged at the next look
-                    one, = self.running.ask(lambda: [
-                        one for one in self.running.server._connections
-                        if one._session.holds_message])
-                    wait_for(functools.partial(getattr, one, "_is_gone"))
-                    self.running.ask(functools.partial(one._look, PATIENCE))
-                    self.assertReply(self.again(), "250 2.0.0")
-                    self.assertEqual(len(self.fake.delivered), 2)
-                self.fake.release.set()
-                wait_for(lambda: kept.find("disconnected"))
-                if leave is not reset:
-                    self.assertReply(self.again(), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 2 + hears)
-                self.assertReply(self.logged_in().post(b"Subject: t\r\n\r\nText\r\n"), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 2 + hears)
-
-    def test_two_clients_that_are_told_the_same(self) -> None:
-        """What becomes of the first is of no matter to the second."""
-        self.leave()
-        first, = self.running.ask(lambda: list(self.running.relay.receipts._unheard.values()))
-        self.assertReply(self.again(), "250 2.0.0")             # and hears it
-        wait_for(lambda: not self.running.ask(self.running.relay.receipts._unheard.copy))
-        self.running.ask(lambda: self.running.relay.receipts.settle(first[0], is_heard=False))
-        self.assertReply(self.again(), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 2)
+            self.fake.release.set()
+            self.assertEqual(len({client.next_reply() for client in clients}), 2)
 
 
-class DeafReceiptTests(RelayCase):
-    """Clients that do not read, or late, and leave without having heard 250."""
-
-    MESSAGE = (f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
-               "Subject: s\r\n\r\nText\r\n.\r\n").encode()
+class LingerTests(RelayCase):
+    """A client that reads late."""
 
     def buffered(self) -> int:
         """Octets for the only client that are in none of the buffers of the system."""
@@ -8781,13 +8396,6 @@ class DeafReceiptTests(RelayCase):
         self.flood(sock, 0)
         return sock, one
 
-    @staticmethod
-    def reset_and_look(sock: socket.socket, one: Any) -> None:
-        """Both in one pass of the loop, as if it were busy."""
-        reset(sock)
-        asyncio.get_running_loop().call_soon(one._look, 1.0)
-        asyncio.get_running_loop().call_later(0, one._look, 1.0)
-
     def test_one_that_reads_all_in_the_end(self) -> None:
         """The connection is not closed before the last word has left."""
         self.addCleanup(setattr, relay, "LINGER", relay.LINGER)
@@ -8805,52 +8413,6 @@ class DeafReceiptTests(RelayCase):
                 self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
                 wait_for(one.task.done)
                 self.assertIsNone(one.task.exception())
-
-    def test_one_that_resets_and_one_that_quits(self) -> None:
-        self.addCleanup(setattr, relay, "HEARD_WITHIN", relay.HEARD_WITHIN)
-        for is_reset in (False, True):
-            with self.subTest(is_reset=is_reset), kept_log() as kept:
-                self.fake.reset()
-                self.forget_receipts()
-                if is_reset:
-                    relay.HEARD_WITHIN = 0.0    # it is seen at once that it takes nothing
-                else:                   # some systems tell nothing of their own buffers
-                    self.addCleanup(setattr, relay, "fcntl", relay.fcntl)
-                    relay.fcntl = None      # type: ignore[assignment]
-                sock, one = self.begin_deaf()
-                sock.sendall(self.MESSAGE + (b"" if is_reset else b"QUIT\r\n"))
-                if is_reset:
-                    wait_for(functools.partial(getattr, one, "_untaken_at"))
-                    self.flood(sock, 65536)     # so that the relay waits to say more
-                    self.running.ask(functools.partial(self.reset_and_look, sock, one))
-                wait_for(lambda: not self.running.ask(
-                    lambda: len(self.running.server._connections)))
-                self.assertEqual(one._receipts, [])
-                with self.logged_in() as client:
-                    self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 1)
-                self.assertEqual(len(kept.find("repeated")), 1)
-                wait_for(lambda: not self.running.ask(
-                    lambda: len(self.running.server._connections)))
-
-
-    def test_one_that_hears_and_resets_while_the_relay_has_more_to_say(self) -> None:
-        for name in ("FIRST_LOOK", "HEARD_WITHIN"):
-            self.addCleanup(setattr, relay, name, getattr(relay, name))
-            setattr(relay, name, PATIENCE)      # it may have heard, however late
-        sock, one = self.begin_deaf()
-        sock.sendall(self.MESSAGE)
-        wait_for(lambda: one._receipts)
-        self.flood(sock, 65536)
-        said = b""
-        while b"250 2.0.0 Accepted" not in said:
-            said = said[-20:] + sock.recv(4096)
-        self.assertEqual(len(one._receipts), 1)
-        reset(sock)
-        wait_for(one.task.done)
-        with self.logged_in() as client:
-            self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 2)
 
 
 class DeafTests(TlsCase):
@@ -8870,27 +8432,16 @@ class DeafTests(TlsCase):
             for _ in range(1000):
                 sock.sendall(b"HELP\r\n" * 3000)
 
-    def test_a_client_that_is_cut_off_has_not_heard(self) -> None:
-        for _ in range(2):
-            client = self.connect()
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            client.log_in(password=self.password)
-            client.sock.sendall(b"HELP\r\n" * 10_000)
-            client.sock.sendall(b"MAIL FROM:<scanner@example.com>\r\nRCPT TO:<a@x.y>\r\n"
-                                b"DATA\r\nSubject: s\r\n\r\nText\r\n.\r\n")
-            self.deafen(client.sock)
-            wait_for(lambda: not self.running.ask(
-                lambda: len(self.running.server._connections)))
-            client.close()
-        self.assertEqual(len(self.fake.delivered), 1)
-
-    def test_who_says_nothing_more_has_heard(self) -> None:
-        for _ in range(2):
-            client = self.connect()
-            client.log_in(password=self.password)
-            self.assertReply(client.post(b"Subject: s\r\n\r\nText\r\n"), "250 2.0.0")
-            self.assertReply(client.next_reply(), "421 4.4.2")
-        self.assertEqual(len(self.fake.delivered), 2)
+    def test_the_end_is_said_in_tls_too(self) -> None:
+        """Or the client would not know whether it has heard all."""
+        sock = trusting().wrap_socket(self.raw(smtps=True), server_hostname="localhost",
+                                      suppress_ragged_eofs=False)
+        self.addCleanup(sock.close)
+        self.read_until(sock, b"220 ")
+        sock.sendall(b"QUIT\r\n")
+        self.read_until(sock, b"221 ")
+        while sock.recv(4096):
+            pass
 
     def test_a_deaf_client_that_ends_tls_is_let_go(self) -> None:
         """By itself asyncio waits for ever until it takes what is left."""
@@ -8925,98 +8476,6 @@ class DeafTests(TlsCase):
         if IS_LINUX:                    # ours is open still, and theirs is not
             wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
         raw.close()
-
-
-class ReceiptTlsTests(TlsCase):
-    """The same under TLS, which knows no half-closed connection."""
-
-    settings = {"REQUIRE_TLS": "true", "UPSTREAM_TIMEOUT": str(PATIENCE)}
-
-    def begin(self) -> Client:
-        client = Client(self.running.port)
-        self.addCleanup(client.close)
-        client.starttls(context=trusting())
-        client.ehlo()
-        client.log_in(password=self.password)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
-        return client
-
-    def test_the_end_is_said_in_tls_too(self) -> None:
-        """Or the client would not know whether it has heard all."""
-        sock = trusting().wrap_socket(self.raw(smtps=True), server_hostname="localhost",
-                                      suppress_ragged_eofs=False)
-        self.addCleanup(sock.close)
-        self.read_until(sock, b"220 ")
-        sock.sendall(b"QUIT\r\n")
-        self.read_until(sock, b"221 ")
-        while sock.recv(4096):
-            pass
-
-    def test_unheard_and_heard(self) -> None:
-        client = self.begin()
-        self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        client.close()
-        one, = self.running.server._connections
-        wait_for(lambda: self.running.ask(lambda: one._is_gone))
-        with kept_log() as kept:
-            self.fake.release.set()
-            wait_for(lambda: kept.find("disconnected"))
-        ident = self.fake.asked("send")[0].headers["client-request-id"]
-        for number in range(3):
-            client = self.begin()
-            client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-            reply = self.assertReply(client.next_reply(), "250 2.0.0")
-            self.assertEqual(reply.endswith(ident), number == 0)
-            with kept_log() as kept:
-                client.close()                  # without QUIT
-                wait_for(lambda: kept.find("disconnected"))
-        self.assertEqual(len(self.fake.delivered), 3)
-
-    def test_who_hears_says_quit_and_goes(self) -> None:
-        """In one pass of the loop, and without waiting for the 221."""
-        for delivered in (1, 2):
-            client = self.begin()
-
-            def hear_and_go(client: Client = client) -> None:
-                assert isinstance(client.sock, ssl.SSLSocket)
-                self.assertIn(b"250 2.0.0", client.sock.recv(4096))
-                client.sock.sendall(b"QUIT\r\n")
-                client.sock.setblocking(False)
-                with contextlib.suppress(OSError):
-                    client.sock.unwrap()        # says close_notify
-                client.close()
-            with kept_log() as kept, after("sent", hear_and_go), after("repeated", hear_and_go):
-                client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-                wait_for(lambda: kept.find("disconnected"))
-            self.assertEqual(len(self.fake.delivered), delivered)
-
-    def test_who_says_all_at_once_hears_all_and_goes(self) -> None:
-        """It takes all and goes between two looks: the end of TLS is all that shows it."""
-        client = self.begin()
-        client.send(b"Subject: another\r\n\r\nText\r\n.\r\n")
-        self.assertReply(client.next_reply(), "250 2.0.0")
-        one, = self.running.ask(lambda: list(self.running.server._connections))
-
-        def hear_and_go() -> None:
-            self.assertEqual(len(one._receipts), 1)
-            assert client.sock is not None
-            said = b""
-            while b"\r\n221 " not in said:
-                said = said[-20:] + client.sock.recv(65536)
-            client.close()
-        with kept_log() as kept, after("disconnected", hear_and_go):
-            # More than its system takes before it reads.
-            client.send(b"HELP\r\n" * 1500 + f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
-                        "Subject: s\r\n\r\nText\r\n.\r\nQUIT\r\n".encode())
-            wait_for(lambda: kept.find("disconnected"))
-            wait_for(one.task.done)
-        client = self.begin()
-        client.send(b"Subject: s\r\n\r\nText\r\n.\r\n")
-        self.assertReply(client.next_reply(), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 3)
 
 
 class ConnectionLimitTests(TlsCase):
@@ -9055,6 +8514,26 @@ class ConnectionLimitTests(TlsCase):
                                         ("127.0.0.3", 0))
         self.addCleanup(sock.close)
         self.assertTrue(self.read(sock).startswith(b"421 4.7.0 Too many connections;"))
+
+    def test_a_network_of_ipv6_counts_as_one_client(self) -> None:
+        writers = []
+
+        def come(address: str) -> None:
+            reader, writer = asyncio.StreamReader(), unittest.mock.MagicMock()
+            sock = unittest.mock.MagicMock(fileno=lambda: 5)
+            writer.get_extra_info = {"peername": (address, 9, 0, 0), "sockname": ("::", 25),
+                                     "socket": sock}.get
+            writer.drain = writer.wait_closed = unittest.mock.AsyncMock()
+            self.running.server._accept(False, reader, writer)
+            writers.append((reader, writer))
+        with kept_log() as kept:
+            for address in ("2001:db8::1", "2001:db8::2", "2001:db8::ffff:1", "2001:db8::3",
+                            "2001:db8:0:1::1"):
+                self.running.ask(functools.partial(come, address))
+        (_, line), = kept.find("turned-away")
+        self.assertIn("client=2001:db8::3 ", line)
+        for reader, _ in writers:
+            self.running._loop.call_soon_threadsafe(reader.feed_eof)
 
 
 class LimitTests(TlsCase):
@@ -9271,7 +8750,7 @@ class Watched:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
-            self.events[line.split()[4]] += 1
+            self.events[line.split()[3]] += 1
 
     def lines(self, words: str) -> int:
         """How many lines of the log have these words; they come later than the replies."""
@@ -9747,7 +9226,6 @@ class ResetTests(TlsCase):
                 self.fake.reset()
                 self.fake.will(kind, self.fake.hang_then(self.fake.accept))
                 self.password = f"secret of {tls} {kind}"
-                self.forget_receipts()      # the message is the same each time
                 with self.subTest(state, tls=tls), kept_log() as kept:
                     sock = self.come(state, tls=tls)
                     self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
@@ -10725,49 +10203,79 @@ class ServeTests(unittest.TestCase):
                 return int(match[1])
         raise AssertionError("it does not listen")
 
-    def test_signals_end_it_with_0(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(number), self.serve() as process:
-                client = Client(self.port(process))
-                client.ehlo()
-                process.send_signal(number)
-                self.assertTrue(client.next_reply().startswith("421 4.3.2"))
-                client.close()
-                self.assertEqual(process.wait(PATIENCE), 0)
+    def test_signals(self) -> None:
+        """The first ends it with 0, a second one at once. SIGHUP never does."""
+        fake = FakeMicrosoft()
+        self.addCleanup(fake.close)
+        settings = {"AZURE_AUTHORITY_HOST": fake.url, "GRAPH_ENDPOINT": fake.url}
+        for first, second in ((signal.SIGTERM, None), (signal.SIGINT, signal.SIGTERM)):
+            fake.will("send", fake.hang_then(fake.accept))
+            with self.subTest(second), self.serve(TLS_SOURCE="off", REQUIRE_TLS="false",
+                                                  **settings) as process:
+                port = self.port(process)
+                process.send_signal(getattr(signal, "SIGHUP", 0))
+                idle, busy = Client(port), Client(port)
+                self.addCleanup(idle.close)
+                self.addCleanup(busy.close)
+                busy.ehlo()
+                busy.log_in()
+                begin_message(busy, b"\r\n")
+                self.assertTrue(fake.arrived.acquire(timeout=PATIENCE))
+                process.send_signal(first)
+                self.assertTrue(idle.next_reply().startswith("421 4.3.2"))
+                if second:
+                    process.send_signal(second)
+                    self.assertEqual(process.wait(PATIENCE), 128 + second)
+                fake.release.set()
+                self.assertEqual(process.wait(PATIENCE), 128 + second if second else 0)
+        fake.will("imds", fake.hang)            # before there is a loop for them
+        with self.serve(TLS_SOURCE="keyvault", AZURE_KEY_VAULT_URL=fake.url,
+                        AZURE_KEY_VAULT_CERT_NAME="relay",
+                        AZURE_POD_IDENTITY_AUTHORITY_HOST=fake.url, **settings) as process:
+            self.assertTrue(fake.arrived.acquire(timeout=PATIENCE))
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
 
     @unittest.skipUnless(relay.resource, "needs limits of open files")
     def test_more_connections_than_open_files(self) -> None:
-        """The soft limit is raised; else fewer connections are allowed, and it is said."""
-        code = ("import dataclasses, logging, resource, smtp_oauth_relay as relay\n"
-                "logging.basicConfig()\n"
-                "resource.setrlimit(resource.RLIMIT_NOFILE, ({}, {}))\n"
-                "config = relay.within_open_files(relay.Config(max_connections=200))\n"
-                "print(config.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])")
-        for soft, hard, wanted in ((50, 600, "200 500"), (550, 600, "200 550"),
-                                   (50, 300, "100 300"), (50, 60, "1 60")):
-            with self.subTest(hard), start_python("-c", code.format(soft, hard)) as process:
-                out, err = process.communicate(timeout=PATIENCE)
-                self.assertEqual(out.strip(), wanted, err)
-                self.assertEqual("limited max-connections=" in err, hard < 500)
+        """The soft limit is raised. At the hard one clients are refused, and those inside all
+        reach Microsoft.
+        """
+        fake = FakeMicrosoft()
+        self.addCleanup(fake.close)
+        code = ("import resource, smtp_oauth_relay as relay\n"
+                "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 60))\nrelay.main([])")
+        with start_python("-c", code, SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1",
+                          TLS_SOURCE="off", REQUIRE_TLS="false", MAX_CONNECTIONS="200",
+                          AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url) as process:
+            port, clients, said = self.port(process), [], "220"
+            while said.startswith("220"):
+                sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+                self.addCleanup(sock.close)
+                said = sock.recv(1000).decode()
+                clients.append(sock)
+            self.assertRegex(said, "^421 4.7.0 Too many connections for the limit of open ")
+            self.assertGreater(len(clients), 10)
+            for number, sock in enumerate(clients[:-1]):
+                sock.sendall(b"EHLO x\r\n" + login_line() + b"MAIL FROM:<%d@x.y>\r\n"
+                             b"RCPT TO:<a@x.y>\r\nDATA\r\n\r\n.\r\nQUIT\r\n" % number)
+            for sock in clients[:-1]:
+                self.assertRegex(last_octets(sock), rb"\r\n250 2\.0\.0 [^\r]+\r\n221 ")
 
     @unittest.skipUnless(relay.resource, "needs limits of open files")
-    def test_limits_of_open_files_that_have_no_end_or_cannot_be_raised(self) -> None:
-        """As on macOS, and in some sandboxes."""
-        def forbid(*_: object) -> None:
-            raise ValueError("not allowed to raise maximum limit")
+    def test_limits_of_open_files(self) -> None:
+        """They may have no end, as on macOS, and a sandbox may forbid to raise them."""
         resource, endless = relay.resource, relay.resource.RLIM_INFINITY
-        for name in ("getrlimit", "setrlimit"):
-            self.addCleanup(setattr, resource, name, getattr(resource, name))
-        for found, most, raised in (((endless, endless), 200, []), ((50, endless), 200, [500]),
-                                    ((300, 600), 100, None)):
-            with self.subTest(found), kept_log() as kept:
-                said: list[int] = []
-                resource.getrlimit = lambda _, found=found: found
-                resource.setrlimit = (forbid if raised is None else
-                                      lambda _, limits, said=said: said.append(limits[0]))
-                config = relay.within_open_files(relay.Config(max_connections=200))
-                self.assertEqual((config.max_connections, said), (most, raised or []))
-                self.assertEqual(len(kept.find("limited")), raised is None)
+        for limits, error, raised, wanted in (
+                ((endless, endless), None, [], math.inf), ((600, 900), None, [], 600),
+                ((50, endless), None, [500], 500), ((50, 300), None, [300], 300),
+                ((50, endless), ValueError, [500], 50), ((50, 900), OSError, [500], 50)):
+            with self.subTest(limits), unittest.mock.patch.multiple(
+                    resource, getrlimit=lambda _, limits=limits: limits,
+                    setrlimit=unittest.mock.Mock(side_effect=error)):
+                self.assertEqual(relay.raise_open_files(500), wanted)
+                self.assertEqual([call.args[1][0] for call in
+                                  resource.setrlimit.call_args_list], raised)
 
     def test_an_expired_certificate_is_warned_about(self) -> None:
         lines: list[str] = []
@@ -10778,15 +10286,12 @@ class ServeTests(unittest.TestCase):
         self.assertIn("WARNING - tls problem=\"the certificate has expired", lines[0])
 
     def test_both_families_listen_on_one_port(self) -> None:
+        """On one socket, and the log names IPv4 as such."""
         with self.serve(LISTEN_ADDRESS="") as process:
             port = self.port(process)
-            Client(port).close()
-            if socket.has_ipv6:
-                with contextlib.suppress(OSError):      # a machine may have none
-                    probe = socket.create_server(("::1", 0), family=socket.AF_INET6)
-                    probe.close()
-                    self.assertEqual(self.port(process), port)
-                    smtplib.SMTP("::1", port, "test", PATIENCE).close()
+            for host in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
+                smtplib.SMTP(host, port, "test", PATIENCE).close()
+                self.assertIn(f"client={host} ", wait_for_line(process, " connected"))
 
     @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs root")
     def test_root_becomes_run_as_after_reading_the_key(self) -> None:
@@ -10989,39 +10494,19 @@ class DemoTests(unittest.TestCase):
             process.send_signal(signal.SIGINT)
             self.assertEqual(process.wait(PATIENCE), 0)
 
-    def test_a_scan_is_saved_as_it_came(self) -> None:
+    def test_a_scan_a_malformed_user_name_and_an_outbox_that_is_gone(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
         with start_program("demo", folder=folder, SMTP_PORT="0") as process:
             found = re.search(r"port (\d+)", process.stdout.readline())
             with Client(int(found[1])) as client:
                 client.ehlo()
+                self.assertRegex(client.log_in("scanner", "x"), "^535 5.7.8 ")
                 client.log_in()
-                reply = client.post_octets(LARGE, SENDER, ["a@x.y"])
-                self.assertTrue(reply.startswith("250 "), reply)
-            path, = pathlib.Path(folder).glob("outbox/*.eml")
-        self.assertTrue(path.read_bytes() == LARGE)
-
-    def test_a_malformed_user_name_is_refused_in_the_demo_too(self) -> None:
-        folder = tempfile.mkdtemp(dir=FILES.folder)
-        with start_program("demo", folder=folder, SMTP_PORT="0") as process:
-            assert process.stdout is not None
-            found = re.search(r"port (\d+)", process.stdout.readline())
-            assert found is not None
-            port = int(found[1])
-            with Client(port) as client:
-                client.ehlo()
-                self.assertTrue(client.log_in("scanner", "x").startswith("535 5.7.8"))
-
-    def test_the_stand_in_needs_a_length(self) -> None:
-        stand_in = relay.http.server.ThreadingHTTPServer(("127.0.0.1", 0), relay.StandIn)
-        threading.Thread(target=stand_in.serve_forever, daemon=True).start()
-        self.addCleanup(stand_in.server_close)
-        self.addCleanup(stand_in.shutdown)
-        for length in (b"-1", b"x", b"999999999", b""):
-            with self.subTest(length), socket.create_connection(
-                    stand_in.server_address, PATIENCE) as sock:
-                sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: " + length + b"\r\n\r\n")
-                self.assertTrue(sock.recv(100).startswith(b"HTTP/1.1 411 "))
+                self.assertRegex(client.post_octets(LARGE, SENDER, ["a@x.y"]), "^250 ")
+                path, = pathlib.Path(folder).glob("outbox/*.eml")
+                self.assertTrue(path.read_bytes() == LARGE)
+                shutil.rmtree(path.parent)
+                self.assertRegex(client.post(), "^452 4.3.1 outbox/.* cannot be written: No such ")
 
     def test_an_outbox_that_cannot_be_made(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
@@ -11765,7 +11250,7 @@ class Story:
     # How often it was taken without a word, by id: the relay cannot know.
     unknown: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     is_calm: bool = True    # nothing is planned for it, nor for the login
-    came_again: bool = False    # its client left, and sent it once more
+    is_identified: bool = False     # by Message-ID and Date
     ended: float = 0.0
 
 
@@ -11774,8 +11259,9 @@ class Law:
 
     250: once; with `at_least_once` again for each time that Microsoft took it and did not
     say so. Refused: never; but once if Microsoft took it and did not say so. Unheard: as if
-    either had been heard. And always from the sender, to the recipients, and whole. A
-    message is known to Microsoft by the id that is in the reply.
+    either had been heard. An identified message that a client sends again: once in all. And
+    always from the sender, to the recipients, and whole. A message is known to Microsoft by
+    the id that is in the reply.
     """
 
     def __init__(self, *, at_least_once: bool = False) -> None:
@@ -11795,10 +11281,10 @@ class Law:
             if taken[ident] > self.most(reply[:3] == "250", story.unknown[ident]):
                 yield f"taken {taken[ident]} times, but answered {reply}"
         heard = collections.Counter(ident for reply, ident in story.heard if reply[:3] == "250")
-        if not story.unheard and any(number > 1 for number in heard.values()):
-            yield "answered as the same message before, of which the client had heard"
-        if story.came_again and len(story.takes) > 1 + sum(story.unknown.values()):
-            yield "sent twice, as its client left and came again"
+        if not story.is_identified and any(number > 1 for number in heard.values()):
+            yield "answered as a duplicate, although nothing identifies it"
+        if story.is_identified and len(story.takes) > 1 + sum(story.unknown.values()):
+            yield "sent twice, although it is identified"
         others = set(taken) - {ident for _, ident in story.heard}
         if len(others) > story.unheard:
             yield f"taken as {others}, of which no client knows"
@@ -12060,7 +11546,7 @@ class Traffic:
             story.is_calm = False       # other visitors may meet faults
 
     def make_story(self, chance: random.Random, marker: str, *, large: bool = False,
-                   calm: bool = False) -> Story:
+                   calm: bool = False, identified: bool = False) -> Story:
         """Invent a message, and what Microsoft will do about it."""
         recipients = [f"{marker}.{one}@x.y" for one in range(chance.choice((1, 1, 2, 3)))]
         sender = f"{chance.choice(('box1', 'box2', marker))}@example.com"
@@ -12068,18 +11554,18 @@ class Traffic:
                                k=chance.choice((0, 3, 30, 300)))
         head = (f"Subject: {marker}\nTo: {recipients[0]}, stranger@x.y\n"
                 f"Cc: {', '.join([*recipients[1:2], 'other@x.y'])}\n")
+        if identified:
+            head += f"Message-ID: <{marker}@x.y>\nDate: Sat, 28 Nov 2026 03:00:00 +0000\n"
         message = crlf(head) + b"\r\n" + b"".join(line + b"\r\n" for line in lines)
         kinds: dict[str, tuple[str, ...]] = {"send": SEND_FAULTS}
         if large:
-            # That a mailbox may have no drafts is remembered: none shares it.
-            sender = f"{marker}@example.com"
             message = LARGE.replace(b"Subject: s", f"Subject: {marker}".encode()).replace(
                 b"To: a@x.y", crlf(head.partition("\n")[2]).rstrip()).replace(
                 b"scan.pdf", f"{marker}.pdf".encode())
             others = (*(one for one in ANSWERS if one != "200"), "hang", "slow", "then close")
             kinds = {"send-draft": SEND_FAULTS, "draft": (*others, "taken 504", "taken close"),
                      "open": (*others, "200"), "put": others, "delete": others}
-        story = Story(marker, sender, recipients, message)
+        story = Story(marker, sender, recipients, message, is_identified=identified)
         if not calm:
             chances = (2, 3, 2, 1) if not large else (6, 2, 1, 0)
             story.plan = {kind: collections.deque(chance.choices(
@@ -12173,7 +11659,8 @@ class Visitor:
         for number in range(self.chance.choice((1, 1, 2, 3)) if self.way != "large" else 1):
             self.stories.append(self.traffic.make_story(
                 self.chance, f"story-{self.number + 1}-{number}", large=self.way == "large",
-                calm=self.is_calm and self.chance.random() < 0.5))
+                calm=self.is_calm and self.chance.random() < 0.5,
+                identified=self.chance.random() < 0.5))
             self.stories[-1].is_calm &= not self.faults
 
     def say(self, client: Client, line: str, *wanted: str) -> str:
@@ -12291,7 +11778,6 @@ class Visitor:
             if self.log_in(client):
                 for line in self.envelope(story):
                     self.say(client, line, "250", "354")
-                story.came_again = True
                 self.submit(client, story)
 
     def disappear(self, client: Client) -> None:
@@ -12372,8 +11858,7 @@ def what_is_left(running: Running) -> list[str]:
                 # This one, the server's, and that of the spool.
                 "tasks": len(asyncio.all_tasks()) - 2 - (joined.spool is not None),
                 "memory": joined.config.max_memory_for_messages - joined.memory.free,
-                "turns": sum(line.busy + len(line.deadlines)
-                             for line in joined._graph.turns._lines.values()),
+                "slots": sum(one.in_use for one in joined._graph._limiters.values()),
                 "fetches": len(joined._tokens._fetches), "loop errors": len(running.loop_errors)}
         return [f"{number} {name} left" for name, number in held.items() if number]
     found: list[str] = running.ask(look)
