@@ -578,13 +578,13 @@ class Config:
         _choice("envelope", "header"), "envelope",
         "Which mailbox sends: envelope, that of MAIL FROM, or header, the first of From.")
     from_mismatch: str = setting(
-        _choice("keep", "rewrite", "refuse"), "keep",
+        _choice("keep", "rewrite"), "keep",
         "When From names another mailbox than the one that sends: keep it (Microsoft "
-        "decides), rewrite its address, or refuse the message.")
+        "decides), or rewrite its address.")
     header_recipients: str = setting(
-        _choice("strip", "keep", "refuse"), "strip",
-        "When To, Cc or Bcc name somebody who is no recipient: strip the name, keep it "
-        "(Microsoft then sends the message there too), or refuse the message.")
+        _choice("strip", "keep"), "strip",
+        "When To, Cc or Bcc name somebody who is no recipient: strip the name, or keep it "
+        "(Microsoft then sends the message there too).")
     large_messages: str = setting(
         _choice("upload", "refuse"), "upload",
         f"What to do with messages above {GRAPH_MESSAGE_LIMIT} octets: upload their "
@@ -1874,7 +1874,6 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 # added; of one that names another, or more, or nobody, FROM_MISMATCH makes
 #
 #     keep        nothing else: Microsoft decides
-#     refuse      550 5.7.1
 #     rewrite     the mailbox, with the old name; the old address goes to Reply-To, and
 #                 what named several or nobody to X-Original-From too
 #
@@ -1929,7 +1928,6 @@ MAX_HEADER = 1_048_576          # octets
 MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
 MAX_WORDS = 200                 # of one mailbox
 MAX_FIELDS = 10_000             # that are read, in one header
-MAX_NAMED = 300                 # characters of addresses in a reply
 
 
 @dataclass
@@ -2152,13 +2150,11 @@ def _address_field(name: bytes, texts: list[str]) -> bytes:
 def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
     """Make To, Cc and Bcc name these recipients, by comparable form, and nobody else.
 
-    `policy` is HEADER_RECIPIENTS. Raises DeliveryError for "refuse".
+    `policy` is HEADER_RECIPIENTS.
     """
     fields = header.find(*_ADDRESS_FIELDS)
     is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
     read = [(one, _read_field(one, is_sane=is_sane)) for one in fields]
-    if policy == "refuse":
-        _refuse_others(read, recipients)
     keeps = policy == "keep"
     named = {address.key for one, found in read
              if one.is_reached and (found.is_tidy or not keeps)
@@ -2176,18 +2172,6 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
             hidden += [address.text for address in found.addresses
                        if (address.key in named if address.key in recipients else keeps)]
     header.top.append(_address_field(b"Bcc", hidden + missing))
-
-
-def _refuse_others(read: list[tuple[Field, AddressList]],
-                   recipients: Mapping[str, str]) -> None:
-    others = [address.mailbox for _, found in read for address in found.addresses
-              if address.key not in recipients]
-    others += [f"what stands in {one.label.decode()}"
-               for one, found in read if found.is_doubtful]
-    if others:
-        names = ", ".join(others)
-        names = names if len(names) <= MAX_NAMED else names[:MAX_NAMED] + " ..."
-        raise DeliveryError(f"The header names whom RCPT does not: {names}", 550, "5.1.3")
 
 
 def _without_others(one: Field, found: AddressList,
@@ -2231,10 +2215,7 @@ def _read_from(one: Field, *, is_sane: bool = True) -> list[Address]:
 
 def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
                 login: str) -> None:
-    """Make From agree with the mailbox that sends, as far as `policy` has it.
-
-    `policy` is FROM_MISMATCH. Raises DeliveryError for "refuse".
-    """
+    """Make From agree with the mailbox that sends if `policy`, FROM_MISMATCH, wants it."""
     if not any(found for _, found in authors):
         for one, _ in authors:          # there are empty ones at most
             one.edited = b""
@@ -2242,10 +2223,6 @@ def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
         return
     key = comparable(mailbox)
     agrees = all(author.key == key for _, found in authors for author in found)
-    if policy == "refuse" and not agrees:
-        raise DeliveryError(f"From must name the sender {mailbox}, and nobody else: make "
-                            "both the same in the device, or set FROM_MISMATCH=rewrite",
-                            550, "5.7.1")
     if policy == "rewrite" and not agrees:
         _rewrite_author(header, authors, mailbox, login)
         return
