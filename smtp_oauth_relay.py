@@ -1866,9 +1866,9 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 #     cannot be read beyond doubt     X-Original-To, -Cc as a whole
 #     is a Bcc                        part of the one Bcc, for whom no field names
 #
-# Whom a field names behind a malformed line, where a reader may have stopped, is in Bcc
-# too. "Beyond doubt" is the point: a field that we read in one way and Exchange in another
-# would send the mail to somebody else.
+# If the header has a malformed line, all recipients are in Bcc too, because a strict reader
+# may stop there. "Beyond doubt" is the point: a field that we read in one way and Exchange
+# in another would send the mail to somebody else.
 #
 # And Graph wants From to name the mailbox in its URL. One that is missing or empty is
 # added; of one that names another, or more, or nobody, FROM_MISMATCH makes
@@ -1890,14 +1890,10 @@ _KNOWN_FIELD = re.compile(
     rb"|received|return-path|delivered-to|envelope-to|mime-version|importance|priority"
     rb"|sensitivity|user-agent|auto-submitted|disposition-notification-to|errors-to"
     rb"|(?:content|resent|list|thread|dkim|arc|authentication|x)-.*", re.I)
-_FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
-# The line that mbox files have before a message, RFC 4155 appendix A: known by its date, or
-# by the field behind it and what stands in it, an address, a year or just one word.
-_MBOX_LINE = re.compile(
-    rb"From (?=[^\r\n]*(?:@|[0-9]{4})|[^ \r\n]+ *\r\n)[^\r\n]{1,500}\r\n(?=(?:%b):)"
-    rb"|From [^ \r\n]{1,500} +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) +[A-Z][a-z]{2} +[0-9]{1,2} +"
-    rb"[0-9]{2}:[0-9]{2}[^\r\n]{0,100}\r\n"
-    % _KNOWN_FIELD.pattern.replace(b".*", rb"[!-9;-~]+"), re.I)
+_FOLDED_LINE = re.compile(rb"[^\r\n]+\r\n(?:[ \t][^\r\n]*\r\n)*")
+# The line before each message in an mbox file, RFC 4155 appendix A.
+_MBOX_LINE = re.compile(rb"From [^\r\n]*\r\n(?=(?:%b):)"
+                        % _KNOWN_FIELD.pattern.replace(b".*", rb"[!-9;-~]+"), re.I)
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
 _EDITED_FIELDS = frozenset({*_ADDRESS_FIELDS, b"from", b"reply-to"})
 # A quoted-string or domain-literal that is not closed goes on to the end: each
@@ -1927,16 +1923,15 @@ _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "inva
 MAX_HEADER = 1_048_576          # octets
 MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
 MAX_WORDS = 200                 # of one mailbox
-MAX_FIELDS = 10_000             # that are read, in one header
+MAX_HEADER_LINES = 10_000
 
 
 @dataclass
 class Field:
-    """A field of addresses with its folded lines, or (name b"") any other lines."""
+    """A field of a header with its folded lines, or (name b"") a malformed line."""
 
     name: bytes             # in lower case
     octets: bytes           # as it came, with the last CRLF
-    is_reached: bool        # by a reader who stops at the first malformed line
     edited: bytes           # as it goes out
 
     @property
@@ -1977,6 +1972,7 @@ class Header:
 
     fields: list[Field]
     end: int                # where the rest begins: with an empty line, or with text
+    is_malformed: bool      # has a line that is no field, or white space before a colon
     top: list[bytes] = field(default_factory=list)  # new; a reader may end further down
 
     def find(self, *names: bytes) -> list[Field]:
@@ -1986,61 +1982,47 @@ class Header:
     def __bytes__(self) -> bytes:
         """It as edited."""
         lines = [one.edited for one in self.fields]
+        # A new first field must come after a folded first line.
         first = int(bool(lines) and lines[0][:1] in (b" ", b"\t"))
         return b"".join([*lines[:first], *self.top, *lines[first:]])
 
 
-def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None,
-                 is_read: Callable[[bytes], bool] = _EDITED_FIELDS.__contains__, *,
+def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None, *,
                  is_part: bool = False) -> Header:
-    """Find the header of a message, or of a part from `begin` to `end`; lines end in CRLF.
+    """Split the header of a message, or of a part from `begin` to `end`, into its fields.
 
-    A malformed line ends nothing, as a lenient reader would go on behind it; but what
-    stands between the last field and the empty line is text. In a part any field will do,
-    RFC 2046 section 5.1. Raises DeliveryError.
+    Lines end in CRLF. A malformed line does not end the header, because a lenient reader
+    would go on after it; but text between the last field and the empty line is not part
+    of it. Raises DeliveryError.
     """
-    limit = len(message) if end is None else end
-    header = Header([], _header_end(message, begin, limit, is_part=is_part))
-    # Of each field, or of neighbours that are not read: name, start, stop, is_reached.
-    spans: list[tuple[bytes, int, int, bool]] = []
-    is_reached = True
-    # A new first field must come behind a folded first line, so that is kept alone.
-    alone = int(message[begin:begin + 1] in (b" ", b"\t"))
-    for line in _FOLDED_LINE.finditer(message, begin, header.end):
+    header_end = _header_end(message, begin, len(message) if end is None else end, is_part)
+    if message.count(b"\n", begin, header_end) > MAX_HEADER_LINES:
+        raise DeliveryError("The header has too many lines", 552, "5.3.4")
+    fields, is_malformed = [], False
+    for line in _FOLDED_LINE.finditer(message, begin, header_end):
         match = _FIELD.match(line[0])
-        is_reached = is_reached and match is not None and match[0] == match[1] + b":"
-        name, start = match[1].lower() if match else b"", line.start()
-        if not is_read(name):
-            name = b""
-            if spans[alone:] and not spans[-1][0]:
-                _, start, _, _ = spans.pop()
-        spans.append((name, start, line.end(), is_reached))
-        if len(spans) > MAX_FIELDS:
-            raise DeliveryError("The header has too many fields", 552, "5.3.4")
-    for name, start, stop, is_reached in spans:
-        octets = bytes(message[start:stop])
-        header.fields.append(Field(name, octets, is_reached, octets))
-    return header
+        is_malformed = is_malformed or not match or match[0] != match[1] + b":"
+        fields.append(Field(match[1].lower() if match else b"", line[0], line[0]))
+    return Header(fields, header_end, is_malformed)
 
 
-def _header_end(message: bytes | bytearray, begin: int, limit: int, *,
-                is_part: bool) -> int:
-    """Find the end of the last field; `begin` if all is text. Raises DeliveryError."""
-    if message.startswith(b"\r\n", begin):
-        return begin
+def _header_end(message: bytes | bytearray, begin: int, limit: int, is_part: bool) -> int:
+    """Find the end of the last field; `begin` if all is text. Raises DeliveryError.
+
+    A part needs no field of a known name, RFC 2046 section 5.1.
+    """
     most = min(limit, begin + MAX_HEADER)
-    # To the last CRLF: a line without one would be tried from each of its octets.
-    stop = message.find(b"\r\n\r\n", begin, most)
-    stop = max(begin, (stop if stop >= 0 else message.rfind(b"\r\n", begin, most)) + 2)
-    end, is_header = begin, False
-    for line in _FOLDED_LINE.finditer(message, begin, stop):
-        match = _FIELD.match(line[0])
+    position = end = begin
+    is_header = False
+    while line := _FOLDED_LINE.match(message, position, most):
+        match = _FIELD.match(message, position, most)
+        position = line.end()
         if match:
-            end = line.end()
+            end = position
             is_header = (is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
                          or (is_part and line.start() == begin))
     end = end if is_header else begin
-    if end == stop and most < limit and not message.startswith(b"\r\n", stop):
+    if end == position and most < limit and not message.startswith(b"\r\n", position):
         raise DeliveryError("The header is too large", 552, "5.3.4")
     return end
 
@@ -2152,13 +2134,14 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
 
     `policy` is HEADER_RECIPIENTS.
     """
+    for one in header.find(b"resent-bcc"):      # hidden recipients, RFC 5322 section 3.6.6
+        one.edited = b""
     fields = header.find(*_ADDRESS_FIELDS)
     is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
     read = [(one, _read_field(one, is_sane=is_sane)) for one in fields]
     keeps = policy == "keep"
-    named = {address.key for one, found in read
-             if one.is_reached and (found.is_tidy or not keeps)
-             for address in found.addresses}
+    named = {address.key for _, found in read if found.is_tidy or not keeps
+             for address in found.addresses if not header.is_malformed}
     if not keeps:
         for one, found in read:
             one.edited = _without_others(one, found, recipients)
@@ -2557,7 +2540,7 @@ def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoi
 
 def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     """Take a prepared message apart. Raises DeliveryError."""
-    fields = split_header(prepared.header, is_read=bool).fields
+    fields = split_header(prepared.header).fields
     leaves = _leaves(_read_part(fields, message, len(prepared.before), len(message)),
                      itertools.count())
     text = _text_of(leaves)
@@ -2649,8 +2632,7 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     found: list[list[Part]] = []
     for begin, end in _split_parts(part):
         # The CRLF of the next delimiter may be that of the last field.
-        header = split_header(part.message, begin, min(end + 2, part.end),
-                              _PART_FIELDS.__contains__, is_part=True)
+        header = split_header(part.message, begin, min(end + 2, part.end), is_part=True)
         child = _read_part(header.fields, part.message, min(header.end, end), end)
         leaves = _leaves(child, counter, depth + 1)
         start = part.parameters.get("start", "").strip("<>")
@@ -3237,7 +3219,7 @@ def pause_after(failures: int, chance: float) -> float:
 def make_notice(entry: Entry, header: bytes, reporter: str, ident: str,
                 now: float) -> bytes:
     """Write to who sent a message that it was given up; RFC 3464, RFC 3834 section 3."""
-    subject = split_header(header, is_read=b"subject".__eq__).find(b"subject")
+    subject = split_header(header).find(b"subject")
     named = f"Subject:     {_one_line(_unfolded(subject[0]))[:200]}\n" if subject else ""
     recipients = "\n             ".join(entry.recipients)
     arrived, ended = (email.utils.formatdate(one) for one in (entry.queued_at, now))

@@ -1802,7 +1802,6 @@ class RecipientTests(unittest.TestCase):
                 "To: undisclosed-recipients:\r\nBcc: a@x.y, b@x.y\r\n",
                 "To: a@x.y\r\nTo: b@x.y\r\n",
                 "To: a@x.y, b@x.y, a@x.y\r\nCc: b@x.y\r\n",
-                "To: a@x.y, b@x.y\r\nno field\r\nSubject: x\r\n",
                 "Subject: x\r\n To: c@x.y\r\nTo: a@x.y, b@x.y\r\n"):
             with self.subTest(header):
                 self.assertEqual(deliver_to(header, "a@x.y", "b@X.y"), header + "\r\nText\r\n")
@@ -1876,9 +1875,11 @@ class RecipientTests(unittest.TestCase):
                  "To: a@x.y,\r\n B <b@x.y>\r\n"),
                 ("To: Team: a@x.y; b@x.y\r\n", "a@x.y b@x.y",
                  "To: a@x.y,\r\n b@x.y\r\n"),
-                # Whom a field names behind a malformed line is in Bcc too.
+                # With a malformed line all are in Bcc too; a Resent-Bcc never stays.
                 ("To: a@x.y\r\nno field\r\nCc: b@x.y\r\n", "a@x.y b@x.y",
-                 "Bcc: b@x.y\r\nTo: a@x.y\r\nno field\r\nCc: b@x.y\r\n"),
+                 "Bcc: a@x.y,\r\n b@x.y\r\nTo: a@x.y\r\nno field\r\nCc: b@x.y\r\n"),
+                ("To: a@x.y\r\nRESENT-BCC: h@x.y,\r\n o@x.y\r\nResent-To: r@x.y\r\n", "a@x.y",
+                 "To: a@x.y\r\nResent-To: r@x.y\r\n"),
                 ("To : a@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nTo : a@x.y\r\n"),
                 ("To : o@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
                 ("no field\r\nBcc: a@x.y, o@x.y\r\n", "a@x.y",
@@ -1967,19 +1968,19 @@ class RecipientTests(unittest.TestCase):
                 for opening in ("To: ", "To: <", "To: \"", "To: [", "To: (", "From: ", "From "):
                     header = f"{opening}{shape * (size // len(shape))}\r\n"
                     begun = time.process_time()
-                    deliver_to(header, "a@x.y", FROM_MISMATCH="rewrite")
+                    with contextlib.suppress(relay.DeliveryError):
+                        deliver_to(header, "a@x.y", FROM_MISMATCH="rewrite")
                     times.append(time.process_time() - begun)
             times = [max(times[:7]), max(times[7:])]
             with self.subTest(shape):
                 self.assertLess(times[1], 10 * times[0] + 0.5)
 
-    def test_an_absurd_number_of_fields(self) -> None:
-        with self.assertRaises(relay.DeliveryError):
-            deliver_to("To: a@x.y\r\n" * 10_001, "a@x.y")
-        header = "To: a@x.y\r\n" * 10_000
-        self.assertEqual(deliver_to(header, "a@x.y"), f"{header}\r\nText\r\n")
-        header = "X-Y: y\r\n" * 100_000
-        self.assertEqual(deliver_to(header, "a@x.y"), f"Bcc: a@x.y\r\n{header}\r\nText\r\n")
+    def test_an_absurd_number_of_lines(self) -> None:
+        for line in ("To: a@x.y\r\n", "X-Y: y\r\n", " \r\n"):
+            header = "To: a@x.y\r\n" + line * 9999
+            self.assertEqual(deliver_to(header, "a@x.y"), f"{header}\r\nText\r\n")
+            with self.assertRaisesRegex(relay.DeliveryError, "too many lines"):
+                deliver_to(header + line, "a@x.y")
 
     def test_an_absurd_number_of_addresses_is_doubtful(self) -> None:
         many = ",".join(f"u{number}@x.y" for number in range(40_000))
@@ -5301,7 +5302,8 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("comments", NAMED.replace("a@x.y", "(A (the first)) a@x.y (x)") + "\n", ""),
         Mail("duplicate To and Cc", NAMED + "To: b@x.y\nCc: a@x.y\nCc: c@x.y\n\n", "",
              "a@x.y b@x.y c@x.y"),
-        Mail("malformed line among the fields", NAMED + "no field\nSubject: s\n\nText\n", ""),
+        Mail("malformed line among the fields", NAMED + "no field\nSubject: s\n\nText\n",
+             "Bcc: a@x.y\n" + NAMED + "no field\nSubject: s\n\nText\n"),
         Mail("a body that looks like a header", NAMED + "\nTo: o@x.y\nBcc: p@x.y\n\nx\n", ""),
         # From.
         Mail("no From", "To: a@x.y\n\nText\n", FROM + "To: a@x.y\n\nText\n"),
@@ -5364,14 +5366,8 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
              NAMED + "\nText\n"),
         Mail("an mbox line", "From scan@x.y Thu Nov 24 18:22:48 2026\n" + NAMED + "\nText\n",
              NAMED + "\nText\n"),
-        Mail("an mbox line and no header", "From MAILER-DAEMON Fri Jul  8 12:08:34 2011\n\nx\n",
-             FROM + "Bcc: a@x.y\n\nx\n"),
-        Mail("an mbox line with spaces", "From a@b  Fri Jul  8 12:08:34 2011\n\nx\n",
-             FROM + "Bcc: a@x.y\n\nx\n"),
         Mail("a short mbox line", f"From x@y\n{NAMED}\n", NAMED + "\n"),
         Mail("a shorter mbox line", f"From MAILER-DAEMON\n{NAMED}\n", NAMED + "\n"),
-        Mail("text before what may be a field", "From Bob in Accounts:\nDate: the 3rd\n",
-             FROM + "Bcc: a@x.y\nFrom Bob in Accounts:\nDate: the 3rd\n"),
         Mail("text that is all like fields", "Alarm: zone 3\nTime: 12:00\n",
              FROM + "Bcc: a@x.y\n\nAlarm: zone 3\nTime: 12:00\n"),
         Mail("indented text", "  Alarm\nTime: 12:00\n",
@@ -6516,7 +6512,7 @@ class FidelityTests(RelayCase):
                     b"", b"")).end())
                 self.assertTrue(went.endswith(came[before.end:]))
                 for one in before.fields:
-                    if one.name == b"":
+                    if one.name not in (b"from", b"to", b"cc", b"bcc"):
                         self.assertIn(one.octets, went)
                 self.assertTrue(after.find(b"from"))
 
