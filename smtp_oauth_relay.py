@@ -1896,22 +1896,19 @@ _MBOX_LINE = re.compile(rb"From [^\r\n]*\r\n(?=(?:%b):)"
                         % _KNOWN_FIELD.pattern.replace(b".*", rb"[!-9;-~]+"), re.I)
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
 _EDITED_FIELDS = frozenset({*_ADDRESS_FIELDS, b"from", b"reply-to"})
-# A quoted-string or domain-literal that is not closed goes on to the end: each
-# alternative takes something wherever it begins, so that no text is read twice.
-_TOKEN = re.compile(r"""
-      "  (?: [^"\\]  | \\.? )*  (?: "  | \Z )      # quoted-string
-    | \[ (?: [^\]\\] | \\.? )*  (?: \] | \Z )      # domain-literal
-    | [ \t\r\n]+
-    | [^ \t\r\n<>@,;:."\[\]()\\]+                  # atom
-    | .""", re.S | re.X)
 _WHITE = " \t\r\n"
-_IN_COMMENT = re.compile(r"[^()\\]+|\\.|.", re.S)
-_NOT_IN_NAME = frozenset('<>@()[]\\"')
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_HEADER_MAILBOX = re.compile(
-    rf'(?:{_DOT_STRING}|"(?:[^"\\\ud800-\udfff]|\\[^\ud800-\udfff])*")'
-    rf"@(?:{_DOMAIN}|\[[^\[\]\\\ud800-\udfff]*\])")
-_HEADER_ROUTE = re.compile(rf"\A{_ROUTE}")
+_QUOTED = r'"(?:[^"\\\r\n]|\\[^\r\n])*"'
+_QUOTED_TEXT = re.compile(f"{_QUOTED}?")    # the closing quote may be missing
+# The forms of an address that every reader reads alike: [name] <mailbox> or mailbox, each
+# with a comment or without. A name without quotes may be an address, see _read_field.
+_ADDRESS = re.compile(
+    rf"(?P<before>(?:(?P<alias>{_MAILBOX})[ \t]*"
+    rf'|(?:{_QUOTED}|[^"(),:;<>@\[\]\\])*)<[ \t]*)?'
+    rf"(?P<mailbox>{_MAILBOX})"
+    r"(?P<after>(?(before)[ \t]*>)(?:[ \t\r\n]*\([^()@\\\r\n]*\))?)"
+    r"[ \t\r\n]*(?P<end>[,;]|\Z)[, \t\r\n]*")
+_GROUP = re.compile(r"[\w .-]*\w:(?:(.*);)?", re.S | re.A)
 # What is no address list, as a name and what stands in "<>"; a comment may be the name.
 _ENCODED_WORD = r"=\?[^?\s]{1,75}\?[bq]\?[^?]*\?="
 _LOOSE_AUTHOR = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
@@ -1921,8 +1918,7 @@ _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "inva
                             "local", "localdomain", "localhost", "test"})
 
 MAX_HEADER = 1_048_576          # octets
-MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
-MAX_WORDS = 200                 # of one mailbox
+MAX_ADDRESSES = 262_144         # octets of one field; 500 mailboxes have 160,000
 MAX_HEADER_LINES = 10_000
 
 
@@ -1946,24 +1942,25 @@ class Field:
 
 
 class Address(NamedTuple):
-    """An address of a field."""
+    """An address of a field, as it is written there."""
 
-    key: str                # in comparable form
-    mailbox: str            # as it stands there
-    text: str               # with its name and comments
-    tokens: list[str]       # of it, and of the white space around
+    key: str                # in comparable form; "" if the mailbox of a From is unreadable
+    mailbox: str
+    before: str             # name and "<"
+    after: str              # ">" and comment
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return f"{self.before}{self.mailbox}{self.after}"
 
 
 class AddressList(NamedTuple):
-    """The addresses of a field; none if it cannot be read beyond doubt."""
+    """The addresses of a field; none if another reader may read it otherwise."""
 
     addresses: list[Address]
-    is_tidy: bool = True        # every reader parts them as we do
-    is_doubtful: bool = False
-
-
-class Doubtful(Exception):
-    """An address field that another reader may read otherwise."""
+    is_canonical: bool = True       # separated by commas
+    is_ambiguous: bool = False
 
 
 @dataclass
@@ -2027,100 +2024,31 @@ def _header_end(message: bytes | bytearray, begin: int, limit: int, is_part: boo
     return end
 
 
-def parse_addresses(value: str, *, any_name: bool = False) -> AddressList:
-    """Read an address list, RFC 5322 section 3.4; ";" counts as ",". Raises Doubtful.
+def _read_field(field: Field) -> AddressList:
+    """Read an address list, RFC 5322 section 3.4; ";" counts as ",".
 
-    With `any_name` a name may look like another address, as in fields that mail nobody.
+    A field in any other form than those of _ADDRESS, in one group or none, is ambiguous.
+    That is safe: such a field is renamed, and its recipients are in Bcc.
     """
-    if _NO_TEXT.search(value):
-        raise Doubtful
-    addresses: list[Address] = []
-    group_at = -1                       # how many addresses there were before the group
-    is_tidy, is_parted = True, True     # is_parted: by a comma from what was before
-    for tokens, separator in _elements(value):
-        text = "".join(tokens).strip(_WHITE)
-        if separator == ":":
-            if group_at >= 0 or not text or not _is_name(tokens):
-                raise Doubtful
-            group_at = len(addresses)
-            continue
-        if text:
-            mailbox = _read_mailbox(tokens, any_name=any_name)
-            addresses.append(Address(comparable(mailbox), mailbox, text, tokens))
-            is_tidy = is_tidy and is_parted
-        if separator == ";":
-            is_tidy = is_tidy and group_at >= 0
-            group_at = -1
-        is_parted = separator == ","
-    if 0 <= group_at < len(addresses):  # an empty group may lack its end
-        raise Doubtful
-    return AddressList(addresses, is_tidy)
-
-
-def _elements(value: str) -> Iterator[tuple[list[str], str]]:
-    """Yield the tokens between separators, and the separator behind them."""
-    tokens: list[str] = []
-    start = end = depth = 0             # of the token; of comments within comments
-    in_angle = False
-    while end < len(value):
-        match = (_IN_COMMENT if depth else _TOKEN).match(value, end)
-        assert match is not None        # the last alternative takes anything
-        end = match.end()
-        depth += (match[0] == "(") - (match[0] == ")" and depth > 0)
-        if depth:
-            continue
-        token, start = value[start:end], end
-        if token[0] in '"[' and "\r" in token:
-            raise Doubtful              # not everybody unfolds before reading
-        if token in ",;:" and not in_angle:
-            yield tokens, token
-            tokens = []
-        else:
-            in_angle = token == "<" or (in_angle and token != ">")
-            tokens.append(token)
-    if depth:
-        raise Doubtful
-    yield tokens, ""
-
-
-def _is_name(words: list[str]) -> bool:
-    """Whether words can be a name, and nobody can read an address in them."""
-    return not _NOT_IN_NAME.intersection(
-        "".join(word for word in words if word[0] != '"'))
-
-
-def _read_mailbox(tokens: list[str], *, any_name: bool) -> str:
-    """Read the tokens of one element, RFC 5322 sections 3.4 and 4.4. Raises Doubtful.
-
-    Names and comments may hold an address only if it is the same.
-    """
-    others = [one[1:-1].strip(" ") for one in tokens if one[0] == "(" and "@" in one]
-    words = [" " if one[0] in "(" + _WHITE else one for one in tokens]
-    while words and words[-1] == " ":
-        words.pop()
-    if "<" in words:
-        opening = words.index("<")
-        name, words = words[:opening], words[opening + 1:]
-        if not words or words.pop() != ">":
-            raise Doubtful
-        if name and not _is_name(name):
-            others.append("".join(name).strip(" "))
-    if len(words) > MAX_WORDS:
-        raise Doubtful
-    mailbox = _HEADER_ROUTE.sub("", "".join(words).strip(" "))
-    if "=?" in mailbox or not _HEADER_MAILBOX.fullmatch(mailbox):
-        raise Doubtful
-    if not any_name and any(comparable(other) != comparable(mailbox) for other in others):
-        raise Doubtful
-    return mailbox
-
-
-def _read_field(one: Field, *, is_sane: bool = True,
-                any_name: bool = False) -> AddressList:
-    with contextlib.suppress(Doubtful):
-        if is_sane and len(one.octets) <= MAX_ADDRESSES:
-            return parse_addresses(one.value, any_name=any_name)
-    return AddressList([], is_doubtful=True)
+    value = field.value.strip(_WHITE)
+    ambiguous = AddressList([], is_ambiguous=True)
+    if len(field.octets) > MAX_ADDRESSES or _NO_TEXT.search(value):
+        return ambiguous
+    group = _GROUP.fullmatch(value)
+    value = (group[1] or "" if group else value).lstrip("," + _WHITE)
+    addresses, is_canonical, position = [], True, 0
+    while position < len(value):
+        match = _ADDRESS.match(value, position)
+        if match is None or "=?" in match["mailbox"]:
+            return ambiguous
+        key, alias = comparable(match["mailbox"]), match["alias"]
+        if alias and comparable(alias) != key:
+            return ambiguous
+        before = "<" if alias else match["before"] or ""
+        addresses.append(Address(key, match["mailbox"], before, match["after"]))
+        is_canonical = is_canonical and match["end"] != ";"
+        position = match.end()
+    return AddressList(addresses, is_canonical)
 
 
 def _address_field(name: bytes, texts: list[str]) -> bytes:
@@ -2136,11 +2064,9 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
     """
     for one in header.find(b"resent-bcc"):      # hidden recipients, RFC 5322 section 3.6.6
         one.edited = b""
-    fields = header.find(*_ADDRESS_FIELDS)
-    is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
-    read = [(one, _read_field(one, is_sane=is_sane)) for one in fields]
+    read = [(one, _read_field(one)) for one in header.find(*_ADDRESS_FIELDS)]
     keeps = policy == "keep"
-    named = {address.key for _, found in read if found.is_tidy or not keeps
+    named = {address.key for _, found in read if found.is_canonical or not keeps
              for address in found.addresses if not header.is_malformed}
     if not keeps:
         for one, found in read:
@@ -2150,7 +2076,7 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
         return
     hidden = []                         # there may be one Bcc only, RFC 5322 section 3.6
     for one, found in read:
-        if one.name == b"bcc" and not found.is_doubtful:
+        if one.name == b"bcc" and not found.is_ambiguous:
             one.edited = b""
             hidden += [address.text for address in found.addresses
                        if (address.key in named if address.key in recipients else keeps)]
@@ -2160,11 +2086,11 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
 def _without_others(one: Field, found: AddressList,
                     recipients: Mapping[str, str]) -> bytes:
     """Take out of a field whom the envelope does not name, as the table above says."""
-    if found.is_doubtful:
+    if found.is_ambiguous:
         return b"" if one.name == b"bcc" else b"X-Original-" + one.octets
     kept = [address.text for address in found.addresses if address.key in recipients]
     others = [address.text for address in found.addresses if address.key not in recipients]
-    if found.is_tidy and not others:
+    if found.is_canonical and not others:
         return one.octets
     lines = _address_field(one.label, kept) if kept else b""
     if others and one.name != b"bcc":
@@ -2175,25 +2101,22 @@ def _without_others(one: Field, found: AddressList,
 Authors = list[tuple[Field, list[Address]]]
 
 
-def _read_from(one: Field, *, is_sane: bool = True) -> list[Address]:
-    """Read a From field; it mails nobody, so what is no address list is no danger.
-
-    The key of an author whose address cannot be read is "".
-    """
-    is_sane = is_sane and len(one.octets) <= MAX_ADDRESSES
-    value = one.value.replace("\r\n", "") if is_sane else "<"
-    with contextlib.suppress(Doubtful):
-        return parse_addresses(value, any_name=True).addresses
+def _read_from(field: Field) -> list[Address]:
+    """Read a From field, also in forms that are no address list: it mails nobody."""
+    found = _read_field(field)
+    if not found.is_ambiguous:
+        return found.addresses
+    value = field.value.replace("\r\n", "") if len(field.octets) <= MAX_ADDRESSES else "<"
     match = _LOOSE_AUTHOR.fullmatch(value)
     mailbox = (match["mailbox"] or "").strip() if match else ""
     name = match["name"] or match["comment"] or match["alone"] or "" if match else ""
     name = re.sub(f"[{_WHITE}]+", " ", _NO_TEXT.sub("", name)).strip()
-    words = [name] if re.fullmatch(r'"(?:[^"\\]|\\.)*"', name) else _quoted(name)
-    if not _HEADER_MAILBOX.fullmatch(mailbox):
-        mailbox = ""
-    tokens = [one for word in words for one in (word, " ")] + ["<", mailbox, ">"]
-    key = comparable(mailbox) if mailbox else ""
-    return [Address(key, mailbox, "".join(tokens), tokens)]
+    if not re.fullmatch(_QUOTED, name):
+        name = _quoted(name)
+    before = f"{name} <".lstrip()
+    if not re.fullmatch(_MAILBOX, mailbox):
+        return [Address("", "", before, ">")]
+    return [Address(comparable(mailbox), mailbox, before, ">")]
 
 
 def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
@@ -2210,19 +2133,16 @@ def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
         _rewrite_author(header, authors, mailbox, login)
         return
     for one, found in authors:
-        texts = [_author_text(author, author.mailbox) for author in found if author.key]
-        # What is no address list got its quotes when it was read.
-        if texts and (texts != [author.text for author in found]
-                      or ("@" in texts[0].rpartition("<")[0] and len(texts) == 1
-                          and _read_field(one, any_name=True).is_doubtful)):
-            one.edited = _address_field(one.label, texts)
+        names = _QUOTED_TEXT.sub("", one.value.replace("\r\n", ""))
+        if names.count("@") > len(found) and all(author.key for author in found):
+            one.edited = _address_field(one.label, [author.text for author in found])
 
 
 def _rewrite_author(header: Header, authors: Authors, mailbox: str, login: str) -> None:
     """Put a mailbox into From; whom it named gets the answers, if mail reaches him."""
     (first, found), *others = authors
-    text = _author_text(found[0], mailbox) if found else mailbox
-    first.edited = _address_field(first.label, [text])
+    author = found[0]._replace(mailbox=mailbox).text if found else mailbox
+    first.edited = _address_field(first.label, [author])
     old = {author.key: author.mailbox for _, found in authors for author in found
            if _is_answered(author.mailbox, login)}
     if old.keys() - {comparable(mailbox)} and not header.find(b"reply-to"):
@@ -2241,31 +2161,11 @@ def _is_answered(mailbox: str, login: str) -> bool:
             and top not in _LOCAL_DOMAINS and mailbox.lower() != login.lower())
 
 
-def _author_text(author: Address, mailbox: str) -> str:
-    """Write an author with a mailbox; his name stays, in quotes if it needs them."""
-    tokens, is_same = author.tokens, comparable(mailbox) == author.key
-    if "<" not in tokens:
-        comments = [one for one in tokens if one[0] == "("]
-        return author.text if is_same else " ".join([mailbox, *comments])
-    opening = tokens.index("<")
-    words = [one for one in tokens[:opening] if one[0] != "("]
-    name, rest = "".join(tokens[:opening]), tokens[tokens.index(">", opening) + 1:]
-    is_bare = any("@" in one for one in words if one[0] != '"')
-    if is_bare or not (is_same or _is_name(words)):
-        name = re.sub(f"[{_WHITE}]+", " ", name).strip(" ")
-        # A name that is the address itself says nothing.
-        is_address = comparable(name) in (author.key, comparable(mailbox))
-        name = "" if is_address else " ".join([*_quoted(name), ""])
-    elif is_same:
-        return author.text
-    return "".join([name, f"<{mailbox}>", *rest]).strip(_WHITE)
-
-
-def _quoted(name: str) -> list[str]:
+def _quoted(name: str) -> str:
     """Write a name as quoted-strings; not its encoded words, RFC 2047 section 5."""
     words = re.split(rf"((?:(?<= )|^){_ENCODED_WORD}(?=[ ,;:]|$))", name, flags=re.I)
-    return [word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
-            for number, word in enumerate(map(str.strip, words)) if word]
+    return " ".join(word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
+                    for number, word in enumerate(map(str.strip, words)) if word)
 
 
 ENCODE_AT_ONCE = 58_368         # octets, a multiple of 3
@@ -2313,9 +2213,7 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
     message = envelope.message
     mbox_line = _MBOX_LINE.match(message)
     header = split_header(message, mbox_line.end() if mbox_line else 0)
-    fields = header.find(b"from")
-    is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
-    authors = [(one, _read_from(one, is_sane=is_sane)) for one in fields]
+    authors = [(one, _read_from(one)) for one in header.find(b"from")]
     named = [author.mailbox for _, found in authors for author in found if author.mailbox]
     mailbox = envelope.reverse_path
     if named and (config.sender_from == "header" or not mailbox):
@@ -2803,12 +2701,8 @@ def _importance(values: Mapping[bytes, str]) -> str | None:
 
 def _person(address: Address) -> dict[str, Any]:
     """Write an address as Graph wants it; a comment may be the name."""
-    tokens = address.tokens
-    if "<" in tokens:
-        name = "".join(email.utils.unquote(one) if one[0] == '"' else one
-                       for one in tokens[:tokens.index("<")] if one[0] != "(")
-    else:
-        name = next((one[1:-1] for one in tokens if one[0] == "("), "")
+    name = address.before.rstrip("<" + _WHITE) or address.after.strip(">()" + _WHITE)
+    name = _QUOTED_TEXT.sub(lambda match: email.utils.unquote(match[0]), name)
     name = _one_line(decode_text(" ".join(name.split()).encode("utf-8", "surrogateescape")))
     mailbox = address.mailbox.encode("utf-8", "replace").decode()
     return {"emailAddress": {"address": mailbox, **({"name": name} if name else {})}}

@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import email
+import email.policy
 import email.utils
 import errno
 import functools
@@ -1787,17 +1788,14 @@ class RecipientTests(unittest.TestCase):
                 "To: a@x.y\r\nBcc: b@x.y\r\n",
                 "TO:A@X.Y,\r\n\tB@x.Y\r\n",
                 "To: Ann <a@x.y>, \"B, the second\" <b@x.y>\r\n",
-                "To: a@x.y (Ann (the first)), (Bob)b@x.y\r\n",
+                "To: a@x.y (Ann, the first), B\r\n\t<b@x.y>(Bob)\r\n",
                 "To: Team: a@x.y, Bob <b@x.y>;\r\n",
                 "To: undisclosed-recipients:;\r\nBcc: a@x.y, b@x.y\r\n",
                 "To: a@x.y,, b@x.y,\r\n",
                 "To: =?utf-8?Q?M=C3=BCller?= <a@x.y>, =?utf-8?B?w7w=?= <b@x.y>\r\n",
                 "To: M\udcfcller <a@x.y>, b@x.y\r\n",
-                "To: <@route.example,@other.example:a@x.y>, b@x.y\r\n",
                 "To: \"a\"@x.y, b@x.y\r\n",
                 "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\r\n",
-                "To: a@x.y (A@x.y), Bob (b@x.y) <b@x.y>\r\n",
-                "To: Team: a@x.y;, b@x.y\r\n",
                 "To: \"a; b\" < a@x.y >, b@x.y\r\n",
                 "To: undisclosed-recipients:\r\nBcc: a@x.y, b@x.y\r\n",
                 "To: a@x.y\r\nTo: b@x.y\r\n",
@@ -1825,31 +1823,23 @@ class RecipientTests(unittest.TestCase):
                  "To: a@x.y\r\nBcc: b@x.y\r\n"),
                 ("To: Team: a@x.y, o@x.y;\r\n", "a@x.y",
                  "To: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                ("to: \"O, P\" <o@x.y>,\r\n  Ann (x)\r\n <a@x.y>\r\n", "a@x.y",
-                 "to: Ann (x)\r\n <a@x.y>\r\nX-Original-to: \"O, P\" <o@x.y>\r\n"),
+                ("to: \"O, P\" <o@x.y>,\r\n  Ann\r\n <a@x.y>(x)\r\n", "a@x.y",
+                 "to: Ann\r\n <a@x.y>(x)\r\nX-Original-to: \"O, P\" <o@x.y>\r\n"),
                 # The customer is public, the device writes to the developer only.
                 ("To: customer@public.com\r\n", "dev@t.com",
                  "Bcc: dev@t.com\r\nX-Original-To: customer@public.com\r\n"),
                 # What cannot be read beyond doubt names nobody.
-                ("To: a@x.y b@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: a@x.y b@x.y\r\n"),
-                ("To: o@x.y <a@x.y>\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: o@x.y <a@x.y>\r\n"),
-                ("To: a@x.y (o@x.y)\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: a@x.y (o@x.y)\r\n"),
-                ("To: \"a@x.y\r\nBcc: a@x.y (\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: \"a@x.y\r\n"),
-                ("Cc: <a@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-Cc: <a@x.y\r\n"),
-                ("To: a@x.y\0\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: a@x.y\0\r\n"),
-                ("To: [o@x.y] <a@x.y>\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: [o@x.y] <a@x.y>\r\n"),
-                ("To: [o@x.y]g:;\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: [o@x.y]g:;\r\n"),
-                ("To: a@x.y\u00a0\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: a@x.y\u00a0\r\n"),
-                ("To: g: a@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: g: a@x.y\r\n"),
-                ("To: :a@x.y;\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: :a@x.y;\r\n"),
+                *((f"To: {value}\r\n", "a@x.y", f"Bcc: a@x.y\r\nX-Original-To: {value}\r\n")
+                  for value in (
+                      "a@x.y b@x.y", "o@x.y <a@x.y>", "a@x.y (o@x.y)", "\"a@x.y", "<a@x.y",
+                      "a@x.y\0", "[o@x.y] <a@x.y>", "[o@x.y]g:;", "a@x.y\u00a0", "g: a@x.y",
+                      ":a@x.y;", "\"o@x.y\"] <a@x.y>", "\"Q\r\n <o@x.y>, q\" <a@x.y>",
+                      "a@x.\r\n y", "a @x.y", "(Ann)", "(Ann) a@x.y", "a@x.y (a\r\n b)",
+                      "a@x.y (A (n))", "Ann (x) <a@x.y>", "<@r.x,@s.y:a@x.y>", "G: a@x.y;, a@x.y",
+                      "a@x.y, G: a@x.y;", ";", "G: a@x.y; H:;", "Gr\u00fcn: a@x.y;",
+                      "A\\ <a@x.y>")),
+                ("Bcc: a@x.y (\r\nCc: <a@x.y\r\n", "a@x.y",
+                 "Bcc: a@x.y\r\nX-Original-Cc: <a@x.y\r\n"),
                 (" x\r\nTo: o@x.y\r\n", "a@x.y",
                  " x\r\nBcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
                 (" x\r\noops\r\nTo: a@x.y\r\n", "a@x.y",
@@ -1858,22 +1848,14 @@ class RecipientTests(unittest.TestCase):
                  "\tx\r\nBcc: a@x.y\r\noops\r\nTo: a@x.y\r\n"),
                 (" x\r\nX-A: y\r\n", "a@x.y", " x\r\nBcc: a@x.y\r\nX-A: y\r\n"),
                 (" x\r\nFoo: y\r\n", "a@x.y", "Bcc: a@x.y\r\n\r\n x\r\nFoo: y\r\n"),
-                # U+212A is no k, though lower() says so.
                 ("To: \u212a@x.y\r\n", "k@x.y",
                  "Bcc: k@x.y\r\nX-Original-To: \u212a@x.y\r\n"),
-                ("To: \"o@x.y\"] <a@x.y>\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: \"o@x.y\"] <a@x.y>\r\n"),
-                ("To: \"Q\r\n <o@x.y>, q\" <a@x.y>\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: \"Q\r\n <o@x.y>, q\" <a@x.y>\r\n"),
-                ("To: a@x.\r\n y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: a@x.\r\n y\r\n"),
-                ("To: a @x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: a @x.y\r\n"),
                 ("To: =?utf-8?q?a?=@x.y\r\n", "=?utf-8?q?a?=@x.y",
                  "Bcc: =?utf-8?q?a?=@x.y\r\nX-Original-To: =?utf-8?q?a?=@x.y\r\n"),
                 # Semicolons, as people type them; not every reader parts there.
                 ("To: a@x.y; B <b@x.y>;\r\n", "a@x.y b@x.y",
                  "To: a@x.y,\r\n B <b@x.y>\r\n"),
-                ("To: Team: a@x.y; b@x.y\r\n", "a@x.y b@x.y",
+                ("To: Team: a@x.y; b@x.y;\r\n", "a@x.y b@x.y",
                  "To: a@x.y,\r\n b@x.y\r\n"),
                 # With a malformed line all are in Bcc too; a Resent-Bcc never stays.
                 ("To: a@x.y\r\nno field\r\nCc: b@x.y\r\n", "a@x.y b@x.y",
@@ -1887,7 +1869,6 @@ class RecipientTests(unittest.TestCase):
                 ("To: a@x.y\r\nno field\r\n", "a@x.y", "To: a@x.y\r\n\r\nno field\r\n"),
                 ("To: a@x.y\r\nSubject: s\r\nno field\r\n", "a@x.y",
                  "To: a@x.y\r\nSubject: s\r\n\r\nno field\r\n"),
-                ("To: (Ann)\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: (Ann)\r\n"),
                 # Quoted local parts.
                 ("To: \"a b\"@x.y\r\n", "\"a b\"@x.y", "To: \"a b\"@x.y\r\n"),
                 ("To: \"a\\ b\"@x.y\r\n", "\"A b\"@x.y c@x.y",
@@ -1932,31 +1913,41 @@ class RecipientTests(unittest.TestCase):
             message.partition(b"\r\n\r\n")[2]))
 
     def test_random_headers(self) -> None:
-        """No exception; the envelope and nobody else is named; the body stays."""
+        """No reader finds anybody but the envelope in To, Cc and Bcc; the body stays."""
         people = ["a@x.y", "b@x.y", "\"q r\"@x.y", "A@X.Y", "o@x.y", "p@x.y"]
-        pieces = [*people, "Name <{}>", "\"N, m\" <{}>", "{} (c)", "G: {}, {};", ",", ";", ":",
-                  "<", ">", "(", ")", "\"", "\\", "@", " ", "\r\n ", "=?utf-8?Q?a=40b?=", "[",
-                  "]", "\udcff", "\u00fc", ".", "undisclosed-recipients:;", "\0"]
+        forms = ["{}", "{}", "<{}>", "Ann <{}>", "\"N, m\" <{}>", "{} (c)", "{} <{}>",
+                 "Ann\r\n <{}>", "N. M. < {} > (x y)", "=?utf-8?Q?o=40x=2Ey=2C?= <{}>",
+                 "\"{}\" <{}>", "\udcff\u00fc <{}>", "\"a\\\"b\" <{}>", "G: {}, {};"]
+        noise = [*people, *",;:<>()\"\\@[]. \0\udcff", "\r\n ", "<@r.x:",
+                 "=?utf-8?Q?a=40b?=", "undisclosed-recipients:;"]
         chance = random.Random(1123)
         for number in range(4000):
             header = ""
             for _ in range(chance.randrange(5)):
-                words = "".join(chance.choices(pieces, k=chance.randrange(6))).replace("{}", "%s")
-                words = re.sub("%s", lambda match: chance.choice(people), words)
+                words = chance.choice([", ", ";", ",\r\n ", ",,"]).join(
+                    chance.choices(forms, k=chance.randrange(4)))
+                for _ in range(chance.randrange(3)):
+                    at = chance.randrange(len(words) + 1)
+                    words = words[:at] + chance.choice(noise) + words[at:]
+                words = re.sub("{}", lambda _: chance.choice(people), words)
                 name = chance.choice(["To", "Cc", "Bcc", "BCC", "to ", "Subject", "X-To"])
                 header += chance.choice([f"{name}: {words}\r\n"] * 9 + ["junk\r\n"])
             envelope = chance.sample(people[:3], chance.randrange(1, 4))
             with self.subTest(number, header=header, envelope=envelope):
                 outcome = deliver_to(header, *envelope)
                 self.assertTrue(outcome.endswith("\r\nText\r\n"))
-                after = relay.split_header(outcome.encode("utf-8", "surrogateescape"))
+                octets = outcome.encode("utf-8", "surrogateescape")
                 wanted = {relay.comparable(one) for one in envelope}
-                keys = {address.key for one in after.find(b"to", b"cc", b"bcc")
-                        for address in relay.parse_addresses(one.value).addresses}
-                self.assertEqual(keys, wanted)
-                # The standard library is another reader, that stops at malformed lines.
-                named = named_by(outcome.encode("utf-8", "surrogateescape"))
-                self.assertEqual({relay.comparable(one) for one in named}, wanted)
+                self.assertEqual({address.key for one in relay.split_header(octets).find(
+                    b"to", b"cc", b"bcc") for address in relay._read_field(one).addresses}, wanted)
+                # Two other readers, which stop at malformed lines.
+                self.assertEqual({relay.comparable(one) for one in named_by(octets)}, wanted)
+                with contextlib.suppress(AttributeError, TypeError):    # defects of Python's
+                    read = email.message_from_bytes(octets, policy=email.policy.default)
+                    self.assertEqual({relay.comparable(address.addr_spec)
+                                      for name in ("to", "cc", "bcc")
+                                      for value in read.get_all(name, [])
+                                      for address in value.addresses}, wanted)
 
     def test_a_huge_header_takes_no_quadratic_time(self) -> None:
         """Each shape grows by 4; ten times the time would be more than linear."""
@@ -1986,9 +1977,6 @@ class RecipientTests(unittest.TestCase):
         many = ",".join(f"u{number}@x.y" for number in range(40_000))
         self.assertEqual(deliver_to(f"To: {many}\r\n", "u1@x.y"),
                          f"Bcc: u1@x.y\r\nX-Original-To: {many}\r\n\r\nText\r\n")
-        third = many[:100_000].rpartition(",")[0]
-        self.assertEqual(deliver_to(f"To: {third}\r\n" * 3, "u1@x.y"),
-                         "Bcc: u1@x.y\r\n" + f"X-Original-To: {third}\r\n" * 3 + "\r\nText\r\n")
         # In From they may stay, but say nothing.
         header = f"From: {', '.join([SENDER] * 14_000)}\r\nTo: a@x.y\r\n\r\n".encode()
         self.assertEqual(prepared(header, "a@x.y"), header)
@@ -2296,7 +2284,8 @@ class DraftTests(unittest.TestCase):
     def test_the_properties(self) -> None:
         draft = take_apart(
             b"From: =?utf-8?Q?J=C3=B6rg?= <scanner@example.com>\nSubject: =?utf-8?B?w7w=?=\n"
-            b" =?utf-8?B?w7w=?= scan\nTo: \"A, B\" <a@x.y>, (Bob) b@x.y, o@x.y\nCc: Team: c@x.y;\n"
+            b" =?utf-8?B?w7w=?= scan\nTo: \"A, \\\"B\" <a@x.y>, b@x.y (Bob), o@x.y\n"
+            b"Cc: Team: c@x.y;\n"
             b"Reply-To: =?utf-8?Q?=C3=BC?= <r@x.y>, s@x.y\nMessage-ID: <id@x.y>\nX-One: 1\n"
             b"Importance: High\nX-Two: =?utf-8?Q?=C3=BC?=\nX-Empty:\nx-three: 3\n folded\n"
             b"X-Ms-Exchange-Organization: no\nX-One: again\nX-4: 4\nX-5: 5\nX-6: 6\n\nText\n"
@@ -2304,7 +2293,7 @@ class DraftTests(unittest.TestCase):
         self.assertEqual(json.loads(draft.content), {
             "subject": "\u00fc\u00fc scan",
             "from": {"emailAddress": {"address": SENDER, "name": "J\u00f6rg"}},
-            "toRecipients": [{"emailAddress": {"address": "a@x.y", "name": "A, B"}},
+            "toRecipients": [{"emailAddress": {"address": "a@x.y", "name": "A, \"B"}},
                              {"emailAddress": {"address": "b@x.y", "name": "Bob"}}],
             "ccRecipients": [{"emailAddress": {"address": "c@x.y"}}],
             "bccRecipients": [{"emailAddress": {"address": "h@x.y"}}],
@@ -2331,7 +2320,7 @@ class DraftTests(unittest.TestCase):
             self.assertEqual(content.get("importance"), wanted, field)
         # Names, and what is no address list, or too long a one.
         content = json.loads(take_apart(
-            f"From: Scan (x) @office <{SENDER}>\nReply-To: o@x.y <r@x.y>\nTo: Ann (x) <a@x.y>\n"
+            f"From: Scan (x) @office <{SENDER}>\nReply-To: o@x.y <r@x.y>\nTo: Ann <a@x.y> (x)\n"
             "Subject: =?utf-8?q?_s=0D?=\n\n".encode()).content)
         self.assertEqual({name: content[name] for name in ("from", "replyTo", "toRecipients")}, {
             "from": {"emailAddress": {"address": SENDER, "name": "Scan (x) @office"}},
@@ -5291,15 +5280,13 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("another From is Microsoft's affair", "From: o@x.y\nTo: a@x.y\n\nText\n", ""),
         Mail("a From that nobody can read", "From: Scanner\nTo: a@x.y\n\nText\n", ""),
         Mail("From in other letters", f"FROM:{SENDER.upper()}\nTO:A@X.Y\n\nText\n", ""),
-        Mail("To in parts", NAMED.replace("a@x.y", "A\n\t<a@x.y>,\n (x) b@x.y") + "\n",
+        Mail("To in parts", NAMED.replace("a@x.y", "A\n\t<a@x.y>,\n b@x.y (x)") + "\n",
              "", "a@x.y b@x.y"),
         Mail("encoded words", f"From: =?utf-8?Q?=C3=BC?= <{SENDER}>\nTo: =?utf-8?B?w7w=?=\n "
              "<a@x.y>\n\n", ""),
         Mail("a group", NAMED.replace("a@x.y", "Team: a@x.y, b@x.y;") + "\n", "", "a@x.y b@x.y"),
-        Mail("route of the source", NAMED.replace("a@x.y", "<@r.x,@s.y:a@x.y>") + "\n", ""),
         Mail("quoted local parts", NAMED.replace("a@x.y", '"a b"@x.y, "a"@x.y') + "\n", "",
              '"a b"@x.y a@x.y'),
-        Mail("comments", NAMED.replace("a@x.y", "(A (the first)) a@x.y (x)") + "\n", ""),
         Mail("duplicate To and Cc", NAMED + "To: b@x.y\nCc: a@x.y\nCc: c@x.y\n\n", "",
              "a@x.y b@x.y c@x.y"),
         Mail("malformed line among the fields", NAMED + "no field\nSubject: s\n\nText\n",
@@ -5411,7 +5398,7 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("the name stays", "From: \"Scan, 2\" <o@real.com>\nTo: a@x.y\n\n",
              f"From: \"Scan, 2\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
         Mail("folded, 8 bit", "from: J\udcf6rg\n (x)\n <o@real.com>\nTo: a@x.y\n\n",
-             f"from: J\udcf6rg (x) <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
+             f"from: \"J\udcf6rg (x)\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
         Mail("no name", "From: o@real.com\nTo: a@x.y\n\n",
              f"From: {SENDER}\nReply-To: o@real.com\nTo: a@x.y\n\n"),
         Mail("a comment", "From: o@real.com (Scan)\nTo: a@x.y\n\n",
@@ -5455,7 +5442,8 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
               ("J\0oe <o@real.com>", '"Joe" ', "Reply-To: o@real.com\n"),
               ("Joe) <o@real.com>", '"Joe)" ', "Reply-To: o@real.com\n"),
               ("[a@b] Joe <o@real.com>", '"[a@b] Joe" ', "Reply-To: o@real.com\n"),
-              (f"{SENDER} <o@real.com>", "", "Reply-To: o@real.com\n"),
+              (f"{SENDER} <o@real.com>", f'"{SENDER}" ', "Reply-To: o@real.com\n"),
+              ('"Joe <o@real.com>', '"\\"Joe" ', "Reply-To: o@real.com\n"),
               ("A <o@real.com> <p@real.com>", "",
                "X-Original-From: A <o@real.com> <p@real.com>\n"),
               ("\"m\udcfcller\"@real.com", '"\\"m\udcfcller\\"@real.com" ',
@@ -5513,8 +5501,7 @@ class CorpusTests(unittest.TestCase):
         delivered, = fake.delivered
         self.assertEqual(delivered.message, crlf(mail.wanted or mail.sent))
         self.assertEqual(delivered.mailbox, mail.mailbox)
-        if re.fullmatch("[ -!#-~]+", mail.to) and mail.name.split()[0] not in ("others,",
-                                                                              "route"):
+        if re.fullmatch("[ -!#-~]+", mail.to) and not mail.name.startswith("others,"):
             # As the standard library reads it, which cannot read everything.
             self.assertEqual(set(delivered.recipients), set(recipients))
 
@@ -6506,7 +6493,7 @@ class FidelityTests(RelayCase):
                 self.assertEqual(set(named_by(went)), set(people))
                 after = relay.split_header(went)
                 self.assertEqual({address.key for one in after.find(b"to", b"cc", b"bcc")
-                                  for address in relay.parse_addresses(one.value).addresses},
+                                  for address in relay._read_field(one).addresses},
                                  set(people))
                 before = relay.split_header(came, (relay._MBOX_LINE.match(came) or re.match(
                     b"", b"")).end())
