@@ -78,7 +78,6 @@ import functools
 import getpass
 import hashlib
 import hmac
-import html
 import http.client
 import http.server
 import ipaddress
@@ -2247,32 +2246,33 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
 #                                                    names its Content-ID
 #     signed, encrypted, an invitation ...           552 5.3.4
 #
+# Text in an unknown charset or encoding is decoded as what it most likely is.
+#
 # Parts are found by their boundaries, and decoded piece by piece while they are sent: the
-# email package would need ten times the size of the message.
+# email package needs four times the size of the message more, and a second for 35 MB.
 
 LARGE_ATTACHMENT = 3_130_000    # octets; from here on by upload session (whose least is
                                 # 2,097,152), below in one request, with its JSON
 UPLOAD_PIECE = 3_932_160        # octets, before decoding; Graph wants less than 4 MB
 MAX_PARTS = 250                 # of a message, Exchange's own limit
 MAX_DEPTH = 10                  # of parts within parts
-MAX_VALUE = 8192                # octets of one field of a part
-MAX_PARAMETERS = 100            # in it
+MAX_VALUE = 4096                # characters of a field of a part that are read, and
+MAX_PARAMETERS = 100            # of its parameters: the standard library is slow with more
 MAX_BOUNDARY = 200              # octets; RFC 2046 has 70
 MAX_ENCODED_WORDS = 500         # in one field: the standard library is slow with more
 MAX_X_FIELDS = 5                # of a draft, Graph's own limit
 MAX_FILE_NAME = 255             # characters
-MAX_CONTENT_ID = 500            # characters
 MAX_CIDS = 1000                 # references to images in one text
-FIND_AT_ONCE = 1_048_576        # octets; meanwhile no other thread runs
 
 _NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
                                           b"abcdefghijklmnopqrstuvwxyz0123456789+/="))
 _PART_FIELDS = frozenset({b"content-type", b"content-disposition", b"content-id",
-                          b"content-location", b"content-transfer-encoding"})
+                          b"content-transfer-encoding"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MEDIA_TYPE = re.compile(r"\s*([\w.+-]{1,127})\s*/\s*([\w.+-]{1,127})", re.A)
-_WORD = re.compile(r"\s*([\w.-]*)", re.A)
-_CHARSET = re.compile(r"[\w.-]{1,40}", re.A)
+_WORD = re.compile(r"\W*([\w.-]*)", re.A)
+_DELIMITER_END = re.compile(rb"(--)?[ \t]*(?=\r\n|\Z)")
+_CID = re.compile(r"[cC][iI][dD]:([^\"'<>&]{1,500})")
 _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset=[\"']?([\w-]{1,40})", re.I)
 _ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.I)
 _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
@@ -2296,20 +2296,11 @@ SAYABLE_FILES = frozenset({"application/pkcs7-mime", "application/x-pkcs7-mime",
 IMPORTANCE: Mapping[str, str] = {
     "high": "high", "urgent": "high", "1": "high", "2": "high", "normal": "normal",
     "low": "low", "non-urgent": "low", "4": "low", "5": "low"}
-# What is meant by the name of a charset, where Python knows less by it than mail programs.
+# The charset to decode with in place of one with this name in Python: mail programs mean
+# more by some names, and the last two take quadratic time.
 CHARSETS: Mapping[str, str] = {
-    "ascii": "utf-8", "iso8859-1": "cp1252", "gb2312": "gb18030", "gbk": "gb18030",
-    "shift-jis": "cp932", "x-sjis": "cp932", "euc-kr": "cp949", "big5": "cp950",
-    "tis-620": "cp874", "windows-874": "cp874", "iso-8859-8-i": "iso8859-8",
-    "cp-1251": "cp1251",
-    # These are no charsets, or take their time.
-    "punycode": "", "idna": "", "unicode-escape": "", "raw-unicode-escape": "",
-    "undefined": ""}
-
-
-# As "replace" does, but in Python: other threads run meanwhile.
-codecs.register_error("relay.replace",
-                      lambda error: ("\ufffd", error.end))  # type: ignore[attr-defined]
+    "ascii": "utf-8", "iso8859-1": "cp1252", "gb2312": "gb18030", "shift-jis": "cp932",
+    "euc-kr": "cp949", "punycode": "utf-8", "idna": "utf-8"}
 
 
 class Unsayable(DeliveryError):
@@ -2332,7 +2323,6 @@ class Part:
     is_attachment: bool         # says that it is one
     file_name: str
     content_id: str
-    location: str
     encoding: str
 
     @property
@@ -2352,7 +2342,7 @@ class Part:
             return _decode_base64(self._slices())
         if self.encoding == "quoted-printable":
             return map(binascii.a2b_qp, self._slices())
-        if self.encoding in ("7bit", "8bit", "binary"):
+        if self.encoding in ("7bit", "8bit", "binary") or self.is_form:
             return self._slices()
         raise Unsayable("has a part in an unknown encoding")
 
@@ -2446,8 +2436,12 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     body = _read_text(text)
     is_html = text is not None and text.media_type == "text/html"
     shown = _shown_images(body, files) if is_html else []
-    content = _as_json(_draft_properties(fields, prepared.mailbox),
-                       "HTML" if is_html else "Text", body)
+    # Apart, because a text with one emoji takes four bytes for each character until encoded.
+    content, properties = (
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        for value in (body, _draft_properties(fields, prepared.mailbox)))
+    content = b'{"body": {"contentType": "%b", "content": %b}, %b' % (
+        b"HTML" if is_html else b"Text", content, properties[1:])
     if len(content) > GRAPH_REQUEST_LIMIT:
         raise Unsayable("has a text that is too large by itself")
     # An object of our own, as that of the module reads files of the system.
@@ -2461,60 +2455,43 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     return Draft(content, attachments)
 
 
-def _as_json(properties: dict[str, Any], kind: str, body: str) -> bytes:
-    """Write a draft, its text slice by slice: with one emoji 4 MB of it take 16."""
-    head = json.dumps({"body": {"contentType": kind, "content": ""}})[:-3]
-    slices = (json.dumps(body[begin:begin + 65536], ensure_ascii=False)[1:-1]
-              for begin in range(0, len(body), 65536))
-    tail = json.dumps(properties, ensure_ascii=False)
-    return b"".join(one.encode("utf-8", "replace") for one in itertools.chain(
-        [head], slices, ['"},' + tail[1:]]))
-
-
 def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
                end: int) -> Part:
-    """Read what the fields of a part say, RFC 2045, 2183, 2231. Raises Unsayable."""
+    """Read what the fields of a part say, RFC 2045, 2183, 2231."""
     if message.startswith(b"\r\n", begin, end):       # the empty line behind them
         begin += 2
     header = email.message.Message()
     for one in fields:
         if one.name in _PART_FIELDS:
-            if len(one.octets) > MAX_VALUE or one.octets.count(b";") > MAX_PARAMETERS:
-                raise Unsayable("has a part with a field that is too long")
-            header[one.name.decode()] = _unfolded(one)
+            parameters = _unfolded(one)[:MAX_VALUE].split(";")[:MAX_PARAMETERS]
+            header[one.name.decode()] = ";".join(parameters)
     disposition = _WORD.match(header.get("content-disposition", ""))
     encoding = _WORD.match(header.get("content-transfer-encoding", "") or "7bit")
     assert disposition and encoding     # they match anything
-    parameters = _parameters(header, "content-type")
+    of_type = _parameters(header, "content-type")
     name = (_parameters(header, "content-disposition").get("filename")
-            or parameters.get("name", ""))
+            or of_type.get("name", ""))
     file_name = _one_line(name, "_").encode("utf-8", "replace").decode()
-    value = header.get("content-type", "") or "text/plain"
-    match = _MEDIA_TYPE.match(value)
+    match = _MEDIA_TYPE.match(header.get("content-type", "") or "text/plain")
     if match:
         media_type = f"{match[1]}/{match[2]}".lower()
-    elif re.search("multipart|message", value, re.I):
-        raise Unsayable("has a part of an unknown type")
     else:                               # it is text, RFC 2045 section 5.2, if it can be
         is_binary = name or encoding[1].lower() == "base64"
         media_type = "application/octet-stream" if is_binary else "text/plain"
-    return Part(message, begin, end, media_type, parameters,
+    return Part(message, begin, end, media_type, of_type,
                 disposition[1].lower() == "attachment", file_name[-MAX_FILE_NAME:],
-                header.get("content-id", "").strip(" \t<>")[:MAX_CONTENT_ID],
-                header.get("content-location", "").strip(), encoding[1].lower())
+                header.get("content-id", "").strip(" \t<>"), encoding[1].lower())
 
 
 def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
     """Read the parameters of a field; those of RFC 2231 come last, and win."""
-    try:
-        pairs = header.get_params([], name)
-    except (ValueError, TypeError, LookupError):        # RFC 2231 that is nonsense
-        pairs = []
     parameters = {}
-    for key, value in pairs:
-        if isinstance(value, tuple):    # charset, language, octets
-            value = decode_text(value[2].encode("latin-1", "replace"), value[0] or "")
-        parameters[key] = value         # the standard library has it in lower case
+    # RFC 2231 that is nonsense makes the standard library raise.
+    with contextlib.suppress(ValueError, TypeError, LookupError):
+        for key, value in header.get_params([], name):
+            if isinstance(value, tuple):    # charset, language, octets
+                value = decode_text(value[2].encode("latin-1", "replace"), value[0] or "")
+            parameters[key] = value     # the standard library has it in lower case
     return parameters
 
 
@@ -2532,9 +2509,7 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
         # The CRLF of the next delimiter may be that of the last field.
         header = split_header(part.message, begin, min(end + 2, part.end), is_part=True)
         child = _read_part(header.fields, part.message, min(header.end, end), end)
-        leaves = _leaves(child, counter, depth + 1)
-        start = part.parameters.get("start", "").strip("<>")
-        found.insert(0 if start and start == child.content_id else len(found), leaves)
+        found.append(_leaves(child, counter, depth + 1))
     if not found:
         raise Unsayable("has parts that cannot be told apart")
     leaves = [leaf for one in found for leaf in one]
@@ -2564,21 +2539,20 @@ def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
     boundary = part.parameters.get("boundary", "").encode("utf-8", "replace")
     if not 0 < len(boundary) <= MAX_BOUNDARY:
         return
-    # The CRLF behind a delimiter may be that before the next.
-    delimiter = re.compile(rb"\r\n--" + re.escape(boundary)
-                           + rb"(--)?[ \t]{0,999}(?=\r\n|\Z)")
+    delimiter = b"\r\n--" + boundary
     begin = part.end + 1                # nothing began yet
-    for start in range(max(0, part.begin - 2), part.end, FIND_AT_ONCE):
-        stop = start + FIND_AT_ONCE     # of those that begin there, but end a bit later
-        most = min(stop + 2048, part.end)
-        for match in delimiter.finditer(part.message, start, most):
-            if match.start() >= stop:
-                break
+    start = part.message.find(delimiter, max(0, part.begin - 2), part.end)
+    while start >= 0:
+        stop = start + len(delimiter)
+        match = _DELIMITER_END.match(part.message, stop, part.end)
+        if match:
             if begin <= part.end:
-                yield begin, match.start()
+                yield begin, start
             if match[1]:
                 return
             begin = match.end() + 2
+            stop = match.end()          # its CRLF may be that before the next
+        start = part.message.find(delimiter, stop, part.end)
     if begin <= part.end:               # the last delimiter is missing
         yield begin, part.end
 
@@ -2588,58 +2562,45 @@ def _read_text(part: Part | None) -> str:
     if part is None:
         return ""
     charset = part.parameters.get("charset", "").strip()
-    most = GRAPH_REQUEST_LIMIT * (2 if "16" in charset else 1)
     octets = bytearray()
     for piece in part.pieces():
         octets += piece
-        if len(octets) > most:
+        if len(octets) > 2 * GRAPH_REQUEST_LIMIT:       # UTF-16 has two for a character
             raise Unsayable("has a text that is too large by itself")
     if not charset and part.media_type == "text/html":
         match = _META_CHARSET.search(octets, 0, 1024)
         charset = match[1].decode() if match else ""
-    if charset and not _codec(charset) and not octets.isascii():
-        raise Unsayable("has a text in an unknown charset")
     return decode_text(octets, charset)
 
 
 def _shown_images(text: str, files: list[Part]) -> list[Part]:
-    """Find the files that an HTML text shows by their Content-ID. Raises Unsayable."""
-    # In octets, as a text with one emoji takes 4 for each character.
-    low = text.encode("utf-8", "replace").lower()
-    for part in files:
-        location = part.location.encode("utf-8", "replace").lower()
-        if location and not part.content_id and location in low:
-            raise Unsayable("has images that are shown by Content-Location")
-    places = [place[:MAX_CONTENT_ID + 10].decode("utf-8", "replace")
-              for place in low.split(b"cid:", MAX_CIDS)[1:MAX_CIDS]]
-    places += [change(place) for place in places if set(place) & {"&", "%"}
-               for change in (html.unescape, urllib.parse.unquote)]
-    return [part for part in files if part.content_id and any(
-        place.lower().startswith(part.content_id.lower())
-        and not re.match(r"[\w.@$+-]", place[len(part.content_id):]) for place in places)]
+    """Find the files that an HTML text shows by their Content-ID."""
+    shown = set()
+    for match in itertools.islice(_CID.finditer(text), MAX_CIDS):
+        # To the next quote, or without quotes to the next space or parenthesis.
+        shown |= {match[1].lower(), re.split(r"[\s)]", match[1].lower(), maxsplit=1)[0]}
+    return [part for part in files if part.content_id.lower() in shown - {""}]
 
 
 def _codec(charset: str) -> str:
-    """Find what Python calls a charset, or ""."""
-    name = CHARSETS.get(charset.lower().replace("_", "-"), charset)
-    if _CHARSET.fullmatch(name):
-        with contextlib.suppress(LookupError, ValueError):
-            b" ".decode(name, "replace")        # not all codecs are of text
-            found = codecs.lookup(name).name.replace("_", "-")
-            return CHARSETS.get(found, found)   # names have many spellings
-    return ""
+    """Find what Python calls a charset; an unknown one is taken for UTF-8."""
+    with contextlib.suppress(LookupError, ValueError):
+        b" ".decode(charset[:40], "replace")        # not all codecs are of text
+        found = codecs.lookup(charset[:40]).name.replace("_", "-")
+        return CHARSETS.get(found, found)
+    return "utf-8"
 
 
 def decode_text(octets: bytes | bytearray, charset: str = "") -> str:
     """Decode text; what is wrong or not said is what it most likely is."""
-    codec = _codec(charset) or "utf-8"
+    codec = _codec(charset or "utf-8")
     # ISO-2022-JP with a fault is ASCII, and so UTF-8, but it is not what it says.
-    for name in (codec,) if codec.startswith(("iso2022", "hz")) else (codec, "utf-8"):
+    for name in (codec,) if codec.startswith("iso2022") else (codec, "utf-8"):
         with contextlib.suppress(ValueError):
             return octets.decode(name)
-    text = octets.decode(codec, "relay.replace")
+    text = octets.decode(codec, "replace")
     if codec == "utf-8" and not re.search("[^\x00-\x7f\ufffd]", text):
-        return octets.decode("cp1252", "relay.replace")     # nothing of UTF-8 was in it
+        return octets.decode("cp1252", "replace")       # nothing of UTF-8 was in it
     return text
 
 

@@ -2018,7 +2018,7 @@ def multipart(subtype: str, *parts: str, header: str = "") -> str:
 PDF = ("Content-Type: application/pdf; name=scan.pdf\nContent-Transfer-Encoding: base64\n"
        "Content-Disposition: attachment; filename=scan.pdf\n\nJVBERi0x\n")
 PLAIN = "Content-Type: text/plain; charset=utf-8\n\nHello\n"
-HTML = "Content-Type: text/html\n\n<p>Hello <img src=\"cid:logo%40x.y\"></p>\n"
+HTML = "Content-Type: text/html\n\n<p>Hello <img src=\"cid:logo@x.y\"></p>\n"
 IMAGE = ("Content-Type: image/png\nContent-ID: <Logo@x.y>\nContent-Transfer-Encoding: base64\n"
          "\niVBORw==\n")
 
@@ -2033,7 +2033,7 @@ class DraftTests(unittest.TestCase):
                     *(f"{one.name} {one.part.media_type} {octets_of(one)!r} {one.content_id}"
                       for one in draft.attachments))
         pdf, logo = "scan.pdf application/pdf b'%PDF-1' ", "b'\\x89PNG' Logo@x.y"
-        html = '<p>Hello <img src="cid:logo%40x.y"></p>'
+        html = '<p>Hello <img src="cid:logo@x.y"></p>'
         for message, wanted in (
                 ("\nHello\n", ("Text", "Hello")),
                 ("", ("Text", "")),
@@ -2045,9 +2045,6 @@ class DraftTests(unittest.TestCase):
                 (multipart("alternative", PLAIN, HTML), ("HTML", html)),
                 (multipart("alternative", HTML, PLAIN), ("HTML", html)),
                 (multipart("related", HTML, IMAGE.replace("<Logo@x.y>", "< Logo@x.y >")),
-                 ("HTML", html, f"ATT00001.png image/png {logo}")),
-                # Content-Location does no harm where there is a Content-ID too.
-                (multipart("related", HTML, f"Content-Location: hello\n{IMAGE}"),
                  ("HTML", html, f"ATT00001.png image/png {logo}")),
                 (multipart("alternative", PLAIN, PLAIN.replace("Hello", "Better")),
                  ("Text", "Better")),
@@ -2077,15 +2074,12 @@ class DraftTests(unittest.TestCase):
                 # A type that is none is text, unless it cannot be.
                 ("Content-Type: text\n\nHello\n", ("Text", "Hello")),
                 ("Content-Type: text / HTML\n\nHello\n", ("HTML", "Hello")),
+                ("Content-Type: multipart\n\nHello\n", ("Text", "Hello")),
                 # A signed file is a file, and a blank text is none.
                 *((multipart("mixed", "\n" + " \n" * 300, HTML, f"Content-Type: {kind}\n"
                              "Content-Disposition: attachment; filename=a.xml.p7m\n\nx\n"),
                    ("HTML", html, f"a.xml.p7m {kind} b'x\\r\\n' "))
                   for kind in ("application/pkcs7-mime", "application/x-pkcs7-mime")),
-                # The root of multipart/related need not be the first.
-                (multipart("related; start=\"<r>\"", "Content-Type: text/html\n\nframe\n",
-                           "Content-ID: <r>\n" + HTML),
-                 ("HTML", html, "ATT00001.html text/html b'frame\\r\\n' ")),
                 # An invitation as a file is a file.
                 (multipart("mixed", PLAIN, "Content-Type: text/calendar\nContent-Disposition: "
                            "attachment; filename=a.ics\n\nBEGIN\n"),
@@ -2180,14 +2174,12 @@ class DraftTests(unittest.TestCase):
     def test_which_images_the_text_shows(self) -> None:
         for text, content_id, wanted in (
                 ("<img src='cid:a'>", "a", True), ("<img src=CID:A>", "a", True),
-                ("cid:a b.png", "a b.png", True), ("'cid:logo(1).png'", "logo(1).png", True),
-                ("cid:a&amp;b@x", "a&b@x", True), ("cid:a%20b", "a b", True),
-                ("url(&quot;cid:a&quot;)", "a", True), ("cid:a%20b", "a%20b", True),
-                ("<img src=cid:B\u00dcRO@x>", "B\u00dcRO@x", True), ("cid:%41b", "Ab", True),
+                ("'cid:a b.png'", "a b.png", True), ("'cid:logo(1).png'", "logo(1).png", True),
+                ("url(&quot;cid:a&quot;)", "a", True), ("url(cid:a)", "a", True),
+                ("<img src=cid:a alt=b>", "a", True), ("src=\"cid:B\u00dcRO@x\"", "b\u00dcro@x", True),
                 ("cid:ab", "a", False), ("cid:a@x.y", "a", False), ("cid:b", "a", False),
-                ("cid:a$b", "a", False), ("cid:" + "a" * 500, "a" * 500, True),
-                ("cid:" + "a" * 501, "a" * 501, False),
-                ("cid:x " * 998 + "cid:a", "a", True), ("cid:x " * 999 + "cid:a", "a", False),
+                ("cid:" + "a" * 500, "a" * 500, True), ("cid:" + "a" * 501, "a" * 501, False),
+                ("'cid:x'" * 999 + "cid:a", "a", True), ("'cid:x'" * 1000 + "cid:a", "a", False),
                 ("the cid: a", "a", False), ("cid:", "", False)):
             with self.subTest(text, content_id=content_id):
                 message = multipart("related", f"Content-Type: text/html\n\n{text}\n",
@@ -2349,25 +2341,24 @@ class DraftTests(unittest.TestCase):
                 ("; charset=iso-8859-1", b"\x80 \x93x\x94", "\u20ac \u201cx\u201d"),
                 ("; charset=gb2312", "\u6731\u9555\u57fa".encode("gbk"), "\u6731\u9555\u57fa"),
                 ("; charset=Shift_JIS", "\u2460".encode("cp932"), "\u2460"),
-                ("; charset=windows-874", "\u0e01".encode("cp874"), "\u0e01"),
                 ("; charset=koi8-r", b"\xf0\xd2", "\u041f\u0440"),
                 ("; charset=utf-16", "\u00fc".encode("utf-16") + b"x", "\u00fc\ufffd"),
                 ("; charset=no-such", b"x", "x"), ("; charset=zlib", b"x", "x"),
-                ("; charset=\"a\0b\"", b"x", "x"), ("; charset=undefined", b"x", "x"),
-                ("; charset=punycode", b"x-", "x-"), ("; charset=no-such", b"\xfc", None),
-                ("; charset=-punycode", b"\xfc", None), ("; charset=unicode:escape", b"\xfc", None),
+                # What no program means; the last two would take quadratic time.
+                *((f"; charset={charset}", b"\xfc", "\u00fc") for charset in (
+                    '"a\0b"', "no-such", "undefined", "unicode:escape", "hex", "x" * 9000,
+                    "punycode", "idna")),
                 ("; charset=latin-1", b"\x80", "\u20ac"), ("; charset=L1", b"\x80", "\u20ac"),
                 ("; charset=utf-16", b"plain", "plain"), ("; charset=utf-32", b"plain", "plain"),
                 ("; charset=utf-7", b"1+1=2, +49", "1+1=2, +49"),
                 # A character that Python lacks; the rest must not become escapes.
                 ("; charset=iso-2022-jp", b"\x1b$B%F%9%H-!\x1b(B", "\u30c6\u30b9\u30c8\ufffd"),
-                ("; charset=punycode", b"\xfc", None), ("; charset=hex", b"\xfc", None)):
+                # An unknown encoding.
+                ("\nContent-Transfer-Encoding: 8 bit", b"=41", "=41"),
+                ("\nContent-Transfer-Encoding: x-uuencode", b"x", "x"),
+                ("\nContent-Transfer-Encoding: \"base64\"", b"QQ==", "A")):
             with self.subTest(head, text=text):
                 message = f"Content-Type: text/plain{head}\n\n".encode() + text
-                if wanted is None:
-                    with self.assertRaises(relay.Unsayable):
-                        take_apart(message)
-                    continue
                 self.assertEqual(json.loads(take_apart(message).content)["body"]["content"],
                                  wanted)
         for meta in (b"<meta charset=windows-1251>", b"<META http-equiv='x' content='text/html; "
@@ -2411,26 +2402,17 @@ class DraftTests(unittest.TestCase):
                 ("Content-Type: application/octet-stream; name=smime.P7Z\n\nx", "encrypted"),
                 (multipart("mixed", "Content-Type: application/pgp-encrypted\n\nx", PDF),
                  "encrypted"),
-                ("Content-Type: multipart\n\nx", "unknown type"),
-                ("Content-Type: message\n\nx", "unknown type"),
                 (f"Content-Type: multipart/mixed; boundary={'b' * 201}\n\n--{'b' * 201}\n\nx",
                  "told apart"),
-                ("Content-Type: (c) multipart/mixed; boundary=b\n\n--b", "unknown type"),
-                ("Content-Type: text/plain; a" + ";b" * 101 + "\n\nx", "too long"),
-                (multipart("related", "Content-Type: text/html\n\n<img src=\"a.png\">",
-                           "Content-Type: image/png\nContent-Location: A.png\n\nx"), "Location"),
-                ("Content-Transfer-Encoding: \"base64\"\n\nQQ==", "encoding"),
                 ("Content-Type: message/partial; id=x\n\nx", "a part of another"),
                 ("Content-Type: application/ms-tnef\n\nx", "Outlook"),
                 ("Content-Type: multipart/mixed\n\n--b\n\nx", "told apart"),
                 ("Content-Type: multipart/mixed; boundary=c\n\n--b\n\nx", "told apart"),
                 (deep, "too many parts"), (multipart("mixed", *[PLAIN] * 251), "too many parts"),
-                (multipart("mixed", f"Content-Type: x/y; a=\"{'x' * 17_000}\"\n\nx"), "too long"),
-                ("Content-Transfer-Encoding: 8 bit\n\nx", "encoding"),
                 ("\n" + "x" * 4_194_304, "text that is too large"),
                 ("\n" + "\u00fc" * 2_097_152, "text that is too large"),
                 ("\n" + "x" * 12_582_913, "text that is too large"),
-                ("Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 900_000,
+                ("Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 1_700_000,
                  "text that is too large"),
                 ("Subject: x\n\n" + "\n" * 1_048_576, "text that is too large")):
             with self.subTest(message[:70]), self.assertRaises(relay.Unsayable) as caught:
@@ -2483,6 +2465,7 @@ class DraftTests(unittest.TestCase):
                          "text/plain", "multipart/mixed; boundary=i"),
                      lambda size: outer.replace("Content-Type", "X-A: " + "x" * size
                                                 + "\nContent-Type"),
+                     lambda size: f"Content-Type: text/plain; a=\"{';' * size}\n\n",
                      lambda size: "Content-Type: text/plain; charset=_punycode\n\n" + "x" * size,
                      lambda size: f"Subject: =?unicode:escape?q?{'x' * size}?=\n\n",
                      lambda size: f"From: {'=?a?q?b?= ' * (size // 10)}@ <{SENDER}>\n\n",
