@@ -1885,16 +1885,12 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 _FIELD = re.compile(rb"((?!https?://|ftp://)[!-9;-~]+)[ \t]*:", re.I)
 # Text may look like fields ("Time: 12:00"): a header has at least one of these.
 _KNOWN_FIELD = re.compile(
-    rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|in-reply-to|references"
-    rb"|received|return-path|delivered-to|envelope-to|mime-version|importance|priority"
-    rb"|sensitivity|user-agent|auto-submitted|disposition-notification-to|errors-to"
-    rb"|(?:content|resent|list|thread|dkim|arc|authentication|x)-.*", re.I)
+    rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|received|return-path"
+    rb"|delivered-to|mime-version|importance|priority|(?:content|resent|list|x)-.*", re.I)
 _FOLDED_LINE = re.compile(rb"[^\r\n]+\r\n(?:[ \t][^\r\n]*\r\n)*")
 # The line before each message in an mbox file, RFC 4155 appendix A.
-_MBOX_LINE = re.compile(rb"From [^\r\n]*\r\n(?=(?:%b):)"
-                        % _KNOWN_FIELD.pattern.replace(b".*", rb"[!-9;-~]+"), re.I)
+_MBOX_LINE = re.compile(rb"From [^\r\n]*\r\n(?=(?:%b):)" % _KNOWN_FIELD.pattern, re.I)
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
-_EDITED_FIELDS = frozenset({*_ADDRESS_FIELDS, b"from", b"reply-to"})
 _WHITE = " \t\r\n"
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _QUOTED = r'"(?:[^"\\\r\n]|\\[^\r\n])*"'
@@ -2270,7 +2266,6 @@ _PART_FIELDS = frozenset({b"content-type", b"content-disposition", b"content-id"
                           b"content-transfer-encoding"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MEDIA_TYPE = re.compile(r"\s*([\w.+-]{1,127})\s*/\s*([\w.+-]{1,127})", re.A)
-_WORD = re.compile(r"\W*([\w.-]*)", re.A)
 _DELIMITER_END = re.compile(rb"(--)?[ \t]*(?=\r\n|\Z)")
 _CID = re.compile(r"[cC][iI][dD]:([^\"'<>&]{1,500})")
 _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset=[\"']?([\w-]{1,40})", re.I)
@@ -2433,10 +2428,10 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
                      itertools.count())
     text = _text_of(leaves)
     files = [one for one in leaves if one is not text]
-    body = _read_text(text)
+    body = _read_text(text) if text else ""
     is_html = text is not None and text.media_type == "text/html"
     shown = _shown_images(body, files) if is_html else []
-    # Apart, because a text with one emoji takes four bytes for each character until encoded.
+    # Separately: a text with one emoji has four bytes for each character until encoded.
     content, properties = (
         json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
         for value in (body, _draft_properties(fields, prepared.mailbox)))
@@ -2465,22 +2460,23 @@ def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
         if one.name in _PART_FIELDS:
             parameters = _unfolded(one)[:MAX_VALUE].split(";")[:MAX_PARAMETERS]
             header[one.name.decode()] = ";".join(parameters)
-    disposition = _WORD.match(header.get("content-disposition", ""))
-    encoding = _WORD.match(header.get("content-transfer-encoding", "") or "7bit")
-    assert disposition and encoding     # they match anything
+    disposition = _word(header.get("content-disposition", ""))
+    encoding = _word(header.get("content-transfer-encoding", "") or "7bit")
     of_type = _parameters(header, "content-type")
     name = (_parameters(header, "content-disposition").get("filename")
             or of_type.get("name", ""))
     file_name = _one_line(name, "_").encode("utf-8", "replace").decode()
     match = _MEDIA_TYPE.match(header.get("content-type", "") or "text/plain")
-    if match:
-        media_type = f"{match[1]}/{match[2]}".lower()
-    else:                               # it is text, RFC 2045 section 5.2, if it can be
-        is_binary = name or encoding[1].lower() == "base64"
-        media_type = "application/octet-stream" if is_binary else "text/plain"
-    return Part(message, begin, end, media_type, of_type,
-                disposition[1].lower() == "attachment", file_name[-MAX_FILE_NAME:],
-                header.get("content-id", "").strip(" \t<>"), encoding[1].lower())
+    unknown = "application/octet-stream" if encoding == "base64" else "text/plain"
+    return Part(message, begin, end,
+                f"{match[1]}/{match[2]}".lower() if match else unknown, of_type,
+                disposition == "attachment", file_name[-MAX_FILE_NAME:],
+                header.get("content-id", "").strip(" \t<>"), encoding)
+
+
+def _word(value: str) -> str:
+    """The first word of a value, in lower case."""
+    return str(re.findall(r"\W*([\w.-]*)", value, re.A)[0]).lower()
 
 
 def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
@@ -2557,10 +2553,8 @@ def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
         yield begin, part.end
 
 
-def _read_text(part: Part | None) -> str:
+def _read_text(part: Part) -> str:
     """Read the text of a draft. Raises Unsayable."""
-    if part is None:
-        return ""
     charset = part.parameters.get("charset", "").strip()
     octets = bytearray()
     for piece in part.pieces():
@@ -2582,18 +2576,13 @@ def _shown_images(text: str, files: list[Part]) -> list[Part]:
     return [part for part in files if part.content_id.lower() in shown - {""}]
 
 
-def _codec(charset: str) -> str:
-    """Find what Python calls a charset; an unknown one is taken for UTF-8."""
-    with contextlib.suppress(LookupError, ValueError):
-        b" ".decode(charset[:40], "replace")        # not all codecs are of text
-        found = codecs.lookup(charset[:40]).name.replace("_", "-")
-        return CHARSETS.get(found, found)
-    return "utf-8"
-
-
 def decode_text(octets: bytes | bytearray, charset: str = "") -> str:
     """Decode text; what is wrong or not said is what it most likely is."""
-    codec = _codec(charset or "utf-8")
+    codec = "utf-8"
+    with contextlib.suppress(LookupError, ValueError):
+        b" ".decode(charset[:40], "replace")            # not all codecs are of text
+        codec = codecs.lookup(charset[:40]).name.replace("_", "-")
+    codec = CHARSETS.get(codec, codec)
     # ISO-2022-JP with a fault is ASCII, and so UTF-8, but it is not what it says.
     for name in (codec,) if codec.startswith("iso2022") else (codec, "utf-8"):
         with contextlib.suppress(ValueError):
@@ -2630,12 +2619,12 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
     first: dict[bytes, Field] = {}
     people: dict[bytes, list[dict[str, Any]]] = {}
     for one in fields:
-        if one.name in _ADDRESS_FIELDS:
+        if one.name in (*_ADDRESS_FIELDS, b"from", b"reply-to"):
+            mails = one.name in _ADDRESS_FIELDS
             people.setdefault(one.name, []).extend(
-                map(_person, _read_field(one).addresses))
-        elif one.name in _EDITED_FIELDS:        # they mail nobody
-            people.setdefault(one.name, []).extend(
-                _person(author) for author in _read_from(one) if author.key)
+                _person(address)
+                for address in (_read_field(one).addresses if mails else _read_from(one))
+                if address.key)
         else:
             first.setdefault(one.name, one)
     values = {name: _one_line(_unfolded(one)) for name, one in first.items()}
@@ -2654,9 +2643,9 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
 
 def _importance(values: Mapping[bytes, str]) -> str | None:
     for name in (b"importance", b"x-priority", b"priority", b"x-msmail-priority"):
-        match = _WORD.match(values.get(name, ""))
-        if match and match[1].lower() in IMPORTANCE:
-            return IMPORTANCE[match[1].lower()]
+        word = _word(values.get(name, ""))
+        if word in IMPORTANCE:
+            return IMPORTANCE[word]
     return None
 
 
