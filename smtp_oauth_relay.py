@@ -1979,15 +1979,28 @@ class Header:
         return b"".join([*lines[:first], *self.top, *lines[first:]])
 
 
-def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None, *,
-                 is_part: bool = False) -> Header:
+def split_header(message: bytes | bytearray, begin: int = 0,
+                 end: int | None = None) -> Header:
     """Split the header of a message, or of a part from `begin` to `end`, into its fields.
 
     Lines end in CRLF. A malformed line does not end the header, because a lenient reader
     would go on after it; but text between the last field and the empty line is not part
     of it. Raises DeliveryError.
     """
-    header_end = _header_end(message, begin, len(message) if end is None else end, is_part)
+    limit = len(message) if end is None else end
+    most = min(limit, begin + MAX_HEADER)
+    position = header_end = begin
+    is_header = False
+    while line := _FOLDED_LINE.match(message, position, most):
+        match = _FIELD.match(message, position, most)
+        position = line.end()
+        if match:
+            header_end = position
+            is_header = is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
+    header_end = header_end if is_header else begin
+    is_cut = most < limit and not message.startswith(b"\r\n", position)
+    if header_end == position and is_cut:
+        raise DeliveryError("The header is too large", 552, "5.3.4")
     if message.count(b"\n", begin, header_end) > MAX_HEADER_LINES:
         raise DeliveryError("The header has too many lines", 552, "5.3.4")
     fields, is_malformed = [], False
@@ -1996,27 +2009,6 @@ def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = N
         is_malformed = is_malformed or not match or match[0] != match[1] + b":"
         fields.append(Field(match[1].lower() if match else b"", line[0], line[0]))
     return Header(fields, header_end, is_malformed)
-
-
-def _header_end(message: bytes | bytearray, begin: int, limit: int, is_part: bool) -> int:
-    """Find the end of the last field; `begin` if all is text. Raises DeliveryError.
-
-    A part needs no field of a known name, RFC 2046 section 5.1.
-    """
-    most = min(limit, begin + MAX_HEADER)
-    position = end = begin
-    is_header = False
-    while line := _FOLDED_LINE.match(message, position, most):
-        match = _FIELD.match(message, position, most)
-        position = line.end()
-        if match:
-            end = position
-            is_header = (is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
-                         or (is_part and line.start() == begin))
-    end = end if is_header else begin
-    if end == position and most < limit and not message.startswith(b"\r\n", position):
-        raise DeliveryError("The header is too large", 552, "5.3.4")
-    return end
 
 
 def _read_field(field: Field) -> AddressList:
@@ -2503,7 +2495,7 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     found: list[list[Part]] = []
     for begin, end in _split_parts(part):
         # The CRLF of the next delimiter may be that of the last field.
-        header = split_header(part.message, begin, min(end + 2, part.end), is_part=True)
+        header = split_header(part.message, begin, min(end + 2, part.end))
         child = _read_part(header.fields, part.message, min(header.end, end), end)
         found.append(_leaves(child, counter, depth + 1))
     if not found:

@@ -2109,7 +2109,6 @@ class DraftTests(unittest.TestCase):
                 (b"--b c\n\none\n\n--b c\n--b c\n\n\n--b c--", [b"one\r\n"]),
                 # A header that no empty line ends, and one that is none.
                 (b"--b c\nX-A: y\n--b c\n\none\n--b c--", [b"one"]),
-                (b"--b c\nUnknown: x\n\none\n--b c--", [b"one"]),
                 (b"--b c\njust text\n--b c--", [b"just text"]),
                 (b"--b c\nX-A: y\nhalf", [b"half"]), (b"--b c\n", [b""]),
                 # What is within a part is sought only there.
