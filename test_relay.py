@@ -1883,19 +1883,6 @@ class RecipientTests(unittest.TestCase):
                 self.assertEqual(deliver_to(header, *re.findall(r'(?:"[^"]*"|[^ "])+', recipients)),
                                  wanted + "\r\nText\r\n")
 
-    def test_messages_without_a_header_or_a_body(self) -> None:
-        for message, wanted in (
-                ("", "Bcc: a@x.y\r\n\r\n"),
-                ("\r\n", "Bcc: a@x.y\r\n\r\n"),
-                ("\r\nTo: o@x.y\r\n", "Bcc: a@x.y\r\n\r\nTo: o@x.y\r\n"),
-                ("Just text\r\n", "Bcc: a@x.y\r\n\r\nJust text\r\n"),
-                ("Just text\r\n\r\nTo: o@x.y\r\n",
-                 "Bcc: a@x.y\r\n\r\nJust text\r\n\r\nTo: o@x.y\r\n"),
-                ("Subject: x\r\n", "Bcc: a@x.y\r\nSubject: x\r\n"),
-                (" folded\r\n\r\nText\r\n", "Bcc: a@x.y\r\n\r\n folded\r\n\r\nText\r\n")):
-            with self.subTest(message):
-                self.assertEqual(deliver_to(message, "a@x.y", body=""), wanted)
-
     def test_which_fields_make_a_header(self) -> None:
         for name in ("Subject", "DATE", "Sender", "Message-ID", "Received", "Return-Path",
                      "MIME-Version", "Importance", "Priority", "Content-Type", "Resent-Date",
@@ -1906,20 +1893,15 @@ class RecipientTests(unittest.TestCase):
             lines = f"oops\r\n{name}: x\r\n"
             self.assertEqual(deliver_to(lines, "a@x.y"), f"Bcc: a@x.y\r\n\r\n{lines}\r\nText\r\n")
 
-    def test_the_body_is_not_touched(self) -> None:
-        body = bytes(range(256)).replace(b"\r", b"").replace(b"\n", b"") * 50
-        message = b"To: o@x.y\r\n\r\n" + body + b"\r\nTo: o@x.y\r\nBcc: z@x.y\r\n\r\n"
-        self.assertTrue(prepared(message, "a@x.y").endswith(
-            message.partition(b"\r\n\r\n")[2]))
-
     def test_random_headers(self) -> None:
-        """No reader finds anybody but the envelope in To, Cc and Bcc; the body stays."""
+        """No reader finds anybody but the envelope in To, Cc and Bcc; the rest stays."""
         people = ["a@x.y", "b@x.y", "\"q r\"@x.y", "A@X.Y", "o@x.y", "p@x.y"]
         forms = ["{}", "{}", "<{}>", "Ann <{}>", "\"N, m\" <{}>", "{} (c)", "{} <{}>",
                  "Ann\r\n <{}>", "N. M. < {} > (x y)", "=?utf-8?Q?o=40x=2Ey=2C?= <{}>",
                  "\"{}\" <{}>", "\udcff\u00fc <{}>", "\"a\\\"b\" <{}>", "G: {}, {};"]
         noise = [*people, *",;:<>()\"\\@[]. \0\udcff", "\r\n ", "<@r.x:",
                  "=?utf-8?Q?a=40b?=", "undisclosed-recipients:;"]
+        edited = (b"to", b"cc", b"bcc")
         chance = random.Random(1123)
         for number in range(4000):
             header = ""
@@ -1930,20 +1912,26 @@ class RecipientTests(unittest.TestCase):
                     at = chance.randrange(len(words) + 1)
                     words = words[:at] + chance.choice(noise) + words[at:]
                 words = re.sub("{}", lambda _: chance.choice(people), words)
-                name = chance.choice(["To", "Cc", "Bcc", "BCC", "to ", "Subject", "X-To"])
+                name = chance.choice(["To", "Cc", "Bcc", "BCC", "to ", "From", "Subject", "X-To"])
                 header += chance.choice([f"{name}: {words}\r\n"] * 9 + ["junk\r\n"])
             envelope = chance.sample(people[:3], chance.randrange(1, 4))
-            with self.subTest(number, header=header, envelope=envelope):
-                outcome = deliver_to(header, *envelope)
-                self.assertTrue(outcome.endswith("\r\nText\r\n"))
-                octets = outcome.encode("utf-8", "surrogateescape")
+            policy = chance.choice(["keep", "rewrite"])
+            with self.subTest(number, header=header, envelope=envelope, policy=policy):
+                came = header.encode("utf-8", "surrogateescape") + b"\r\nTo: o@x.y\r\n"
+                went = prepared(came, *envelope, FROM_MISMATCH=policy)
+                self.assertTrue(went.endswith(b"\r\n\r\nTo: o@x.y\r\n"))
                 wanted = {relay.comparable(one) for one in envelope}
-                self.assertEqual({address.key for one in relay.split_header(octets).find(
-                    b"to", b"cc", b"bcc") for address in relay._read_field(one).addresses}, wanted)
+                after = relay.split_header(went)
+                self.assertEqual({address.key for one in after.find(*edited)
+                                  for address in relay._read_field(one).addresses}, wanted)
+                self.assertTrue(after.find(b"from"))
+                for one in relay.split_header(came).fields:
+                    if one.name not in (*edited, b"from"):
+                        self.assertIn(one.octets, went)
                 # Two other readers, which stop at malformed lines.
-                self.assertEqual({relay.comparable(one) for one in named_by(octets)}, wanted)
+                self.assertEqual({relay.comparable(one) for one in named_by(went)}, wanted)
                 with contextlib.suppress(AttributeError, TypeError):    # defects of Python's
-                    read = email.message_from_bytes(octets, policy=email.policy.default)
+                    read = email.message_from_bytes(went, policy=email.policy.default)
                     self.assertEqual({relay.comparable(address.addr_spec)
                                       for name in ("to", "cc", "bcc")
                                       for value in read.get_all(name, [])
@@ -5254,25 +5242,13 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("NUL", NAMED.encode() + b"X: \0\n\n\0\0\n", ""),
         Mail("other controls", NAMED.encode() + b"\n\x1a\x04\x7f\x1b[1m\n", ""),
         Mail("a line of 100,000 octets", NAMED + "\n" + "x" * 100_000 + "\n", ""),
-        Mail("a header line of 100,000 octets", NAMED + "X: " + "x" * 100_000 + "\n\n", ""),
         Mail("dots", NAMED + "\n.\n..\n...\n.x\nx.\n", ""),
         Mail("no body", NAMED + "\n", ""),
-        Mail("no empty line behind the header", NAMED + "Subject: s\n", ""),
-        Mail("several From, as sent", f"{FROM}{FROM}To: a@x.y\n\nText\n", ""),
         Mail("another From is Microsoft's affair", "From: o@x.y\nTo: a@x.y\n\nText\n", ""),
         Mail("a From that nobody can read", "From: Scanner\nTo: a@x.y\n\nText\n", ""),
         Mail("From in other letters", f"FROM:{SENDER.upper()}\nTO:A@X.Y\n\nText\n", ""),
-        Mail("To in parts", NAMED.replace("a@x.y", "A\n\t<a@x.y>,\n b@x.y (x)") + "\n",
-             "", "a@x.y b@x.y"),
         Mail("encoded words", f"From: =?utf-8?Q?=C3=BC?= <{SENDER}>\nTo: =?utf-8?B?w7w=?=\n "
              "<a@x.y>\n\n", ""),
-        Mail("a group", NAMED.replace("a@x.y", "Team: a@x.y, b@x.y;") + "\n", "", "a@x.y b@x.y"),
-        Mail("quoted local parts", NAMED.replace("a@x.y", '"a b"@x.y, "a"@x.y') + "\n", "",
-             '"a b"@x.y a@x.y'),
-        Mail("duplicate To and Cc", NAMED + "To: b@x.y\nCc: a@x.y\nCc: c@x.y\n\n", "",
-             "a@x.y b@x.y c@x.y"),
-        Mail("malformed line among the fields", NAMED + "no field\nSubject: s\n\nText\n",
-             "Bcc: a@x.y\n" + NAMED + "no field\nSubject: s\n\nText\n"),
         Mail("a body that looks like a header", NAMED + "\nTo: o@x.y\nBcc: p@x.y\n\nx\n", ""),
         # From.
         Mail("no From", "To: a@x.y\n\nText\n", FROM + "To: a@x.y\n\nText\n"),
@@ -5287,22 +5263,14 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
              f"From: \"a@b\u3000c d\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a bare @ and encoded words", f"From: =?utf-8?q?=C3=BC?= @ home <{SENDER}>\nTo: "
              "a@x.y\n\n", f"From: =?utf-8?q?=C3=BC?= \"@ home\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and what is no encoded word", f"From: =?a@b =?utf-8?q?x?=y <{SENDER}>\n"
-             "To: a@x.y\n\n", f"From: \"=?a@b =?utf-8?q?x?=y\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a bare @ and a comma", f"From: scan @ office, floor 2 <{SENDER}>\nTo: a@x.y\n\n",
              f"From: \"scan @ office, floor 2\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and a bracket", f"From: Dr. [x@y <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"Dr. [x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a comma in the name", f"From: Doe, John <{SENDER}>\nTo: a@x.y\n\n", ""),
         Mail("a bare @, a colon and encoded words",
              f"From: =?utf-8?q?J=C3=BC?= Scan: x@y <{SENDER}>\nTo: a@x.y\n\n",
              f"From: =?utf-8?q?J=C3=BC?= \"Scan: x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ behind an encoded word",
-             f"From: =?utf-8?q?J=C3=BC?=, x@y\n\tz <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: =?utf-8?q?J=C3=BC?= \", x@y z\" <{SENDER}>\nTo: a@x.y\n\n"),
         Mail("a bare @ in brackets", f"From: [a@b] \"Q\" <{SENDER}>\nTo: a@x.y\n\n",
              f"From: \"[a@b] \\\"Q\\\"\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a quoted @ stays", f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n", ""),
         Mail("brackets without an @ stay", f"From: [Scan] <{SENDER}>\nTo: a@x.y\n\n", ""),
         Mail("a comment before stays", f"From: (Scan) {SENDER}\nTo: a@x.y\n\n", ""),
         Mail("an @, but no address, stays", "From: =?utf-8?q?x?= @ home\nTo: a@x.y\n\n", ""),
@@ -5315,7 +5283,6 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("only text", "Hello\n", FROM + "Bcc: a@x.y\n\nHello\n"),
         Mail("only text, of paragraphs", "Hello\n\nTo: o@x.y\n",
              FROM + "Bcc: a@x.y\n\nHello\n\nTo: o@x.y\n"),
-        Mail("text behind an empty line", "\nHello\n", FROM + "Bcc: a@x.y\n\nHello\n"),
         Mail("text of 8 bit, NUL and dots", b"\xfc\0\n.\n",
              FROM.encode() + b"Bcc: a@x.y\n\n\xfc\0\n.\n"),
         Mail("only a Subject", "Subject: s\n", FROM + "Bcc: a@x.y\nSubject: s\n"),
@@ -5333,9 +5300,6 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("a header that is absurd", NAMED + "X-A: b\n" * 200_000 + "\nText\n", "552 5.3.4"),
         Mail("a mailman mbox line", "From scan at x.y  Thu Nov 24 2026\n" + NAMED + "\nText\n",
              NAMED + "\nText\n"),
-        Mail("an mbox line", "From scan@x.y Thu Nov 24 18:22:48 2026\n" + NAMED + "\nText\n",
-             NAMED + "\nText\n"),
-        Mail("a short mbox line", f"From x@y\n{NAMED}\n", NAMED + "\n"),
         Mail("a shorter mbox line", f"From MAILER-DAEMON\n{NAMED}\n", NAMED + "\n"),
         Mail("text that is all like fields", "Alarm: zone 3\nTime: 12:00\n",
              FROM + "Bcc: a@x.y\n\nAlarm: zone 3\nTime: 12:00\n"),
@@ -5343,8 +5307,6 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
              FROM + "Bcc: a@x.y\n\n  Alarm\nTime: 12:00\n"),
         # Recipients.
         Mail("hidden", NAMED + "\n", "Bcc: b@x.y\n" + NAMED + "\n", "a@x.y b@x.y"),
-        Mail("hidden, no To", FROM + "\n", "Bcc: a@x.y,\n b@x.y\n" + FROM + "\n",
-             "a@x.y b@x.y"),
         Mail("undisclosed", FROM + "To: undisclosed-recipients:;\n\n",
              "Bcc: a@x.y\n" + FROM + "To: undisclosed-recipients:;\n\n"),
         Mail("somebody else in To", FROM + "To: a@x.y, O <o@x.y>\n\n",
@@ -5353,22 +5315,13 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
              NAMED + "X-Original-Cc: o@x.y\n\n"),
         Mail("two Bcc", NAMED + "Bcc: b@x.y\nBCC: c@x.y\n\n",
              "Bcc: b@x.y,\n c@x.y,\n d@x.y\n" + NAMED + "\n", "a@x.y b@x.y c@x.y d@x.y"),
-        Mail("odd spacing", FROM + "To : a@x.y\n\n", "Bcc: a@x.y\n" + FROM + "To : a@x.y\n\n"),
-        Mail("a To behind a malformed line", FROM + "oops\nTo: o@x.y\n\n",
-             "Bcc: a@x.y\n" + FROM + "oops\nX-Original-To: o@x.y\n\n"),
-        Mail("a name that is another address", FROM + "To: o@x.y <a@x.y>\n\n",
-             "Bcc: a@x.y\n" + FROM + "X-Original-To: o@x.y <a@x.y>\n\n"),
-        Mail("not ASCII", FROM + "To: \u00fc@x.y\n\n", "", "\u00fc@x.y"),
         Mail("not ASCII, and hidden", FROM + "\n", "Bcc: \u00fc@x.y\n" + FROM + "\n",
              "\u00fc@x.y"),
-        Mail("semicolons", FROM + "To: a@x.y; b@x.y\n\n", FROM + "To: a@x.y,\n b@x.y\n\n",
-             "a@x.y b@x.y"),
     ),
     "SENDER_FROM=header": (
         Mail("a comma in the name", "From: Doe, John <Me@x.y>\nTo: a@x.y\n\n", "",
              mailbox="Me@x.y"),
         Mail("a mailbox that is no text", "From: \"m\udcfc\"@x.y\nTo: a@x.y\n\n", ""),
-        Mail("nor with a backslash", "From: \"m\\\udcfc\"@x.y\nTo: a@x.y\n\n", ""),
         Mail("From sends", "From: Me <Me@x.y>, n@x.y\nTo: a@x.y\n\n", "",
              mailbox="Me@x.y"),
         Mail("no From", "To: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
@@ -6449,41 +6402,6 @@ class FidelityTests(RelayCase):
                     broken = delivered.replace(b"trailing", b"Trailing")
                     self.assertNotEqual(openssl(command, "-verify", "-CAfile", FILES["ca.pem"],
                                                 "-purpose", "any", octets=broken).returncode, 0)
-
-    def test_random_messages_keep_the_three_laws(self) -> None:
-        """The envelope gets it and nobody else; the rest stays; nothing raises."""
-        pieces = ["From: ", "To: ", "Cc: ", "BCC: ", "Subject: ", "Reply-To: ", "\r\n", "\r\n",
-                  "\r\n", "\r\n ", "\n", "\r", "a@x.y", "b@x.y", "o@x.y", "Scan <s@x.y>", ", ",
-                  ";", "x@y <p@x.y>", '"', "<", ">", "(", ":", "\0", "\udcff", "text", ".",
-                  "\r\n.", "From x@y Thu Nov 24 18:22:48 2026\r\n", "=?utf-8?q?=40?="]
-        chance = random.Random(2026)
-        for number in range(2000):
-            text = "".join(chance.choices(pieces, k=chance.randrange(30)))
-            people = chance.sample(["a@x.y", "b@x.y", "c@x.y"], chance.randrange(1, 4))
-            policy = chance.choice(["keep", "rewrite"])
-            message = text.encode("utf-8", "surrogateescape")
-            envelope = b"".join(f"RCPT TO:<{one}>\r\n".encode() for one in people)
-            with self.subTest(number, message=message, people=people):
-                dialogue = Dialogue(make_config())
-                dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + envelope + b"DATA\r\n"
-                              + (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
-                              + b"\r\n.\r\n")
-                came, = dialogue.messages
-                self.assertEqual(came, re.sub(rb"\r\n|\r|\n", b"\r\n", message + b"\r\n"))
-                went = prepared(came, *people, FROM_MISMATCH=policy)
-                # A reader that stops at malformed lines, and ours, which does not.
-                self.assertEqual(set(named_by(went)), set(people))
-                after = relay.split_header(went)
-                self.assertEqual({address.key for one in after.find(b"to", b"cc", b"bcc")
-                                  for address in relay._read_field(one).addresses},
-                                 set(people))
-                before = relay.split_header(came, (relay._MBOX_LINE.match(came) or re.match(
-                    b"", b"")).end())
-                self.assertTrue(went.endswith(came[before.end:]))
-                for one in before.fields:
-                    if one.name not in (b"from", b"to", b"cc", b"bcc"):
-                        self.assertIn(one.octets, went)
-                self.assertTrue(after.find(b"from"))
 
 
 def as_exchange_decodes(text: bytes) -> bytes:
