@@ -2117,45 +2117,35 @@ class DraftTests(unittest.TestCase):
         self.assertEqual(json.loads(draft.content)["body"]["content"], "Hello\r\n")
 
     def test_names(self) -> None:
-        for field, wanted in (
-                ("Content-Disposition: attachment; filename=\"a b.pdf\"", "a b.pdf"),
-                ("Content-Disposition: attachment; filename*=UTF-8''%c3%bc%20b.pdf",
-                 "\u00fc b.pdf"),
-                ("Content-Disposition: attachment;\n filename*0*=iso-8859-1'de'%fc;\n"
-                 " filename*1=b.pdf", "\u00fcb.pdf"),
-                ("Content-Disposition: attachment; filename=\"=?utf-8?B?w7wucGRm?=\"",
-                 "\u00fc.pdf"),
-                ("Content-Type: x/y; name=\"=?iso-8859-1?Q?=FC=2Epdf?=\"", "\u00fc.pdf"),
-                ("Content-Disposition: attachment; filename=\"\u00fc.pdf\"", "\u00fc.pdf"),
-                ("Content-Disposition: attachment; filename=\"\udcfc.pdf\"", "\u00fc.pdf"),
-                ("Content-Disposition: attachment; filename=\"C:\\\\scan\\\\a.pdf\"",
-                 "C:\\scan\\a.pdf"),
-                ("Content-Disposition: attachment; filename*=utf-8''a%0d%0ab%00.pdf",
-                 "a__b_.pdf"),
-                ("Content-Disposition: attachment; filename=" + "x" * 300 + ".pdf",
-                 "x" * 251 + ".pdf"),
-                ("Content-Disposition: attachment; filename=\"=?utf-8?q?_a.pdf_?=\"", "a.pdf"),
-                ("Content-Disposition: attachment; filename=\"x_.pdf\"; "
-                 "filename*=utf-8''x%e2%82%ac.pdf", "x\u20ac.pdf"),
-                ("Content-Disposition: attachment; filename=\"\"\nContent-Type: x/y; name=a.b",
-                 "a.b"),
-                ("Content-Disposition: attachment; filename*=utf-7''+2AA-.pdf", None),
-                ("Content-Type: x/y; name*=utf-8''x; name*0=y", None),
-                # Nonsense is no name; it is none of our defects either.
-                ("Content-Disposition: attachment; filename*=no-such-charset''%ff", "\u00ff"),
-                ("Content-Disposition: attachment; filename*" + "9" * 5000 + "*=x", None),
-                ("Content-Disposition: attachment; filename*=a%00b''%ff", None),
-                ("Content-Disposition: attachment; filename==?x?b?=?=", None),
+        for parameters, wanted in (
+                ("filename=\"a b.pdf\"", "a b.pdf"),
+                ("filename*=UTF-8''%c3%bc%20b.pdf", "\u00fc b.pdf"),
+                ("\n filename*0*=iso-8859-1'de'%fc;\n filename*1=b.pdf", "\u00fcb.pdf"),
+                ("filename=\"=?utf-8?B?w7wucGRm?=\"", "\u00fc.pdf"),
+                ("x=y\nContent-Type: x/y; name=\"=?iso-8859-1?Q?=FC=2Epdf?=\"", "\u00fc.pdf"),
+                ("filename=\"\u00fc.pdf\"", "\u00fc.pdf"),
+                ("filename=\"\udcfc.pdf\"", "\u00fc.pdf"),
+                ("filename=\"C:\\\\scan\\\\a.pdf\"", "C:\\scan\\a.pdf"),
+                ("filename*=utf-8''a%0d%0ab%00.pdf", "a__b_.pdf"),
+                ("filename=" + "x" * 300 + ".pdf", "x" * 251 + ".pdf"),
+                ("filename=\"=?utf-8?q?_a.pdf_?=\"", "a.pdf"),
+                ("filename=\"x_.pdf\"; filename*=utf-8''x%e2%82%ac.pdf", "x\u20ac.pdf"),
+                ("filename=\"\"\nContent-Type: x/y; name=a.b", "a.b"),
                 # Encoded words where RFC 2047 wants none, but everybody writes them.
-                ("Content-Disposition: attachment; filename==?utf-8?B?w7w=?=.tif", "\u00fc.tif"),
-                ("Content-Disposition: attachment; filename=\"\u20ac =?utf-8?Q?=C3?= "
-                 "=?utf-8?Q?=BC?= C:\\\\users\"", "\u20ac \u00fc C:\\users"),
-                ("Content-Disposition: attachment", "ATT00001.txt")):
-            with self.subTest(field):
-                message = multipart("mixed", PLAIN, f"{field}\n\nx\n")
+                ("filename==?utf-8?B?w7w=?=.tif", "\u00fc.tif"),
+                ("filename=\"\u20ac =?utf-8?Q?=C3?= =?utf-8?Q?=BC?= C:\\users\"",
+                 "\u20ac \u00fc C:\\users"),
+                ("x=y", "ATT00001.txt"), ("filename*=no-such-charset''%ff", "\u00ff"),
+                # Nonsense has some name or another.
+                *((nonsense, None) for nonsense in (
+                    "filename*=utf-7''+2AA-.pdf", "x\nContent-Type: x/y; name*=utf-8''x; name*0=y",
+                    "filename*" + "9" * 4000 + "*=x", "filename*=a%00b''%ff",
+                    "filename==?x?b?=?="))):
+            with self.subTest(parameters):
+                message = multipart("mixed", PLAIN, "Content-Disposition: attachment; "
+                                                    f"{parameters}\n\nx\n")
                 attachment, = take_apart(message.encode("utf-8", "surrogateescape")).attachments
-                if wanted is not None:
-                    self.assertEqual(attachment.name, wanted)
+                self.assertIn(wanted, (attachment.name, None))
                 json.loads(attachment.as_json())
 
     def test_which_images_the_text_shows(self) -> None:
@@ -2187,10 +2177,6 @@ class DraftTests(unittest.TestCase):
         self.assertIn("a  Bcc: evil@x.y", text)
 
     def test_a_header_that_grows_too_large(self) -> None:
-        head = "X-A: " + "x" * 1_048_520 + f"\nTo: b@x.y\nFrom: {SENDER}\n\n"
-        take_apart(head.encode(), "b@x.y")
-        with self.assertRaises(relay.DeliveryError):
-            take_apart(head.encode(), "b@x.y", "c@x.y")
         head = f"From: {SENDER}\r\nTo: b@x.y\r\nX-A: "
         for size, *recipients in ((1_048_576, "b@x.y"), (1_048_564, "b@x.y", "c@x.y")):
             header = head + "x" * (size - len(head) - 2)
@@ -2202,16 +2188,13 @@ class DraftTests(unittest.TestCase):
 
     def test_what_the_relay_adds_may_be_too_much(self) -> None:
         config = make_config(LARGE_MESSAGES="refuse")
-        message = crlf(NAMED + "\n").ljust(3_145_728, b"x")
-        for people, is_good in ((["a@x.y"], True), (["a@x.y", "b@x.y"], False)):
-            envelope = relay.Envelope(SENDER, {one: one for one in people}, bytearray(message))
-            if is_good:
-                self.assertIsNone(relay.make_outgoing(envelope, config).draft)
-                continue
-            with self.assertRaises(relay.DeliveryError) as caught:
-                relay.make_outgoing(envelope, config)
-            self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
-            self.assertIn("LARGE_MESSAGES=refuse", caught.exception.reply.text)
+        message = bytearray(crlf(NAMED + "\n").ljust(3_145_728, b"x"))
+        envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, message)
+        self.assertIsNone(relay.make_outgoing(envelope, config).draft)
+        envelope.recipients["b@x.y"] = "b@x.y"
+        with self.assertRaisesRegex(relay.DeliveryError, "LARGE_MESSAGES=refuse") as caught:
+            relay.make_outgoing(envelope, config)
+        self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
 
     def test_encodings(self) -> None:
         for encoding, text, wanted in (
@@ -2243,9 +2226,7 @@ class DraftTests(unittest.TestCase):
                 ("base64", base64.encodebytes(scan)), ("base64", one_line),
                 ("base64", one_line[:5] + b"\n" * 4_000_000 + one_line[5:]),
                 ("quoted-printable", (b"=%02X" * 26 % tuple(range(26)) + b"=\n") * 100_000),
-                ("quoted-printable", b"=41=42" * 1_500_000),
-                ("quoted-printable", b"a=41=42" * 1_300_000),
-                ("quoted-printable", b"a" + b"=41" * 1_400_000),
+                *(("quoted-printable", b"a" * more + b"=41" * 1_400_000) for more in (0, 1, 2)),
                 ("8bit", b"x" * 8_000_001), ("binary", b"line\n" * 1_500_000)):
             with self.subTest(encoding, text=text[:20]):
                 message = (f"Content-Type: x/y\nContent-Transfer-Encoding: {encoding}\n\n"
@@ -2375,7 +2356,6 @@ class DraftTests(unittest.TestCase):
                 (multipart("mixed", multipart("signed", PLAIN, PDF), PLAIN), "is signed"),
                 (multipart("encrypted", PLAIN, PDF), "is encrypted"),
                 ("Content-Type: application/pkcs7-mime; name=smime.p7m\n\nx", "encrypted"),
-                ("Content-Type: Application/X-PKCS7-MIME\n\nx", "encrypted"),
                 (multipart("alternative", PLAIN, "Content-Type: text/calendar\n\nBEGIN"),
                  "calendar invitation"),
                 (multipart("report", PLAIN, PDF), "report"), (multipart("digest", PLAIN), "digest"),
@@ -2383,9 +2363,8 @@ class DraftTests(unittest.TestCase):
                            "Disposition: attachment; filename=a.ics\n\nBEGIN"), "invitation"),
                 (multipart("mixed", PLAIN, "Content-Type: text/calendar; name=a.ics\n\nBEGIN"),
                  "invitation"),
-                ("Content-Type: application/pkcs7-mime\nContent-Disposition: attachment\n\nx",
+                ("Content-Type: Application/X-PKCS7-MIME\nContent-Disposition: attachment\n\nx",
                  "encrypted"),
-                ("Content-Type: application/octet-stream; name=smime.p7m\n\nx", "encrypted"),
                 ("Content-Type: application/octet-stream; name=smime.P7Z\n\nx", "encrypted"),
                 (multipart("mixed", "Content-Type: application/pgp-encrypted\n\nx", PDF),
                  "encrypted"),
@@ -2402,12 +2381,10 @@ class DraftTests(unittest.TestCase):
                 ("Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 1_700_000,
                  "text that is too large"),
                 ("Subject: x\n\n" + "\n" * 1_048_576, "text that is too large")):
-            with self.subTest(message[:70]), self.assertRaises(relay.Unsayable) as caught:
+            with self.subTest(message[:70]), self.assertRaisesRegex(relay.Unsayable,
+                                                                    word) as caught:
                 take_apart(message.encode())
-            with self.subTest(message[:70]):
-                reply = str(caught.exception.reply)
-                self.assertTrue(reply.startswith("552 5.3.4 "))
-                self.assertIn(word, reply)
+        self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
         # The limits themselves are all right.
         take_apart(multipart("mixed", *[PLAIN] * 250).encode())
         take_apart(deepest.encode())
@@ -2424,12 +2401,9 @@ class DraftTests(unittest.TestCase):
                      b"--b" + b" " * 3_000_000):
             with self.subTest(body[:10]), self.assertRaises(relay.Unsayable):
                 take_apart(head + body)
-        for field in ("Subject: " + "=?a?q?" * 50_000, "From: " + "(" * 50_000,
-                      "X-A: " + "=?utf-8?q?" * 3000 + "?=", "Subject: =?utf-8?b?x?=",
+        for field in ("Subject: =?utf-8?b?x?=", "Subject: =?punycode?q?" + "x" * 300_000 + "?=",
                       "Subject: " + ("=?a?q?" + "x" * 2000) * 490,
-                      "Subject: =?punycode?q?" + "x" * 300_000 + "?=",
-                      "Reply-To: " + "a@b.c," * 100_000,
-                      "Content-Type: text/plain; a=\"" + ";" * 99 + "x" * 7000):
+                      "X-A: " + "=?utf-8?q?" * 3000 + "?="):
             with self.subTest(field[:20]):
                 json.loads(take_apart(f"{field}\n\nText\n".encode()).content)
 
@@ -2454,7 +2428,8 @@ class DraftTests(unittest.TestCase):
                                                 + "\nContent-Type"),
                      lambda size: f"Content-Type: text/plain; a=\"{';' * size}\n\n",
                      lambda size: "Content-Type: text/plain; charset=_punycode\n\n" + "x" * size,
-                     lambda size: f"Subject: =?unicode:escape?q?{'x' * size}?=\n\n",
+                     lambda size: f"Subject: {'=?a?q?' * size}\n\n",
+                     lambda size: f"Reply-To: {'(' * size}, {'a@b.c,' * size}\n\n",
                      lambda size: f"From: {'=?a?q?b?= ' * (size // 10)}@ <{SENDER}>\n\n",
                      lambda size: "\n" + "x" * size):
             times = []
