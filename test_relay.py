@@ -1778,110 +1778,98 @@ def deliver_to(header: str, *recipients: str, body: str = "\r\nText\r\n",
     return outcome.decode("utf-8", "surrogateescape").replace(f"From: {SENDER}\r\n", "", 1)
 
 
+def check_time(play: Callable[[int], object], size: int) -> None:
+    """Check that four times the size takes less than ten times the time: not the square."""
+    times = []
+    for length in (size, 4 * size):
+        begun = time.process_time()
+        with contextlib.suppress(relay.DeliveryError):
+            play(length)
+        times.append(time.process_time() - begun)
+    assert times[1] < 10 * times[0] + 0.5, times
+
+
 class RecipientTests(unittest.TestCase):
     """Who gets it is the envelope, no one else."""
 
     def test_a_message_that_names_the_envelope_stays_as_it_is(self) -> None:
         for header in (
-                "To: a@x.y, b@x.y\r\n",
-                "To: a@x.y\r\nCc: b@x.y\r\n",
-                "To: a@x.y\r\nBcc: b@x.y\r\n",
-                "TO:A@X.Y,\r\n\tB@x.Y\r\n",
-                "To: Ann <a@x.y>, \"B, the second\" <b@x.y>\r\n",
-                "To: a@x.y (Ann, the first), B\r\n\t<b@x.y>(Bob)\r\n",
-                "To: Team: a@x.y, Bob <b@x.y>;\r\n",
-                "To: undisclosed-recipients:;\r\nBcc: a@x.y, b@x.y\r\n",
-                "To: a@x.y,, b@x.y,\r\n",
-                "To: =?utf-8?Q?M=C3=BCller?= <a@x.y>, =?utf-8?B?w7w=?= <b@x.y>\r\n",
-                "To: M\udcfcller <a@x.y>, b@x.y\r\n",
-                "To: \"a\"@x.y, b@x.y\r\n",
-                "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\r\n",
-                "To: \"a; b\" < a@x.y >, b@x.y\r\n",
-                "To: undisclosed-recipients:\r\nBcc: a@x.y, b@x.y\r\n",
-                "To: a@x.y\r\nTo: b@x.y\r\n",
-                "To: a@x.y, b@x.y, a@x.y\r\nCc: b@x.y\r\n",
-                "Subject: x\r\n To: c@x.y\r\nTo: a@x.y, b@x.y\r\n"):
+                "To: a@x.y, b@x.y\n", "To: a@x.y\nCc: b@x.y\n", "To: a@x.y\nBcc: b@x.y\n",
+                "TO:A@X.Y,\n\tB@x.Y\n", "To: Ann <a@x.y>, \"B, the second\" <b@x.y>\n",
+                "To: a@x.y (Ann, the first), B\n\t<b@x.y>(Bob)\n",
+                "To: Team: a@x.y, Bob <b@x.y>;\n",
+                "To: undisclosed-recipients:;\nBcc: a@x.y, b@x.y\n", "To: a@x.y,, b@x.y,\n",
+                "To: =?utf-8?Q?M=C3=BCller?= <a@x.y>, =?utf-8?B?w7w=?= <b@x.y>\n",
+                "To: M\udcfcller <a@x.y>, b@x.y\n", "To: \"a\"@x.y, b@x.y\n",
+                "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\n", "To: \"a; b\" < a@x.y >, b@x.y\n",
+                "To: undisclosed-recipients:\nBcc: a@x.y, b@x.y\n", "To: a@x.y\nTo: b@x.y\n",
+                "To: a@x.y, b@x.y, a@x.y\nCc: b@x.y\n",
+                "Subject: x\n To: c@x.y\nTo: a@x.y, b@x.y\n"):
             with self.subTest(header):
+                header = header.replace("\n", "\r\n")
                 self.assertEqual(deliver_to(header, "a@x.y", "b@X.y"), header + "\r\nText\r\n")
 
     def test_edits(self) -> None:
         for header, recipients, wanted in (
                 # Whom no field names gets into one Bcc.
-                ("To: a@x.y\r\n", "a@x.y h@x.y", "Bcc: h@x.y\r\nTo: a@x.y\r\n"),
-                ("Subject: x\r\n", "a@x.y b@x.y", "Bcc: a@x.y,\r\n b@x.y\r\nSubject: x\r\n"),
-                ("To: a@x.y\r\nBcc: \"B\" <b@x.y>\r\nX: y\r\nBcc: c@x.y\r\n",
-                 "a@x.y b@x.y c@x.y h@x.y",
-                 "Bcc: \"B\" <b@x.y>,\r\n c@x.y,\r\n h@x.y\r\nTo: a@x.y\r\nX: y\r\n"),
+                ("To: a@x.y\n", "a@x.y h@x.y", "Bcc: h@x.y\nTo: a@x.y\n"),
+                ("Subject: x\n", "a@x.y b@x.y", "Bcc: a@x.y,\n b@x.y\nSubject: x\n"),
+                ("To: a@x.y\nBcc: \"B\" <b@x.y>\nX: y\nBcc: c@x.y\n", "a@x.y b@x.y c@x.y h@x.y",
+                 "Bcc: \"B\" <b@x.y>,\n c@x.y,\n h@x.y\nTo: a@x.y\nX: y\n"),
                 # Whom the envelope does not name is taken out, and kept readable.
-                ("To: a@x.y, Other One <o@x.y>\r\n", "a@x.y",
-                 "To: a@x.y\r\nX-Original-To: Other One <o@x.y>\r\n"),
-                ("Cc: o@x.y\r\nSubject: x\r\nTo: a@x.y\r\n", "a@x.y",
-                 "X-Original-Cc: o@x.y\r\nSubject: x\r\nTo: a@x.y\r\n"),
-                ("To: o@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                ("To: a@x.y\r\nBcc: o@x.y\r\n", "a@x.y", "To: a@x.y\r\n"),
-                ("To: a@x.y\r\nBcc: o@x.y, b@x.y\r\n", "a@x.y b@x.y",
-                 "To: a@x.y\r\nBcc: b@x.y\r\n"),
-                ("To: Team: a@x.y, o@x.y;\r\n", "a@x.y",
-                 "To: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                ("to: \"O, P\" <o@x.y>,\r\n  Ann\r\n <a@x.y>(x)\r\n", "a@x.y",
-                 "to: Ann\r\n <a@x.y>(x)\r\nX-Original-to: \"O, P\" <o@x.y>\r\n"),
-                # The customer is public, the device writes to the developer only.
-                ("To: customer@public.com\r\n", "dev@t.com",
-                 "Bcc: dev@t.com\r\nX-Original-To: customer@public.com\r\n"),
+                ("To: a@x.y, Other One <o@x.y>\n", "a@x.y",
+                 "To: a@x.y\nX-Original-To: Other One <o@x.y>\n"),
+                ("Cc: o@x.y\nSubject: x\nTo: a@x.y\n", "a@x.y",
+                 "X-Original-Cc: o@x.y\nSubject: x\nTo: a@x.y\n"),
+                ("To: o@x.y\n", "a@x.y", "Bcc: a@x.y\nX-Original-To: o@x.y\n"),
+                ("To: a@x.y\nBcc: o@x.y\n", "a@x.y", "To: a@x.y\n"),
+                ("To: a@x.y\nBcc: o@x.y, b@x.y\n", "a@x.y b@x.y", "To: a@x.y\nBcc: b@x.y\n"),
+                ("To: Team: a@x.y, o@x.y;\n", "a@x.y", "To: a@x.y\nX-Original-To: o@x.y\n"),
+                ("to: \"O, P\" <o@x.y>,\n  Ann\n <a@x.y>(x)\n", "a@x.y",
+                 "to: Ann\n <a@x.y>(x)\nX-Original-to: \"O, P\" <o@x.y>\n"),
                 # What cannot be read beyond doubt names nobody.
-                *((f"To: {value}\r\n", "a@x.y", f"Bcc: a@x.y\r\nX-Original-To: {value}\r\n")
+                *((f"To: {value}\n", "a@x.y", f"Bcc: a@x.y\nX-Original-To: {value}\n")
                   for value in (
                       "a@x.y b@x.y", "o@x.y <a@x.y>", "a@x.y (o@x.y)", "\"a@x.y", "<a@x.y",
                       "a@x.y\0", "[o@x.y] <a@x.y>", "[o@x.y]g:;", "a@x.y\u00a0", "g: a@x.y",
-                      ":a@x.y;", "\"o@x.y\"] <a@x.y>", "\"Q\r\n <o@x.y>, q\" <a@x.y>",
-                      "a@x.\r\n y", "a @x.y", "(Ann)", "(Ann) a@x.y", "a@x.y (a\r\n b)",
+                      ":a@x.y;", "\"o@x.y\"] <a@x.y>", "\"Q\n <o@x.y>, q\" <a@x.y>",
+                      "a@x.\n y", "a @x.y", "(Ann)", "(Ann) a@x.y", "a@x.y (a\n b)",
                       "a@x.y (A (n))", "Ann (x) <a@x.y>", "<@r.x,@s.y:a@x.y>", "G: a@x.y;, a@x.y",
                       "a@x.y, G: a@x.y;", ";", "G: a@x.y; H:;", "Gr\u00fcn: a@x.y;",
                       "A\\ <a@x.y>")),
-                ("Bcc: a@x.y (\r\nCc: <a@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-Cc: <a@x.y\r\n"),
-                (" x\r\nTo: o@x.y\r\n", "a@x.y",
-                 " x\r\nBcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                (" x\r\noops\r\nTo: a@x.y\r\n", "a@x.y",
-                 " x\r\nBcc: a@x.y\r\noops\r\nTo: a@x.y\r\n"),
-                ("\tx\r\noops\r\nTo: a@x.y\r\n", "a@x.y",
-                 "\tx\r\nBcc: a@x.y\r\noops\r\nTo: a@x.y\r\n"),
-                (" x\r\nX-A: y\r\n", "a@x.y", " x\r\nBcc: a@x.y\r\nX-A: y\r\n"),
-                (" x\r\nFoo: y\r\n", "a@x.y", "Bcc: a@x.y\r\n\r\n x\r\nFoo: y\r\n"),
-                ("To: \u212a@x.y\r\n", "k@x.y",
-                 "Bcc: k@x.y\r\nX-Original-To: \u212a@x.y\r\n"),
-                ("To: =?utf-8?q?a?=@x.y\r\n", "=?utf-8?q?a?=@x.y",
-                 "Bcc: =?utf-8?q?a?=@x.y\r\nX-Original-To: =?utf-8?q?a?=@x.y\r\n"),
+                ("Bcc: a@x.y (\nCc: <a@x.y\n", "a@x.y", "Bcc: a@x.y\nX-Original-Cc: <a@x.y\n"),
+                (" x\nTo: o@x.y\n", "a@x.y", " x\nBcc: a@x.y\nX-Original-To: o@x.y\n"),
+                (" x\noops\nTo: a@x.y\n", "a@x.y", " x\nBcc: a@x.y\noops\nTo: a@x.y\n"),
+                (" x\nX-A: y\n", "a@x.y", " x\nBcc: a@x.y\nX-A: y\n"),
+                (" x\nFoo: y\n", "a@x.y", "Bcc: a@x.y\n\n x\nFoo: y\n"),
+                ("To: \u212a@x.y\n", "k@x.y", "Bcc: k@x.y\nX-Original-To: \u212a@x.y\n"),
+                ("To: =?utf-8?q?a?=@x.y\n", "=?utf-8?q?a?=@x.y",
+                 "Bcc: =?utf-8?q?a?=@x.y\nX-Original-To: =?utf-8?q?a?=@x.y\n"),
                 # Semicolons, as people type them; not every reader parts there.
-                ("To: a@x.y; B <b@x.y>;\r\n", "a@x.y b@x.y",
-                 "To: a@x.y,\r\n B <b@x.y>\r\n"),
-                ("To: Team: a@x.y; b@x.y;\r\n", "a@x.y b@x.y",
-                 "To: a@x.y,\r\n b@x.y\r\n"),
+                ("To: a@x.y; B <b@x.y>;\n", "a@x.y b@x.y", "To: a@x.y,\n B <b@x.y>\n"),
+                ("To: Team: a@x.y; b@x.y;\n", "a@x.y b@x.y", "To: a@x.y,\n b@x.y\n"),
                 # With a malformed line all are in Bcc too; a Resent-Bcc never stays.
-                ("To: a@x.y\r\nno field\r\nCc: b@x.y\r\n", "a@x.y b@x.y",
-                 "Bcc: a@x.y,\r\n b@x.y\r\nTo: a@x.y\r\nno field\r\nCc: b@x.y\r\n"),
-                ("To: a@x.y\r\nRESENT-BCC: h@x.y,\r\n o@x.y\r\nResent-To: r@x.y\r\n", "a@x.y",
-                 "To: a@x.y\r\nResent-To: r@x.y\r\n"),
-                ("To : a@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nTo : a@x.y\r\n"),
-                ("To : o@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                ("no field\r\nBcc: a@x.y, o@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nno field\r\n"),
-                ("To: a@x.y\r\nno field\r\n", "a@x.y", "To: a@x.y\r\n\r\nno field\r\n"),
-                ("To: a@x.y\r\nSubject: s\r\nno field\r\n", "a@x.y",
-                 "To: a@x.y\r\nSubject: s\r\n\r\nno field\r\n"),
+                ("To: a@x.y\nno field\nCc: b@x.y\n", "a@x.y b@x.y",
+                 "Bcc: a@x.y,\n b@x.y\nTo: a@x.y\nno field\nCc: b@x.y\n"),
+                ("To: a@x.y\nRESENT-BCC: h@x.y,\n o@x.y\nResent-To: r@x.y\n", "a@x.y",
+                 "To: a@x.y\nResent-To: r@x.y\n"),
+                ("To : a@x.y\n", "a@x.y", "Bcc: a@x.y\nTo : a@x.y\n"),
+                ("To : o@x.y\n", "a@x.y", "Bcc: a@x.y\nX-Original-To: o@x.y\n"),
+                ("no field\nBcc: a@x.y, o@x.y\n", "a@x.y", "Bcc: a@x.y\nno field\n"),
+                ("To: a@x.y\nSubject: s\nno field\n", "a@x.y",
+                 "To: a@x.y\nSubject: s\n\nno field\n"),
                 # Quoted local parts.
-                ("To: \"a b\"@x.y\r\n", "\"a b\"@x.y", "To: \"a b\"@x.y\r\n"),
-                ("To: \"a\\ b\"@x.y\r\n", "\"A b\"@x.y c@x.y",
-                 "Bcc: c@x.y\r\nTo: \"a\\ b\"@x.y\r\n"),
-                ("Subject: x\r\n", "\u00fc@x.y", "Bcc: \u00fc@x.y\r\nSubject: x\r\n"),
+                ("To: \"a b\"@x.y\n", "\"a b\"@x.y", "To: \"a b\"@x.y\n"),
+                ("To: \"a\\ b\"@x.y\n", "\"A b\"@x.y c@x.y", "Bcc: c@x.y\nTo: \"a\\ b\"@x.y\n"),
+                ("Subject: x\n", "\u00fc@x.y", "Bcc: \u00fc@x.y\nSubject: x\n"),
                 # Malformed lines end nothing; text behind the last field is text.
-                ("oops\r\nTo: o@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\noops\r\nX-Original-To: o@x.y\r\n"),
-                ("To: o@x.y\r\nHello there\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n\r\nHello there\r\n")):
+                ("oops\nTo: o@x.y\n", "a@x.y", "Bcc: a@x.y\noops\nX-Original-To: o@x.y\n"),
+                ("To: o@x.y\nHello there\n", "a@x.y",
+                 "Bcc: a@x.y\nX-Original-To: o@x.y\n\nHello there\n")):
             with self.subTest(header):
-                self.assertEqual(deliver_to(header, *re.findall(r'(?:"[^"]*"|[^ "])+', recipients)),
-                                 wanted + "\r\nText\r\n")
+                outcome = deliver_to(header.replace("\n", "\r\n"),
+                                     *re.findall(r'(?:"[^"]*"|[^ "])+', recipients))
+                self.assertEqual(outcome.replace("\r\n", "\n"), wanted + "\nText\n")
 
     def test_which_fields_make_a_header(self) -> None:
         for name in ("Subject", "DATE", "Sender", "Message-ID", "Received", "Return-Path",
@@ -1938,21 +1926,14 @@ class RecipientTests(unittest.TestCase):
                                       for address in value.addresses}, wanted)
 
     def test_a_huge_header_takes_no_quadratic_time(self) -> None:
-        """Each shape grows by 4; ten times the time would be more than linear."""
         for shape in ("a@x.y, ", "(", "((a))", "\"", "[", "<", "a ", "\\", "\r\n ", ":;",
                       "x\r\n", "T: x\r\n", "G:a@x.y;", "\\\"", "\\[", "<@a", "@a,", ".", "@",
                       "a.", "\" \"", "To: a@x.y\r\n"):
-            times = []
-            for size in (8000, 32_000):
-                for opening in ("To: ", "To: <", "To: \"", "To: [", "To: (", "From: ", "From "):
-                    header = f"{opening}{shape * (size // len(shape))}\r\n"
-                    begun = time.process_time()
-                    with contextlib.suppress(relay.DeliveryError):
-                        deliver_to(header, "a@x.y", FROM_MISMATCH="rewrite")
-                    times.append(time.process_time() - begun)
-            times = [max(times[:7]), max(times[7:])]
-            with self.subTest(shape):
-                self.assertLess(times[1], 10 * times[0] + 0.5)
+            for opening in ("To: ", "To: <", "To: \"", "To: [", "To: (", "From: ", "From "):
+                with self.subTest(opening + shape):
+                    check_time(lambda size, begin=opening, shape=shape: deliver_to(
+                        f"{begin}{shape * (size // len(shape))}\r\n", "a@x.y",
+                        FROM_MISMATCH="rewrite"), 8000)
 
     def test_an_absurd_number_of_lines(self) -> None:
         for line in ("To: a@x.y\r\n", "X-Y: y\r\n", " \r\n"):
@@ -2103,18 +2084,14 @@ class DraftTests(unittest.TestCase):
                 (b"--b c\nContent-Type: multipart/mixed; boundary=i\n\n--i\n\none\n--b c\n\n"
                  b"--i\ntwo\n--b c--", [b"one", b"--i\r\ntwo"]),
                 (b"--b c\nContent-Type: multipart/mixed; boundary=i\n\n--i\nX-A: y\n--b c--",
-                 [b"X-A: y"])):
+                 [b"X-A: y"]),
+                (b"--b c\nContent-Type: multipart/mixed; boundary=\"b cd\"\n\n--b cd\n\none\n"
+                 b"--b cd--\n--b c--\n", [b"one"])):
             with self.subTest(body):
-                message = head + body
-                draft = take_apart(message)
+                draft = take_apart(head + body)
                 found = [json.loads(draft.content)["body"]["content"].encode(),
                          *map(octets_of, draft.attachments)]
                 self.assertEqual(found, wanted)
-        # A part within, the boundary of which begins with that of the whole.
-        inner = multipart("mixed", PLAIN).replace('"b' + str(len(PLAIN)), '"b cd').replace(
-            f"--b{len(PLAIN)}", "--b cd")
-        draft = take_apart(head + b"--b c\n" + inner.encode() + b"--b c--\n")
-        self.assertEqual(json.loads(draft.content)["body"]["content"], "Hello\r\n")
 
     def test_names(self) -> None:
         for parameters, wanted in (
@@ -2269,26 +2246,20 @@ class DraftTests(unittest.TestCase):
         # What is not there is not said.
         self.assertEqual(set(json.loads(take_apart(b"\nText\n").content)),
                          {"from", "bccRecipients", "body"})
-        for field, wanted in (("Importance: low", "low"), ("X-Priority: 1 (Highest)", "high"),
-                              ("X-Priority: 1\nImportance: low", "low"),
-                              ("X-Priority: 2 (High)", "high"), ("Importance: normal", "normal"),
-                              ("X-Priority: 4", "low"), ("X-Priority: 5 (Lowest)", "low"),
-                              ("X-Priority: 3", None), ("Priority: urgent", "high"),
-                              ("Priority: non-urgent", "low"), ("Importance: odd", None),
-                              ("X-MSMail-Priority: High", "high")):
+        for field, wanted in (
+                ("X-Priority: 1\nImportance: low", "low"), ("X-Priority: 1 (Highest)", "high"),
+                ("X-Priority: 2 (High)", "high"), ("Importance: normal", "normal"),
+                ("X-Priority: 4", "low"), ("X-Priority: 5 (Lowest)", "low"),
+                ("X-Priority: 3", None), ("Priority: urgent", "high"),
+                ("Priority: non-urgent", "low"), ("Importance: odd", None),
+                ("X-MSMail-Priority: High", "high")):
             content = json.loads(take_apart(f"{field}\n\n".encode()).content)
             self.assertEqual(content.get("importance"), wanted, field)
-        # Names, and what is no address list, or too long a one.
-        content = json.loads(take_apart(
-            f"From: Scan (x) @office <{SENDER}>\nReply-To: o@x.y <r@x.y>\nTo: Ann <a@x.y> (x)\n"
-            "Subject: =?utf-8?q?_s=0D?=\n\n".encode()).content)
-        self.assertEqual({name: content[name] for name in ("from", "replyTo", "toRecipients")}, {
-            "from": {"emailAddress": {"address": SENDER, "name": "Scan (x) @office"}},
-            "replyTo": [{"emailAddress": {"address": "r@x.y", "name": "o@x.y"}}],
-            "toRecipients": [{"emailAddress": {"address": "a@x.y", "name": "Ann"}}]})
-        self.assertEqual(content["subject"], "s")
-        content = json.loads(take_apart(b"Reply-To: " + b"a@b.c," * 50_000 + b"\n\n").content)
+        content = json.loads(take_apart(b"Subject: =?utf-8?q?_s=0D?=\nTo: A <a@x.y> (x)\nReply-To: "
+                                        + b"a@b.c," * 50_000 + b"\n\n").content)
         self.assertNotIn("replyTo", content)
+        self.assertEqual((content["subject"], content["toRecipients"]), (
+            "s", [{"emailAddress": {"address": "a@x.y", "name": "A"}}]))
         # Many encoded words take their time, and stay as they are.
         for count, wanted in ((500, "x" * 500), (501, ("=?utf-8?q?x?= " * 501).strip())):
             draft = take_apart(b"Subject: " + b"=?utf-8?q?x?= " * count + b"\n\n")
@@ -2329,22 +2300,17 @@ class DraftTests(unittest.TestCase):
                 message = f"Content-Type: text/plain{head}\n\n".encode() + text
                 self.assertEqual(json.loads(take_apart(message).content)["body"]["content"],
                                  wanted)
-        for meta in (b"<meta charset=windows-1251>", b"<META http-equiv='x' content='text/html; "
-                     b"charset=\"Windows-1251\"'>"):
-            draft = take_apart(b"Content-Type: text/html\n\n" + meta + b"\xcf")
-            content = json.loads(draft.content)
-            self.assertTrue(content["body"]["content"].endswith(">\u041f"))
-        # The field counts more, and what stands further down is text.
-        meta = b"<meta charset=windows-1251>"
-        for more, octets in ((b"; charset=utf-8", meta + b"\xc3\xbc"),
-                           (b"", b" " * 1024 + meta + b"\xfc")):
-            content = json.loads(take_apart(b"Content-Type: text/html" + more + b"\n\n"
-                                            + octets).content)
-            self.assertTrue(content["body"]["content"].endswith(">\u00fc"))
-        for charset, size in (("utf-16", 2_200_000), ("utf-32", 1_000_000)):
-            draft = take_apart(f"Content-Type: text/plain; charset={charset}\n\n".encode()
-                               + ("x" * size).encode(charset))
-            self.assertEqual(json.loads(draft.content)["body"]["content"], "x" * size)
+        # A field counts more than <meta>, and what stands further down is text.
+        meta, cyrillic = b"<meta charset=windows-1251>", "\u041f"
+        for head, text, wanted in (
+                ("html", meta + b"\xcf", cyrillic), ("html", b" " * 1024 + meta + b"\xfc", "\xfc"),
+                ("html", b"<META content='text/html; charset=\"Windows-1251\"'>\xcf", cyrillic),
+                ("html; charset=utf-8", meta + b"\xc3\xbc", "\u00fc"),
+                *((f"plain; charset={charset}", ("x" * size).encode(charset), "x" * size)
+                  for charset, size in (("utf-16", 2_200_000), ("utf-32", 1_000_000)))):
+            draft = take_apart(f"Content-Type: text/{head}\n\n".encode() + text)
+            self.assertEqual(json.loads(draft.content)["body"]["content"].rpartition(">")[2].strip(),
+                             wanted)
 
     def test_what_cannot_be_said_is_refused_and_the_reason_given(self) -> None:
         deepest = PLAIN
@@ -2374,6 +2340,9 @@ class DraftTests(unittest.TestCase):
                 ("Content-Type: application/ms-tnef\n\nx", "Outlook"),
                 ("Content-Type: multipart/mixed\n\n--b\n\nx", "told apart"),
                 ("Content-Type: multipart/mixed; boundary=c\n\n--b\n\nx", "told apart"),
+                *(("Content-Type: multipart/mixed; boundary=b\n\n" + body, "") for body in (
+                    "--b\n" * 500_000, "--b x\n" * 500_000, "--" * 1_000_000,
+                    "--b" + " " * 3_000_000)),
                 (deep, "too many parts"), (multipart("mixed", *[PLAIN] * 251), "too many parts"),
                 ("\n" + "x" * 4_194_304, "text that is too large"),
                 ("\n" + "\u00fc" * 2_097_152, "text that is too large"),
@@ -2395,22 +2364,11 @@ class DraftTests(unittest.TestCase):
         with self.assertRaises(relay.Unsayable):
             take_apart(b"\nxx" + b"x" * room)
 
-    def test_many_delimiters_take_no_quadratic_time_and_no_recursion(self) -> None:
-        head = b"Content-Type: multipart/mixed; boundary=b\n\n"
-        for body in (b"--b\n" * 500_000, b"--b x\n" * 500_000, b"--" * 1_000_000,
-                     b"--b" + b" " * 3_000_000):
-            with self.subTest(body[:10]), self.assertRaises(relay.Unsayable):
-                take_apart(head + body)
-        for field in ("Subject: =?utf-8?b?x?=", "Subject: =?punycode?q?" + "x" * 300_000 + "?=",
-                      "Subject: " + ("=?a?q?" + "x" * 2000) * 490,
-                      "X-A: " + "=?utf-8?q?" * 3000 + "?="):
-            with self.subTest(field[:20]):
-                json.loads(take_apart(f"{field}\n\nText\n".encode()).content)
-
     def test_the_author_and_the_answers_are_read_as_in_the_header(self) -> None:
         for field, name in (("M\u00fcller, Hans <o@x.y>", "M\u00fcller, Hans"),
                             ("Doe, =?utf-8?q?J=C3=BC?= <o@x.y>", "Doe, J\u00fc"),
-                            ("\"Long\n name\" <o@x.y>", "Long name"), ("o@x.y (Me)", "Me")):
+                            ("\"Long\n name\" <o@x.y>", "Long name"), ("o@x.y (Me)", "Me"),
+                            ("a@x.y <o@x.y>", "a@x.y"), ("S (x) @office <o@x.y>", "S (x) @office")):
             draft = take_apart(f"From: {field}\nReply-To: {field}\n\n".encode())
             content = json.loads(draft.content)
             person = {"emailAddress": {"address": "o@x.y", "name": name}}
@@ -2420,7 +2378,6 @@ class DraftTests(unittest.TestCase):
         self.assertNotIn("replyTo", json.loads(draft.content))
 
     def test_a_part_takes_no_quadratic_time(self) -> None:
-        """Each shape grows by 4; ten times the time would be more than linear."""
         outer = multipart("mixed", PLAIN, PDF)
         for make in (lambda size: outer.replace("Hello", "--i\n" + "x" * size).replace(
                          "text/plain", "multipart/mixed; boundary=i"),
@@ -2428,18 +2385,13 @@ class DraftTests(unittest.TestCase):
                                                 + "\nContent-Type"),
                      lambda size: f"Content-Type: text/plain; a=\"{';' * size}\n\n",
                      lambda size: "Content-Type: text/plain; charset=_punycode\n\n" + "x" * size,
-                     lambda size: f"Subject: {'=?a?q?' * size}\n\n",
+                     lambda size: f"Subject: {'=?a?q?' * size}\nX-A: {'=?b?q?' * 400}?=\n\n",
+                     lambda size: f"Subject: =?punycode?q?{'x' * size}?=\nX-A: =?utf-8?b?x?=\n\n",
                      lambda size: f"Reply-To: {'(' * size}, {'a@b.c,' * size}\n\n",
                      lambda size: f"From: {'=?a?q?b?= ' * (size // 10)}@ <{SENDER}>\n\n",
                      lambda size: "\n" + "x" * size):
-            times = []
-            for size in (20_000, 80_000):
-                begun = time.process_time()
-                with contextlib.suppress(relay.DeliveryError):
-                    take_apart(make(size).encode())
-                times.append(time.process_time() - begun)
             with self.subTest(make(10)):
-                self.assertLess(times[1], 10 * times[0] + 0.5)
+                check_time(lambda size, make=make: take_apart(make(size).encode()), 20_000)
 
     def test_random_mime(self) -> None:
         """It is refused, or what the standard library finds is all there."""
@@ -5179,119 +5131,69 @@ class Mail(NamedTuple):
 
 FROM = f"From: {SENDER}\n"
 NAMED = f"From: Scan <{SENDER}>\nTo: a@x.y\n"
-SIGNED = NAMED + """MIME-Version: 1.0
-Content-Type: multipart/signed; protocol="application/pkcs7-signature"; boundary=s
-
---s
-Content-Type: text/plain; charset=iso-8859-1
-Content-Transfer-Encoding: quoted-printable
-
-soft=20line=
- end \t
---s
-Content-Type: application/pkcs7-signature
-
-MIAG
---s--
-"""
 
 # By settings. Each message goes through a real socket and is compared octet for octet.
 CORPUS: dict[str, tuple[Mail, ...]] = {
     "": (
         # What is right stays as it is.
-        Mail("plain", NAMED + "Subject: s\n\nText\n", ""),
-        Mail("folded and odd white space", NAMED + "Subject:  odd \t x\n  y\nX:\n\nT\n", ""),
-        Mail("MIME", NAMED + multipart("mixed", PLAIN, PDF, header="MIME-Version: 1.0\n"), ""),
-        Mail("signed", SIGNED, ""),
-        Mail("encrypted", NAMED + multipart("encrypted", "Content-Type: application/pgp-"
-                                            "encrypted\n\nVersion: 1\n", PDF), ""),
-        Mail("opaque S/MIME", NAMED + "Content-Type: application/pkcs7-mime\n\nMIAG\n", ""),
-        Mail("quoted-printable", NAMED + "Content-Transfer-Encoding: quoted-printable\n\n=\n=\n"
-             "a =3D \t\n", ""),
-        Mail("a message in a message", NAMED + "Content-Type: message/rfc822\n\nTo: o@x.y\nBcc: "
-             "p@x.y\n\nText\n", ""),
-        Mail("broken MIME", NAMED + "Content-Type: multipart/mixed; boundary=\n\n--\n", ""),
-        Mail("8 bit in the body", NAMED.encode() + b"\n\xfc\xff\x80\n", ""),
-        Mail("8 bit in the header", NAMED.encode() + b"Subject: \xfc\xff\n\n\xfc\n", ""),
-        Mail("8 bit in a name", f"From: J\udcf6rg <{SENDER}>\nTo: \udcfc <a@x.y>\n\n", ""),
-        Mail("NUL", NAMED.encode() + b"X: \0\n\n\0\0\n", ""),
-        Mail("other controls", NAMED.encode() + b"\n\x1a\x04\x7f\x1b[1m\n", ""),
-        Mail("a line of 100,000 octets", NAMED + "\n" + "x" * 100_000 + "\n", ""),
-        Mail("dots", NAMED + "\n.\n..\n...\n.x\nx.\n", ""),
-        Mail("no body", NAMED + "\n", ""),
-        Mail("another From is Microsoft's affair", "From: o@x.y\nTo: a@x.y\n\nText\n", ""),
-        Mail("a From that nobody can read", "From: Scanner\nTo: a@x.y\n\nText\n", ""),
-        Mail("From in other letters", f"FROM:{SENDER.upper()}\nTO:A@X.Y\n\nText\n", ""),
-        Mail("encoded words", f"From: =?utf-8?Q?=C3=BC?= <{SENDER}>\nTo: =?utf-8?B?w7w=?=\n "
-             "<a@x.y>\n\n", ""),
-        Mail("a body that looks like a header", NAMED + "\nTo: o@x.y\nBcc: p@x.y\n\nx\n", ""),
-        # From.
-        Mail("no From", "To: a@x.y\n\nText\n", FROM + "To: a@x.y\n\nText\n"),
-        Mail("an empty From", "From: \nTo: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
-        Mail("no From, 8 bit", "To: a@x.y\nSubject: \udcff\n\n",
-             FROM + "To: a@x.y\nSubject: \udcff\n\n"),
-        Mail("a name with a bare @", f"From: scan@office <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("the address as the name", f"From: {SENDER} <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and other spaces", f"From: a@b\u3000c  \n d <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"a@b\u3000c d\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and encoded words", f"From: =?utf-8?q?=C3=BC?= @ home <{SENDER}>\nTo: "
-             "a@x.y\n\n", f"From: =?utf-8?q?=C3=BC?= \"@ home\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and a comma", f"From: scan @ office, floor 2 <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"scan @ office, floor 2\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a comma in the name", f"From: Doe, John <{SENDER}>\nTo: a@x.y\n\n", ""),
-        Mail("a bare @, a colon and encoded words",
-             f"From: =?utf-8?q?J=C3=BC?= Scan: x@y <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: =?utf-8?q?J=C3=BC?= \"Scan: x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ in brackets", f"From: [a@b] \"Q\" <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"[a@b] \\\"Q\\\"\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("brackets without an @ stay", f"From: [Scan] <{SENDER}>\nTo: a@x.y\n\n", ""),
-        Mail("a comment before stays", f"From: (Scan) {SENDER}\nTo: a@x.y\n\n", ""),
-        Mail("an @, but no address, stays", "From: =?utf-8?q?x?= @ home\nTo: a@x.y\n\n", ""),
+        *(Mail(name, NAMED.encode() + crlf(rest), "") for name, rest in (
+            ("folded and odd white space", "Subject:  odd \t x\n  y\nX:\n\nT\n"),
+            ("MIME", multipart("mixed", PLAIN, PDF, header="MIME-Version: 1.0\n")),
+            ("encrypted", multipart("encrypted", "Content-Type: application/pgp-encrypted\n"
+                                    "\nVersion: 1\n", PDF)),
+            ("quoted-printable", "Content-Transfer-Encoding: quoted-printable\n\n=\n=\na =3D \t\n"),
+            ("a message in a message", "Content-Type: message/rfc822\n\nTo: o@x.y\n\nText\n"),
+            ("broken MIME", "Content-Type: multipart/mixed; boundary=\n\n--\n"),
+            ("8 bit", b"Subject: \xfc\xff\n\n\xfc\xff\x80\n"),
+            ("controls", b"X: \0\n\n\0\0\x1a\x04\x7f\x1b[1m\n"),
+            ("long lines", f"X: {'x' * 100_000}\n\n{'x' * 100_000}\n"),
+            ("dots", "\n.\n..\n...\n.x\nx.\n"), ("no body", "\n"),
+            ("no empty line after the header", "Subject: s\n"),
+            ("a body that looks like a header", "\nTo: o@x.y\nBcc: p@x.y\n\nx\n"))),
+        # From: what becomes of it; "" is nothing.
+        *(Mail(f"From {old}", f"From:{old}\nTo: a@x.y\n\nText\n",
+               f"From:{new or old}\nTo: a@x.y\n\nText\n")
+          for old, new in (
+              ("", f" {SENDER}"), (" ", f" {SENDER}"), (f" J\udcf6rg <{SENDER}>", ""),
+              (SENDER.upper(), ""), (" o@x.y", ""), (" Scanner", ""), (f" D, J <{SENDER}>", ""),
+              (f" {SENDER}\nFrom: {SENDER}", ""), (f" =?utf-8?Q?=C3=BC?= <{SENDER}>", ""),
+              (f" \"scan@office\" <{SENDER}>", ""), (f" [Scan] <{SENDER}>", ""),
+              (f" (Scan) {SENDER}", ""), (" =?utf-8?q?x?= @ home", ""),
+              # A name with a bare "@".
+              (f" {SENDER} <{SENDER}>", f" <{SENDER}>"),
+              *((f" {old} <{SENDER}>", f" {new} <{SENDER}>") for old, new in (
+                  ("scan@office", '"scan@office"'),
+                  ("a@b\u3000c  \n d", '"a@b\u3000c d"'),
+                  ("=?utf-8?q?=C3=BC?= @ home", '=?utf-8?q?=C3=BC?= "@ home"'),
+                  ("=?a@b =?utf-8?q?x?=y", '"=?a@b =?utf-8?q?x?=y"'),
+                  ("scan @ office, floor 2", '"scan @ office, floor 2"'),
+                  ("=?utf-8?q?J=C3=BC?= Scan: x@y", '=?utf-8?q?J=C3=BC?= "Scan: x@y"'),
+                  ("=?utf-8?q?J=C3=BC?=, x@y\n\tz", '=?utf-8?q?J=C3=BC?= ", x@y z"'),
+                  ("[a@b] \"Q\"", '"[a@b] \\"Q\\""'))))),
+        Mail("no From", "To: a@x.y\nSubject: \udcff\n\n", FROM + "To: a@x.y\nSubject: \udcff\n\n"),
         Mail("nobody at all", "From: Me <me@x.y>\nTo: a@x.y\n\n", "", sender="",
              mailbox="me@x.y"),
         Mail("nobody at all, not even in From", "To: a@x.y\n\n", "550 5.1.7", sender=""),
-        # No header.
-        Mail("empty", "", FROM + "Bcc: a@x.y\n\n"),
-        Mail("an empty line", "\n", FROM + "Bcc: a@x.y\n\n"),
-        Mail("only text", "Hello\n", FROM + "Bcc: a@x.y\n\nHello\n"),
-        Mail("only text, of paragraphs", "Hello\n\nTo: o@x.y\n",
-             FROM + "Bcc: a@x.y\n\nHello\n\nTo: o@x.y\n"),
-        Mail("text of 8 bit, NUL and dots", b"\xfc\0\n.\n",
-             FROM.encode() + b"Bcc: a@x.y\n\n\xfc\0\n.\n"),
-        Mail("only a Subject", "Subject: s\n", FROM + "Bcc: a@x.y\nSubject: s\n"),
-        Mail("text that begins with From", "From today on we are closed.\n",
-             FROM + "Bcc: a@x.y\n\nFrom today on we are closed.\n"),
-        Mail("text right behind the header", NAMED + "Hello\n\nText\n",
-             NAMED + "\nHello\n\nText\n"),
-        Mail("text with lines like fields", "UPS on battery\nTime: 12:00\nLoad: 40 %\n",
-             FROM + "Bcc: a@x.y\n\nUPS on battery\nTime: 12:00\nLoad: 40 %\n"),
-        *(Mail(f"{url} right behind the header", f"{NAMED}Hello\n{url}\nBye\n",
-               f"{NAMED}\nHello\n{url}\nBye\n")
-          for url in ("http://a/b", "HTTPS://a/b", "ftp://a/b")),
-        Mail("much text without an empty line", "Hello\n" * 300_000,
-             FROM + "Bcc: a@x.y\n\n" + "Hello\n" * 300_000),
+        # No header: an empty line comes before what is text.
+        *(Mail(f"text {text[:20]!r}", text, FROM.encode() + crlf("Bcc: a@x.y\n" + "\n" * more)
+               + crlf(text))
+          for more, text in (
+              (1, ""), (0, "\n"), (0, "\nHello\n"), (0, "Subject: s\n"), (1, "H\n\nTo: o@x.y\n"),
+              (1, "\udcfc\0\n.\n"), (1, "From today on we are closed.\n"),
+              (1, "UPS on battery\nTime: 12:00\nLoad: 40 %\n"), (1, "Hello\n" * 300_000),
+              (1, "Alarm: zone 3\nTime: 12:00\n"), (1, "  Alarm\nTime: 12:00\n"))),
+        *(Mail("text right after the header", NAMED + text, f"{NAMED}\n{text}")
+          for text in ("Hello\n\nText\n", "Hello\nhttp://a/b\nBye\n", "HTTPS://a/b\n",
+                       "ftp://a/b\n")),
         Mail("a header that is absurd", NAMED + "X-A: b\n" * 200_000 + "\nText\n", "552 5.3.4"),
-        Mail("a mailman mbox line", "From scan at x.y  Thu Nov 24 2026\n" + NAMED + "\nText\n",
-             NAMED + "\nText\n"),
-        Mail("a shorter mbox line", f"From MAILER-DAEMON\n{NAMED}\n", NAMED + "\n"),
-        Mail("text that is all like fields", "Alarm: zone 3\nTime: 12:00\n",
-             FROM + "Bcc: a@x.y\n\nAlarm: zone 3\nTime: 12:00\n"),
-        Mail("indented text", "  Alarm\nTime: 12:00\n",
-             FROM + "Bcc: a@x.y\n\n  Alarm\nTime: 12:00\n"),
-        # Recipients.
-        Mail("hidden", NAMED + "\n", "Bcc: b@x.y\n" + NAMED + "\n", "a@x.y b@x.y"),
-        Mail("undisclosed", FROM + "To: undisclosed-recipients:;\n\n",
-             "Bcc: a@x.y\n" + FROM + "To: undisclosed-recipients:;\n\n"),
-        Mail("somebody else in To", FROM + "To: a@x.y, O <o@x.y>\n\n",
-             FROM + "To: a@x.y\nX-Original-To: O <o@x.y>\n\n"),
-        Mail("somebody else in Cc and Bcc", NAMED + "Cc: o@x.y\nBcc: p@x.y\n\n",
-             NAMED + "X-Original-Cc: o@x.y\n\n"),
+        *(Mail("an mbox line", f"From {rest}\n{NAMED}\nText\n", NAMED + "\nText\n") for rest in (
+            "scan@x.y Thu Nov 24 18:22:48 2026", "scan at x.y  Thu Nov 24 2026", "MAILER-DAEMON")),
+        # Recipients, as Graph finds them.
+        Mail("several", NAMED.replace("a@x.y", "A\n\t<a@x.y>; G <o@x.y>") + "Cc: T: b@x.y;\n\n",
+             f"Bcc: \u00fc@x.y\n{NAMED}".replace("a@x.y", "A\n\t<a@x.y>")
+             + "X-Original-To: G <o@x.y>\nCc: T: b@x.y;\n\n", "a@x.y b@x.y \u00fc@x.y"),
         Mail("two Bcc", NAMED + "Bcc: b@x.y\nBCC: c@x.y\n\n",
              "Bcc: b@x.y,\n c@x.y,\n d@x.y\n" + NAMED + "\n", "a@x.y b@x.y c@x.y d@x.y"),
-        Mail("not ASCII, and hidden", FROM + "\n", "Bcc: \u00fc@x.y\n" + FROM + "\n",
-             "\u00fc@x.y"),
     ),
     "SENDER_FROM=header": (
         Mail("a comma in the name", "From: Doe, John <Me@x.y>\nTo: a@x.y\n\n", "",
@@ -5305,15 +5207,15 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
     ),
     "FROM_MISMATCH=rewrite": (
         Mail("agrees", NAMED + "\n", ""),
-        Mail("the name stays", "From: \"Scan, 2\" <o@real.com>\nTo: a@x.y\n\n",
-             f"From: \"Scan, 2\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("folded, 8 bit", "from: J\udcf6rg\n (x)\n <o@real.com>\nTo: a@x.y\n\n",
-             f"from: \"J\udcf6rg (x)\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("no name", "From: o@real.com\nTo: a@x.y\n\n",
-             f"From: {SENDER}\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("a comment", "From: o@real.com (Scan)\nTo: a@x.y\n\n",
-             f"From: {SENDER} (Scan)\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("there is a Reply-To", "From: S <o@real.com>\nReply-To: r@x.y\nTo: a@x.y\n\n",
+        *(Mail(f"rewrite {old}", f"From: {old}\nTo: a@x.y\n\n",
+               f"From: {new}\nReply-To: o@real.com\nTo: a@x.y\n\n")
+          for old, new in (
+              ('"Scan, 2" <o@real.com>', f'"Scan, 2" <{SENDER}>'), ("o@real.com", SENDER),
+              ("o@real.com <o@real.com>", f"<{SENDER}>"),
+              ("J\udcf6rg\n (x)\n <o@real.com>", f'"J\udcf6rg (x)" <{SENDER}>'),
+              ("scan@office <o@real.com>", f'"scan@office" <{SENDER}>'),
+              ("o@real.com (Scan)", f"{SENDER} (Scan)"))),
+        Mail("a Reply-To stays", "From: S <o@real.com>\nReply-To: r@x.y\nTo: a@x.y\n\n",
              f"From: S <{SENDER}>\nReply-To: r@x.y\nTo: a@x.y\n\n"),
         *(Mail(f"no answer to {old}", f"From: S <{old}>\nTo: a@x.y\n\n",
                f"From: S <{SENDER}>\nTo: a@x.y\n\n")
@@ -5324,10 +5226,6 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("no answer but to itself", f"From: A <{SENDER}>, B <scan@printer>\nTo: a@x.y\n\n",
              f"From: A <{SENDER}>\nX-Original-From: A <{SENDER}>, B <scan@printer>\n"
              "To: a@x.y\n\n"),
-        Mail("a name with @", "From: scan@office <o@real.com>\nTo: a@x.y\n\n",
-             f"From: \"scan@office\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("the address as the name", "From: o@real.com <o@real.com>\nTo: a@x.y\n\n",
-             f"From: <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
         Mail("several", f"From: A <o@real.com>, B <{SENDER}>\nFrom: p@real.com\nTo: a@x.y\n\n",
              f"From: A <{SENDER}>\nReply-To: o@real.com,\n {SENDER},\n p@real.com\n"
              "X-Original-From: A "
@@ -5374,29 +5272,15 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
 class CorpusTests(unittest.TestCase):
     """Mail arrives as it was sent: octet for octet, but for the edits that are named."""
 
-    def test_there_are_enough(self) -> None:
-        self.assertGreater(sum(map(len, CORPUS.values())), 60)
-        self.assertEqual(set(itertools.chain(*((setting.partition("=")[0],)
-                                               for setting in CORPUS))),
-                         {"", "SENDER_FROM", "FROM_MISMATCH", "HEADER_RECIPIENTS"})
-
     def test_corpus(self) -> None:
         for setting, mails in CORPUS.items():
-            fake = FakeMicrosoft()
             name, _, value = setting.partition("=")
-            running = Running(make_config(
-                SMTP_PORT="0", AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url,
-                **({name: value} if name else {})))
-            self.addCleanup(fake.close)
-            self.addCleanup(running.stop)
-            client = Client(running.port)
-            self.addCleanup(client.close)
-            client.ehlo()
-            client.log_in()
-            for mail in mails:
-                with self.subTest(setting, mail=mail.name):
-                    self.check(fake, client, mail)
-            self.assertEqual(fake.complaints, [])
+            with alone(**({name: value} if name else {})) as (fake, client):
+                client.log_in()
+                for mail in mails:
+                    with self.subTest(setting, mail=mail.name):
+                        self.check(fake, client, mail)
+                self.assertEqual(fake.complaints, [])
 
     def check(self, fake: FakeMicrosoft, client: Client, mail: Mail) -> None:
         """Send a message and look at what has become of it."""
@@ -6394,7 +6278,7 @@ class MemoryTests(unittest.TestCase):
         fake = FakeMicrosoft()
         self.addCleanup(fake.close)
         text = "Content-Type: text/html; charset=utf-8\n\n\U0001f600" + "x" * 4_100_000 + "\n"
-        for size, body in ((25, PLAIN), (35, PLAIN), (35, text)):
+        for size, body in ((25, PLAIN), (35, text)):
             # Of these base64 makes megabytes.
             file, octets = scan(size * 756_000 - len(body) * 3 // 4)
             message = crlf(multipart("mixed", body, file, header=NAMED))
