@@ -1862,12 +1862,12 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 #     an address field ...            becomes
 #     names only the envelope's       what it was, octet for octet; stray ";" are commas
 #     names others too                itself without them: they go to X-Original-To, -Cc
-#     cannot be read beyond doubt     X-Original-To, -Cc as a whole
+#     is ambiguous                    X-Original-To, -Cc as a whole
 #     is a Bcc                        part of the one Bcc, for whom no field names
 #
 # If the header has a malformed line, all recipients are in Bcc too, because a strict reader
-# may stop there. "Beyond doubt" is the point: a field that we read in one way and Exchange
-# in another would send the mail to somebody else.
+# may stop there. Ambiguous is any field that is not in the forms which all programs read
+# alike: if we read it in one way and Exchange in another, the mail would reach a stranger.
 #
 # And Graph wants From to name the mailbox in its URL. One that is missing or empty is
 # added; of one that names another, or more, or nobody, FROM_MISMATCH makes
