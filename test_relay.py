@@ -2335,8 +2335,6 @@ class DraftTests(unittest.TestCase):
                 ("Content-Type: application/octet-stream; name=smime.P7Z\n\nx", "encrypted"),
                 (multipart("mixed", "Content-Type: application/pgp-encrypted\n\nx", PDF),
                  "encrypted"),
-                (f"Content-Type: multipart/mixed; boundary={'b' * 201}\n\n--{'b' * 201}\n\nx",
-                 "told apart"),
                 ("Content-Type: message/partial; id=x\n\nx", "a part of another"),
                 ("Content-Type: application/ms-tnef\n\nx", "Outlook"),
                 ("Content-Type: multipart/mixed\n\n--b\n\nx", "told apart"),
@@ -2358,8 +2356,6 @@ class DraftTests(unittest.TestCase):
         # The limits themselves are all right.
         take_apart(multipart("mixed", *[PLAIN] * 250).encode())
         take_apart(deepest.encode())
-        take_apart(f"Content-Type: multipart/mixed; boundary={'b' * 200}\n\n--{'b' * 200}\n\nx"
-                   .encode())
         room = 4_194_304 - len(take_apart(b"\nx").content)
         self.assertEqual(len(take_apart(b"\nx" + b"x" * room).content), 4_194_304)
         with self.assertRaises(relay.Unsayable):
