@@ -78,7 +78,6 @@ import functools
 import getpass
 import hashlib
 import hmac
-import html
 import http.client
 import io
 import ipaddress
@@ -580,13 +579,13 @@ class Config:
         _choice("envelope", "header"), "envelope",
         "Which mailbox sends: envelope, that of MAIL FROM, or header, the first of From.")
     from_mismatch: str = setting(
-        _choice("keep", "rewrite", "refuse"), "keep",
+        _choice("keep", "rewrite"), "keep",
         "When From names another mailbox than the one that sends: keep it (Microsoft "
-        "decides), rewrite its address, or refuse the message.")
+        "decides), or rewrite its address.")
     header_recipients: str = setting(
-        _choice("strip", "keep", "refuse"), "strip",
-        "When To, Cc or Bcc name somebody who is no recipient: strip the name, keep it "
-        "(Microsoft then sends the message there too), or refuse the message.")
+        _choice("strip", "keep"), "strip",
+        "When To, Cc or Bcc name somebody who is no recipient: strip the name, or keep it "
+        "(Microsoft then sends the message there too).")
     large_messages: str = setting(
         _choice("upload", "refuse"), "upload",
         f"What to do with messages above {GRAPH_MESSAGE_LIMIT} octets: upload their "
@@ -1858,18 +1857,17 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 #     an address field ...            becomes
 #     names only the envelope's       what it was, octet for octet; stray ";" are commas
 #     names others too                itself without them: they go to X-Original-To, -Cc
-#     cannot be read beyond doubt     X-Original-To, -Cc as a whole
+#     is ambiguous                    X-Original-To, -Cc as a whole
 #     is a Bcc                        part of the one Bcc, for whom no field names
 #
-# Whom a field names behind a malformed line, where a reader may have stopped, is in Bcc
-# too. "Beyond doubt" is the point: a field that we read in one way and Exchange in another
-# would send the mail to somebody else.
+# If the header has a malformed line, all recipients are in Bcc too, because a strict reader
+# may stop there. Ambiguous is any field that is not in the forms which all programs read
+# alike: if we read it in one way and Exchange in another, the mail would reach a stranger.
 #
 # And Graph wants From to name the mailbox in its URL. One that is missing or empty is
 # added; of one that names another, or more, or nobody, FROM_MISMATCH makes
 #
 #     keep        nothing else: Microsoft decides
-#     refuse      550 5.7.1
 #     rewrite     the mailbox, with the old name; the old address goes to Reply-To, and
 #                 what named several or nobody to X-Original-From too
 #
@@ -1882,36 +1880,25 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 _FIELD = re.compile(rb"((?!https?://|ftp://)[!-9;-~]+)[ \t]*:", re.I)
 # Text may look like fields ("Time: 12:00"): a header has at least one of these.
 _KNOWN_FIELD = re.compile(
-    rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|in-reply-to|references"
-    rb"|received|return-path|delivered-to|envelope-to|mime-version|importance|priority"
-    rb"|sensitivity|user-agent|auto-submitted|disposition-notification-to|errors-to"
-    rb"|(?:content|resent|list|thread|dkim|arc|authentication|x)-.*", re.I)
-_FOLDED_LINE = re.compile(rb"[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
-# The line that mbox files have before a message, RFC 4155 appendix A: known by its date, or
-# by the field behind it and what stands in it, an address, a year or just one word.
-_MBOX_LINE = re.compile(
-    rb"From (?=[^\r\n]*(?:@|[0-9]{4})|[^ \r\n]+ *\r\n)[^\r\n]{1,500}\r\n(?=(?:%b):)"
-    rb"|From [^ \r\n]{1,500} +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) +[A-Z][a-z]{2} +[0-9]{1,2} +"
-    rb"[0-9]{2}:[0-9]{2}[^\r\n]{0,100}\r\n"
-    % _KNOWN_FIELD.pattern.replace(b".*", rb"[!-9;-~]+"), re.I)
+    rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|received|return-path"
+    rb"|delivered-to|mime-version|importance|priority|(?:content|resent|list|x)-.*", re.I)
+_FOLDED_LINE = re.compile(rb"[^\r\n]+\r\n(?:[ \t][^\r\n]*\r\n)*")
+# The line before each message in an mbox file, RFC 4155 appendix A.
+_MBOX_LINE = re.compile(rb"From [^\r\n]*\r\n(?=(?:%b):)" % _KNOWN_FIELD.pattern, re.I)
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
-_EDITED_FIELDS = frozenset({*_ADDRESS_FIELDS, b"from", b"reply-to"})
-# A quoted-string or domain-literal that is not closed goes on to the end: each
-# alternative takes something wherever it begins, so that no text is read twice.
-_TOKEN = re.compile(r"""
-      "  (?: [^"\\]  | \\.? )*  (?: "  | \Z )      # quoted-string
-    | \[ (?: [^\]\\] | \\.? )*  (?: \] | \Z )      # domain-literal
-    | [ \t\r\n]+
-    | [^ \t\r\n<>@,;:."\[\]()\\]+                  # atom
-    | .""", re.S | re.X)
 _WHITE = " \t\r\n"
-_IN_COMMENT = re.compile(r"[^()\\]+|\\.|.", re.S)
-_NOT_IN_NAME = frozenset('<>@()[]\\"')
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_HEADER_MAILBOX = re.compile(
-    rf'(?:{_DOT_STRING}|"(?:[^"\\\ud800-\udfff]|\\[^\ud800-\udfff])*")'
-    rf"@(?:{_DOMAIN}|\[[^\[\]\\\ud800-\udfff]*\])")
-_HEADER_ROUTE = re.compile(rf"\A{_ROUTE}")
+_QUOTED = r'"(?:[^"\\\r\n]|\\[^\r\n])*"'
+_QUOTED_TEXT = re.compile(f"{_QUOTED}?")    # the closing quote may be missing
+# The forms of an address that every reader reads alike: [name] <mailbox> or mailbox, each
+# with a comment or without. A name without quotes may be an address, see _read_field.
+_ADDRESS = re.compile(
+    rf"(?P<before>(?:(?P<alias>{_MAILBOX})[ \t]*"
+    rf'|(?:{_QUOTED}|[^"(),:;<>@\[\]\\])*)<[ \t]*)?'
+    rf"(?P<mailbox>{_MAILBOX})"
+    r"(?P<after>(?(before)[ \t]*>)(?:[ \t\r\n]*\([^()@\\\r\n]*\))?)"
+    r"[ \t\r\n]*(?P<end>[,;]|\Z)[, \t\r\n]*")
+_GROUP = re.compile(r"[\w .-]*\w:(?:(.*);)?", re.S | re.A)
 # What is no address list, as a name and what stands in "<>"; a comment may be the name.
 _ENCODED_WORD = r"=\?[^?\s]{1,75}\?[bq]\?[^?]*\?="
 _LOOSE_AUTHOR = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
@@ -1921,19 +1908,16 @@ _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "inva
                             "local", "localdomain", "localhost", "test"})
 
 MAX_HEADER = 1_048_576          # octets
-MAX_ADDRESSES = 262_144         # octets of address fields; 500 mailboxes have 160,000
-MAX_WORDS = 200                 # of one mailbox
-MAX_FIELDS = 10_000             # that are read, in one header
-MAX_NAMED = 300                 # characters of addresses in a reply
+MAX_ADDRESSES = 262_144         # octets of one field; 500 mailboxes have 160,000
+MAX_HEADER_LINES = 10_000
 
 
 @dataclass
 class Field:
-    """A field of addresses with its folded lines, or (name b"") any other lines."""
+    """A field of a header with its folded lines, or (name b"") a malformed line."""
 
     name: bytes             # in lower case
     octets: bytes           # as it came, with the last CRLF
-    is_reached: bool        # by a reader who stops at the first malformed line
     edited: bytes           # as it goes out
 
     @property
@@ -1948,24 +1932,25 @@ class Field:
 
 
 class Address(NamedTuple):
-    """An address of a field."""
+    """An address of a field, as it is written there."""
 
-    key: str                # in comparable form
-    mailbox: str            # as it stands there
-    text: str               # with its name and comments
-    tokens: list[str]       # of it, and of the white space around
+    key: str                # in comparable form; "" if the mailbox of a From is unreadable
+    mailbox: str
+    before: str             # name and "<"
+    after: str              # ">" and comment
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return f"{self.before}{self.mailbox}{self.after}"
 
 
 class AddressList(NamedTuple):
-    """The addresses of a field; none if it cannot be read beyond doubt."""
+    """The addresses of a field; none if another reader may read it otherwise."""
 
     addresses: list[Address]
-    is_tidy: bool = True        # every reader parts them as we do
-    is_doubtful: bool = False
-
-
-class Doubtful(Exception):
-    """An address field that another reader may read otherwise."""
+    is_canonical: bool = True       # separated by commas
+    is_ambiguous: bool = False
 
 
 @dataclass
@@ -1974,6 +1959,7 @@ class Header:
 
     fields: list[Field]
     end: int                # where the rest begins: with an empty line, or with text
+    is_malformed: bool      # has a line that is no field, or white space before a colon
     top: list[bytes] = field(default_factory=list)  # new; a reader may end further down
 
     def find(self, *names: bytes) -> list[Field]:
@@ -1983,159 +1969,68 @@ class Header:
     def __bytes__(self) -> bytes:
         """It as edited."""
         lines = [one.edited for one in self.fields]
+        # A new first field must come after a folded first line.
         first = int(bool(lines) and lines[0][:1] in (b" ", b"\t"))
         return b"".join([*lines[:first], *self.top, *lines[first:]])
 
 
-def split_header(message: bytes | bytearray, begin: int = 0, end: int | None = None,
-                 is_read: Callable[[bytes], bool] = _EDITED_FIELDS.__contains__, *,
-                 is_part: bool = False) -> Header:
-    """Find the header of a message, or of a part from `begin` to `end`; lines end in CRLF.
+def split_header(message: bytes | bytearray, begin: int = 0,
+                 end: int | None = None) -> Header:
+    """Split the header of a message, or of a part from `begin` to `end`, into its fields.
 
-    A malformed line ends nothing, as a lenient reader would go on behind it; but what
-    stands between the last field and the empty line is text. In a part any field will do,
-    RFC 2046 section 5.1. Raises DeliveryError.
+    Lines end in CRLF. A malformed line does not end the header, because a lenient reader
+    would go on after it; but text between the last field and the empty line is not part
+    of it. Raises DeliveryError.
     """
     limit = len(message) if end is None else end
-    header = Header([], _header_end(message, begin, limit, is_part=is_part))
-    # Of each field, or of neighbours that are not read: name, start, stop, is_reached.
-    spans: list[tuple[bytes, int, int, bool]] = []
-    is_reached = True
-    # A new first field must come behind a folded first line, so that is kept alone.
-    alone = int(message[begin:begin + 1] in (b" ", b"\t"))
-    for line in _FOLDED_LINE.finditer(message, begin, header.end):
-        match = _FIELD.match(line[0])
-        is_reached = is_reached and match is not None and match[0] == match[1] + b":"
-        name, start = match[1].lower() if match else b"", line.start()
-        if not is_read(name):
-            name = b""
-            if spans[alone:] and not spans[-1][0]:
-                _, start, _, _ = spans.pop()
-        spans.append((name, start, line.end(), is_reached))
-        if len(spans) > MAX_FIELDS:
-            raise DeliveryError("The header has too many fields", 552, "5.3.4")
-    for name, start, stop, is_reached in spans:
-        octets = bytes(message[start:stop])
-        header.fields.append(Field(name, octets, is_reached, octets))
-    return header
-
-
-def _header_end(message: bytes | bytearray, begin: int, limit: int, *,
-                is_part: bool) -> int:
-    """Find the end of the last field; `begin` if all is text. Raises DeliveryError."""
-    if message.startswith(b"\r\n", begin):
-        return begin
     most = min(limit, begin + MAX_HEADER)
-    # To the last CRLF: a line without one would be tried from each of its octets.
-    stop = message.find(b"\r\n\r\n", begin, most)
-    stop = max(begin, (stop if stop >= 0 else message.rfind(b"\r\n", begin, most)) + 2)
-    end, is_header = begin, False
-    for line in _FOLDED_LINE.finditer(message, begin, stop):
-        match = _FIELD.match(line[0])
+    position = header_end = begin
+    is_header = False
+    while line := _FOLDED_LINE.match(message, position, most):
+        match = _FIELD.match(message, position, most)
+        position = line.end()
         if match:
-            end = line.end()
-            is_header = (is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
-                         or (is_part and line.start() == begin))
-    end = end if is_header else begin
-    if end == stop and most < limit and not message.startswith(b"\r\n", stop):
+            header_end = position
+            is_header = is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
+    header_end = header_end if is_header else begin
+    is_cut = most < limit and not message.startswith(b"\r\n", position)
+    if header_end == position and is_cut:
         raise DeliveryError("The header is too large", 552, "5.3.4")
-    return end
+    if message.count(b"\n", begin, header_end) > MAX_HEADER_LINES:
+        raise DeliveryError("The header has too many lines", 552, "5.3.4")
+    fields, is_malformed = [], False
+    for line in _FOLDED_LINE.finditer(message, begin, header_end):
+        match = _FIELD.match(line[0])
+        is_malformed = is_malformed or not match or match[0] != match[1] + b":"
+        fields.append(Field(match[1].lower() if match else b"", line[0], line[0]))
+    return Header(fields, header_end, is_malformed)
 
 
-def parse_addresses(value: str, *, any_name: bool = False) -> AddressList:
-    """Read an address list, RFC 5322 section 3.4; ";" counts as ",". Raises Doubtful.
+def _read_field(field: Field) -> AddressList:
+    """Read an address list, RFC 5322 section 3.4; ";" counts as ",".
 
-    With `any_name` a name may look like another address, as in fields that mail nobody.
+    A field in any other form than those of _ADDRESS, in one group or none, is ambiguous.
+    That is safe: such a field is renamed, and its recipients are in Bcc.
     """
-    if _NO_TEXT.search(value):
-        raise Doubtful
-    addresses: list[Address] = []
-    group_at = -1                       # how many addresses there were before the group
-    is_tidy, is_parted = True, True     # is_parted: by a comma from what was before
-    for tokens, separator in _elements(value):
-        text = "".join(tokens).strip(_WHITE)
-        if separator == ":":
-            if group_at >= 0 or not text or not _is_name(tokens):
-                raise Doubtful
-            group_at = len(addresses)
-            continue
-        if text:
-            mailbox = _read_mailbox(tokens, any_name=any_name)
-            addresses.append(Address(comparable(mailbox), mailbox, text, tokens))
-            is_tidy = is_tidy and is_parted
-        if separator == ";":
-            is_tidy = is_tidy and group_at >= 0
-            group_at = -1
-        is_parted = separator == ","
-    if 0 <= group_at < len(addresses):  # an empty group may lack its end
-        raise Doubtful
-    return AddressList(addresses, is_tidy)
-
-
-def _elements(value: str) -> Iterator[tuple[list[str], str]]:
-    """Yield the tokens between separators, and the separator behind them."""
-    tokens: list[str] = []
-    start = end = depth = 0             # of the token; of comments within comments
-    in_angle = False
-    while end < len(value):
-        match = (_IN_COMMENT if depth else _TOKEN).match(value, end)
-        assert match is not None        # the last alternative takes anything
-        end = match.end()
-        depth += (match[0] == "(") - (match[0] == ")" and depth > 0)
-        if depth:
-            continue
-        token, start = value[start:end], end
-        if token[0] in '"[' and "\r" in token:
-            raise Doubtful              # not everybody unfolds before reading
-        if token in ",;:" and not in_angle:
-            yield tokens, token
-            tokens = []
-        else:
-            in_angle = token == "<" or (in_angle and token != ">")
-            tokens.append(token)
-    if depth:
-        raise Doubtful
-    yield tokens, ""
-
-
-def _is_name(words: list[str]) -> bool:
-    """Whether words can be a name, and nobody can read an address in them."""
-    return not _NOT_IN_NAME.intersection(
-        "".join(word for word in words if word[0] != '"'))
-
-
-def _read_mailbox(tokens: list[str], *, any_name: bool) -> str:
-    """Read the tokens of one element, RFC 5322 sections 3.4 and 4.4. Raises Doubtful.
-
-    Names and comments may hold an address only if it is the same.
-    """
-    others = [one[1:-1].strip(" ") for one in tokens if one[0] == "(" and "@" in one]
-    words = [" " if one[0] in "(" + _WHITE else one for one in tokens]
-    while words and words[-1] == " ":
-        words.pop()
-    if "<" in words:
-        opening = words.index("<")
-        name, words = words[:opening], words[opening + 1:]
-        if not words or words.pop() != ">":
-            raise Doubtful
-        if name and not _is_name(name):
-            others.append("".join(name).strip(" "))
-    if len(words) > MAX_WORDS:
-        raise Doubtful
-    mailbox = _HEADER_ROUTE.sub("", "".join(words).strip(" "))
-    if "=?" in mailbox or not _HEADER_MAILBOX.fullmatch(mailbox):
-        raise Doubtful
-    if not any_name and any(comparable(other) != comparable(mailbox) for other in others):
-        raise Doubtful
-    return mailbox
-
-
-def _read_field(one: Field, *, is_sane: bool = True,
-                any_name: bool = False) -> AddressList:
-    with contextlib.suppress(Doubtful):
-        if is_sane and len(one.octets) <= MAX_ADDRESSES:
-            return parse_addresses(one.value, any_name=any_name)
-    return AddressList([], is_doubtful=True)
+    value = field.value.strip(_WHITE)
+    ambiguous = AddressList([], is_ambiguous=True)
+    if len(field.octets) > MAX_ADDRESSES or _NO_TEXT.search(value):
+        return ambiguous
+    group = _GROUP.fullmatch(value)
+    value = (group[1] or "" if group else value).lstrip("," + _WHITE)
+    addresses, is_canonical, position = [], True, 0
+    while position < len(value):
+        match = _ADDRESS.match(value, position)
+        if match is None or "=?" in match["mailbox"]:
+            return ambiguous
+        key, alias = comparable(match["mailbox"]), match["alias"]
+        if alias and comparable(alias) != key:
+            return ambiguous
+        before = "<" if alias else match["before"] or ""
+        addresses.append(Address(key, match["mailbox"], before, match["after"]))
+        is_canonical = is_canonical and match["end"] != ";"
+        position = match.end()
+    return AddressList(addresses, is_canonical)
 
 
 def _address_field(name: bytes, texts: list[str]) -> bytes:
@@ -2147,17 +2042,14 @@ def _address_field(name: bytes, texts: list[str]) -> bytes:
 def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
     """Make To, Cc and Bcc name these recipients, by comparable form, and nobody else.
 
-    `policy` is HEADER_RECIPIENTS. Raises DeliveryError for "refuse".
+    `policy` is HEADER_RECIPIENTS.
     """
-    fields = header.find(*_ADDRESS_FIELDS)
-    is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
-    read = [(one, _read_field(one, is_sane=is_sane)) for one in fields]
-    if policy == "refuse":
-        _refuse_others(read, recipients)
+    for one in header.find(b"resent-bcc"):      # hidden recipients, RFC 5322 section 3.6.6
+        one.edited = b""
+    read = [(one, _read_field(one)) for one in header.find(*_ADDRESS_FIELDS)]
     keeps = policy == "keep"
-    named = {address.key for one, found in read
-             if one.is_reached and (found.is_tidy or not keeps)
-             for address in found.addresses}
+    named = {address.key for _, found in read if found.is_canonical or not keeps
+             for address in found.addresses if not header.is_malformed}
     if not keeps:
         for one, found in read:
             one.edited = _without_others(one, found, recipients)
@@ -2166,33 +2058,21 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
         return
     hidden = []                         # there may be one Bcc only, RFC 5322 section 3.6
     for one, found in read:
-        if one.name == b"bcc" and not found.is_doubtful:
+        if one.name == b"bcc" and not found.is_ambiguous:
             one.edited = b""
             hidden += [address.text for address in found.addresses
                        if (address.key in named if address.key in recipients else keeps)]
     header.top.append(_address_field(b"Bcc", hidden + missing))
 
 
-def _refuse_others(read: list[tuple[Field, AddressList]],
-                   recipients: Mapping[str, str]) -> None:
-    others = [address.mailbox for _, found in read for address in found.addresses
-              if address.key not in recipients]
-    others += [f"what stands in {one.label.decode()}"
-               for one, found in read if found.is_doubtful]
-    if others:
-        names = ", ".join(others)
-        names = names if len(names) <= MAX_NAMED else names[:MAX_NAMED] + " ..."
-        raise DeliveryError(f"The header names whom RCPT does not: {names}", 550, "5.1.3")
-
-
 def _without_others(one: Field, found: AddressList,
                     recipients: Mapping[str, str]) -> bytes:
     """Take out of a field whom the envelope does not name, as the table above says."""
-    if found.is_doubtful:
+    if found.is_ambiguous:
         return b"" if one.name == b"bcc" else b"X-Original-" + one.octets
     kept = [address.text for address in found.addresses if address.key in recipients]
     others = [address.text for address in found.addresses if address.key not in recipients]
-    if found.is_tidy and not others:
+    if found.is_canonical and not others:
         return one.octets
     lines = _address_field(one.label, kept) if kept else b""
     if others and one.name != b"bcc":
@@ -2203,33 +2083,27 @@ def _without_others(one: Field, found: AddressList,
 Authors = list[tuple[Field, list[Address]]]
 
 
-def _read_from(one: Field, *, is_sane: bool = True) -> list[Address]:
-    """Read a From field; it mails nobody, so what is no address list is no danger.
-
-    The key of an author whose address cannot be read is "".
-    """
-    is_sane = is_sane and len(one.octets) <= MAX_ADDRESSES
-    value = one.value.replace("\r\n", "") if is_sane else "<"
-    with contextlib.suppress(Doubtful):
-        return parse_addresses(value, any_name=True).addresses
+def _read_from(field: Field) -> list[Address]:
+    """Read a From field, also in forms that are no address list: it mails nobody."""
+    found = _read_field(field)
+    if not found.is_ambiguous:
+        return found.addresses
+    value = field.value.replace("\r\n", "") if len(field.octets) <= MAX_ADDRESSES else "<"
     match = _LOOSE_AUTHOR.fullmatch(value)
     mailbox = (match["mailbox"] or "").strip() if match else ""
     name = match["name"] or match["comment"] or match["alone"] or "" if match else ""
     name = re.sub(f"[{_WHITE}]+", " ", _NO_TEXT.sub("", name)).strip()
-    words = [name] if re.fullmatch(r'"(?:[^"\\]|\\.)*"', name) else _quoted(name)
-    if not _HEADER_MAILBOX.fullmatch(mailbox):
-        mailbox = ""
-    tokens = [one for word in words for one in (word, " ")] + ["<", mailbox, ">"]
-    key = comparable(mailbox) if mailbox else ""
-    return [Address(key, mailbox, "".join(tokens), tokens)]
+    if not re.fullmatch(_QUOTED, name):
+        name = _quoted(name)
+    before = f"{name} <".lstrip()
+    if not re.fullmatch(_MAILBOX, mailbox):
+        return [Address("", "", before, ">")]
+    return [Address(comparable(mailbox), mailbox, before, ">")]
 
 
 def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
                 login: str) -> None:
-    """Make From agree with the mailbox that sends, as far as `policy` has it.
-
-    `policy` is FROM_MISMATCH. Raises DeliveryError for "refuse".
-    """
+    """Make From agree with the mailbox that sends if `policy`, FROM_MISMATCH, wants it."""
     if not any(found for _, found in authors):
         for one, _ in authors:          # there are empty ones at most
             one.edited = b""
@@ -2237,27 +2111,20 @@ def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
         return
     key = comparable(mailbox)
     agrees = all(author.key == key for _, found in authors for author in found)
-    if policy == "refuse" and not agrees:
-        raise DeliveryError(f"From must name the sender {mailbox}, and nobody else: make "
-                            "both the same in the device, or set FROM_MISMATCH=rewrite",
-                            550, "5.7.1")
     if policy == "rewrite" and not agrees:
         _rewrite_author(header, authors, mailbox, login)
         return
     for one, found in authors:
-        texts = [_author_text(author, author.mailbox) for author in found if author.key]
-        # What is no address list got its quotes when it was read.
-        if texts and (texts != [author.text for author in found]
-                      or ("@" in texts[0].rpartition("<")[0] and len(texts) == 1
-                          and _read_field(one, any_name=True).is_doubtful)):
-            one.edited = _address_field(one.label, texts)
+        names = _QUOTED_TEXT.sub("", one.value.replace("\r\n", ""))
+        if names.count("@") > len(found) and all(author.key for author in found):
+            one.edited = _address_field(one.label, [author.text for author in found])
 
 
 def _rewrite_author(header: Header, authors: Authors, mailbox: str, login: str) -> None:
     """Put a mailbox into From; whom it named gets the answers, if mail reaches him."""
     (first, found), *others = authors
-    text = _author_text(found[0], mailbox) if found else mailbox
-    first.edited = _address_field(first.label, [text])
+    author = found[0]._replace(mailbox=mailbox).text if found else mailbox
+    first.edited = _address_field(first.label, [author])
     old = {author.key: author.mailbox for _, found in authors for author in found
            if _is_answered(author.mailbox, login)}
     if old.keys() - {comparable(mailbox)} and not header.find(b"reply-to"):
@@ -2276,31 +2143,11 @@ def _is_answered(mailbox: str, login: str) -> bool:
             and top not in _LOCAL_DOMAINS and mailbox.lower() != login.lower())
 
 
-def _author_text(author: Address, mailbox: str) -> str:
-    """Write an author with a mailbox; his name stays, in quotes if it needs them."""
-    tokens, is_same = author.tokens, comparable(mailbox) == author.key
-    if "<" not in tokens:
-        comments = [one for one in tokens if one[0] == "("]
-        return author.text if is_same else " ".join([mailbox, *comments])
-    opening = tokens.index("<")
-    words = [one for one in tokens[:opening] if one[0] != "("]
-    name, rest = "".join(tokens[:opening]), tokens[tokens.index(">", opening) + 1:]
-    is_bare = any("@" in one for one in words if one[0] != '"')
-    if is_bare or not (is_same or _is_name(words)):
-        name = re.sub(f"[{_WHITE}]+", " ", name).strip(" ")
-        # A name that is the address itself says nothing.
-        is_address = comparable(name) in (author.key, comparable(mailbox))
-        name = "" if is_address else " ".join([*_quoted(name), ""])
-    elif is_same:
-        return author.text
-    return "".join([name, f"<{mailbox}>", *rest]).strip(_WHITE)
-
-
-def _quoted(name: str) -> list[str]:
+def _quoted(name: str) -> str:
     """Write a name as quoted-strings; not its encoded words, RFC 2047 section 5."""
     words = re.split(rf"((?:(?<= )|^){_ENCODED_WORD}(?=[ ,;:]|$))", name, flags=re.I)
-    return [word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
-            for number, word in enumerate(map(str.strip, words)) if word]
+    return " ".join(word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
+                    for number, word in enumerate(map(str.strip, words)) if word)
 
 
 ENCODE_AT_ONCE = 58_368         # octets, a multiple of 3
@@ -2348,9 +2195,7 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
     message = envelope.message
     mbox_line = _MBOX_LINE.match(message)
     header = split_header(message, mbox_line.end() if mbox_line else 0)
-    fields = header.find(b"from")
-    is_sane = sum(len(one.octets) for one in fields) <= MAX_ADDRESSES
-    authors = [(one, _read_from(one, is_sane=is_sane)) for one in fields]
+    authors = [(one, _read_from(one)) for one in header.find(b"from")]
     named = [author.mailbox for _, found in authors for author in found if author.mailbox]
     mailbox = envelope.reverse_path
     if named and (config.sender_from == "header" or not mailbox):
@@ -2384,32 +2229,31 @@ def prepare(envelope: Envelope, config: Config, login: str) -> Prepared:
 #                                                    names its Content-ID
 #     signed, encrypted, an invitation ...           552 5.3.4
 #
+# Text in an unknown charset or encoding is decoded as what it most likely is.
+#
 # Parts are found by their boundaries, and decoded piece by piece while they are sent: the
-# email package would need ten times the size of the message.
+# email package needs four times the size of the message more, and a second for 35 MB.
 
 LARGE_ATTACHMENT = 3_130_000    # octets; from here on by upload session (whose least is
                                 # 2,097,152), below in one request, with its JSON
 UPLOAD_PIECE = 3_932_160        # octets, before decoding; Graph wants less than 4 MB
 MAX_PARTS = 250                 # of a message, Exchange's own limit
 MAX_DEPTH = 10                  # of parts within parts
-MAX_VALUE = 8192                # octets of one field of a part
-MAX_PARAMETERS = 100            # in it
-MAX_BOUNDARY = 200              # octets; RFC 2046 has 70
+MAX_VALUE = 4096                # characters of a field of a part that are read, and
+MAX_PARAMETERS = 100            # of its parameters: the standard library is slow with more
 MAX_ENCODED_WORDS = 500         # in one field: the standard library is slow with more
 MAX_X_FIELDS = 5                # of a draft, Graph's own limit
 MAX_FILE_NAME = 255             # characters
-MAX_CONTENT_ID = 500            # characters
 MAX_CIDS = 1000                 # references to images in one text
-FIND_AT_ONCE = 1_048_576        # octets; meanwhile no other thread runs
 
 _NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
                                           b"abcdefghijklmnopqrstuvwxyz0123456789+/="))
 _PART_FIELDS = frozenset({b"content-type", b"content-disposition", b"content-id",
-                          b"content-location", b"content-transfer-encoding"})
+                          b"content-transfer-encoding"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MEDIA_TYPE = re.compile(r"\s*([\w.+-]{1,127})\s*/\s*([\w.+-]{1,127})", re.A)
-_WORD = re.compile(r"\s*([\w.-]*)", re.A)
-_CHARSET = re.compile(r"[\w.-]{1,40}", re.A)
+_DELIMITER_END = re.compile(rb"(--)?[ \t]*(?=\r\n|\Z)")
+_CID = re.compile(r"[cC][iI][dD]:([^\"'<>&]{1,500})")
 _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset=[\"']?([\w-]{1,40})", re.I)
 _ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.I)
 _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
@@ -2433,18 +2277,13 @@ SAYABLE_FILES = frozenset({"application/pkcs7-mime", "application/x-pkcs7-mime",
 IMPORTANCE: Mapping[str, str] = {
     "high": "high", "urgent": "high", "1": "high", "2": "high", "normal": "normal",
     "low": "low", "non-urgent": "low", "4": "low", "5": "low"}
-# What is meant by the name of a charset, where Python knows less by it than mail programs.
+# The charset to decode with in place of one with this name in Python: mail programs mean
+# more by some names, and the last two take quadratic time.
 CHARSETS: Mapping[str, str] = {
-    "ascii": "utf-8", "iso8859-1": "cp1252", "gb2312": "gb18030", "gbk": "gb18030",
-    "shift-jis": "cp932", "x-sjis": "cp932", "euc-kr": "cp949", "big5": "cp950",
-    "tis-620": "cp874", "windows-874": "cp874", "iso-8859-8-i": "iso8859-8",
-    "cp-1251": "cp1251",
-    # These are no charsets, or take their time.
-    "punycode": "", "idna": "", "unicode-escape": "", "raw-unicode-escape": "",
-    "undefined": ""}
-
-
-# As "replace" does, but in Python: other threads run meanwhile.
+    "ascii": "utf-8", "iso8859-1": "cp1252", "gb2312": "gb18030", "shift-jis": "cp932",
+    "euc-kr": "cp949", "punycode": "utf-8", "idna": "utf-8"}
+# As "replace" does, but in Python: other threads run during the seconds that 8 MB of faults
+# take in some codecs.
 codecs.register_error("relay.replace",
                       lambda error: ("\ufffd", error.end))  # type: ignore[attr-defined]
 
@@ -2469,7 +2308,6 @@ class Part:
     is_attachment: bool         # says that it is one
     file_name: str
     content_id: str
-    location: str
     encoding: str
 
     @property
@@ -2489,7 +2327,7 @@ class Part:
             return _decode_base64(self._slices())
         if self.encoding == "quoted-printable":
             return map(binascii.a2b_qp, self._slices())
-        if self.encoding in ("7bit", "8bit", "binary"):
+        if self.encoding in ("7bit", "8bit", "binary") or self.is_form:
             return self._slices()
         raise Unsayable("has a part in an unknown encoding")
 
@@ -2575,16 +2413,20 @@ def make_outgoing(envelope: Envelope, config: Config, login: str = "") -> Outgoi
 
 def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     """Take a prepared message apart. Raises DeliveryError."""
-    fields = split_header(prepared.header, is_read=bool).fields
+    fields = split_header(prepared.header).fields
     leaves = _leaves(_read_part(fields, message, len(prepared.before), len(message)),
                      itertools.count())
     text = _text_of(leaves)
     files = [one for one in leaves if one is not text]
-    body = _read_text(text)
+    body = _read_text(text) if text else ""
     is_html = text is not None and text.media_type == "text/html"
     shown = _shown_images(body, files) if is_html else []
-    content = _as_json(_draft_properties(fields, prepared.mailbox),
-                       "HTML" if is_html else "Text", body)
+    # Separately: a text with one emoji has four bytes for each character until encoded.
+    content, properties = (
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        for value in (body, _draft_properties(fields, prepared.mailbox)))
+    content = b'{"body": {"contentType": "%b", "content": %b}, %b' % (
+        b"HTML" if is_html else b"Text", content, properties[1:])
     if len(content) > GRAPH_REQUEST_LIMIT:
         raise Unsayable("has a text that is too large by itself")
     # An object of our own, as that of the module reads files of the system.
@@ -2598,60 +2440,44 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     return Draft(content, attachments)
 
 
-def _as_json(properties: dict[str, Any], kind: str, body: str) -> bytes:
-    """Write a draft, its text slice by slice: with one emoji 4 MB of it take 16."""
-    head = json.dumps({"body": {"contentType": kind, "content": ""}})[:-3]
-    slices = (json.dumps(body[begin:begin + 65536], ensure_ascii=False)[1:-1]
-              for begin in range(0, len(body), 65536))
-    tail = json.dumps(properties, ensure_ascii=False)
-    return b"".join(one.encode("utf-8", "replace") for one in itertools.chain(
-        [head], slices, ['"},' + tail[1:]]))
-
-
 def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
                end: int) -> Part:
-    """Read what the fields of a part say, RFC 2045, 2183, 2231. Raises Unsayable."""
+    """Read what the fields of a part say, RFC 2045, 2183, 2231."""
     if message.startswith(b"\r\n", begin, end):       # the empty line behind them
         begin += 2
     header = email.message.Message()
     for one in fields:
         if one.name in _PART_FIELDS:
-            if len(one.octets) > MAX_VALUE or one.octets.count(b";") > MAX_PARAMETERS:
-                raise Unsayable("has a part with a field that is too long")
-            header[one.name.decode()] = _unfolded(one)
-    disposition = _WORD.match(header.get("content-disposition", ""))
-    encoding = _WORD.match(header.get("content-transfer-encoding", "") or "7bit")
-    assert disposition and encoding     # they match anything
-    parameters = _parameters(header, "content-type")
+            parameters = _unfolded(one)[:MAX_VALUE].split(";")[:MAX_PARAMETERS]
+            header[one.name.decode()] = ";".join(parameters)
+    disposition = _word(header.get("content-disposition", ""))
+    encoding = _word(header.get("content-transfer-encoding", "") or "7bit")
+    of_type = _parameters(header, "content-type")
     name = (_parameters(header, "content-disposition").get("filename")
-            or parameters.get("name", ""))
+            or of_type.get("name", ""))
     file_name = _one_line(name, "_").encode("utf-8", "replace").decode()
-    value = header.get("content-type", "") or "text/plain"
-    match = _MEDIA_TYPE.match(value)
-    if match:
-        media_type = f"{match[1]}/{match[2]}".lower()
-    elif re.search("multipart|message", value, re.I):
-        raise Unsayable("has a part of an unknown type")
-    else:                               # it is text, RFC 2045 section 5.2, if it can be
-        is_binary = name or encoding[1].lower() == "base64"
-        media_type = "application/octet-stream" if is_binary else "text/plain"
-    return Part(message, begin, end, media_type, parameters,
-                disposition[1].lower() == "attachment", file_name[-MAX_FILE_NAME:],
-                header.get("content-id", "").strip(" \t<>")[:MAX_CONTENT_ID],
-                header.get("content-location", "").strip(), encoding[1].lower())
+    match = _MEDIA_TYPE.match(header.get("content-type", "") or "text/plain")
+    unknown = "application/octet-stream" if encoding == "base64" else "text/plain"
+    return Part(message, begin, end,
+                f"{match[1]}/{match[2]}".lower() if match else unknown, of_type,
+                disposition == "attachment", file_name[-MAX_FILE_NAME:],
+                header.get("content-id", "").strip(" \t<>"), encoding)
+
+
+def _word(value: str) -> str:
+    """The first word of a value, in lower case."""
+    return str(re.findall(r"\W*([\w.-]*)", value, re.A)[0]).lower()
 
 
 def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
     """Read the parameters of a field; those of RFC 2231 come last, and win."""
-    try:
-        pairs = header.get_params([], name)
-    except (ValueError, TypeError, LookupError):        # RFC 2231 that is nonsense
-        pairs = []
     parameters = {}
-    for key, value in pairs:
-        if isinstance(value, tuple):    # charset, language, octets
-            value = decode_text(value[2].encode("latin-1", "replace"), value[0] or "")
-        parameters[key] = value         # the standard library has it in lower case
+    # RFC 2231 that is nonsense makes the standard library raise.
+    with contextlib.suppress(ValueError, TypeError, LookupError):
+        for key, value in header.get_params([], name):
+            if isinstance(value, tuple):    # charset, language, octets
+                value = decode_text(value[2].encode("latin-1", "replace"), value[0] or "")
+            parameters[key] = value     # the standard library has it in lower case
     return parameters
 
 
@@ -2667,12 +2493,9 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     found: list[list[Part]] = []
     for begin, end in _split_parts(part):
         # The CRLF of the next delimiter may be that of the last field.
-        header = split_header(part.message, begin, min(end + 2, part.end),
-                              _PART_FIELDS.__contains__, is_part=True)
+        header = split_header(part.message, begin, min(end + 2, part.end))
         child = _read_part(header.fields, part.message, min(header.end, end), end)
-        leaves = _leaves(child, counter, depth + 1)
-        start = part.parameters.get("start", "").strip("<>")
-        found.insert(0 if start and start == child.content_id else len(found), leaves)
+        found.append(_leaves(child, counter, depth + 1))
     if not found:
         raise Unsayable("has parts that cannot be told apart")
     leaves = [leaf for one in found for leaf in one]
@@ -2700,84 +2523,63 @@ def _text_of(leaves: list[Part]) -> Part | None:
 def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
     """Find where the parts of a part begin and end, RFC 2046 section 5.1.1."""
     boundary = part.parameters.get("boundary", "").encode("utf-8", "replace")
-    if not 0 < len(boundary) <= MAX_BOUNDARY:
+    if not boundary:
         return
-    # The CRLF behind a delimiter may be that before the next.
-    delimiter = re.compile(rb"\r\n--" + re.escape(boundary)
-                           + rb"(--)?[ \t]{0,999}(?=\r\n|\Z)")
+    delimiter = b"\r\n--" + boundary
     begin = part.end + 1                # nothing began yet
-    for start in range(max(0, part.begin - 2), part.end, FIND_AT_ONCE):
-        stop = start + FIND_AT_ONCE     # of those that begin there, but end a bit later
-        most = min(stop + 2048, part.end)
-        for match in delimiter.finditer(part.message, start, most):
-            if match.start() >= stop:
-                break
+    start = part.message.find(delimiter, max(0, part.begin - 2), part.end)
+    while start >= 0:
+        stop = start + len(delimiter)
+        match = _DELIMITER_END.match(part.message, stop, part.end)
+        if match:
             if begin <= part.end:
-                yield begin, match.start()
+                yield begin, start
             if match[1]:
                 return
             begin = match.end() + 2
+            stop = match.end()          # its CRLF may be that before the next
+        start = part.message.find(delimiter, stop, part.end)
     if begin <= part.end:               # the last delimiter is missing
         yield begin, part.end
 
 
-def _read_text(part: Part | None) -> str:
+def _read_text(part: Part) -> str:
     """Read the text of a draft. Raises Unsayable."""
-    if part is None:
-        return ""
     charset = part.parameters.get("charset", "").strip()
-    most = GRAPH_REQUEST_LIMIT * (2 if "16" in charset else 1)
     octets = bytearray()
     for piece in part.pieces():
         octets += piece
-        if len(octets) > most:
+        if len(octets) > 2 * GRAPH_REQUEST_LIMIT:       # UTF-16 has two for a character
             raise Unsayable("has a text that is too large by itself")
     if not charset and part.media_type == "text/html":
         match = _META_CHARSET.search(octets, 0, 1024)
         charset = match[1].decode() if match else ""
-    if charset and not _codec(charset) and not octets.isascii():
-        raise Unsayable("has a text in an unknown charset")
     return decode_text(octets, charset)
 
 
 def _shown_images(text: str, files: list[Part]) -> list[Part]:
-    """Find the files that an HTML text shows by their Content-ID. Raises Unsayable."""
-    # In octets, as a text with one emoji takes 4 for each character.
-    low = text.encode("utf-8", "replace").lower()
-    for part in files:
-        location = part.location.encode("utf-8", "replace").lower()
-        if location and not part.content_id and location in low:
-            raise Unsayable("has images that are shown by Content-Location")
-    places = [place[:MAX_CONTENT_ID + 10].decode("utf-8", "replace")
-              for place in low.split(b"cid:", MAX_CIDS)[1:MAX_CIDS]]
-    places += [change(place) for place in places if set(place) & {"&", "%"}
-               for change in (html.unescape, urllib.parse.unquote)]
-    return [part for part in files if part.content_id and any(
-        place.lower().startswith(part.content_id.lower())
-        and not re.match(r"[\w.@$+-]", place[len(part.content_id):]) for place in places)]
-
-
-def _codec(charset: str) -> str:
-    """Find what Python calls a charset, or ""."""
-    name = CHARSETS.get(charset.lower().replace("_", "-"), charset)
-    if _CHARSET.fullmatch(name):
-        with contextlib.suppress(LookupError, ValueError):
-            b" ".decode(name, "replace")        # not all codecs are of text
-            found = codecs.lookup(name).name.replace("_", "-")
-            return CHARSETS.get(found, found)   # names have many spellings
-    return ""
+    """Find the files that an HTML text shows by their Content-ID."""
+    shown = set()
+    for match in itertools.islice(_CID.finditer(text), MAX_CIDS):
+        # To the next quote, or without quotes to the next space or parenthesis.
+        shown |= {match[1].lower(), re.split(r"[\s)]", match[1].lower(), maxsplit=1)[0]}
+    return [part for part in files if part.content_id.lower() in shown - {""}]
 
 
 def decode_text(octets: bytes | bytearray, charset: str = "") -> str:
     """Decode text; what is wrong or not said is what it most likely is."""
-    codec = _codec(charset) or "utf-8"
+    codec = "utf-8"
+    with contextlib.suppress(LookupError, ValueError):
+        b" ".decode(charset[:40], "replace")            # not all codecs are of text
+        codec = codecs.lookup(charset[:40]).name.replace("_", "-")
+    codec = CHARSETS.get(codec, codec)
     # ISO-2022-JP with a fault is ASCII, and so UTF-8, but it is not what it says.
-    for name in (codec,) if codec.startswith(("iso2022", "hz")) else (codec, "utf-8"):
+    for name in (codec,) if codec.startswith("iso2022") else (codec, "utf-8"):
         with contextlib.suppress(ValueError):
             return octets.decode(name)
     text = octets.decode(codec, "relay.replace")
     if codec == "utf-8" and not re.search("[^\x00-\x7f\ufffd]", text):
-        return octets.decode("cp1252", "relay.replace")     # nothing of UTF-8 was in it
+        return octets.decode("cp1252", "relay.replace")       # nothing of UTF-8 was in it
     return text
 
 
@@ -2807,12 +2609,12 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
     first: dict[bytes, Field] = {}
     people: dict[bytes, list[dict[str, Any]]] = {}
     for one in fields:
-        if one.name in _ADDRESS_FIELDS:
+        if one.name in (*_ADDRESS_FIELDS, b"from", b"reply-to"):
+            mails = one.name in _ADDRESS_FIELDS
             people.setdefault(one.name, []).extend(
-                map(_person, _read_field(one).addresses))
-        elif one.name in _EDITED_FIELDS:        # they mail nobody
-            people.setdefault(one.name, []).extend(
-                _person(author) for author in _read_from(one) if author.key)
+                _person(address)
+                for address in (_read_field(one).addresses if mails else _read_from(one))
+                if address.key)
         else:
             first.setdefault(one.name, one)
     values = {name: _one_line(_unfolded(one)) for name, one in first.items()}
@@ -2831,20 +2633,16 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
 
 def _importance(values: Mapping[bytes, str]) -> str | None:
     for name in (b"importance", b"x-priority", b"priority", b"x-msmail-priority"):
-        match = _WORD.match(values.get(name, ""))
-        if match and match[1].lower() in IMPORTANCE:
-            return IMPORTANCE[match[1].lower()]
+        word = _word(values.get(name, ""))
+        if word in IMPORTANCE:
+            return IMPORTANCE[word]
     return None
 
 
 def _person(address: Address) -> dict[str, Any]:
     """Write an address as Graph wants it; a comment may be the name."""
-    tokens = address.tokens
-    if "<" in tokens:
-        name = "".join(email.utils.unquote(one) if one[0] == '"' else one
-                       for one in tokens[:tokens.index("<")] if one[0] != "(")
-    else:
-        name = next((one[1:-1] for one in tokens if one[0] == "("), "")
+    name = address.before.rstrip("<" + _WHITE) or address.after.strip(">()" + _WHITE)
+    name = _QUOTED_TEXT.sub(lambda match: email.utils.unquote(match[0]), name)
     name = _one_line(decode_text(" ".join(name.split()).encode("utf-8", "surrogateescape")))
     mailbox = address.mailbox.encode("utf-8", "replace").decode()
     return {"emailAddress": {"address": mailbox, **({"name": name} if name else {})}}
@@ -3261,7 +3059,7 @@ def pause_after(failures: int, chance: float) -> float:
 def make_notice(entry: Entry, header: bytes, reporter: str, ident: str,
                 now: float) -> bytes:
     """Write to who sent a message that it was given up; RFC 3464, RFC 3834 section 3."""
-    subject = split_header(header, is_read=b"subject".__eq__).find(b"subject")
+    subject = split_header(header).find(b"subject")
     named = f"Subject:     {_one_line(_unfolded(subject[0]))[:200]}\n" if subject else ""
     recipients = "\n             ".join(entry.recipients)
     arrived, ended = (email.utils.formatdate(one) for one in (entry.queued_at, now))

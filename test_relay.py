@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import email
+import email.policy
 import email.utils
 import errno
 import functools
@@ -421,7 +422,7 @@ class SettingTests(unittest.TestCase):
                 ("GRAPH_ENDPOINT", "http://10.0.0.1", "http://localhost.evil.example"),
                 ("MAX_MESSAGE_SIZE", "10M", "0", "999", "157286401"), ("MAX_RECIPIENTS", "0"),
                 ("MAX_MEMORY_FOR_MESSAGES", "1G", "999"), ("SENDER_FROM", "mime"),
-                ("FROM_MISMATCH", "drop"), ("HEADER_RECIPIENTS", "yes"),
+                ("FROM_MISMATCH", "refuse"), ("HEADER_RECIPIENTS", "refuse"),
                 ("LARGE_MESSAGES", "true"),
                 ("MAX_CONNECTIONS", "-5"), ("MAX_CONNECTIONS_PER_CLIENT", "1.5"),
                 ("CLIENT_TIMEOUT", "0", "forever"), ("UPSTREAM_TIMEOUT", "nan"),
@@ -1765,230 +1766,174 @@ def deliver_to(header: str, *recipients: str, body: str = "\r\nText\r\n",
     return outcome.decode("utf-8", "surrogateescape").replace(f"From: {SENDER}\r\n", "", 1)
 
 
+def check_time(play: Callable[..., object], size: int, *arguments: Any) -> None:
+    """Check that four times the size takes less than ten times the time: not the square."""
+    times = []
+    for length in (size, 4 * size):
+        begun = time.process_time()
+        with contextlib.suppress(relay.DeliveryError):
+            play(length, *arguments)
+        times.append(time.process_time() - begun)
+    assert times[1] < 10 * times[0] + 0.5, times
+
+
 class RecipientTests(unittest.TestCase):
     """Who gets it is the envelope, no one else."""
 
     def test_a_message_that_names_the_envelope_stays_as_it_is(self) -> None:
         for header in (
-                "To: a@x.y, b@x.y\r\n",
-                "To: a@x.y\r\nCc: b@x.y\r\n",
-                "To: a@x.y\r\nBcc: b@x.y\r\n",
-                "TO:A@X.Y,\r\n\tB@x.Y\r\n",
-                "To: Ann <a@x.y>, \"B, the second\" <b@x.y>\r\n",
-                "To: a@x.y (Ann (the first)), (Bob)b@x.y\r\n",
-                "To: Team: a@x.y, Bob <b@x.y>;\r\n",
-                "To: undisclosed-recipients:;\r\nBcc: a@x.y, b@x.y\r\n",
-                "To: a@x.y,, b@x.y,\r\n",
-                "To: =?utf-8?Q?M=C3=BCller?= <a@x.y>, =?utf-8?B?w7w=?= <b@x.y>\r\n",
-                "To: M\udcfcller <a@x.y>, b@x.y\r\n",
-                "To: <@route.example,@other.example:a@x.y>, b@x.y\r\n",
-                "To: \"a\"@x.y, b@x.y\r\n",
-                "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\r\n",
-                "To: a@x.y (A@x.y), Bob (b@x.y) <b@x.y>\r\n",
-                "To: Team: a@x.y;, b@x.y\r\n",
-                "To: \"a; b\" < a@x.y >, b@x.y\r\n",
-                "To: undisclosed-recipients:\r\nBcc: a@x.y, b@x.y\r\n",
-                "To: a@x.y\r\nTo: b@x.y\r\n",
-                "To: a@x.y, b@x.y, a@x.y\r\nCc: b@x.y\r\n",
-                "To: a@x.y, b@x.y\r\nno field\r\nSubject: x\r\n",
-                "Subject: x\r\n To: c@x.y\r\nTo: a@x.y, b@x.y\r\n"):
+                "To: a@x.y, b@x.y\n", "To: a@x.y\nCc: b@x.y\n", "To: a@x.y\nBcc: b@x.y\n",
+                "TO:A@X.Y,\n\tB@x.Y\n", "To: Ann <a@x.y>, \"B, the second\" <b@x.y>\n",
+                "To: a@x.y (Ann, the first), B\n\t<b@x.y>(Bob)\n",
+                "To: Team: a@x.y, Bob <b@x.y>;\n",
+                "To: undisclosed-recipients:;\nBcc: a@x.y, b@x.y\n", "To: a@x.y,, b@x.y,\n",
+                "To: =?utf-8?Q?M=C3=BCller?= <a@x.y>, =?utf-8?B?w7w=?= <b@x.y>\n",
+                "To: M\udcfcller <a@x.y>, b@x.y\n", "To: \"a\"@x.y, b@x.y\n",
+                "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\n", "To: \"a; b\" < a@x.y >, b@x.y\n",
+                "To: undisclosed-recipients:\nBcc: a@x.y, b@x.y\n", "To: a@x.y\nTo: b@x.y\n",
+                "To: a@x.y, b@x.y, a@x.y\nCc: b@x.y\n",
+                "Subject: x\n To: c@x.y\nTo: a@x.y, b@x.y\n"):
             with self.subTest(header):
+                header = header.replace("\n", "\r\n")
                 self.assertEqual(deliver_to(header, "a@x.y", "b@X.y"), header + "\r\nText\r\n")
 
     def test_edits(self) -> None:
         for header, recipients, wanted in (
                 # Whom no field names gets into one Bcc.
-                ("To: a@x.y\r\n", "a@x.y h@x.y", "Bcc: h@x.y\r\nTo: a@x.y\r\n"),
-                ("Subject: x\r\n", "a@x.y b@x.y", "Bcc: a@x.y,\r\n b@x.y\r\nSubject: x\r\n"),
-                ("To: a@x.y\r\nBcc: \"B\" <b@x.y>\r\nX: y\r\nBcc: c@x.y\r\n",
-                 "a@x.y b@x.y c@x.y h@x.y",
-                 "Bcc: \"B\" <b@x.y>,\r\n c@x.y,\r\n h@x.y\r\nTo: a@x.y\r\nX: y\r\n"),
+                ("To: a@x.y\n", "a@x.y h@x.y", "Bcc: h@x.y\nTo: a@x.y\n"),
+                ("Subject: x\n", "a@x.y b@x.y", "Bcc: a@x.y,\n b@x.y\nSubject: x\n"),
+                ("To: a@x.y\nBcc: \"B\" <b@x.y>\nX: y\nBcc: c@x.y\n", "a@x.y b@x.y c@x.y h@x.y",
+                 "Bcc: \"B\" <b@x.y>,\n c@x.y,\n h@x.y\nTo: a@x.y\nX: y\n"),
                 # Whom the envelope does not name is taken out, and kept readable.
-                ("To: a@x.y, Other One <o@x.y>\r\n", "a@x.y",
-                 "To: a@x.y\r\nX-Original-To: Other One <o@x.y>\r\n"),
-                ("Cc: o@x.y\r\nSubject: x\r\nTo: a@x.y\r\n", "a@x.y",
-                 "X-Original-Cc: o@x.y\r\nSubject: x\r\nTo: a@x.y\r\n"),
-                ("To: o@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                ("To: a@x.y\r\nBcc: o@x.y\r\n", "a@x.y", "To: a@x.y\r\n"),
-                ("To: a@x.y\r\nBcc: o@x.y, b@x.y\r\n", "a@x.y b@x.y",
-                 "To: a@x.y\r\nBcc: b@x.y\r\n"),
-                ("To: Team: a@x.y, o@x.y;\r\n", "a@x.y",
-                 "To: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                ("to: \"O, P\" <o@x.y>,\r\n  Ann (x)\r\n <a@x.y>\r\n", "a@x.y",
-                 "to: Ann (x)\r\n <a@x.y>\r\nX-Original-to: \"O, P\" <o@x.y>\r\n"),
-                # The customer is public, the device writes to the developer only.
-                ("To: customer@public.com\r\n", "dev@t.com",
-                 "Bcc: dev@t.com\r\nX-Original-To: customer@public.com\r\n"),
+                ("To: a@x.y, Other One <o@x.y>\n", "a@x.y",
+                 "To: a@x.y\nX-Original-To: Other One <o@x.y>\n"),
+                ("Cc: o@x.y\nSubject: x\nTo: a@x.y\n", "a@x.y",
+                 "X-Original-Cc: o@x.y\nSubject: x\nTo: a@x.y\n"),
+                ("To: o@x.y\n", "a@x.y", "Bcc: a@x.y\nX-Original-To: o@x.y\n"),
+                ("To: a@x.y\nBcc: o@x.y\n", "a@x.y", "To: a@x.y\n"),
+                ("To: a@x.y\nBcc: o@x.y, b@x.y\n", "a@x.y b@x.y", "To: a@x.y\nBcc: b@x.y\n"),
+                ("To: Team: a@x.y, o@x.y;\n", "a@x.y", "To: a@x.y\nX-Original-To: o@x.y\n"),
+                ("to: \"O, P\" <o@x.y>,\n  Ann\n <a@x.y>(x)\n", "a@x.y",
+                 "to: Ann\n <a@x.y>(x)\nX-Original-to: \"O, P\" <o@x.y>\n"),
                 # What cannot be read beyond doubt names nobody.
-                ("To: a@x.y b@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: a@x.y b@x.y\r\n"),
-                ("To: o@x.y <a@x.y>\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: o@x.y <a@x.y>\r\n"),
-                ("To: a@x.y (o@x.y)\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: a@x.y (o@x.y)\r\n"),
-                ("To: \"a@x.y\r\nBcc: a@x.y (\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: \"a@x.y\r\n"),
-                ("Cc: <a@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-Cc: <a@x.y\r\n"),
-                ("To: a@x.y\0\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: a@x.y\0\r\n"),
-                ("To: [o@x.y] <a@x.y>\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: [o@x.y] <a@x.y>\r\n"),
-                ("To: [o@x.y]g:;\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: [o@x.y]g:;\r\n"),
-                ("To: a@x.y\u00a0\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: a@x.y\u00a0\r\n"),
-                ("To: g: a@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: g: a@x.y\r\n"),
-                ("To: :a@x.y;\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: :a@x.y;\r\n"),
-                (" x\r\nTo: o@x.y\r\n", "a@x.y",
-                 " x\r\nBcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                (" x\r\noops\r\nTo: a@x.y\r\n", "a@x.y",
-                 " x\r\nBcc: a@x.y\r\noops\r\nTo: a@x.y\r\n"),
-                ("\tx\r\noops\r\nTo: a@x.y\r\n", "a@x.y",
-                 "\tx\r\nBcc: a@x.y\r\noops\r\nTo: a@x.y\r\n"),
-                (" x\r\nX-A: y\r\n", "a@x.y", " x\r\nBcc: a@x.y\r\nX-A: y\r\n"),
-                (" x\r\nFoo: y\r\n", "a@x.y", "Bcc: a@x.y\r\n\r\n x\r\nFoo: y\r\n"),
-                # U+212A is no k, though lower() says so.
-                ("To: \u212a@x.y\r\n", "k@x.y",
-                 "Bcc: k@x.y\r\nX-Original-To: \u212a@x.y\r\n"),
-                ("To: \"o@x.y\"] <a@x.y>\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: \"o@x.y\"] <a@x.y>\r\n"),
-                ("To: \"Q\r\n <o@x.y>, q\" <a@x.y>\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: \"Q\r\n <o@x.y>, q\" <a@x.y>\r\n"),
-                ("To: a@x.\r\n y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: a@x.\r\n y\r\n"),
-                ("To: a @x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: a @x.y\r\n"),
-                ("To: =?utf-8?q?a?=@x.y\r\n", "=?utf-8?q?a?=@x.y",
-                 "Bcc: =?utf-8?q?a?=@x.y\r\nX-Original-To: =?utf-8?q?a?=@x.y\r\n"),
+                *((f"To: {value}\n", "a@x.y", f"Bcc: a@x.y\nX-Original-To: {value}\n")
+                  for value in (
+                      "a@x.y b@x.y", "o@x.y <a@x.y>", "a@x.y (o@x.y)", "\"a@x.y", "<a@x.y",
+                      "a@x.y\0", "[o@x.y] <a@x.y>", "[o@x.y]g:;", "a@x.y\u00a0", "g: a@x.y",
+                      ":a@x.y;", "\"o@x.y\"] <a@x.y>", "\"Q\n <o@x.y>, q\" <a@x.y>",
+                      "a@x.\n y", "a @x.y", "(Ann)", "(Ann) a@x.y", "a@x.y (a\n b)",
+                      "a@x.y (A (n))", "Ann (x) <a@x.y>", "<@r.x,@s.y:a@x.y>", "G: a@x.y;, a@x.y",
+                      "a@x.y, G: a@x.y;", ";", "G: a@x.y; H:;", "Gr\u00fcn: a@x.y;",
+                      "A\\ <a@x.y>")),
+                ("Bcc: a@x.y (\nCc: <a@x.y\n", "a@x.y", "Bcc: a@x.y\nX-Original-Cc: <a@x.y\n"),
+                (" x\nTo: o@x.y\n", "a@x.y", " x\nBcc: a@x.y\nX-Original-To: o@x.y\n"),
+                (" x\noops\nTo: a@x.y\n", "a@x.y", " x\nBcc: a@x.y\noops\nTo: a@x.y\n"),
+                (" x\nX-A: y\n", "a@x.y", " x\nBcc: a@x.y\nX-A: y\n"),
+                (" x\nFoo: y\n", "a@x.y", "Bcc: a@x.y\n\n x\nFoo: y\n"),
+                ("To: \u212a@x.y\n", "k@x.y", "Bcc: k@x.y\nX-Original-To: \u212a@x.y\n"),
+                ("To: =?utf-8?q?a?=@x.y\n", "=?utf-8?q?a?=@x.y",
+                 "Bcc: =?utf-8?q?a?=@x.y\nX-Original-To: =?utf-8?q?a?=@x.y\n"),
                 # Semicolons, as people type them; not every reader parts there.
-                ("To: a@x.y; B <b@x.y>;\r\n", "a@x.y b@x.y",
-                 "To: a@x.y,\r\n B <b@x.y>\r\n"),
-                ("To: Team: a@x.y; b@x.y\r\n", "a@x.y b@x.y",
-                 "To: a@x.y,\r\n b@x.y\r\n"),
-                # Whom a field names behind a malformed line is in Bcc too.
-                ("To: a@x.y\r\nno field\r\nCc: b@x.y\r\n", "a@x.y b@x.y",
-                 "Bcc: b@x.y\r\nTo: a@x.y\r\nno field\r\nCc: b@x.y\r\n"),
-                ("To : a@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nTo : a@x.y\r\n"),
-                ("To : o@x.y\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n"),
-                ("no field\r\nBcc: a@x.y, o@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nno field\r\n"),
-                ("To: a@x.y\r\nno field\r\n", "a@x.y", "To: a@x.y\r\n\r\nno field\r\n"),
-                ("To: a@x.y\r\nSubject: s\r\nno field\r\n", "a@x.y",
-                 "To: a@x.y\r\nSubject: s\r\n\r\nno field\r\n"),
-                ("To: (Ann)\r\n", "a@x.y", "Bcc: a@x.y\r\nX-Original-To: (Ann)\r\n"),
+                ("To: a@x.y; B <b@x.y>;\n", "a@x.y b@x.y", "To: a@x.y,\n B <b@x.y>\n"),
+                ("To: Team: a@x.y; b@x.y;\n", "a@x.y b@x.y", "To: a@x.y,\n b@x.y\n"),
+                # With a malformed line all are in Bcc too; a Resent-Bcc never stays.
+                ("To: a@x.y\nno field\nCc: b@x.y\n", "a@x.y b@x.y",
+                 "Bcc: a@x.y,\n b@x.y\nTo: a@x.y\nno field\nCc: b@x.y\n"),
+                ("To: a@x.y\nRESENT-BCC: h@x.y,\n o@x.y\nResent-To: r@x.y\n", "a@x.y",
+                 "To: a@x.y\nResent-To: r@x.y\n"),
+                ("To : a@x.y\n", "a@x.y", "Bcc: a@x.y\nTo : a@x.y\n"),
+                ("To : o@x.y\n", "a@x.y", "Bcc: a@x.y\nX-Original-To: o@x.y\n"),
+                ("no field\nBcc: a@x.y, o@x.y\n", "a@x.y", "Bcc: a@x.y\nno field\n"),
+                ("To: a@x.y\nSubject: s\nno field\n", "a@x.y",
+                 "To: a@x.y\nSubject: s\n\nno field\n"),
+                # Which fields make a header.
+                *((f"oops\n{name}: x\n", "a@x.y", f"Bcc: a@x.y\n{more}oops\n{name}: x\n")
+                  for more, names in (
+                      ("", "Subject DATE Sender Message-ID Received Return-Path MIME-Version "
+                           "Importance Priority Content-Type Resent-Date List-Id X-Mailer"),
+                      ("\n", "Topic Subjects Importances Xa")) for name in names.split()),
                 # Quoted local parts.
-                ("To: \"a b\"@x.y\r\n", "\"a b\"@x.y", "To: \"a b\"@x.y\r\n"),
-                ("To: \"a\\ b\"@x.y\r\n", "\"A b\"@x.y c@x.y",
-                 "Bcc: c@x.y\r\nTo: \"a\\ b\"@x.y\r\n"),
-                ("Subject: x\r\n", "\u00fc@x.y", "Bcc: \u00fc@x.y\r\nSubject: x\r\n"),
+                ("To: \"a b\"@x.y\n", "\"a b\"@x.y", "To: \"a b\"@x.y\n"),
+                ("To: \"a\\ b\"@x.y\n", "\"A b\"@x.y c@x.y", "Bcc: c@x.y\nTo: \"a\\ b\"@x.y\n"),
+                ("Subject: x\n", "\u00fc@x.y", "Bcc: \u00fc@x.y\nSubject: x\n"),
                 # Malformed lines end nothing; text behind the last field is text.
-                ("oops\r\nTo: o@x.y\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\noops\r\nX-Original-To: o@x.y\r\n"),
-                ("To: o@x.y\r\nHello there\r\n", "a@x.y",
-                 "Bcc: a@x.y\r\nX-Original-To: o@x.y\r\n\r\nHello there\r\n")):
+                ("oops\nTo: o@x.y\n", "a@x.y", "Bcc: a@x.y\noops\nX-Original-To: o@x.y\n"),
+                ("To: o@x.y\nHello there\n", "a@x.y",
+                 "Bcc: a@x.y\nX-Original-To: o@x.y\n\nHello there\n")):
             with self.subTest(header):
-                self.assertEqual(deliver_to(header, *re.findall(r'(?:"[^"]*"|[^ "])+', recipients)),
-                                 wanted + "\r\nText\r\n")
-
-    def test_messages_without_a_header_or_a_body(self) -> None:
-        for message, wanted in (
-                ("", "Bcc: a@x.y\r\n\r\n"),
-                ("\r\n", "Bcc: a@x.y\r\n\r\n"),
-                ("\r\nTo: o@x.y\r\n", "Bcc: a@x.y\r\n\r\nTo: o@x.y\r\n"),
-                ("Just text\r\n", "Bcc: a@x.y\r\n\r\nJust text\r\n"),
-                ("Just text\r\n\r\nTo: o@x.y\r\n",
-                 "Bcc: a@x.y\r\n\r\nJust text\r\n\r\nTo: o@x.y\r\n"),
-                ("Subject: x\r\n", "Bcc: a@x.y\r\nSubject: x\r\n"),
-                (" folded\r\n\r\nText\r\n", "Bcc: a@x.y\r\n\r\n folded\r\n\r\nText\r\n")):
-            with self.subTest(message):
-                self.assertEqual(deliver_to(message, "a@x.y", body=""), wanted)
-
-    def test_which_fields_make_a_header(self) -> None:
-        for name in ("Subject", "DATE", "Sender", "Message-ID", "In-Reply-To", "References",
-                     "Received", "Return-Path", "MIME-Version", "Importance", "Priority",
-                     "Content-Type", "Resent-Date", "List-Id", "X-Mailer"):
-            lines = f"oops\r\n{name}: x\r\n"
-            self.assertEqual(deliver_to(lines, "a@x.y"), f"Bcc: a@x.y\r\n{lines}\r\nText\r\n")
-        for name in ("Topic", "Date of print", "Subjects", "Importance of it", "Xa"):
-            lines = f"oops\r\n{name}: x\r\n"
-            self.assertEqual(deliver_to(lines, "a@x.y"), f"Bcc: a@x.y\r\n\r\n{lines}\r\nText\r\n")
-
-    def test_the_body_is_not_touched(self) -> None:
-        body = bytes(range(256)).replace(b"\r", b"").replace(b"\n", b"") * 50
-        message = b"To: o@x.y\r\n\r\n" + body + b"\r\nTo: o@x.y\r\nBcc: z@x.y\r\n\r\n"
-        self.assertTrue(prepared(message, "a@x.y").endswith(
-            message.partition(b"\r\n\r\n")[2]))
+                outcome = deliver_to(header.replace("\n", "\r\n"),
+                                     *re.findall(r'(?:"[^"]*"|[^ "])+', recipients))
+                self.assertEqual(outcome.replace("\r\n", "\n"), wanted + "\nText\n")
 
     def test_random_headers(self) -> None:
-        """No exception; the envelope and nobody else is named; the body stays."""
+        """No reader finds anybody but the envelope in To, Cc and Bcc; the rest stays."""
         people = ["a@x.y", "b@x.y", "\"q r\"@x.y", "A@X.Y", "o@x.y", "p@x.y"]
-        pieces = [*people, "Name <{}>", "\"N, m\" <{}>", "{} (c)", "G: {}, {};", ",", ";", ":",
-                  "<", ">", "(", ")", "\"", "\\", "@", " ", "\r\n ", "=?utf-8?Q?a=40b?=", "[",
-                  "]", "\udcff", "\u00fc", ".", "undisclosed-recipients:;", "\0"]
+        forms = ["{}", "{}", "<{}>", "Ann <{}>", "\"N, m\" <{}>", "{} (c)", "{} <{}>",
+                 "Ann\r\n <{}>", "N. M. < {} > (x y)", "=?utf-8?Q?o=40x=2Ey=2C?= <{}>",
+                 "\"{}\" <{}>", "\udcff\u00fc <{}>", "\"a\\\"b\" <{}>", "G: {}, {};"]
+        noise = [*people, *",;:<>()\"\\@[]. \0\udcff", "\r\n ", "<@r.x:",
+                 "=?utf-8?Q?a=40b?=", "undisclosed-recipients:;"]
+        edited = (b"to", b"cc", b"bcc")
         chance = random.Random(1123)
         for number in range(4000):
             header = ""
             for _ in range(chance.randrange(5)):
-                words = "".join(chance.choices(pieces, k=chance.randrange(6))).replace("{}", "%s")
-                words = re.sub("%s", lambda match: chance.choice(people), words)
-                name = chance.choice(["To", "Cc", "Bcc", "BCC", "to ", "Subject", "X-To"])
+                words = chance.choice([", ", ";", ",\r\n ", ",,"]).join(
+                    chance.choices(forms, k=chance.randrange(4)))
+                for _ in range(chance.randrange(3)):
+                    at = chance.randrange(len(words) + 1)
+                    words = words[:at] + chance.choice(noise) + words[at:]
+                words = re.sub("{}", lambda _: chance.choice(people), words)
+                name = chance.choice(["To", "Cc", "Bcc", "BCC", "to ", "From", "Subject", "X-To"])
                 header += chance.choice([f"{name}: {words}\r\n"] * 9 + ["junk\r\n"])
             envelope = chance.sample(people[:3], chance.randrange(1, 4))
-            with self.subTest(number, header=header, envelope=envelope):
-                outcome = deliver_to(header, *envelope)
-                self.assertTrue(outcome.endswith("\r\nText\r\n"))
-                after = relay.split_header(outcome.encode("utf-8", "surrogateescape"))
+            policy = chance.choice(["keep", "rewrite"])
+            with self.subTest(number, header=header, envelope=envelope, policy=policy):
+                came = header.encode("utf-8", "surrogateescape") + b"\r\nTo: o@x.y\r\n"
+                went = prepared(came, *envelope, FROM_MISMATCH=policy)
+                self.assertTrue(went.endswith(b"\r\n\r\nTo: o@x.y\r\n"))
                 wanted = {relay.comparable(one) for one in envelope}
-                keys = {address.key for one in after.find(b"to", b"cc", b"bcc")
-                        for address in relay.parse_addresses(one.value).addresses}
-                self.assertEqual(keys, wanted)
-                # The standard library is another reader, that stops at malformed lines.
-                named = named_by(outcome.encode("utf-8", "surrogateescape"))
-                self.assertEqual({relay.comparable(one) for one in named}, wanted)
+                after = relay.split_header(went)
+                self.assertEqual({address.key for one in after.find(*edited)
+                                  for address in relay._read_field(one).addresses}, wanted)
+                self.assertTrue(after.find(b"from"))
+                for one in relay.split_header(came).fields:
+                    if one.name not in (*edited, b"from"):
+                        self.assertIn(one.octets, went)
+                # Two other readers, which stop at malformed lines.
+                self.assertEqual({relay.comparable(one) for one in named_by(went)}, wanted)
+                with contextlib.suppress(AttributeError, TypeError):    # defects of Python's
+                    read = email.message_from_bytes(went, policy=email.policy.default)
+                    self.assertEqual({relay.comparable(address.addr_spec)
+                                      for name in ("to", "cc", "bcc")
+                                      for value in read.get_all(name, [])
+                                      for address in value.addresses}, wanted)
 
     def test_a_huge_header_takes_no_quadratic_time(self) -> None:
-        """Each shape grows by 4; ten times the time would be more than linear."""
+        def play(size: int, opening: str, shape: str) -> None:
+            deliver_to(f"{opening}{shape * (size // len(shape))}\r\n", "a@x.y",
+                       FROM_MISMATCH="rewrite")
         for shape in ("a@x.y, ", "(", "((a))", "\"", "[", "<", "a ", "\\", "\r\n ", ":;",
                       "x\r\n", "T: x\r\n", "G:a@x.y;", "\\\"", "\\[", "<@a", "@a,", ".", "@",
                       "a.", "\" \"", "To: a@x.y\r\n"):
-            times = []
-            for size in (8000, 32_000):
-                for opening in ("To: ", "To: <", "To: \"", "To: [", "To: (", "From: ", "From "):
-                    header = f"{opening}{shape * (size // len(shape))}\r\n"
-                    begun = time.process_time()
-                    deliver_to(header, "a@x.y", FROM_MISMATCH="rewrite")
-                    times.append(time.process_time() - begun)
-            times = [max(times[:7]), max(times[7:])]
-            with self.subTest(shape):
-                self.assertLess(times[1], 10 * times[0] + 0.5)
+            for opening in ("To: ", "To: <", "To: \"", "To: [", "To: (", "From: ", "From "):
+                with self.subTest(opening + shape):
+                    check_time(play, 8000, opening, shape)
 
-    def test_an_absurd_number_of_fields(self) -> None:
-        with self.assertRaises(relay.DeliveryError):
-            deliver_to("To: a@x.y\r\n" * 10_001, "a@x.y")
-        header = "To: a@x.y\r\n" * 10_000
-        self.assertEqual(deliver_to(header, "a@x.y"), f"{header}\r\nText\r\n")
-        header = "X-Y: y\r\n" * 100_000
-        self.assertEqual(deliver_to(header, "a@x.y"), f"Bcc: a@x.y\r\n{header}\r\nText\r\n")
+    def test_an_absurd_number_of_lines(self) -> None:
+        for line in ("To: a@x.y\r\n", "X-Y: y\r\n", " \r\n"):
+            header = "To: a@x.y\r\n" + line * 9999
+            self.assertEqual(deliver_to(header, "a@x.y"), f"{header}\r\nText\r\n")
+            with self.assertRaisesRegex(relay.DeliveryError, "too many lines"):
+                deliver_to(header + line, "a@x.y")
 
     def test_an_absurd_number_of_addresses_is_doubtful(self) -> None:
         many = ",".join(f"u{number}@x.y" for number in range(40_000))
         self.assertEqual(deliver_to(f"To: {many}\r\n", "u1@x.y"),
                          f"Bcc: u1@x.y\r\nX-Original-To: {many}\r\n\r\nText\r\n")
-        third = many[:100_000].rpartition(",")[0]
-        self.assertEqual(deliver_to(f"To: {third}\r\n" * 3, "u1@x.y"),
-                         "Bcc: u1@x.y\r\n" + f"X-Original-To: {third}\r\n" * 3 + "\r\nText\r\n")
         # In From they may stay, but say nothing.
         header = f"From: {', '.join([SENDER] * 14_000)}\r\nTo: a@x.y\r\n\r\n".encode()
         self.assertEqual(prepared(header, "a@x.y"), header)
-        with self.assertRaises(relay.DeliveryError):
-            prepared(header, "a@x.y", FROM_MISMATCH="refuse")
-
-    def test_a_refusal_names_some_of_many(self) -> None:
-        other = "o" * 145 + "@x.y"
-        for people, is_cut in (([other, other], False), ([other, f"o{other}"], True)):
-            with self.assertRaises(relay.DeliveryError) as caught:
-                deliver_to(f"To: {', '.join(people)}\r\n", "a@x.y", HEADER_RECIPIENTS="refuse")
-            text = caught.exception.reply.text
-            self.assertTrue(text.endswith(", ".join(people)[:300] + " ..." * is_cut), text)
 
 
 # ---------------------------------------------------------------------------
@@ -2027,7 +1972,7 @@ def multipart(subtype: str, *parts: str, header: str = "") -> str:
 PDF = ("Content-Type: application/pdf; name=scan.pdf\nContent-Transfer-Encoding: base64\n"
        "Content-Disposition: attachment; filename=scan.pdf\n\nJVBERi0x\n")
 PLAIN = "Content-Type: text/plain; charset=utf-8\n\nHello\n"
-HTML = "Content-Type: text/html\n\n<p>Hello <img src=\"cid:logo%40x.y\"></p>\n"
+HTML = "Content-Type: text/html\n\n<p>Hello <img src=\"cid:logo@x.y\"></p>\n"
 IMAGE = ("Content-Type: image/png\nContent-ID: <Logo@x.y>\nContent-Transfer-Encoding: base64\n"
          "\niVBORw==\n")
 
@@ -2042,7 +1987,7 @@ class DraftTests(unittest.TestCase):
                     *(f"{one.name} {one.part.media_type} {octets_of(one)!r} {one.content_id}"
                       for one in draft.attachments))
         pdf, logo = "scan.pdf application/pdf b'%PDF-1' ", "b'\\x89PNG' Logo@x.y"
-        html = '<p>Hello <img src="cid:logo%40x.y"></p>'
+        html = '<p>Hello <img src="cid:logo@x.y"></p>'
         for message, wanted in (
                 ("\nHello\n", ("Text", "Hello")),
                 ("", ("Text", "")),
@@ -2054,9 +1999,6 @@ class DraftTests(unittest.TestCase):
                 (multipart("alternative", PLAIN, HTML), ("HTML", html)),
                 (multipart("alternative", HTML, PLAIN), ("HTML", html)),
                 (multipart("related", HTML, IMAGE.replace("<Logo@x.y>", "< Logo@x.y >")),
-                 ("HTML", html, f"ATT00001.png image/png {logo}")),
-                # Content-Location does no harm where there is a Content-ID too.
-                (multipart("related", HTML, f"Content-Location: hello\n{IMAGE}"),
                  ("HTML", html, f"ATT00001.png image/png {logo}")),
                 (multipart("alternative", PLAIN, PLAIN.replace("Hello", "Better")),
                  ("Text", "Better")),
@@ -2086,15 +2028,12 @@ class DraftTests(unittest.TestCase):
                 # A type that is none is text, unless it cannot be.
                 ("Content-Type: text\n\nHello\n", ("Text", "Hello")),
                 ("Content-Type: text / HTML\n\nHello\n", ("HTML", "Hello")),
+                ("Content-Type: multipart\n\nHello\n", ("Text", "Hello")),
                 # A signed file is a file, and a blank text is none.
                 *((multipart("mixed", "\n" + " \n" * 300, HTML, f"Content-Type: {kind}\n"
                              "Content-Disposition: attachment; filename=a.xml.p7m\n\nx\n"),
                    ("HTML", html, f"a.xml.p7m {kind} b'x\\r\\n' "))
                   for kind in ("application/pkcs7-mime", "application/x-pkcs7-mime")),
-                # The root of multipart/related need not be the first.
-                (multipart("related; start=\"<r>\"", "Content-Type: text/html\n\nframe\n",
-                           "Content-ID: <r>\n" + HTML),
-                 ("HTML", html, "ATT00001.html text/html b'frame\\r\\n' ")),
                 # An invitation as a file is a file.
                 (multipart("mixed", PLAIN, "Content-Type: text/calendar\nContent-Disposition: "
                            "attachment; filename=a.ics\n\nBEGIN\n"),
@@ -2124,79 +2063,62 @@ class DraftTests(unittest.TestCase):
                 (b"--b c\n\none\n\n--b c\n--b c\n\n\n--b c--", [b"one\r\n"]),
                 # A header that no empty line ends, and one that is none.
                 (b"--b c\nX-A: y\n--b c\n\none\n--b c--", [b"one"]),
-                (b"--b c\nUnknown: x\n\none\n--b c--", [b"one"]),
                 (b"--b c\njust text\n--b c--", [b"just text"]),
                 (b"--b c\nX-A: y\nhalf", [b"half"]), (b"--b c\n", [b""]),
                 # What is within a part is sought only there.
                 (b"--b c\nContent-Type: multipart/mixed; boundary=i\n\n--i\n\none\n--b c\n\n"
                  b"--i\ntwo\n--b c--", [b"one", b"--i\r\ntwo"]),
                 (b"--b c\nContent-Type: multipart/mixed; boundary=i\n\n--i\nX-A: y\n--b c--",
-                 [b"X-A: y"])):
+                 [b"X-A: y"]),
+                (b"--b c\nContent-Type: multipart/mixed; boundary=\"b cd\"\n\n--b cd\n\none\n"
+                 b"--b cd--\n--b c--\n", [b"one"])):
             with self.subTest(body):
-                message = head + body
-                draft = take_apart(message)
+                draft = take_apart(head + body)
                 found = [json.loads(draft.content)["body"]["content"].encode(),
                          *map(octets_of, draft.attachments)]
                 self.assertEqual(found, wanted)
-        # A part within, the boundary of which begins with that of the whole.
-        inner = multipart("mixed", PLAIN).replace('"b' + str(len(PLAIN)), '"b cd').replace(
-            f"--b{len(PLAIN)}", "--b cd")
-        draft = take_apart(head + b"--b c\n" + inner.encode() + b"--b c--\n")
-        self.assertEqual(json.loads(draft.content)["body"]["content"], "Hello\r\n")
 
     def test_names(self) -> None:
-        for field, wanted in (
-                ("Content-Disposition: attachment; filename=\"a b.pdf\"", "a b.pdf"),
-                ("Content-Disposition: attachment; filename*=UTF-8''%c3%bc%20b.pdf",
-                 "\u00fc b.pdf"),
-                ("Content-Disposition: attachment;\n filename*0*=iso-8859-1'de'%fc;\n"
-                 " filename*1=b.pdf", "\u00fcb.pdf"),
-                ("Content-Disposition: attachment; filename=\"=?utf-8?B?w7wucGRm?=\"",
-                 "\u00fc.pdf"),
-                ("Content-Type: x/y; name=\"=?iso-8859-1?Q?=FC=2Epdf?=\"", "\u00fc.pdf"),
-                ("Content-Disposition: attachment; filename=\"\u00fc.pdf\"", "\u00fc.pdf"),
-                ("Content-Disposition: attachment; filename=\"\udcfc.pdf\"", "\u00fc.pdf"),
-                ("Content-Disposition: attachment; filename=\"C:\\\\scan\\\\a.pdf\"",
-                 "C:\\scan\\a.pdf"),
-                ("Content-Disposition: attachment; filename*=utf-8''a%0d%0ab%00.pdf",
-                 "a__b_.pdf"),
-                ("Content-Disposition: attachment; filename=" + "x" * 300 + ".pdf",
-                 "x" * 251 + ".pdf"),
-                ("Content-Disposition: attachment; filename=\"=?utf-8?q?_a.pdf_?=\"", "a.pdf"),
-                ("Content-Disposition: attachment; filename=\"x_.pdf\"; "
-                 "filename*=utf-8''x%e2%82%ac.pdf", "x\u20ac.pdf"),
-                ("Content-Disposition: attachment; filename=\"\"\nContent-Type: x/y; name=a.b",
-                 "a.b"),
-                ("Content-Disposition: attachment; filename*=utf-7''+2AA-.pdf", None),
-                ("Content-Type: x/y; name*=utf-8''x; name*0=y", None),
-                # Nonsense is no name; it is none of our defects either.
-                ("Content-Disposition: attachment; filename*=no-such-charset''%ff", "\u00ff"),
-                ("Content-Disposition: attachment; filename*" + "9" * 5000 + "*=x", None),
-                ("Content-Disposition: attachment; filename*=a%00b''%ff", None),
-                ("Content-Disposition: attachment; filename==?x?b?=?=", None),
+        for parameters, wanted in (
+                ("filename=\"a b.pdf\"", "a b.pdf"),
+                ("filename*=UTF-8''%c3%bc%20b.pdf", "\u00fc b.pdf"),
+                ("\n filename*0*=iso-8859-1'de'%fc;\n filename*1=b.pdf", "\u00fcb.pdf"),
+                ("filename=\"=?utf-8?B?w7wucGRm?=\"", "\u00fc.pdf"),
+                ("x=y\nContent-Type: x/y; name=\"=?iso-8859-1?Q?=FC=2Epdf?=\"", "\u00fc.pdf"),
+                ("filename=\"\u00fc.pdf\"", "\u00fc.pdf"),
+                ("filename=\"\udcfc.pdf\"", "\u00fc.pdf"),
+                ("filename=\"C:\\\\scan\\\\a.pdf\"", "C:\\scan\\a.pdf"),
+                ("filename*=utf-8''a%0d%0ab%00.pdf", "a__b_.pdf"),
+                ("filename=" + "x" * 300 + ".pdf", "x" * 251 + ".pdf"),
+                ("filename=\"=?utf-8?q?_a.pdf_?=\"", "a.pdf"),
+                ("filename=\"x_.pdf\"; filename*=utf-8''x%e2%82%ac.pdf", "x\u20ac.pdf"),
+                ("filename=\"\"\nContent-Type: x/y; name=a.b", "a.b"),
                 # Encoded words where RFC 2047 wants none, but everybody writes them.
-                ("Content-Disposition: attachment; filename==?utf-8?B?w7w=?=.tif", "\u00fc.tif"),
-                ("Content-Disposition: attachment; filename=\"\u20ac =?utf-8?Q?=C3?= "
-                 "=?utf-8?Q?=BC?= C:\\\\users\"", "\u20ac \u00fc C:\\users"),
-                ("Content-Disposition: attachment", "ATT00001.txt")):
-            with self.subTest(field):
-                message = multipart("mixed", PLAIN, f"{field}\n\nx\n")
+                ("filename==?utf-8?B?w7w=?=.tif", "\u00fc.tif"),
+                ("filename=\"\u20ac =?utf-8?Q?=C3?= =?utf-8?Q?=BC?= C:\\users\"",
+                 "\u20ac \u00fc C:\\users"),
+                ("x=y", "ATT00001.txt"), ("filename*=no-such-charset''%ff", "\u00ff"),
+                # Nonsense has some name or another.
+                *((nonsense, None) for nonsense in (
+                    "filename*=utf-7''+2AA-.pdf", "x\nContent-Type: x/y; name*=utf-8''x; name*0=y",
+                    "filename*" + "9" * 4000 + "*=x", "filename*=a%00b''%ff",
+                    "filename==?x?b?=?="))):
+            with self.subTest(parameters):
+                message = multipart("mixed", PLAIN, "Content-Disposition: attachment; "
+                                                    f"{parameters}\n\nx\n")
                 attachment, = take_apart(message.encode("utf-8", "surrogateescape")).attachments
-                if wanted is not None:
-                    self.assertEqual(attachment.name, wanted)
+                self.assertIn(wanted, (attachment.name, None))
                 json.loads(attachment.as_json())
 
     def test_which_images_the_text_shows(self) -> None:
         for text, content_id, wanted in (
                 ("<img src='cid:a'>", "a", True), ("<img src=CID:A>", "a", True),
-                ("cid:a b.png", "a b.png", True), ("'cid:logo(1).png'", "logo(1).png", True),
-                ("cid:a&amp;b@x", "a&b@x", True), ("cid:a%20b", "a b", True),
-                ("url(&quot;cid:a&quot;)", "a", True), ("cid:a%20b", "a%20b", True),
-                ("<img src=cid:B\u00dcRO@x>", "B\u00dcRO@x", True), ("cid:%41b", "Ab", True),
+                ("'cid:a b.png'", "a b.png", True), ("'cid:logo(1).png'", "logo(1).png", True),
+                ("url(&quot;cid:a&quot;)", "a", True), ("url(cid:a)", "a", True),
+                ("<img src=cid:a alt=b>", "a", True), ("'cid:B\u00dcRO@x'", "b\u00dcro@x", True),
                 ("cid:ab", "a", False), ("cid:a@x.y", "a", False), ("cid:b", "a", False),
-                ("cid:a$b", "a", False), ("cid:" + "a" * 500, "a" * 500, True),
-                ("cid:" + "a" * 501, "a" * 501, False),
-                ("cid:x " * 998 + "cid:a", "a", True), ("cid:x " * 999 + "cid:a", "a", False),
+                ("cid:" + "a" * 500, "a" * 500, True), ("cid:" + "a" * 501, "a" * 501, False),
+                ("'cid:x'" * 999 + "cid:a", "a", True), ("'cid:x'" * 1000 + "cid:a", "a", False),
                 ("the cid: a", "a", False), ("cid:", "", False)):
             with self.subTest(text, content_id=content_id):
                 message = multipart("related", f"Content-Type: text/html\n\n{text}\n",
@@ -2217,10 +2139,6 @@ class DraftTests(unittest.TestCase):
         self.assertIn("a  Bcc: evil@x.y", text)
 
     def test_a_header_that_grows_too_large(self) -> None:
-        head = "X-A: " + "x" * 1_048_520 + f"\nTo: b@x.y\nFrom: {SENDER}\n\n"
-        take_apart(head.encode(), "b@x.y")
-        with self.assertRaises(relay.DeliveryError):
-            take_apart(head.encode(), "b@x.y", "c@x.y")
         head = f"From: {SENDER}\r\nTo: b@x.y\r\nX-A: "
         for size, *recipients in ((1_048_576, "b@x.y"), (1_048_564, "b@x.y", "c@x.y")):
             header = head + "x" * (size - len(head) - 2)
@@ -2232,16 +2150,13 @@ class DraftTests(unittest.TestCase):
 
     def test_what_the_relay_adds_may_be_too_much(self) -> None:
         config = make_config(LARGE_MESSAGES="refuse")
-        message = crlf(NAMED + "\n").ljust(3_145_728, b"x")
-        for people, is_good in ((["a@x.y"], True), (["a@x.y", "b@x.y"], False)):
-            envelope = relay.Envelope(SENDER, {one: one for one in people}, bytearray(message))
-            if is_good:
-                self.assertIsNone(relay.make_outgoing(envelope, config).draft)
-                continue
-            with self.assertRaises(relay.DeliveryError) as caught:
-                relay.make_outgoing(envelope, config)
-            self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
-            self.assertIn("LARGE_MESSAGES=refuse", caught.exception.reply.text)
+        message = bytearray(crlf(NAMED + "\n").ljust(3_145_728, b"x"))
+        envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, message)
+        self.assertIsNone(relay.make_outgoing(envelope, config).draft)
+        envelope.recipients["b@x.y"] = "b@x.y"
+        with self.assertRaisesRegex(relay.DeliveryError, "LARGE_MESSAGES=refuse") as caught:
+            relay.make_outgoing(envelope, config)
+        self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
 
     def test_encodings(self) -> None:
         for encoding, text, wanted in (
@@ -2273,9 +2188,7 @@ class DraftTests(unittest.TestCase):
                 ("base64", base64.encodebytes(scan)), ("base64", one_line),
                 ("base64", one_line[:5] + b"\n" * 4_000_000 + one_line[5:]),
                 ("quoted-printable", (b"=%02X" * 26 % tuple(range(26)) + b"=\n") * 100_000),
-                ("quoted-printable", b"=41=42" * 1_500_000),
-                ("quoted-printable", b"a=41=42" * 1_300_000),
-                ("quoted-printable", b"a" + b"=41" * 1_400_000),
+                *(("quoted-printable", b"a" * more + b"=41" * 1_400_000) for more in (0, 1, 2)),
                 ("8bit", b"x" * 8_000_001), ("binary", b"line\n" * 1_500_000)):
             with self.subTest(encoding, text=text[:20]):
                 message = (f"Content-Type: x/y\nContent-Transfer-Encoding: {encoding}\n\n"
@@ -2293,7 +2206,8 @@ class DraftTests(unittest.TestCase):
     def test_the_properties(self) -> None:
         draft = take_apart(
             b"From: =?utf-8?Q?J=C3=B6rg?= <scanner@example.com>\nSubject: =?utf-8?B?w7w=?=\n"
-            b" =?utf-8?B?w7w=?= scan\nTo: \"A, B\" <a@x.y>, (Bob) b@x.y, o@x.y\nCc: Team: c@x.y;\n"
+            b" =?utf-8?B?w7w=?= scan\nTo: \"A, \\\"B\" <a@x.y>, b@x.y (Bob), o@x.y\n"
+            b"Cc: Team: c@x.y;\n"
             b"Reply-To: =?utf-8?Q?=C3=BC?= <r@x.y>, s@x.y\nMessage-ID: <id@x.y>\nX-One: 1\n"
             b"Importance: High\nX-Two: =?utf-8?Q?=C3=BC?=\nX-Empty:\nx-three: 3\n folded\n"
             b"X-Ms-Exchange-Organization: no\nX-One: again\nX-4: 4\nX-5: 5\nX-6: 6\n\nText\n"
@@ -2301,7 +2215,7 @@ class DraftTests(unittest.TestCase):
         self.assertEqual(json.loads(draft.content), {
             "subject": "\u00fc\u00fc scan",
             "from": {"emailAddress": {"address": SENDER, "name": "J\u00f6rg"}},
-            "toRecipients": [{"emailAddress": {"address": "a@x.y", "name": "A, B"}},
+            "toRecipients": [{"emailAddress": {"address": "a@x.y", "name": "A, \"B"}},
                              {"emailAddress": {"address": "b@x.y", "name": "Bob"}}],
             "ccRecipients": [{"emailAddress": {"address": "c@x.y"}}],
             "bccRecipients": [{"emailAddress": {"address": "h@x.y"}}],
@@ -2317,26 +2231,20 @@ class DraftTests(unittest.TestCase):
         # What is not there is not said.
         self.assertEqual(set(json.loads(take_apart(b"\nText\n").content)),
                          {"from", "bccRecipients", "body"})
-        for field, wanted in (("Importance: low", "low"), ("X-Priority: 1 (Highest)", "high"),
-                              ("X-Priority: 1\nImportance: low", "low"),
-                              ("X-Priority: 2 (High)", "high"), ("Importance: normal", "normal"),
-                              ("X-Priority: 4", "low"), ("X-Priority: 5 (Lowest)", "low"),
-                              ("X-Priority: 3", None), ("Priority: urgent", "high"),
-                              ("Priority: non-urgent", "low"), ("Importance: odd", None),
-                              ("X-MSMail-Priority: High", "high")):
+        for field, wanted in (
+                ("X-Priority: 1\nImportance: low", "low"), ("X-Priority: 1 (Highest)", "high"),
+                ("X-Priority: 2 (High)", "high"), ("Importance: normal", "normal"),
+                ("X-Priority: 4", "low"), ("X-Priority: 5 (Lowest)", "low"),
+                ("X-Priority: 3", None), ("Priority: urgent", "high"),
+                ("Priority: non-urgent", "low"), ("Importance: odd", None),
+                ("X-MSMail-Priority: High", "high")):
             content = json.loads(take_apart(f"{field}\n\n".encode()).content)
             self.assertEqual(content.get("importance"), wanted, field)
-        # Names, and what is no address list, or too long a one.
-        content = json.loads(take_apart(
-            f"From: Scan (x) @office <{SENDER}>\nReply-To: o@x.y <r@x.y>\nTo: Ann (x) <a@x.y>\n"
-            "Subject: =?utf-8?q?_s=0D?=\n\n".encode()).content)
-        self.assertEqual({name: content[name] for name in ("from", "replyTo", "toRecipients")}, {
-            "from": {"emailAddress": {"address": SENDER, "name": "Scan (x) @office"}},
-            "replyTo": [{"emailAddress": {"address": "r@x.y", "name": "o@x.y"}}],
-            "toRecipients": [{"emailAddress": {"address": "a@x.y", "name": "Ann"}}]})
-        self.assertEqual(content["subject"], "s")
-        content = json.loads(take_apart(b"Reply-To: " + b"a@b.c," * 50_000 + b"\n\n").content)
+        content = json.loads(take_apart(b"Subject: =?utf-8?q?_s=0D?=\nTo: A <a@x.y> (x)\nReply-To: "
+                                        + b"a@b.c," * 50_000 + b"\n\n").content)
         self.assertNotIn("replyTo", content)
+        self.assertEqual((content["subject"], content["toRecipients"]), (
+            "s", [{"emailAddress": {"address": "a@x.y", "name": "A"}}]))
         # Many encoded words take their time, and stay as they are.
         for count, wanted in ((500, "x" * 500), (501, ("=?utf-8?q?x?= " * 501).strip())):
             draft = take_apart(b"Subject: " + b"=?utf-8?q?x?= " * count + b"\n\n")
@@ -2357,43 +2265,37 @@ class DraftTests(unittest.TestCase):
                 ("; charset=iso-8859-1", b"\x80 \x93x\x94", "\u20ac \u201cx\u201d"),
                 ("; charset=gb2312", "\u6731\u9555\u57fa".encode("gbk"), "\u6731\u9555\u57fa"),
                 ("; charset=Shift_JIS", "\u2460".encode("cp932"), "\u2460"),
-                ("; charset=windows-874", "\u0e01".encode("cp874"), "\u0e01"),
                 ("; charset=koi8-r", b"\xf0\xd2", "\u041f\u0440"),
                 ("; charset=utf-16", "\u00fc".encode("utf-16") + b"x", "\u00fc\ufffd"),
                 ("; charset=no-such", b"x", "x"), ("; charset=zlib", b"x", "x"),
-                ("; charset=\"a\0b\"", b"x", "x"), ("; charset=undefined", b"x", "x"),
-                ("; charset=punycode", b"x-", "x-"), ("; charset=no-such", b"\xfc", None),
-                ("; charset=-punycode", b"\xfc", None), ("; charset=unicode:escape", b"\xfc", None),
+                # What no program means; the last two would take quadratic time.
+                *((f"; charset={charset}", b"\xfc", "\u00fc") for charset in (
+                    '"a\0b"', "no-such", "undefined", "unicode:escape", "hex", "x" * 9000,
+                    "punycode", "idna")),
                 ("; charset=latin-1", b"\x80", "\u20ac"), ("; charset=L1", b"\x80", "\u20ac"),
                 ("; charset=utf-16", b"plain", "plain"), ("; charset=utf-32", b"plain", "plain"),
                 ("; charset=utf-7", b"1+1=2, +49", "1+1=2, +49"),
                 # A character that Python lacks; the rest must not become escapes.
                 ("; charset=iso-2022-jp", b"\x1b$B%F%9%H-!\x1b(B", "\u30c6\u30b9\u30c8\ufffd"),
-                ("; charset=punycode", b"\xfc", None), ("; charset=hex", b"\xfc", None)):
+                # An unknown encoding.
+                ("\nContent-Transfer-Encoding: 8 bit", b"=41", "=41"),
+                ("\nContent-Transfer-Encoding: x-uuencode", b"x", "x"),
+                ("\nContent-Transfer-Encoding: \"base64\"", b"QQ==", "A")):
             with self.subTest(head, text=text):
                 message = f"Content-Type: text/plain{head}\n\n".encode() + text
-                if wanted is None:
-                    with self.assertRaises(relay.Unsayable):
-                        take_apart(message)
-                    continue
                 self.assertEqual(json.loads(take_apart(message).content)["body"]["content"],
                                  wanted)
-        for meta in (b"<meta charset=windows-1251>", b"<META http-equiv='x' content='text/html; "
-                     b"charset=\"Windows-1251\"'>"):
-            draft = take_apart(b"Content-Type: text/html\n\n" + meta + b"\xcf")
-            content = json.loads(draft.content)
-            self.assertTrue(content["body"]["content"].endswith(">\u041f"))
-        # The field counts more, and what stands further down is text.
-        meta = b"<meta charset=windows-1251>"
-        for more, octets in ((b"; charset=utf-8", meta + b"\xc3\xbc"),
-                           (b"", b" " * 1024 + meta + b"\xfc")):
-            content = json.loads(take_apart(b"Content-Type: text/html" + more + b"\n\n"
-                                            + octets).content)
-            self.assertTrue(content["body"]["content"].endswith(">\u00fc"))
-        for charset, size in (("utf-16", 2_200_000), ("utf-32", 1_000_000)):
-            draft = take_apart(f"Content-Type: text/plain; charset={charset}\n\n".encode()
-                               + ("x" * size).encode(charset))
-            self.assertEqual(json.loads(draft.content)["body"]["content"], "x" * size)
+        # A field counts more than <meta>, and what stands further down is text.
+        meta, cyrillic = b"<meta charset=windows-1251>", "\u041f"
+        for head, text, wanted in (
+                ("html", meta + b"\xcf", cyrillic), ("html", b" " * 1024 + meta + b"\xfc", "\xfc"),
+                ("html", b"<META content='text/html; charset=\"Windows-1251\"'>\xcf", cyrillic),
+                ("html; charset=utf-8", meta + b"\xc3\xbc", "\u00fc"),
+                *((f"plain; charset={charset}", ("x" * size).encode(charset), "x" * size)
+                  for charset, size in (("utf-16", 2_200_000), ("utf-32", 1_000_000)))):
+            draft = take_apart(f"Content-Type: text/{head}\n\n".encode() + text)
+            self.assertEqual(json.loads(draft.content)["body"]["content"].rpartition(">")[2].strip(),
+                             wanted)
 
     def test_what_cannot_be_said_is_refused_and_the_reason_given(self) -> None:
         deepest = PLAIN
@@ -2405,7 +2307,6 @@ class DraftTests(unittest.TestCase):
                 (multipart("mixed", multipart("signed", PLAIN, PDF), PLAIN), "is signed"),
                 (multipart("encrypted", PLAIN, PDF), "is encrypted"),
                 ("Content-Type: application/pkcs7-mime; name=smime.p7m\n\nx", "encrypted"),
-                ("Content-Type: Application/X-PKCS7-MIME\n\nx", "encrypted"),
                 (multipart("alternative", PLAIN, "Content-Type: text/calendar\n\nBEGIN"),
                  "calendar invitation"),
                 (multipart("report", PLAIN, PDF), "report"), (multipart("digest", PLAIN), "digest"),
@@ -2413,69 +2314,41 @@ class DraftTests(unittest.TestCase):
                            "Disposition: attachment; filename=a.ics\n\nBEGIN"), "invitation"),
                 (multipart("mixed", PLAIN, "Content-Type: text/calendar; name=a.ics\n\nBEGIN"),
                  "invitation"),
-                ("Content-Type: application/pkcs7-mime\nContent-Disposition: attachment\n\nx",
+                ("Content-Type: Application/X-PKCS7-MIME\nContent-Disposition: attachment\n\nx",
                  "encrypted"),
-                ("Content-Type: application/octet-stream; name=smime.p7m\n\nx", "encrypted"),
                 ("Content-Type: application/octet-stream; name=smime.P7Z\n\nx", "encrypted"),
                 (multipart("mixed", "Content-Type: application/pgp-encrypted\n\nx", PDF),
                  "encrypted"),
-                ("Content-Type: multipart\n\nx", "unknown type"),
-                ("Content-Type: message\n\nx", "unknown type"),
-                (f"Content-Type: multipart/mixed; boundary={'b' * 201}\n\n--{'b' * 201}\n\nx",
-                 "told apart"),
-                ("Content-Type: (c) multipart/mixed; boundary=b\n\n--b", "unknown type"),
-                ("Content-Type: text/plain; a" + ";b" * 101 + "\n\nx", "too long"),
-                (multipart("related", "Content-Type: text/html\n\n<img src=\"a.png\">",
-                           "Content-Type: image/png\nContent-Location: A.png\n\nx"), "Location"),
-                ("Content-Transfer-Encoding: \"base64\"\n\nQQ==", "encoding"),
                 ("Content-Type: message/partial; id=x\n\nx", "a part of another"),
                 ("Content-Type: application/ms-tnef\n\nx", "Outlook"),
                 ("Content-Type: multipart/mixed\n\n--b\n\nx", "told apart"),
                 ("Content-Type: multipart/mixed; boundary=c\n\n--b\n\nx", "told apart"),
+                *(("Content-Type: multipart/mixed; boundary=b\n\n" + body, "") for body in (
+                    "--b\n" * 500_000, "--b x\n" * 500_000, "--" * 1_000_000,
+                    "--b" + " " * 3_000_000)),
                 (deep, "too many parts"), (multipart("mixed", *[PLAIN] * 251), "too many parts"),
-                (multipart("mixed", f"Content-Type: x/y; a=\"{'x' * 17_000}\"\n\nx"), "too long"),
-                ("Content-Transfer-Encoding: 8 bit\n\nx", "encoding"),
                 ("\n" + "x" * 4_194_304, "text that is too large"),
                 ("\n" + "\u00fc" * 2_097_152, "text that is too large"),
                 ("\n" + "x" * 12_582_913, "text that is too large"),
-                ("Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 900_000,
+                ("Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 1_700_000,
                  "text that is too large"),
                 ("Subject: x\n\n" + "\n" * 1_048_576, "text that is too large")):
-            with self.subTest(message[:70]), self.assertRaises(relay.Unsayable) as caught:
+            with self.subTest(message[:70]), self.assertRaisesRegex(relay.Unsayable,
+                                                                    word) as caught:
                 take_apart(message.encode())
-            with self.subTest(message[:70]):
-                reply = str(caught.exception.reply)
-                self.assertTrue(reply.startswith("552 5.3.4 "))
-                self.assertIn(word, reply)
-        # The limits themselves are all right.
-        take_apart(multipart("mixed", *[PLAIN] * 250).encode())
-        take_apart(deepest.encode())
-        take_apart(f"Content-Type: multipart/mixed; boundary={'b' * 200}\n\n--{'b' * 200}\n\nx"
-                   .encode())
-        room = 4_194_304 - len(take_apart(b"\nx").content)
-        self.assertEqual(len(take_apart(b"\nx" + b"x" * room).content), 4_194_304)
+        self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
+        room = 4_194_304 - len(take_apart(b"\n").content)
         with self.assertRaises(relay.Unsayable):
-            take_apart(b"\nxx" + b"x" * room)
-
-    def test_many_delimiters_take_no_quadratic_time_and_no_recursion(self) -> None:
-        head = b"Content-Type: multipart/mixed; boundary=b\n\n"
-        for body in (b"--b\n" * 500_000, b"--b x\n" * 500_000, b"--" * 1_000_000,
-                     b"--b" + b" " * 3_000_000):
-            with self.subTest(body[:10]), self.assertRaises(relay.Unsayable):
-                take_apart(head + body)
-        for field in ("Subject: " + "=?a?q?" * 50_000, "From: " + "(" * 50_000,
-                      "X-A: " + "=?utf-8?q?" * 3000 + "?=", "Subject: =?utf-8?b?x?=",
-                      "Subject: " + ("=?a?q?" + "x" * 2000) * 490,
-                      "Subject: =?punycode?q?" + "x" * 300_000 + "?=",
-                      "Reply-To: " + "a@b.c," * 100_000,
-                      "Content-Type: text/plain; a=\"" + ";" * 99 + "x" * 7000):
-            with self.subTest(field[:20]):
-                json.loads(take_apart(f"{field}\n\nText\n".encode()).content)
+            take_apart(b"\nx" + b"x" * room)
+        # The limits themselves are all right.
+        for message in (multipart("mixed", *[PLAIN] * 250), deepest, "\n" + "x" * room):
+            take_apart(message.encode())
 
     def test_the_author_and_the_answers_are_read_as_in_the_header(self) -> None:
         for field, name in (("M\u00fcller, Hans <o@x.y>", "M\u00fcller, Hans"),
                             ("Doe, =?utf-8?q?J=C3=BC?= <o@x.y>", "Doe, J\u00fc"),
-                            ("\"Long\n name\" <o@x.y>", "Long name"), ("o@x.y (Me)", "Me")):
+                            ("\"Long\n name\" <o@x.y>", "Long name"), ("o@x.y (Me)", "Me"),
+                            ("a@x.y <o@x.y>", "a@x.y"), ("S (x) @office <o@x.y>", "S (x) @office")):
             draft = take_apart(f"From: {field}\nReply-To: {field}\n\n".encode())
             content = json.loads(draft.content)
             person = {"emailAddress": {"address": "o@x.y", "name": name}}
@@ -2485,24 +2358,20 @@ class DraftTests(unittest.TestCase):
         self.assertNotIn("replyTo", json.loads(draft.content))
 
     def test_a_part_takes_no_quadratic_time(self) -> None:
-        """Each shape grows by 4; ten times the time would be more than linear."""
         outer = multipart("mixed", PLAIN, PDF)
         for make in (lambda size: outer.replace("Hello", "--i\n" + "x" * size).replace(
                          "text/plain", "multipart/mixed; boundary=i"),
                      lambda size: outer.replace("Content-Type", "X-A: " + "x" * size
                                                 + "\nContent-Type"),
+                     lambda size: f"Content-Type: text/plain; a=\"{';' * size}\n\n",
                      lambda size: "Content-Type: text/plain; charset=_punycode\n\n" + "x" * size,
-                     lambda size: f"Subject: =?unicode:escape?q?{'x' * size}?=\n\n",
+                     lambda size: f"Subject: {'=?a?q?' * size}\nX-A: {'=?b?q?' * 400}?=\n\n",
+                     lambda size: f"Subject: =?punycode?q?{'x' * size}?=\nX-A: =?utf-8?b?x?=\n\n",
+                     lambda size: f"Reply-To: {'(' * size}, {'a@b.c,' * size}\n\n",
                      lambda size: f"From: {'=?a?q?b?= ' * (size // 10)}@ <{SENDER}>\n\n",
                      lambda size: "\n" + "x" * size):
-            times = []
-            for size in (20_000, 80_000):
-                begun = time.process_time()
-                with contextlib.suppress(relay.DeliveryError):
-                    take_apart(make(size).encode())
-                times.append(time.process_time() - begun)
             with self.subTest(make(10)):
-                self.assertLess(times[1], 10 * times[0] + 0.5)
+                check_time(lambda size, make: take_apart(make(size).encode()), 20_000, make)
 
     def test_random_mime(self) -> None:
         """It is refused, or what the standard library finds is all there."""
@@ -5000,166 +4869,74 @@ class Mail(NamedTuple):
 
 FROM = f"From: {SENDER}\n"
 NAMED = f"From: Scan <{SENDER}>\nTo: a@x.y\n"
-SIGNED = NAMED + """MIME-Version: 1.0
-Content-Type: multipart/signed; protocol="application/pkcs7-signature"; boundary=s
-
---s
-Content-Type: text/plain; charset=iso-8859-1
-Content-Transfer-Encoding: quoted-printable
-
-soft=20line=
- end \t
---s
-Content-Type: application/pkcs7-signature
-
-MIAG
---s--
-"""
 
 # By settings. Each message goes through a real socket and is compared octet for octet.
 CORPUS: dict[str, tuple[Mail, ...]] = {
     "": (
         # What is right stays as it is.
-        Mail("plain", NAMED + "Subject: s\n\nText\n", ""),
-        Mail("folded and odd white space", NAMED + "Subject:  odd \t x\n  y\nX:\n\nT\n", ""),
-        Mail("MIME", NAMED + multipart("mixed", PLAIN, PDF, header="MIME-Version: 1.0\n"), ""),
-        Mail("signed", SIGNED, ""),
-        Mail("encrypted", NAMED + multipart("encrypted", "Content-Type: application/pgp-"
-                                            "encrypted\n\nVersion: 1\n", PDF), ""),
-        Mail("opaque S/MIME", NAMED + "Content-Type: application/pkcs7-mime\n\nMIAG\n", ""),
-        Mail("quoted-printable", NAMED + "Content-Transfer-Encoding: quoted-printable\n\n=\n=\n"
-             "a =3D \t\n", ""),
-        Mail("a message in a message", NAMED + "Content-Type: message/rfc822\n\nTo: o@x.y\nBcc: "
-             "p@x.y\n\nText\n", ""),
-        Mail("broken MIME", NAMED + "Content-Type: multipart/mixed; boundary=\n\n--\n", ""),
-        Mail("8 bit in the body", NAMED.encode() + b"\n\xfc\xff\x80\n", ""),
-        Mail("8 bit in the header", NAMED.encode() + b"Subject: \xfc\xff\n\n\xfc\n", ""),
-        Mail("8 bit in a name", f"From: J\udcf6rg <{SENDER}>\nTo: \udcfc <a@x.y>\n\n", ""),
-        Mail("NUL", NAMED.encode() + b"X: \0\n\n\0\0\n", ""),
-        Mail("other controls", NAMED.encode() + b"\n\x1a\x04\x7f\x1b[1m\n", ""),
-        Mail("a line of 100,000 octets", NAMED + "\n" + "x" * 100_000 + "\n", ""),
-        Mail("a header line of 100,000 octets", NAMED + "X: " + "x" * 100_000 + "\n\n", ""),
-        Mail("dots", NAMED + "\n.\n..\n...\n.x\nx.\n", ""),
-        Mail("no body", NAMED + "\n", ""),
-        Mail("no empty line behind the header", NAMED + "Subject: s\n", ""),
-        Mail("several From, as sent", f"{FROM}{FROM}To: a@x.y\n\nText\n", ""),
-        Mail("another From is Microsoft's affair", "From: o@x.y\nTo: a@x.y\n\nText\n", ""),
-        Mail("a From that nobody can read", "From: Scanner\nTo: a@x.y\n\nText\n", ""),
-        Mail("From in other letters", f"FROM:{SENDER.upper()}\nTO:A@X.Y\n\nText\n", ""),
-        Mail("To in parts", NAMED.replace("a@x.y", "A\n\t<a@x.y>,\n (x) b@x.y") + "\n",
-             "", "a@x.y b@x.y"),
-        Mail("encoded words", f"From: =?utf-8?Q?=C3=BC?= <{SENDER}>\nTo: =?utf-8?B?w7w=?=\n "
-             "<a@x.y>\n\n", ""),
-        Mail("a group", NAMED.replace("a@x.y", "Team: a@x.y, b@x.y;") + "\n", "", "a@x.y b@x.y"),
-        Mail("route of the source", NAMED.replace("a@x.y", "<@r.x,@s.y:a@x.y>") + "\n", ""),
-        Mail("quoted local parts", NAMED.replace("a@x.y", '"a b"@x.y, "a"@x.y') + "\n", "",
-             '"a b"@x.y a@x.y'),
-        Mail("comments", NAMED.replace("a@x.y", "(A (the first)) a@x.y (x)") + "\n", ""),
-        Mail("duplicate To and Cc", NAMED + "To: b@x.y\nCc: a@x.y\nCc: c@x.y\n\n", "",
-             "a@x.y b@x.y c@x.y"),
-        Mail("malformed line among the fields", NAMED + "no field\nSubject: s\n\nText\n", ""),
-        Mail("a body that looks like a header", NAMED + "\nTo: o@x.y\nBcc: p@x.y\n\nx\n", ""),
-        # From.
-        Mail("no From", "To: a@x.y\n\nText\n", FROM + "To: a@x.y\n\nText\n"),
-        Mail("an empty From", "From: \nTo: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
-        Mail("no From, 8 bit", "To: a@x.y\nSubject: \udcff\n\n",
-             FROM + "To: a@x.y\nSubject: \udcff\n\n"),
-        Mail("a name with a bare @", f"From: scan@office <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("the address as the name", f"From: {SENDER} <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and other spaces", f"From: a@b\u3000c  \n d <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"a@b\u3000c d\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and encoded words", f"From: =?utf-8?q?=C3=BC?= @ home <{SENDER}>\nTo: "
-             "a@x.y\n\n", f"From: =?utf-8?q?=C3=BC?= \"@ home\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and what is no encoded word", f"From: =?a@b =?utf-8?q?x?=y <{SENDER}>\n"
-             "To: a@x.y\n\n", f"From: \"=?a@b =?utf-8?q?x?=y\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and a comma", f"From: scan @ office, floor 2 <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"scan @ office, floor 2\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ and a bracket", f"From: Dr. [x@y <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"Dr. [x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a comma in the name", f"From: Doe, John <{SENDER}>\nTo: a@x.y\n\n", ""),
-        Mail("a bare @, a colon and encoded words",
-             f"From: =?utf-8?q?J=C3=BC?= Scan: x@y <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: =?utf-8?q?J=C3=BC?= \"Scan: x@y\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ behind an encoded word",
-             f"From: =?utf-8?q?J=C3=BC?=, x@y\n\tz <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: =?utf-8?q?J=C3=BC?= \", x@y z\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a bare @ in brackets", f"From: [a@b] \"Q\" <{SENDER}>\nTo: a@x.y\n\n",
-             f"From: \"[a@b] \\\"Q\\\"\" <{SENDER}>\nTo: a@x.y\n\n"),
-        Mail("a quoted @ stays", f"From: \"scan@office\" <{SENDER}>\nTo: a@x.y\n\n", ""),
-        Mail("brackets without an @ stay", f"From: [Scan] <{SENDER}>\nTo: a@x.y\n\n", ""),
-        Mail("a comment before stays", f"From: (Scan) {SENDER}\nTo: a@x.y\n\n", ""),
-        Mail("an @, but no address, stays", "From: =?utf-8?q?x?= @ home\nTo: a@x.y\n\n", ""),
+        *(Mail(name, NAMED.encode() + crlf(rest), "") for name, rest in (
+            ("folded and odd white space", "Subject:  odd \t x\n  y\nX:\n\nT\n"),
+            ("MIME", multipart("mixed", PLAIN, PDF, header="MIME-Version: 1.0\n")),
+            ("encrypted", multipart("encrypted", "Content-Type: application/pgp-encrypted\n"
+                                    "\nVersion: 1\n", PDF)),
+            ("quoted-printable", "Content-Transfer-Encoding: quoted-printable\n\n=\n=\na =3D \t\n"),
+            ("a message in a message", "Content-Type: message/rfc822\n\nTo: o@x.y\n\nText\n"),
+            ("broken MIME", "Content-Type: multipart/mixed; boundary=\n\n--\n"),
+            ("8 bit", b"Subject: \xfc\xff\n\n\xfc\xff\x80\n"),
+            ("controls", b"X: \0\n\n\0\0\x1a\x04\x7f\x1b[1m\n"),
+            ("long lines", f"X: {'x' * 100_000}\n\n{'x' * 100_000}\n"),
+            ("dots", "\n.\n..\n...\n.x\nx.\n"), ("no body", "\n"),
+            ("no empty line after the header", "Subject: s\n"),
+            ("a body that looks like a header", "\nTo: o@x.y\nBcc: p@x.y\n\nx\n"))),
+        # From: what becomes of it; "" is nothing.
+        *(Mail(f"From {old}", f"From:{old}\nTo: a@x.y\n\nText\n",
+               f"From:{new or old}\nTo: a@x.y\n\nText\n")
+          for old, new in (
+              ("", f" {SENDER}"), (" ", f" {SENDER}"), (f" J\udcf6rg <{SENDER}>", ""),
+              (SENDER.upper(), ""), (" o@x.y", ""), (" Scanner", ""), (f" D, J <{SENDER}>", ""),
+              (f" {SENDER}\nFrom: {SENDER}", ""), (f" =?utf-8?Q?=C3=BC?= <{SENDER}>", ""),
+              (f" \"scan@office\" <{SENDER}>", ""), (f" [Scan] <{SENDER}>", ""),
+              (f" (Scan) {SENDER}", ""), (" =?utf-8?q?x?= @ home", ""),
+              # A name with a bare "@".
+              (f" {SENDER} <{SENDER}>", f" <{SENDER}>"),
+              *((f" {old} <{SENDER}>", f" {new} <{SENDER}>") for old, new in (
+                  ("scan@office", '"scan@office"'),
+                  ("a@b\u3000c  \n d", '"a@b\u3000c d"'),
+                  ("=?utf-8?q?=C3=BC?= @ home", '=?utf-8?q?=C3=BC?= "@ home"'),
+                  ("=?a@b =?utf-8?q?x?=y", '"=?a@b =?utf-8?q?x?=y"'),
+                  ("scan @ office, floor 2", '"scan @ office, floor 2"'),
+                  ("=?utf-8?q?J=C3=BC?= Scan: x@y", '=?utf-8?q?J=C3=BC?= "Scan: x@y"'),
+                  ("=?utf-8?q?J=C3=BC?=, x@y\n\tz", '=?utf-8?q?J=C3=BC?= ", x@y z"'),
+                  ("[a@b] \"Q\"", '"[a@b] \\"Q\\""'))))),
+        Mail("no From", "To: a@x.y\nSubject: \udcff\n\n", FROM + "To: a@x.y\nSubject: \udcff\n\n"),
         Mail("nobody at all", "From: Me <me@x.y>\nTo: a@x.y\n\n", "", sender="",
              mailbox="me@x.y"),
         Mail("nobody at all, not even in From", "To: a@x.y\n\n", "550 5.1.7", sender=""),
-        # No header.
-        Mail("empty", "", FROM + "Bcc: a@x.y\n\n"),
-        Mail("an empty line", "\n", FROM + "Bcc: a@x.y\n\n"),
-        Mail("only text", "Hello\n", FROM + "Bcc: a@x.y\n\nHello\n"),
-        Mail("only text, of paragraphs", "Hello\n\nTo: o@x.y\n",
-             FROM + "Bcc: a@x.y\n\nHello\n\nTo: o@x.y\n"),
-        Mail("text behind an empty line", "\nHello\n", FROM + "Bcc: a@x.y\n\nHello\n"),
-        Mail("text of 8 bit, NUL and dots", b"\xfc\0\n.\n",
-             FROM.encode() + b"Bcc: a@x.y\n\n\xfc\0\n.\n"),
-        Mail("only a Subject", "Subject: s\n", FROM + "Bcc: a@x.y\nSubject: s\n"),
-        Mail("text that begins with From", "From today on we are closed.\n",
-             FROM + "Bcc: a@x.y\n\nFrom today on we are closed.\n"),
-        Mail("text right behind the header", NAMED + "Hello\n\nText\n",
-             NAMED + "\nHello\n\nText\n"),
-        Mail("text with lines like fields", "UPS on battery\nTime: 12:00\nLoad: 40 %\n",
-             FROM + "Bcc: a@x.y\n\nUPS on battery\nTime: 12:00\nLoad: 40 %\n"),
-        *(Mail(f"{url} right behind the header", f"{NAMED}Hello\n{url}\nBye\n",
-               f"{NAMED}\nHello\n{url}\nBye\n")
-          for url in ("http://a/b", "HTTPS://a/b", "ftp://a/b")),
-        Mail("much text without an empty line", "Hello\n" * 300_000,
-             FROM + "Bcc: a@x.y\n\n" + "Hello\n" * 300_000),
+        # No header: an empty line comes before what is text.
+        *(Mail(f"text {text[:20]!r}", text, FROM.encode() + crlf("Bcc: a@x.y\n" + "\n" * more)
+               + crlf(text))
+          for more, text in (
+              (1, ""), (0, "\n"), (0, "\nHello\n"), (0, "Subject: s\n"), (1, "H\n\nTo: o@x.y\n"),
+              (1, "\udcfc\0\n.\n"), (1, "From today on we are closed.\n"),
+              (1, "UPS on battery\nTime: 12:00\nLoad: 40 %\n"), (1, "Hello\n" * 300_000),
+              (1, "Alarm: zone 3\nTime: 12:00\n"), (1, "  Alarm\nTime: 12:00\n"))),
+        *(Mail("text right after the header", NAMED + text, f"{NAMED}\n{text}")
+          for text in ("Hello\n\nText\n", "Hello\nhttp://a/b\nBye\n", "HTTPS://a/b\n",
+                       "ftp://a/b\n")),
         Mail("a header that is absurd", NAMED + "X-A: b\n" * 200_000 + "\nText\n", "552 5.3.4"),
-        Mail("a mailman mbox line", "From scan at x.y  Thu Nov 24 2026\n" + NAMED + "\nText\n",
-             NAMED + "\nText\n"),
-        Mail("an mbox line", "From scan@x.y Thu Nov 24 18:22:48 2026\n" + NAMED + "\nText\n",
-             NAMED + "\nText\n"),
-        Mail("an mbox line and no header", "From MAILER-DAEMON Fri Jul  8 12:08:34 2011\n\nx\n",
-             FROM + "Bcc: a@x.y\n\nx\n"),
-        Mail("an mbox line with spaces", "From a@b  Fri Jul  8 12:08:34 2011\n\nx\n",
-             FROM + "Bcc: a@x.y\n\nx\n"),
-        Mail("a short mbox line", f"From x@y\n{NAMED}\n", NAMED + "\n"),
-        Mail("a shorter mbox line", f"From MAILER-DAEMON\n{NAMED}\n", NAMED + "\n"),
-        Mail("text before what may be a field", "From Bob in Accounts:\nDate: the 3rd\n",
-             FROM + "Bcc: a@x.y\nFrom Bob in Accounts:\nDate: the 3rd\n"),
-        Mail("text that is all like fields", "Alarm: zone 3\nTime: 12:00\n",
-             FROM + "Bcc: a@x.y\n\nAlarm: zone 3\nTime: 12:00\n"),
-        Mail("indented text", "  Alarm\nTime: 12:00\n",
-             FROM + "Bcc: a@x.y\n\n  Alarm\nTime: 12:00\n"),
-        # Recipients.
-        Mail("hidden", NAMED + "\n", "Bcc: b@x.y\n" + NAMED + "\n", "a@x.y b@x.y"),
-        Mail("hidden, no To", FROM + "\n", "Bcc: a@x.y,\n b@x.y\n" + FROM + "\n",
-             "a@x.y b@x.y"),
-        Mail("undisclosed", FROM + "To: undisclosed-recipients:;\n\n",
-             "Bcc: a@x.y\n" + FROM + "To: undisclosed-recipients:;\n\n"),
-        Mail("somebody else in To", FROM + "To: a@x.y, O <o@x.y>\n\n",
-             FROM + "To: a@x.y\nX-Original-To: O <o@x.y>\n\n"),
-        Mail("somebody else in Cc and Bcc", NAMED + "Cc: o@x.y\nBcc: p@x.y\n\n",
-             NAMED + "X-Original-Cc: o@x.y\n\n"),
+        *(Mail("an mbox line", f"From {rest}\n{NAMED}\nText\n", NAMED + "\nText\n") for rest in (
+            "scan@x.y Thu Nov 24 18:22:48 2026", "scan at x.y  Thu Nov 24 2026", "MAILER-DAEMON")),
+        # Recipients, as Graph finds them.
+        Mail("several", NAMED.replace("a@x.y", "A\n\t<a@x.y>; G <o@x.y>") + "Cc: T: b@x.y;\n\n",
+             f"Bcc: \u00fc@x.y\n{NAMED}".replace("a@x.y", "A\n\t<a@x.y>")
+             + "X-Original-To: G <o@x.y>\nCc: T: b@x.y;\n\n", "a@x.y b@x.y \u00fc@x.y"),
         Mail("two Bcc", NAMED + "Bcc: b@x.y\nBCC: c@x.y\n\n",
              "Bcc: b@x.y,\n c@x.y,\n d@x.y\n" + NAMED + "\n", "a@x.y b@x.y c@x.y d@x.y"),
-        Mail("odd spacing", FROM + "To : a@x.y\n\n", "Bcc: a@x.y\n" + FROM + "To : a@x.y\n\n"),
-        Mail("a To behind a malformed line", FROM + "oops\nTo: o@x.y\n\n",
-             "Bcc: a@x.y\n" + FROM + "oops\nX-Original-To: o@x.y\n\n"),
-        Mail("a name that is another address", FROM + "To: o@x.y <a@x.y>\n\n",
-             "Bcc: a@x.y\n" + FROM + "X-Original-To: o@x.y <a@x.y>\n\n"),
-        Mail("not ASCII", FROM + "To: \u00fc@x.y\n\n", "", "\u00fc@x.y"),
-        Mail("not ASCII, and hidden", FROM + "\n", "Bcc: \u00fc@x.y\n" + FROM + "\n",
-             "\u00fc@x.y"),
-        Mail("semicolons", FROM + "To: a@x.y; b@x.y\n\n", FROM + "To: a@x.y,\n b@x.y\n\n",
-             "a@x.y b@x.y"),
     ),
     "SENDER_FROM=header": (
         Mail("a comma in the name", "From: Doe, John <Me@x.y>\nTo: a@x.y\n\n", "",
              mailbox="Me@x.y"),
         Mail("a mailbox that is no text", "From: \"m\udcfc\"@x.y\nTo: a@x.y\n\n", ""),
-        Mail("nor with a backslash", "From: \"m\\\udcfc\"@x.y\nTo: a@x.y\n\n", ""),
         Mail("From sends", "From: Me <Me@x.y>, n@x.y\nTo: a@x.y\n\n", "",
              mailbox="Me@x.y"),
         Mail("no From", "To: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
@@ -5168,15 +4945,15 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
     ),
     "FROM_MISMATCH=rewrite": (
         Mail("agrees", NAMED + "\n", ""),
-        Mail("the name stays", "From: \"Scan, 2\" <o@real.com>\nTo: a@x.y\n\n",
-             f"From: \"Scan, 2\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("folded, 8 bit", "from: J\udcf6rg\n (x)\n <o@real.com>\nTo: a@x.y\n\n",
-             f"from: J\udcf6rg (x) <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("no name", "From: o@real.com\nTo: a@x.y\n\n",
-             f"From: {SENDER}\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("a comment", "From: o@real.com (Scan)\nTo: a@x.y\n\n",
-             f"From: {SENDER} (Scan)\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("there is a Reply-To", "From: S <o@real.com>\nReply-To: r@x.y\nTo: a@x.y\n\n",
+        *(Mail(f"rewrite {old}", f"From: {old}\nTo: a@x.y\n\n",
+               f"From: {new}\nReply-To: o@real.com\nTo: a@x.y\n\n")
+          for old, new in (
+              ('"Scan, 2" <o@real.com>', f'"Scan, 2" <{SENDER}>'), ("o@real.com", SENDER),
+              ("o@real.com <o@real.com>", f"<{SENDER}>"),
+              ("J\udcf6rg\n (x)\n <o@real.com>", f'"J\udcf6rg (x)" <{SENDER}>'),
+              ("scan@office <o@real.com>", f'"scan@office" <{SENDER}>'),
+              ("o@real.com (Scan)", f"{SENDER} (Scan)"))),
+        Mail("a Reply-To stays", "From: S <o@real.com>\nReply-To: r@x.y\nTo: a@x.y\n\n",
              f"From: S <{SENDER}>\nReply-To: r@x.y\nTo: a@x.y\n\n"),
         *(Mail(f"no answer to {old}", f"From: S <{old}>\nTo: a@x.y\n\n",
                f"From: S <{SENDER}>\nTo: a@x.y\n\n")
@@ -5187,10 +4964,6 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("no answer but to itself", f"From: A <{SENDER}>, B <scan@printer>\nTo: a@x.y\n\n",
              f"From: A <{SENDER}>\nX-Original-From: A <{SENDER}>, B <scan@printer>\n"
              "To: a@x.y\n\n"),
-        Mail("a name with @", "From: scan@office <o@real.com>\nTo: a@x.y\n\n",
-             f"From: \"scan@office\" <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
-        Mail("the address as the name", "From: o@real.com <o@real.com>\nTo: a@x.y\n\n",
-             f"From: <{SENDER}>\nReply-To: o@real.com\nTo: a@x.y\n\n"),
         Mail("several", f"From: A <o@real.com>, B <{SENDER}>\nFrom: p@real.com\nTo: a@x.y\n\n",
              f"From: A <{SENDER}>\nReply-To: o@real.com,\n {SENDER},\n p@real.com\n"
              "X-Original-From: A "
@@ -5215,17 +4988,12 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
               ("J\0oe <o@real.com>", '"Joe" ', "Reply-To: o@real.com\n"),
               ("Joe) <o@real.com>", '"Joe)" ', "Reply-To: o@real.com\n"),
               ("[a@b] Joe <o@real.com>", '"[a@b] Joe" ', "Reply-To: o@real.com\n"),
-              (f"{SENDER} <o@real.com>", "", "Reply-To: o@real.com\n"),
+              (f"{SENDER} <o@real.com>", f'"{SENDER}" ', "Reply-To: o@real.com\n"),
+              ('"Joe <o@real.com>', '"\\"Joe" ', "Reply-To: o@real.com\n"),
               ("A <o@real.com> <p@real.com>", "",
                "X-Original-From: A <o@real.com> <p@real.com>\n"),
               ("\"m\udcfcller\"@real.com", '"\\"m\udcfcller\\"@real.com" ',
                "X-Original-From: \"m\udcfcller\"@real.com\n"))),
-    ),
-    "FROM_MISMATCH=refuse": (
-        Mail("agrees", NAMED + "\n", ""), Mail("no From", "To: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
-        Mail("another", "From: o@x.y\nTo: a@x.y\n\n", "550 5.7.1"),
-        Mail("one of two", f"From: {SENDER}, o@x.y\nTo: a@x.y\n\n", "550 5.7.1"),
-        Mail("unreadable", "From: Scanner\nTo: a@x.y\n\n", "550 5.7.1"),
     ),
     "HEADER_RECIPIENTS=keep": (
         Mail("agrees", NAMED + "\n", ""),
@@ -5236,41 +5004,21 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
         Mail("others, whom not everybody parts", FROM + "To: o@x.y; a@x.y\n\n",
              "Bcc: a@x.y\n" + FROM + "To: o@x.y; a@x.y\n\n"),
     ),
-    "HEADER_RECIPIENTS=refuse": (
-        Mail("agrees", NAMED + "\n", ""),
-        Mail("hidden", NAMED + "\n", "Bcc: b@x.y\n" + NAMED + "\n", "a@x.y b@x.y"),
-        Mail("others", NAMED + "Cc: o@x.y, P <p@x.y>\n\n", "550 5.1.3"),
-        Mail("unreadable", FROM + "To: a@x.y <\n\n", "550 5.1.3"),
-    ),
 }
 
 
 class CorpusTests(unittest.TestCase):
     """Mail arrives as it was sent: octet for octet, but for the edits that are named."""
 
-    def test_there_are_enough(self) -> None:
-        self.assertGreater(sum(map(len, CORPUS.values())), 60)
-        self.assertEqual(set(itertools.chain(*((setting.partition("=")[0],)
-                                               for setting in CORPUS))),
-                         {"", "SENDER_FROM", "FROM_MISMATCH", "HEADER_RECIPIENTS"})
-
     def test_corpus(self) -> None:
         for setting, mails in CORPUS.items():
-            fake = FakeMicrosoft()
             name, _, value = setting.partition("=")
-            running = Running(make_config(
-                SMTP_PORT="0", AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url,
-                **({name: value} if name else {})))
-            self.addCleanup(fake.close)
-            self.addCleanup(running.stop)
-            client = Client(running.port)
-            self.addCleanup(client.close)
-            client.ehlo()
-            client.log_in()
-            for mail in mails:
-                with self.subTest(setting, mail=mail.name):
-                    self.check(fake, client, mail)
-            self.assertEqual(fake.complaints, [])
+            with alone(**({name: value} if name else {})) as (fake, client):
+                client.log_in()
+                for mail in mails:
+                    with self.subTest(setting, mail=mail.name):
+                        self.check(fake, client, mail)
+                self.assertEqual(fake.complaints, [])
 
     def check(self, fake: FakeMicrosoft, client: Client, mail: Mail) -> None:
         """Send a message and look at what has become of it."""
@@ -5285,8 +5033,7 @@ class CorpusTests(unittest.TestCase):
         delivered, = fake.delivered
         self.assertEqual(delivered.message, crlf(mail.wanted or mail.sent))
         self.assertEqual(delivered.mailbox, mail.mailbox)
-        if re.fullmatch("[ -!#-~]+", mail.to) and mail.name.split()[0] not in ("others,",
-                                                                              "route"):
+        if re.fullmatch("[ -!#-~]+", mail.to) and not mail.name.startswith("others,"):
             # As the standard library reads it, which cannot read everything.
             self.assertEqual(set(delivered.recipients), set(recipients))
 
@@ -6130,41 +5877,6 @@ class FidelityTests(RelayCase):
                     self.assertNotEqual(openssl(command, "-verify", "-CAfile", FILES["ca.pem"],
                                                 "-purpose", "any", octets=broken).returncode, 0)
 
-    def test_random_messages_keep_the_three_laws(self) -> None:
-        """The envelope gets it and nobody else; the rest stays; nothing raises."""
-        pieces = ["From: ", "To: ", "Cc: ", "BCC: ", "Subject: ", "Reply-To: ", "\r\n", "\r\n",
-                  "\r\n", "\r\n ", "\n", "\r", "a@x.y", "b@x.y", "o@x.y", "Scan <s@x.y>", ", ",
-                  ";", "x@y <p@x.y>", '"', "<", ">", "(", ":", "\0", "\udcff", "text", ".",
-                  "\r\n.", "From x@y Thu Nov 24 18:22:48 2026\r\n", "=?utf-8?q?=40?="]
-        chance = random.Random(2026)
-        for number in range(2000):
-            text = "".join(chance.choices(pieces, k=chance.randrange(30)))
-            people = chance.sample(["a@x.y", "b@x.y", "c@x.y"], chance.randrange(1, 4))
-            policy = chance.choice(["keep", "rewrite"])
-            message = text.encode("utf-8", "surrogateescape")
-            envelope = b"".join(f"RCPT TO:<{one}>\r\n".encode() for one in people)
-            with self.subTest(number, message=message, people=people):
-                dialogue = Dialogue(make_config())
-                dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + envelope + b"DATA\r\n"
-                              + (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
-                              + b"\r\n.\r\n")
-                came, = dialogue.messages
-                self.assertEqual(came, re.sub(rb"\r\n|\r|\n", b"\r\n", message + b"\r\n"))
-                went = prepared(came, *people, FROM_MISMATCH=policy)
-                # A reader that stops at malformed lines, and ours, which does not.
-                self.assertEqual(set(named_by(went)), set(people))
-                after = relay.split_header(went)
-                self.assertEqual({address.key for one in after.find(b"to", b"cc", b"bcc")
-                                  for address in relay.parse_addresses(one.value).addresses},
-                                 set(people))
-                before = relay.split_header(came, (relay._MBOX_LINE.match(came) or re.match(
-                    b"", b"")).end())
-                self.assertTrue(went.endswith(came[before.end:]))
-                for one in before.fields:
-                    if one.name == b"":
-                        self.assertIn(one.octets, went)
-                self.assertTrue(after.find(b"from"))
-
 
 def as_exchange_decodes(text: bytes) -> bytes:
     """Decode quoted-printable where "=" CRLF alone is a soft line break."""
@@ -6181,7 +5893,7 @@ class MemoryTests(unittest.TestCase):
         fake = FakeMicrosoft()
         self.addCleanup(fake.close)
         text = "Content-Type: text/html; charset=utf-8\n\n\U0001f600" + "x" * 4_100_000 + "\n"
-        for size, body in ((25, PLAIN), (35, PLAIN), (35, text)):
+        for size, body in ((25, PLAIN), (35, text)):
             # Of these base64 makes megabytes.
             file, octets = scan(size * 756_000 - len(body) * 3 // 4)
             message = crlf(multipart("mixed", body, file, header=NAMED))
@@ -6193,6 +5905,10 @@ class MemoryTests(unittest.TestCase):
 
     def send(self, fake: FakeMicrosoft, message: bytes) -> int:
         """Send a message through a process of its own; returns what it cost, in octets."""
+        def memory(name: str) -> int:
+            """The memory of the process, now (RSS) or at most until now (HWM), in octets."""
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+            return int(re.search(rf"Vm{name}:\s+(\d+) kB", status)[1]) * 1024
         port = free_port()
         # As in the Dockerfile: else glibc keeps up to half of a message for the next one.
         with start_program(SMTP_PORT=str(port), AZURE_AUTHORITY_HOST=fake.url,
@@ -6204,19 +5920,14 @@ class MemoryTests(unittest.TestCase):
                 client.ehlo()
                 client.log_in()
                 self.assertTrue(client.post().startswith("250"))
-                idle, peak = (self.memory(process.pid, name) for name in ("RSS", "HWM"))
+                idle, peak = memory("RSS"), memory("HWM")
                 client.sock.settimeout(5 * PATIENCE)        # 35 MB may take long
                 reply = client.post_octets(message, SENDER, ["a@x.y"])
-                self.assertTrue(reply.startswith("250 2.0.0"), reply)
-                cost = self.memory(process.pid, "HWM") - peak
+                self.assertTrue(reply.startswith("250 2.0.0 "), reply)
+                cost = memory("HWM") - peak
                 if platform.libc_ver()[0] == "glibc":
-                    wait_for(lambda: self.memory(process.pid, "RSS") - idle < len(message) / 4)
+                    wait_for(lambda: memory("RSS") - idle < len(message) / 4)
         return cost
-
-    def memory(self, pid: int, name: str) -> int:
-        """The memory of a process, now (RSS) or at most until now (HWM), in octets."""
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return int(re.search(rf"Vm{name}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -10429,8 +10140,6 @@ Path:     sendMail, 101 octets
     def test_a_message_that_would_be_refused(self) -> None:
         for message, sender, environ, reply in (
                 (b"", "", {}, "550 5.1.7"), (b"", "a", {}, "501 5.1.7"),
-                (b"From: o@x.y\n\n", SENDER, {"FROM_MISMATCH": "refuse"}, "550 5.7.1"),
-                (b"To: o@x.y\n\n", SENDER, {"HEADER_RECIPIENTS": "refuse"}, "550 5.1.3"),
                 (b"x" * 5000, SENDER, {"MAX_MESSAGE_SIZE": "5000"}, "552 5.3.4"),
                 (LARGE, SENDER, {"LARGE_MESSAGES": "refuse"}, "552 5.3.4"),
                 (LARGE.replace(b"mixed", b"signed"), SENDER, {}, "552 5.3.4")):
