@@ -3040,7 +3040,11 @@ SUCCESS: Mapping[Step, tuple[int, ...]] = {
     Step.UPLOAD: (200, 201, 202), Step.SEND_DRAFT: (202,)}
 
 
-class NoUploadRight(DeliveryError):
+class NoAccess(DeliveryError):
+    """The application has no access to the mailbox; an administrator can grant it."""
+
+
+class NoUploadRight(NoAccess):
     """The application may not make drafts in a mailbox."""
 
 
@@ -3056,6 +3060,7 @@ def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) ->
     facts = {"status": response.status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
     kind = (NoUploadRight if reply is _NO_UPLOAD_RIGHT and step is Step.CREATE else
+            NoAccess if reply in (_NO_RIGHT, _NO_MAILBOX, _NO_UPLOAD_RIGHT) else
             TemporaryError if reply.code < 500 else DeliveryError)
     level = logging.ERROR if reply is _NOT_SENT else logging.WARNING
     return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
@@ -5071,7 +5076,7 @@ class QueueManager:
             mailbox.messages.pop(message.id, None)
         except FileNotFoundError:
             self._drop(mailbox, message)
-        except TemporaryError as error:
+        except (TemporaryError, NoAccess) as error:     # access may be granted meanwhile
             if error.reply.close and application is self._application(message):
                 self._applications.pop(message.key[:2], None)       # it is refused
             await self._defer(mailbox, message, str(error.reply), error.facts)

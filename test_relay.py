@@ -7633,12 +7633,15 @@ class FailedTests(SpoolCase):
     def test_what_becomes_of_a_message_and_who_is_told(self) -> None:
         running = self.start(SPOOL_MAX_BYTES="1000")        # a notice has no such limit
         client = self.log_in_to(running)
+        right, mailbox = graph_says(403, "ErrorAccessDenied"), say(404)
         # The sender and what Microsoft says after 503; what is delivered, and what fails.
         cases: tuple[tuple[str, list[Action], list[bytes], int, str], ...] = (
             (SENDER, [say(400)], [b"Undelivered mail"], 1, "554 5.6.0"),
             (SENDER, [say(400), say(503), say(503)], [b"Undelivered mail"], 1, "554 5.6.0"),
             (SENDER, [say(400), say(400)], [], 2, "554 5.6.0"),         # no notice of a notice
-            ("", [say(400)], [], 1, "554 5.6.0"))
+            ("", [say(400)], [], 1, "554 5.6.0"),
+            (SENDER, [right, right], [b"s"], 0, "550 5.7.1"),           # they may come yet
+            (SENDER, [mailbox, mailbox], [b"s"], 0, "550 5.1.8"))
         for number, (sender, actions, delivered, failed, reply) in enumerate(cases):
             with self.subTest(number=number), kept_log() as kept:
                 self.fake.reset()
@@ -7673,7 +7676,7 @@ class FailedTests(SpoolCase):
     def test_a_message_that_is_too_old(self) -> None:
         def accept_bounce(sock: socket.socket, request: Request) -> bool:
             is_bounce = b"auto-replied" in base64.b64decode(request.body)
-            return (self.fake.accept if is_bounce else say(502))(sock, request)
+            return (self.fake.accept if is_bounce else say(404))(sock, request)
         client = self.log_in_to(self.start(SPOOL_LIFETIME="1"))
         self.let("MIN_BACKOFF", 0.4)
         self.let("MAX_BACKOFF", 0.4)
@@ -7682,8 +7685,8 @@ class FailedTests(SpoolCase):
             self.enqueue(client)
             wait_for(lambda: kept.find("failed"))
             self.wait_until_empty()
-        self.assertRegex(kept.find("failed")[0][1], "reply=.*1 seconds; at last: 451 4.3.0")
-        self.assertIn(b"at last: 451 4.3.0", self.fake.delivered[-1].message)
+        self.assertRegex(kept.find("failed")[0][1], "reply=.*1 seconds; at last: 550 5.1.8")
+        self.assertIn(b"at last: 550 5.1.8", self.fake.delivered[-1].message)
 
     def refuse_bad(self, sock: socket.socket, request: Request) -> bool:
         """Action: refuse for good what is called so, but no notice of it."""
