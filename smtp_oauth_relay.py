@@ -6597,7 +6597,8 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
                 if path.parent == files.failed:
                     files.retry(message)
                 files.report(message.id)
-                print(f"{message.id} is tried again")
+                print(f"{message.id} is tried again; if the relay lacks its secret, when "
+                      f"{message.login} logs in")
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None
     return int(not found and wanted is not None)

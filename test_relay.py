@@ -8021,7 +8021,8 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
             self.enqueue(client, subject, sender=f"s{subject}@example.com")
         idents = {path.read_bytes().partition(b"Subject: ")[2][:1]: path.stem
                   for path in self.queue.glob("*.eml")}
-        self.assertEqual(self.spool("retry", idents[b"2"]), f"{idents[b'2']} is tried again\n")
+        self.assertEqual(self.spool("retry", idents[b"2"]), f"{idents[b'2']} is tried again; if "
+                         f"the relay lacks its secret, when {USER} logs in\n")
         wait_for(lambda: len(self.waiting()) == 2)
         self.assertEqual(self.subjects(), [b"2"])
         with kept_log() as kept:
