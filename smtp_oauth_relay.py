@@ -26,7 +26,7 @@ may run `openssl` to read such a key.
                          |  Authenticate, Deliver        its events
                        Relay --> Directory               who may log in, and as whom
                          |  \--> Tokens --HTTPS--> Entra ID
-                         |  \--> Spool                   what must wait, on disk
+                         |  \--> QueueManager            what must wait, on disk
                          |         |
                        Graph <-----+ --HTTPS--> Microsoft 365     in worker threads
 
@@ -40,13 +40,13 @@ Contents (search for the number; each section uses only those above it)
     §6   Messages                   who gets it is the envelope; From; all else stays
     §7   Large messages             a message as a draft with attachments
     §8   Microsoft's answers        which answer is which reply
-    §9   Queued messages            Entry: what the spool knows; the notice of a failure
+    §9   Queued messages            QueuedMessage: its state on the disk; the bounce
     §10  Log                        one line for an event        <- I/O starts here
     §11  HTTP                       HttpPool
     §12  Tokens                     Tokens: one request for all who need the same
     §13  Directory                  accounts in a file, in Azure Tables, in a user name
     §14  Graph                      Graph: sendMail, or a draft; 4 at once for a mailbox
-    §15  Spool                      what Microsoft could not take yet, on disk
+    §15  Queue                      what Microsoft could not take yet, on disk
     §16  TLS                        the relay's own certificate
     §17  Server                     Connection, Server
     §18  Demo                       an outbox in place of Microsoft
@@ -2841,6 +2841,10 @@ SUCCESS: Mapping[Step, tuple[int, ...]] = {
     Step.DELETE: (200, 204, 404)}
 
 
+class NoAccess(DeliveryError):
+    """The application has no access to the mailbox; an administrator can grant it."""
+
+
 def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) -> RelayError:
     """Make the error for an answer of Graph that is not the one for success."""
     reply, code = _find_reply(response), _graph_code(response)
@@ -2852,7 +2856,8 @@ def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) ->
         reply = _FAILING                # it is between Graph and Exchange
     facts = {"status": response.status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
-    kind = TemporaryError if reply.code < 500 else DeliveryError
+    kind = (NoAccess if reply in (_NO_RIGHT, _NO_MAILBOX, _NO_UPLOAD_RIGHT) else
+            TemporaryError if reply.code < 500 else DeliveryError)
     level = logging.ERROR if reply is _NOT_SENT else logging.WARNING
     return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
                 level=level)
@@ -2957,146 +2962,88 @@ def _graph_code(response: HttpResponse) -> str:
 # §9  Queued messages
 # ---------------------------------------------------------------------------
 #
-# A message of the spool is one file: a line of JSON, an Entry, that says what it is; its
-# octets as they are to go out; and a line of JSON for each thing that happened to it. Of
-# these the last whole one counts, so that nothing is written twice. No secret is there: the
-# name of an account, or tenant and client, lead to it.
-
-FIRST_PAUSE = 60.0              # seconds before a mailbox is tried again; doubled up to
-LAST_PAUSE = 1800.0
-MAX_NOTICE_HEADER = 65536       # octets of a header that a notice repeats
+# The queue has two files for each message: ID.eml, the message exactly as it goes out, and
+# ID.json, a QueuedMessage. Neither holds a secret: the name of an account, or tenant and
+# client, lead to it.
 
 
 @dataclass(eq=False)
-class Entry:
-    """A message of the spool. Times are Unix times."""
+class QueuedMessage:
+    """The state of a queued message. Times are Unix times."""
 
-    ident: str
-    account: str                # of ACCOUNTS_FILE, or ""
+    id: str
+    account: str                # section of ACCOUNTS_FILE, or ""
     tenant: str
     client: str
-    mailbox: str                # that sends
-    reverse_path: str           # that a notice goes to
+    mailbox: str                # that sends the message
+    reverse_path: str           # that receives the bounce; "" for no bounce
     recipients: list[str]
-    header_size: int            # octets
-    size: int                   # octets of all
-    digest: str                 # SHA-256 of all
-    is_notice: bool
-    queued_at: float            # this and what follows may change
-    tries: int = 0
-    next_at: float = 0.0
+    header_size: int            # bytes
+    size: int                   # bytes, header and body
+    is_bounce: bool
+    queued_at: float            # SPOOL_LIFETIME begins
+    attempts: int = 0
+    next_attempt_at: float = 0.0        # for `spool list` only
     reason: str = ""            # why it is still here
-    is_told: bool = False       # its sender, that it was given up
-    asked_at: float = 0.0       # when `spool retry` was said
+    bounce_sent: bool = False
+    is_sent: bool = False       # but the files could not be removed
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Whose limits it is under, and with whom it waits."""
+        """Return the key of the mailbox queue and of Graph's limits."""
         return self.tenant, self.client, self.mailbox.lower()
 
     @property
-    def first_line(self) -> bytes:
-        """What stands before the message."""
-        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
-
-    @property
-    def last_line(self) -> bytes:
-        """What stands behind it; one that was cut off before does no harm."""
-        state = {name: getattr(self, name) for name in _ENTRY_STATE}
-        return b"\n" + json.dumps(state).encode() + b"\n"
+    def login(self) -> str:
+        """Return the user name whose login brings the secret, for messages to people."""
+        return self.account or f"{self.tenant}@{self.client}"
 
 
-_ENTRY_STATE = ("queued_at", "tries", "next_at", "reason", "is_told", "asked_at")
-_ENTRY = Entry("", "", "", "", "", "", [], 0, 0, "", False, 0.0)
+_TYPES = list(map(type, vars(QueuedMessage("", "", "", "", "", "", [], 0, 0, False, 0.0)
+                             ).values()))
 
 
-def read_entry(first_line: bytes, last_lines: bytes) -> Entry:
-    """Read what stands before and behind a message. Raises ValueError."""
-    names = [one.name for one in dataclasses.fields(Entry)]
-    entry = Entry(**_read_values(first_line, names))
-    states = []
-    for line in last_lines.split(b"\n"):
-        with contextlib.suppress(ValueError):
-            states.append(_read_values(line, _ENTRY_STATE))
-    if not states:
-        return entry
-    # `spool retry` may have been said while the relay wrote of something else.
-    asked_at = max(one["asked_at"] for one in states)
-    return dataclasses.replace(entry, **{**states[-1], "asked_at": asked_at})
-
-
-def _read_values(line: bytes, names: Iterable[str]) -> dict[str, Any]:
+def parse_queued_message(text: bytes) -> QueuedMessage:
+    """Parse the content of ID.json. Raises ValueError if it is damaged."""
     try:
-        values = json.loads(line)
-        found = {name: values[name] for name in names}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        message = QueuedMessage(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         raise ValueError("it is damaged") from None
-    for name, value in found.items():
-        kind = type(getattr(_ENTRY, name))
-        if (type(value) is not kind
-                or (kind in (int, float) and not 0 <= value < 2 ** 33)   # NaN; 2242
-                or (kind is list and any(type(one) is not str for one in value))):
-            raise ValueError("it is damaged")
-    return found
+    if list(map(type, vars(message).values())) != _TYPES:
+        raise ValueError("it is damaged")
+    return message
 
 
-def as_stored(message: bytes, entry: Entry) -> Outgoing:
-    """Make ready what was made ready before it was stored. Raises DeliveryError."""
-    header = message[:entry.header_size]
-    prepared = Prepared(entry.mailbox, header, header,
-                        memoryview(message)[entry.header_size:])
-    if prepared.size <= GRAPH_MESSAGE_LIMIT:
-        return Outgoing(prepared)
-    return Outgoing(prepared, make_draft(message, prepared))
+def as_stored(content: bytes, message: QueuedMessage) -> Outgoing:
+    """Prepare a message that was edited before it was queued. Raises DeliveryError."""
+    if len(content) != message.size:
+        raise DeliveryError("The file of the message is damaged")
+    header = content[:message.header_size]
+    prepared = Prepared(message.mailbox, header, header,
+                        memoryview(content)[message.header_size:])
+    is_large = prepared.size > GRAPH_MESSAGE_LIMIT
+    return Outgoing(prepared, make_draft(content, prepared) if is_large else None)
 
 
-def pause_after(failures: int, chance: float) -> float:
-    """Seconds to wait after so many failures; `chance` is from 0 to 1."""
-    pause = min(FIRST_PAUSE * 2.0 ** min(failures - 1, 20), LAST_PAUSE)
-    return pause * (0.8 + 0.4 * chance)
-
-
-def make_notice(entry: Entry, header: bytes, reporter: str, ident: str,
+def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id: str,
                 now: float) -> bytes:
-    """Write to who sent a message that it was given up; RFC 3464, RFC 3834 section 3."""
+    """Write the notice to the sender of a message that failed; RFC 3834 section 3."""
     subject = split_header(header).find(b"subject")
-    named = f"Subject:     {_one_line(_unfolded(subject[0]))[:200]}\n" if subject else ""
-    recipients = "\n             ".join(entry.recipients)
-    arrived, ended = (email.utils.formatdate(one) for one in (entry.queued_at, now))
-    status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", entry.reason)
-    text = (f"This is the SMTP relay at {reporter}. A message could not be delivered, and "
-            f"is not tried any more.\n\n{named}Recipients:  {recipients}\n"
-            f"Arrived:     {arrived}\nTries:       {entry.tries}\n"
-            f"Reason:      {entry.reason}\nID:          {entry.ident}\n\nIt is kept by the "
-            "relay; its administrator can send it again.\n")
-    report = "".join(
-        f"\nFinal-Recipient: {_typed_address(one)}\nAction: failed\n"
-        f"Status: 5{status[0][1:] if status else '.0.0'}\n"
-        f"Diagnostic-Code: smtp; {harmless(entry.reason)[:900]}\n"
-        f"Last-Attempt-Date: {ended}\n"
-        for one in entry.recipients)
-    report = f"Reporting-MTA: dns; {reporter}\nArrival-Date: {arrived}\n{report}"
-    mark = f"=_{ident}"
-    head = (f"From: Mail relay <{entry.mailbox}>\nTo: <{entry.reverse_path}>\n"
-            f"Subject: Undelivered mail\nDate: {ended}\nMessage-ID: <{ident}@{reporter}>\n"
-            "Auto-Submitted: auto-replied\nMIME-Version: 1.0\n"
-            "Content-Type: multipart/report; report-type=delivery-status;\n"
-            f' boundary="{mark}"\n')
-    parts = [("text/plain; charset=utf-8", text.encode(errors="replace")),
-             ("message/delivery-status", report.encode()),
-             ("text/rfc822-headers", header)]
-    return head.encode().replace(b"\n", b"\r\n") + b"".join(
-        f"\r\n--{mark}\r\nContent-Type: {kind}\r\nContent-Transfer-Encoding: 8bit\r\n\r\n"
-        .encode() + octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        for kind, octets in parts) + f"\r\n--{mark}--\r\n".encode()
-
-
-def _typed_address(mailbox: str) -> str:
-    """Name a recipient in a report; RFC 6533 section 3 for one beyond ASCII."""
-    if mailbox.isascii():
-        return f"rfc822; {mailbox}"
-    return "utf-8; " + "".join(c if "!" <= c <= "~" and c not in "\\+=" else
-                               f"\\x{{{ord(c):X}}}" for c in mailbox)
+    lines = [
+        f"From: Mail relay <{message.mailbox}>", f"To: <{message.reverse_path}>",
+        "Subject: Undelivered mail", f"Date: {email.utils.formatdate(now)}",
+        f"Message-ID: <{bounce_id}@{reporter}>", "Auto-Submitted: auto-replied",
+        "MIME-Version: 1.0", "Content-Type: text/plain; charset=utf-8",
+        "Content-Transfer-Encoding: 8bit", "",
+        f"The SMTP relay at {reporter} could not deliver this message and has stopped "
+        "trying:", "",
+        *(f"Subject:    {_one_line(_unfolded(field))[:200]}" for field in subject[:1]),
+        *(f"Recipient:  {recipient}" for recipient in message.recipients),
+        f"Received:   {email.utils.formatdate(message.queued_at)}",
+        f"Attempts:   {message.attempts}", f"Reason:     {harmless(message.reason)[:900]}",
+        f"ID:         {message.id}", "",
+        "The relay keeps the message. Its administrator can send it again.", ""]
+    return "\r\n".join(lines).encode(errors="replace")
 
 
 # ---------------------------------------------------------------------------
@@ -4324,221 +4271,194 @@ def _pause(response: HttpResponse) -> float:
 
 
 # ---------------------------------------------------------------------------
-# §15  Spool
+# §15  Queue
 # ---------------------------------------------------------------------------
 #
-#     lock                      held by the relay that works with the spool; the command
-#                               line touches it, and the relay looks again
-#     queue/ID, failed/ID       what waits, and what was given up
-#     queue/ID.part             is being written; after a crash it goes to failed/
+#     lock                      locked by the relay that uses the folder; the command line
+#                               appends the IDs of messages that it has changed
+#     queue/ID.eml, ID.json     a message that waits, and its state
+#     queue/ID.tmp              a state that is being written
+#     failed/ID.eml, ID.json    a message that failed
 #
-# A client is told of a message when its file is on the disk under its name, and the file
-# goes when Microsoft has accepted the message. So after a crash a message is there, or was
-# sent, or both: at least once. A mailbox is sent to one by one, oldest first. If one fails,
-# another is tried at once: if that goes out, the first is at fault and rests alone, so that
-# it holds up nobody; else the mailbox rests.
+# A message counts when its ID.json is in queue/: the .json is written last and removed
+# first. Its client gets 250 when both files are on the disk; they go when Microsoft has
+# accepted the message. So after a crash a message is there, or was sent, or both: at least
+# once. A mailbox is sent to one message at a time, the least tried first, then the oldest,
+# so that a message that always fails holds up no other. After a failure the mailbox rests.
 
-SPARE_DISK = 67_108_864         # octets of the disk that stay free
-DISK_TIMEOUT = 10.0             # seconds for the disk to take a message
-MEMORY_PAUSE = 0.5              # seconds until there may be memory
-SENDERS = 20                    # messages of the spool on their way at once
-LOOK_AGAIN = 2.0                # seconds until a command is noticed
-IDLE = 30.0                     # seconds until a change of ACCOUNTS_FILE is noticed
-MAX_FIRST_LINE = 16_777_216     # octets
+MIN_BACKOFF = 60.0              # seconds before a mailbox is tried again; doubled up to
+MAX_BACKOFF = 1800.0
+MIN_FREE_DISK = 67_108_864      # bytes of the disk that stay free
+DISK_TIMEOUT = 10.0             # seconds for one action of the disk
+MAX_CONCURRENT_DELIVERIES = 20  # messages of the queue on their way at once
+QUEUE_POLL_INTERVAL = 2.0       # seconds until a command is noticed
+MAX_SLEEP = 30.0                # seconds until a change of ACCOUNTS_FILE is noticed
 
 
-class Store:
-    """The files of the spool. Its methods wait for the disk, and raise OSError."""
+class QueueFiles:
+    """The files of the queue. The methods wait for the disk, and raise OSError."""
 
-    def __init__(self, path: str) -> None:
-        self._path = pathlib.Path(path)
+    def __init__(self, config: Config) -> None:
+        self._path = pathlib.Path(config.spool_directory)
+        self._max_bytes = config.spool_max_bytes
         self.queue, self.failed = self._path / "queue", self._path / "failed"
-        self._lock = self._path / "lock"
-        self._locked = -1               # its descriptor
+        self._lock: typing.IO[str] | None = None
+        self._deadlines: set[float] = set()     # of messages that are being written
 
-    def open(self) -> None:
-        """Take it for this process. Raises StartError."""
+    def open(self) -> list[QueuedMessage]:
+        """Take the folder for this process; returns what waits. Raises StartError."""
         try:
             self._path.mkdir(0o700, exist_ok=True)
-            problem = self._find_problem()
-            if problem:
-                raise StartError(f"SPOOL_DIRECTORY={str(self._path)!r}: {problem}")
-            for folder in (self.queue, self.failed):
-                folder.mkdir(0o700, exist_ok=True)
-                probe = folder / "probe.part"
-                probe.unlink(missing_ok=True)
-                _write(probe, [b"x"])
-                probe.unlink()
-            _sync(self._path)
-        except OSError as error:
-            raise StartError(f"SPOOL_DIRECTORY={str(self._path)!r}: cannot be used: "
-                             f"{error.strerror}") from None
-
-    def _find_problem(self) -> str:
-        if fcntl is None:
-            return "this system has no locks of the kind that it needs"
-        found = self._path.stat()
-        if found.st_uid != os.geteuid():
-            return "belongs to another user; give it to the one who runs the relay (chown)"
-        if found.st_mode & 0o022:
-            return "others can write there; chmod go-w"
-        self._locked = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = self._path.stat()
+            if fcntl is None:
+                problem = "this system has no file locks"
+            elif found.st_uid != os.geteuid():
+                problem = "belongs to another user; give it to the relay's user (chown)"
+            elif found.st_mode & 0o022:
+                problem = "others can write there; chmod go-w"
+            else:
+                self._lock = open(self._path / "lock", "a+",    # noqa: SIM115
+                                  opener=functools.partial(os.open, mode=0o600))
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.queue.mkdir(0o700, exist_ok=True)
+                self.failed.mkdir(0o700, exist_ok=True)
+                _sync(self._path)
+                return self._load()
         except BlockingIOError:
-            return "another relay works with it"
-        return ""
+            problem = "another relay works with it"
+        except OSError as error:
+            problem = f"cannot be used: {error.strerror}: {error.filename}"
+        raise StartError(f"SPOOL_DIRECTORY={str(self._path)!r}: {problem}")
 
     def close(self) -> None:
-        """Let go of it."""
-        if self._locked >= 0:
-            os.close(self._locked)
-            self._locked = -1
+        """Release the folder."""
+        if self._lock:
+            self._lock.close()
 
-    def set_aside(self) -> None:
-        """Put what is damaged with what was given up."""
-        for path in self.queue.iterdir():
-            if not self.read(path):
-                log_event(logging.ERROR, path.name, "set-aside", problem="it is not whole; "
-                          "its client was not told 250" if path.suffix == ".part" else
-                          "it is damaged", file=self.failed / path.name)
-                path.rename(self.failed / path.name)
-
-    def read(self, path: pathlib.Path) -> Entry | None:
-        """Read what is said of a message; None if it is damaged, or not there."""
-        try:
-            with open(path, "rb") as file:
-                first_line = file.readline(MAX_FIRST_LINE)
-                begin = len(first_line) + read_entry(first_line, b"").size
-                file.seek(begin)
-                entry = read_entry(first_line, file.read())
-                is_whole = os.fstat(file.fileno()).st_size >= begin
-        except (ValueError, FileNotFoundError, IsADirectoryError):
-            return None
-        return entry if is_whole and entry.ident == path.name else None
-
-    def survey(self) -> tuple[dict[str, Entry], int]:
-        """See what waits, and how many octets of other files there are."""
-        entries = map(self.read, self.queue.iterdir())
-        found = {entry.ident: entry for entry in entries if entry}
-        octets = 0
-        with contextlib.suppress(FileNotFoundError):        # somebody may have tidied up
-            for path in self.failed.iterdir():
+    def _load(self) -> list[QueuedMessage]:
+        """Read what waits, and tidy up what a crash has left."""
+        messages = []
+        for path, message in self.read_all(self.queue):
+            if message and path.with_suffix(".eml").exists():
+                messages.append(message)
+                continue
+            log_event(logging.ERROR, path.stem, "set-aside", file=self.failed / path.name,
+                      problem="it has no .eml" if message else "it is damaged")
+            for source in (path.with_suffix(".eml"), path):
                 with contextlib.suppress(FileNotFoundError):
-                    octets += path.stat().st_size
-        return found, octets
+                    _move(source, self.failed)
+        for path in self.queue.iterdir():
+            if path.suffix == ".tmp" or (path.suffix == ".eml" and
+                                         not path.with_suffix(".json").exists()):
+                log_event(logging.WARNING, path.stem, "removed", file=path,
+                          problem="the relay ended while it wrote or deleted it")
+                path.unlink()
+        return messages
 
-    def header(self, entry: Entry) -> bytes:
-        """Read the header of a message, or what a notice repeats of it."""
-        with open(self.queue / entry.ident, "rb") as file:
-            file.readline(MAX_FIRST_LINE)
-            return file.read(min(entry.header_size, MAX_NOTICE_HEADER))
+    def read_all(self, folder: pathlib.Path
+                 ) -> Iterator[tuple[pathlib.Path, QueuedMessage | None]]:
+        """Read the states of all messages in a folder; None: it is damaged."""
+        for path in folder.glob("*.json"):
+            try:
+                message = parse_queued_message(path.read_bytes())
+                yield path, message if message.id == path.stem else None        # a copy
+            except FileNotFoundError:
+                pass                    # it was sent just now
+            except (ValueError, OSError):
+                yield path, None
 
-    def message(self, entry: Entry) -> bytes:
-        """Read a message. Raises ValueError if it is damaged."""
-        with open(self.queue / entry.ident, "rb") as file:
-            file.readline(MAX_FIRST_LINE)
-            octets = file.read(entry.size)
-        if hashlib.sha256(octets).hexdigest() != entry.digest:
-            raise ValueError("it is damaged")
-        return octets
+    def path(self, message: QueuedMessage) -> pathlib.Path:
+        """Return where the state of a message is while it waits."""
+        return self.queue / f"{message.id}.json"
 
-    def add(self, entry: Entry, parts: list[bytes | memoryview], reserved: int,
-            outcome: threading.Lock) -> None:
-        """Store a message, so that a crash does not take it; with the octets of all that
-        is being stored `reserved`, so much is left free. Who takes `outcome` says whether
-        it is stored: this, or its client was told otherwise.
-        """
-        free = os.statvfs(self.queue)
-        if free.f_bavail * free.f_frsize - reserved < SPARE_DISK:
-            raise OSError(errno.ENOSPC, f"less than {SPARE_DISK} octets would be free")
-        digest = hashlib.sha256()
-        for octets in parts:
-            digest.update(octets)
-        entry.digest = digest.hexdigest()
-        path, part = self.queue / entry.ident, self.queue / f"{entry.ident}.part"
+    def content(self, message: QueuedMessage, limit: int = -1) -> bytes:
+        """Read a message, or its first bytes."""
+        with open(self.path(message).with_suffix(".eml"), "rb") as file:
+            return file.read(limit)
+
+    def add(self, message: QueuedMessage, parts: list[bytes | memoryview],
+            deadline: float) -> None:
+        """Store a message, so that a crash does not lose it, but not after the deadline."""
+        if min(self._deadlines, default=deadline) < time.monotonic():
+            raise OSError(errno.EBUSY, "the disk does not answer")  # or memory fills up
+        self._deadlines.add(deadline)
         try:
-            _write(part, [entry.first_line, *parts])
-            part.rename(path)
-            _sync(self.queue)
-            if not outcome.acquire(blocking=False):
+            self._check_space(message)
+            _write(self.path(message).with_suffix(".eml"), parts)
+            self.note(self.path(message), message)
+            if time.monotonic() > deadline:     # its client was told otherwise
                 raise TimeoutError("time is up")
         except OSError:
-            for one in (part, path):
-                with contextlib.suppress(OSError):
-                    one.unlink()
+            with contextlib.suppress(OSError):
+                self.remove(self.path(message))
             raise
-
-    def note(self, entry: Entry) -> None:
-        """Write down what is new about it."""
-        self._append(self.queue / entry.ident, entry)
-
-    def remove(self, entry: Entry) -> None:
-        """Remove a message that was sent."""
-        (self.queue / entry.ident).unlink(missing_ok=True)
-        _sync(self.queue)
-
-    def fail(self, entry: Entry) -> None:
-        """Put a message with those that were given up."""
-        with contextlib.suppress(OSError):      # a full disk; if it is gone _move says so
-            self.note(entry)
-        self._move(entry.ident, self.queue, self.failed)
-
-    def _move(self, name: str, source: pathlib.Path, target: pathlib.Path) -> None:
-        target.mkdir(0o700, exist_ok=True)      # somebody may have tidied up
-        (source / name).rename(target / name)
-        _sync(target)
-        _sync(source)
-
-    def _append(self, path: pathlib.Path, entry: Entry) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0))
-        try:
-            os.write(descriptor, entry.last_line)
-            os.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            self._deadlines.discard(deadline)
 
-    # For the command line, which may work beside a relay.
+    def _check_space(self, message: QueuedMessage) -> None:
+        disk, used = os.statvfs(self.queue), message.size
+        if disk.f_bavail * disk.f_frsize - message.size < MIN_FREE_DISK:
+            raise OSError(errno.ENOSPC, f"less than {MIN_FREE_DISK} bytes would be free")
+        for path in () if message.is_bounce else self._path.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):        # it was sent just now
+                used += path.stat().st_size
+        if used > self._max_bytes:
+            raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
 
-    def names(self) -> Iterator[tuple[pathlib.Path, Entry | None]]:
-        """All that is there, the oldest first; what is damaged comes last."""
-        paths = list(self.queue.iterdir())
-        if self.failed.exists():        # or somebody has tidied up
-            paths += self.failed.iterdir()
-        found = [(path, entry) for path, entry in zip(paths, map(self.read, paths))
-                 if entry or path.parent == self.failed
-                 or (path.suffix != ".part" and path.exists())]     # not sent just now
-        yield from sorted(found, key=lambda one: one[1].queued_at if one[1] else math.inf)
-
-    def retry(self, path: pathlib.Path, entry: Entry) -> None:
-        """Have a message sent at once; one that was given up begins anew."""
-        if path.parent == self.failed:
-            entry.queued_at, entry.is_told = time.time(), False
-        entry.asked_at, entry.next_at = time.time(), 0.0
-        self._append(path, entry)
-        if path.parent == self.failed:
-            self._move(path.name, self.failed, self.queue)
-
-    def drop(self, path: pathlib.Path) -> None:
-        """Delete a message."""
-        path.unlink()
+    def note(self, path: pathlib.Path, message: QueuedMessage) -> None:
+        """Write down the state of a message. Raises FileNotFoundError if it was deleted."""
+        path.with_suffix(".eml").stat()
+        new = path.with_suffix(".tmp")
+        _write(new, [json.dumps(vars(message)).encode()])
+        new.rename(path)
         _sync(path.parent)
 
-    def touch(self) -> None:
-        """Have the relay look again."""
-        if self._lock.exists():
-            os.utime(self._lock)
+    def remove(self, path: pathlib.Path) -> None:
+        """Remove a message."""
+        for suffix in (".tmp", ".json", ".eml"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+        _sync(path.parent)
 
-    def touched(self) -> int:
-        """When it was told to look."""
-        return self._lock.stat().st_mtime_ns
+    # Between two moves queue/ has a .json without .eml, which _load() moves to failed/. So
+    # a crash loses nothing.
+
+    def fail(self, message: QueuedMessage) -> None:
+        """Move a message to failed/."""
+        with contextlib.suppress(OSError):      # a full disk; if it is gone _move() says so
+            self.note(self.path(message), message)
+        self.failed.mkdir(0o700, exist_ok=True)     # somebody may have tidied up
+        for suffix in (".eml", ".json"):
+            _move(self.queue / f"{message.id}{suffix}", self.failed)
+
+    def retry(self, message: QueuedMessage) -> None:
+        """Move a message from failed/ to queue/, as if it had come just now."""
+        message.queued_at, message.attempts = time.time(), 0
+        self.note(self.failed / f"{message.id}.json", message)
+        for suffix in (".json", ".eml"):
+            _move(self.failed / f"{message.id}{suffix}", self.queue)
+
+    # The command line works beside the relay.
+
+    def report(self, name: str) -> None:
+        """Have the relay look at a message again."""
+        path = self._path / "lock"
+        if path.exists():
+            with open(path, "a") as file:
+                file.write(f"{name}\n")
+
+    def changes(self) -> dict[str, QueuedMessage | None]:
+        """Return what the command line has changed, by ID; None: it is not in queue/."""
+        names = self._lock.read().split() if self._lock else []     # since the last time
+        found = dict(self.read_all(self.queue)) if names else {}
+        return {name: found.get(self.queue / f"{name}.json") for name in names}
 
 
 def _write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a new file that only its owner can read, down to the disk."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        for octets in parts:
-            file.write(octets)
+    """Write a file that only its owner can read, down to the disk."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        if os.geteuid() == 0:           # `spool retry` by root, for a relay that is not
+            os.fchown(file.fileno(), path.parent.stat().st_uid, -1)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 
@@ -4552,37 +4472,39 @@ def _sync(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-class Backlog:
-    """What waits for one mailbox, oldest first."""
+def _move(path: pathlib.Path, folder: pathlib.Path) -> None:
+    path.rename(folder / path.name)
+    _sync(folder)
+    _sync(path.parent)
 
-    def __init__(self, key: tuple[str, str, str]) -> None:
-        self.key = key
-        self.entries: list[Entry] = []
-        self.failures = 0               # in a row
-        self.resume_at = 0.0            # time.monotonic()
-        self.suspect: Entry | None = None       # failed, and another one is to fail too
+
+class MailboxQueue:
+    """The messages of one mailbox, and the task that sends them."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, pause: float) -> None:
+        self.messages: dict[str, QueuedMessage] = {}        # by ID
+        self.failures = int(pause > 0)          # in a row
+        self.resume_at = time.monotonic() + pause
         self.wake = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
         self.is_sending = False
+        self.is_without_secret = False          # and the log says so
 
-    def rest(self, seconds: float) -> None:
-        """Try nothing for a while."""
-        self.resume_at = time.monotonic() + seconds
-        self.suspect = None
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait until something is new, or for a while."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.wake.wait(), seconds)
+    def resume(self) -> None:
+        """End the pause."""
+        self.resume_at = 0.0
+        self.wake.set()
 
 
-def _is_due(entry: Entry, now: float) -> bool:
-    """Whether its pause is over; one that is too long is from before the clock was set."""
-    return not now < entry.next_at <= now + 2.0 * LAST_PAUSE
+def backoff(failures: int) -> float:
+    """Return the seconds to wait after so many failures in a row, 20 % more or less."""
+    pause = min(MIN_BACKOFF * 2.0 ** min(failures - 1, 20), MAX_BACKOFF)
+    return pause * (0.8 + secrets.randbelow(401) / 1000)
 
 
-class Spool:
-    """Keeps messages that Microsoft could not take, and sends them when it can."""
+class QueueManager:
+    """Stores messages that Microsoft could not take, and sends them when it can."""
 
     def __init__(self, config: Config, graph: Graph, accounts: AccountsFile, memory: Memory,
                  name: str) -> None:
@@ -4592,205 +4514,123 @@ class Spool:
         self._accounts = accounts
         self._memory = memory
         self._name = name
-        self._store = Store(config.spool_directory)
-        self._kept = 0                  # octets of what was given up,
-        self._writing = 0               # and of what is being written
-        self._idents: dict[str, int] = {}       # of what is in `queue`, or will be; octets
-        self._sent: set[str] = set()    # that could not be removed then
-        self._backlogs: dict[tuple[str, str, str], Backlog] = {}
-        # Secrets that devices gave, by tenant and client, while anything waits for them.
-        self._waiting: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._files = QueueFiles(config)
+        self._mailboxes: dict[tuple[str, str, str], MailboxQueue] = {}
+        # Secrets that devices gave, by tenant and client, while any message needs them.
         self._applications: dict[tuple[str, str], Application] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._is_stopping = False
-        self._written = threading.Event()       # what took too long; it holds a message
-        self._written.set()
 
     async def start(self) -> None:
         """Take the folder, and begin to send what is there. Raises StartError."""
-        self._store.open()              # nobody is served yet, so the loop may wait here
-        self._senders, self._writers = (asyncio.Semaphore(SENDERS) for _ in range(2))
-        try:
-            self._store.set_aside()
-            found, self._kept = self._store.survey()
-            touched = self._store.touched()
-        except OSError as error:
-            raise StartError(f"SPOOL_DIRECTORY: {error.filename!r} cannot be read: "
-                             f"{error.strerror}") from None
-        for entry in sorted(found.values(), key=lambda one: one.queued_at):
-            entry.next_at = 0.0         # a restart may have mended it
-            self._admit(entry)
-        if found:
-            log_event(logging.INFO, "-", "spool", waiting=len(found))
-        self._watcher = asyncio.ensure_future(self._watch(touched))
+        messages = self._files.open()   # nobody is served yet, so the loop may wait here
+        self._deliveries = asyncio.Semaphore(MAX_CONCURRENT_DELIVERIES)
+        for message in messages:
+            self._admit(message)
+        if messages:
+            log_event(logging.INFO, "-", "spool", waiting=len(messages))
+        self._watcher = asyncio.ensure_future(self._watch())
 
     def stop(self) -> set[asyncio.Task[None]]:
         """Begin nothing more; returns what is under way."""
         self._is_stopping = True
         if self._watcher:
             self._watcher.cancel()
-        under_way = set()
-        for backlog in self._backlogs.values():
-            if backlog.task and backlog.is_sending:
-                under_way.add(backlog.task)
-            elif backlog.task:
-                backlog.task.cancel()
-        return under_way
+        for mailbox in self._mailboxes.values():
+            if not mailbox.is_sending:
+                mailbox.task.cancel()
+        return {one.task for one in self._mailboxes.values() if one.is_sending}
 
     def close(self) -> None:
-        """Let go of the folder."""
-        self._store.close()
+        """Release the folder."""
+        self._files.close()
 
     def logged_in(self, application: Application) -> None:
-        """Take the secret that a device gave, if anything waits for it."""
+        """Take the secret that a device gave, if a message needs it."""
         key = application.tenant, application.client
-        if self._waiting[key] and not application.is_ours:
-            is_missing = key not in self._applications
-            self._applications[key] = application
-            for backlog in self._backlogs.values():
-                if backlog.key[:2] == key and is_missing:       # no pause is for this one
-                    backlog.resume_at = 0.0
-                    for entry in backlog.entries:
-                        entry.next_at = 0.0
-                    backlog.wake.set()
+        mailboxes = [mailbox for other, mailbox in self._mailboxes.items()
+                     if other[:2] == key]
+        if application.is_ours or not mailboxes:
+            return
+        if key not in self._applications:       # the pauses were for another secret
+            for mailbox in mailboxes:
+                mailbox.resume()
+        self._applications[key] = application
 
-    async def put(self, entry: Entry, parts: list[bytes | memoryview],
+    async def put(self, message: QueuedMessage, parts: list[bytes | memoryview],
                   application: Application | None = None) -> None:
         """Store a message; it is safe when this returns. Raises TemporaryError."""
         pause = 0.0
-        if application and entry.key not in self._backlogs:     # it has just failed
-            pause = self._graph.held_for(entry.key) or self._pause(1)
-            entry.next_at = time.time() + pause
-        octets, is_stored = len(entry.first_line) + entry.size, False
-        self._writing += octets
-        self._idents[entry.ident] = octets
+        if application and message.key not in self._mailboxes:      # it has just failed
+            pause = self._graph.held_for(message.key) or backoff(1)
+            message.next_attempt_at = time.time() + pause
+        deadline = time.monotonic() + DISK_TIMEOUT      # add() keeps it, unless it hangs
         try:
-            if self._octets > self._config.spool_max_bytes and not entry.is_notice:
-                raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
-            await self._write(entry, parts)
-            self._idents[entry.ident], is_stored = len(entry.first_line) + entry.size, True
+            await in_time(deadline + GRACE, in_thread(
+                functools.partial(self._files.add, message, parts, deadline)))
         except OSError as error:
             raise TemporaryError("The message cannot be queued now; try again later", 452,
                                  "4.3.1", level=logging.ERROR, facts={
                                      "spool": error.strerror or str(error)}) from None
-        finally:
-            self._writing -= octets
-            if not is_stored:
-                del self._idents[entry.ident]
-        backlog = self._admit(entry)
+        self._admit(message, pause)
         if application and not application.is_ours:
-            self._applications.setdefault((entry.tenant, entry.client), application)
-        if pause and len(backlog.entries) == 1:
-            backlog.failures = 1
-            backlog.rest(pause)
+            self._applications.setdefault(message.key[:2], application)
 
-    @property
-    def _octets(self) -> int:
-        """How many there are, but for what was noted about what waits."""
-        return self._kept + sum(self._idents.values())
-
-    async def _write(self, entry: Entry, parts: list[bytes | memoryview]) -> None:
-        """Store a message. Raises OSError."""
-        if not self._written.is_set():  # more threads that hang would hold more messages
-            raise OSError(errno.EBUSY, "the disk does not answer")
-        outcome, written = threading.Lock(), threading.Event()
-
-        def add(reserved: int) -> None:
-            try:
-                self._store.add(entry, parts, reserved, outcome)
-            finally:
-                written.set()
-        try:
-            await in_time(time.monotonic() + DISK_TIMEOUT,
-                          in_thread(functools.partial(add, self._writing)))
-        except (OSError, asyncio.CancelledError) as error:
-            if not outcome.acquire(blocking=False):
-                return                  # it was stored at that very moment
-            if isinstance(error, TimeoutError):
-                self._written = written
-            raise
-
-    def _admit(self, entry: Entry) -> Backlog:
-        backlog = self._backlogs.setdefault(entry.key, Backlog(entry.key))
-        backlog.entries.append(entry)
-        if len(backlog.entries) > 1 and backlog.entries[-2].queued_at > entry.queued_at:
-            backlog.entries.sort(key=lambda one: one.queued_at)
-        self._idents.setdefault(entry.ident, len(entry.first_line) + entry.size)
-        self._waiting[entry.tenant, entry.client] += 1
-        if backlog.task is None and not self._is_stopping:
-            backlog.task = asyncio.ensure_future(self._work(backlog))
-        backlog.wake.set()
-        return backlog
-
-    def _leave(self, backlog: Backlog, entry: Entry) -> None:
-        """Forget a message, and the secret that nothing else waits for."""
-        if entry.ident not in self._idents:
-            return
-        backlog.entries.remove(entry)
-        del self._idents[entry.ident]
-        self._sent.discard(entry.ident)
-        if backlog.suspect is entry:
-            backlog.suspect = None
-        key = entry.tenant, entry.client
-        self._waiting[key] -= 1
-        if not self._waiting[key]:
-            del self._waiting[key]
-            self._applications.pop(key, None)
+    def _admit(self, message: QueuedMessage, pause: float = 0.0) -> MailboxQueue:
+        """Have a message that is on the disk sent; if it is the first of its mailbox,
+        after a pause. Returns the queue of its mailbox.
+        """
+        mailbox = self._mailboxes.get(message.key)
+        if not mailbox:
+            mailbox = self._mailboxes[message.key] = MailboxQueue(pause)
+            mailbox.task = asyncio.ensure_future(self._work(message.key, mailbox))
+        mailbox.messages.setdefault(message.id, message)
+        mailbox.wake.set()
+        return mailbox
 
     # One task for a mailbox.
 
-    async def _work(self, backlog: Backlog) -> None:
-        """Send to a mailbox as long as anything waits for it."""
-        while backlog.entries and not self._is_stopping:
-            backlog.wake.clear()
-            entry = None
+    async def _work(self, key: tuple[str, str, str], mailbox: MailboxQueue) -> None:
+        """Send the messages of a mailbox until there are no more."""
+        while mailbox.messages and not self._is_stopping:
+            mailbox.wake.clear()
+            pause = mailbox.resume_at - time.monotonic()
             try:
-                entry = self._next(backlog)
-                if entry:
-                    await self._try(backlog, entry)
+                message = self._next(mailbox) if pause <= 0 else None
+                if message:
+                    await self._try(mailbox, message)
                 else:
-                    await self._note_who_is_missing(backlog)
-                    await backlog.sleep(self._idle(backlog))
+                    await asyncio.wait_for(mailbox.wake.wait(), min(pause, MAX_SLEEP)
+                                           if pause > 0 else MAX_SLEEP)
+            except asyncio.TimeoutError:
+                pass
             except Exception:           # or nothing would be sent any more
-                log.error("%s broken", backlog.key[2], exc_info=True)
-                if entry:
-                    entry.next_at = time.time() + LAST_PAUSE
-                await asyncio.sleep(FIRST_PAUSE)
-        if not backlog.entries:
-            del self._backlogs[backlog.key]
+                log.error("%s broken", key[2], exc_info=True)
+                mailbox.resume_at = time.monotonic() + MIN_BACKOFF
+        if not mailbox.messages:
+            del self._mailboxes[key]
+            if all(other[:2] != key[:2] for other in self._mailboxes):
+                self._applications.pop(key[:2], None)
 
-    def _next(self, backlog: Backlog) -> Entry | None:
-        """Choose what to try now."""
-        first, now = backlog.entries[0], time.time()
-        if self._is_expired(first) and _is_due(first, now) and not self._application(first):
-            return first
-        if time.monotonic() < backlog.resume_at:
-            return None
-        ready = [one for one in backlog.entries
-                 if _is_due(one, now) and self._application(one)]
-        others = [one for one in ready if one is not backlog.suspect]
-        if backlog.suspect and others:
-            return min(others, key=lambda one: one.tries)
-        return ready[0] if ready else None
+    def _next(self, mailbox: MailboxQueue) -> QueuedMessage | None:
+        """Choose the message to try now."""
+        ready = [one for one in mailbox.messages.values()
+                 if self._application(one) or self._is_expired(one)]
+        if not ready and not mailbox.is_without_secret:
+            message = next(iter(mailbox.messages.values()))
+            log_event(logging.WARNING, message.id, "delayed", sender=message.mailbox,
+                      waiting=len(mailbox.messages),
+                      problem=f"waits until {message.login} logs in")
+        mailbox.is_without_secret = not ready
+        return min(ready, key=lambda one: (one.attempts, one.queued_at), default=None)
 
-    def _idle(self, backlog: Backlog) -> float:
-        """Seconds until there may be something to try."""
-        due = min((one.next_at for one in backlog.entries if self._application(one)),
-                  default=math.inf)
-        due_in = max(due - time.time(), backlog.resume_at - time.monotonic())
-        return min(max(due_in, 0.0), IDLE)
+    def _is_expired(self, message: QueuedMessage) -> bool:
+        return time.time() >= message.queued_at + self._config.spool_lifetime
 
-    def _is_expired(self, entry: Entry) -> bool:
-        return time.time() >= entry.queued_at + self._config.spool_lifetime
-
-    def _too_old(self, reason: str) -> str:
-        return (f"It could not be sent for {self._config.spool_lifetime} seconds; at last: "
-                f"{reason}")
-
-    def _application(self, entry: Entry) -> Application | None:
-        """Find as whom to send, if that can be proved now."""
-        accounts, key = self._accounts.accounts, (entry.tenant, entry.client)
-        account = accounts.find(entry.account) if entry.account else None
+    def _application(self, message: QueuedMessage) -> Application | None:
+        """Find the application that sends a message, if its secret is known now."""
+        accounts, key = self._accounts.accounts, message.key[:2]
+        account = accounts.find(message.account) if message.account else None
         if not (account and account.has_credential):
             if key in self._applications:
                 return self._applications[key]
@@ -4798,181 +4638,130 @@ class Spool:
                             and (one.tenant_id, one.client_id) == key), None)
         return account.as_application() if account else None
 
-    async def _try(self, backlog: Backlog, entry: Entry) -> None:
-        application = self._application(entry)
+    async def _try(self, mailbox: MailboxQueue, message: QueuedMessage) -> None:
+        application = self._application(message)
+        message.attempts += 1
         try:
-            if entry.ident in self._sent:
-                await self._forget(backlog, entry)
-            elif not application:
-                await self._give_up(backlog, entry, self._too_old(entry.reason))
-            else:
-                async with self._senders:
-                    backlog.is_sending = True
-                    await self._send(backlog, entry, application)
+            if not application:         # it is too old
+                await self._defer(mailbox, message, message.reason, {})
+                return
+            async with self._deliveries:
+                mailbox.is_sending = True
+                if not message.is_sent:
+                    await self._send(mailbox, message, application)
+                await self._on_disk(self._files.remove, self._files.path(message))
+            mailbox.messages.pop(message.id, None)
         except FileNotFoundError:
-            self._drop(backlog, entry)
-        except AuthError as error:      # the device's secret; wait until it logs in again
-            if application is self._application(entry):
-                del self._applications[entry.tenant, entry.client]
-            await self._put_off(backlog, entry, str(error.reply), error.facts)
-        except DeliveryError as error:
-            entry.tries += 1
-            await self._give_up(backlog, entry, str(error.reply))
-        except ValueError as error:
-            await self._give_up(backlog, entry, str(error))
-        except TemporaryError as error:
-            await self._put_off(backlog, entry, str(error.reply), error.facts)
+            self._drop(mailbox, message)
+        except (TemporaryError, NoAccess, AuthError) as error:  # access may be granted yet
+            if isinstance(error, AuthError) and application is self._application(message):
+                self._applications.pop(message.key[:2], None)   # wait for the next login
+            await self._defer(mailbox, message, str(error.reply), error.facts)
         except OSError as error:
-            await self._put_off(backlog, entry, error.strerror or str(error), {})
+            await self._defer(mailbox, message, error.strerror or str(error), {})
+        except DeliveryError as error:
+            await self._fail(mailbox, message, str(error.reply))
         finally:
-            backlog.is_sending = False
+            mailbox.is_sending = False
 
-    async def _send(self, backlog: Backlog, entry: Entry, application: Application) -> None:
-        config = self._config           # what clients send comes first
-        spare = min(config.max_memory_for_messages // 2,
-                    config.max_memory_for_messages - config.size_limit)
-        for _ in range(int(config.upstream_timeout / MEMORY_PAUSE)):
-            if self._memory.free >= entry.size + spare or self._is_stopping:
-                break
-            await asyncio.sleep(MEMORY_PAUSE)
-        self._memory.check(entry.size + spare)
+    async def _send(self, mailbox: MailboxQueue, message: QueuedMessage,
+                    application: Application) -> None:
+        config = self._config           # enough memory is left for what clients send
+        self._memory.check(message.size + min(
+            config.max_memory_for_messages // 2,
+            config.max_memory_for_messages - config.size_limit))
         deadline = time.monotonic() + config.upstream_timeout
-        self._memory.take(entry.size)
+        self._memory.take(message.size)
         try:
-            message = await in_time(deadline, in_thread(lambda: as_stored(
-                self._store.message(entry), entry)))
-            response = await self._graph.send(application, message, entry.ident, deadline)
+            outgoing = await in_time(deadline, in_thread(lambda: as_stored(
+                self._files.content(message), message)))
+            response = await self._graph.send(application, outgoing, message.id, deadline)
         finally:
-            self._memory.give_back(entry.size)
-        backlog.failures = 0
-        if backlog.suspect and backlog.suspect is not entry:
-            backlog.suspect.next_at = time.time() + self._pause(backlog.suspect.tries)
-        backlog.suspect = None
-        log_event(logging.INFO, entry.ident, "sent", sender=entry.mailbox,
-                  recipients=len(entry.recipients), size=entry.size, tries=entry.tries + 1,
-                  request_id=response.headers.get("request-id"),
-                  queued=time.time() - entry.queued_at)
-        await self._forget(backlog, entry)
+            self._memory.give_back(message.size)
+        message.is_sent, mailbox.failures = True, 0
+        log_event(logging.INFO, message.id, "sent", sender=message.mailbox,
+                  recipients=len(message.recipients), size=message.size,
+                  tries=message.attempts, request_id=response.headers.get("request-id"),
+                  queued=time.time() - message.queued_at)
 
-    async def _forget(self, backlog: Backlog, entry: Entry) -> None:
-        """Remove what was sent; if that fails it is not sent again all the same."""
-        self._sent.add(entry.ident)
-        await self._on_disk(self._store.remove, entry)
-        self._leave(backlog, entry)
-
-    async def _put_off(self, backlog: Backlog, entry: Entry, reason: str,
-                       facts: Mapping[str, object]) -> None:
-        """Try it later, and find out whether it or the mailbox is at fault."""
-        entry.tries += 1
-        if self._is_expired(entry):
-            await self._give_up(backlog, entry, self._too_old(reason))
+    async def _defer(self, mailbox: MailboxQueue, message: QueuedMessage, reason: str,
+                     facts: Mapping[str, object]) -> None:
+        """Try a message again after a pause, unless it is too old."""
+        if self._is_expired(message) and not message.is_sent:
+            await self._fail(mailbox, message, f"It could not be sent for "
+                             f"{self._config.spool_lifetime} seconds; at last: {reason}")
             return
-        entry.reason = reason
-        held = self._graph.held_for(entry.key)
-        others = [one for one in backlog.entries if one is not entry
-                  and _is_due(one, time.time()) and self._application(one)]
-        if held or backlog.suspect or not others:
-            backlog.failures += not held
-            backlog.rest(held or self._pause(backlog.failures))
-            # Not for longer by this clock, as it may be set: resume_at is by the other.
-            rest = backlog.resume_at - time.monotonic()
-            entry.next_at = time.time() + min(rest, LAST_PAUSE)
-        else:
-            backlog.suspect = entry
-        log_event(logging.WARNING, entry.ident, "delayed", sender=entry.mailbox,
-                  tries=entry.tries, reply=reason, **facts,
-                  again=max(0.0, entry.next_at - time.time()))
-        with contextlib.suppress(OSError):      # it is for `spool list` only
-            await self._on_disk(self._store.note, entry)
+        held = self._graph.held_for(message.key)
+        mailbox.failures += not held
+        pause = held or backoff(mailbox.failures)
+        mailbox.resume_at = time.monotonic() + pause
+        message.reason, message.next_attempt_at = reason, time.time() + pause
+        log_event(logging.WARNING, message.id, "delayed", sender=message.mailbox,
+                  tries=message.attempts, reply=reason, **facts, again=pause)
+        with contextlib.suppress(OSError):      # the next one writes it
+            await self._on_disk(self._files.note, self._files.path(message), message)
 
-    async def _give_up(self, backlog: Backlog, entry: Entry, reason: str) -> None:
-        before, entry.reason = entry.reason, reason
+    async def _fail(self, mailbox: MailboxQueue, message: QueuedMessage,
+                    reason: str) -> None:
+        """Give a message up: send a bounce, and move it to failed/."""
+        failed = dataclasses.replace(message, reason=reason, bounce_sent=False)
         try:
-            if entry.reverse_path and not entry.is_notice and not entry.is_told:
-                await self._tell(entry)
-                entry.is_told = True
-            await self._on_disk(self._store.fail, entry)
-        except FileNotFoundError:
-            self._drop(backlog, entry)
-            return
+            if message.reverse_path and not message.bounce_sent:
+                await self._send_bounce(failed)
+                message.bounce_sent = True
+            await self._on_disk(self._files.fail, failed)
         except (OSError, TemporaryError) as error:
-            log_event(logging.ERROR, entry.ident, "spool", problem=error)
-            entry.reason, entry.next_at = before, time.time() + FIRST_PAUSE
+            log_event(logging.ERROR, message.id, "spool", problem=error)
+            mailbox.resume_at = time.monotonic() + MIN_BACKOFF
             return
-        self._kept += self._idents.get(entry.ident, 0)
-        self._leave(backlog, entry)
-        log_event(logging.ERROR, entry.ident, "failed", sender=entry.mailbox,
-                  recipients=len(entry.recipients), size=entry.size, tries=entry.tries,
-                  reply=reason, remedy="see `spool show`, mend it, then `spool retry`")
+        mailbox.messages.pop(message.id, None)
+        log_event(logging.ERROR, message.id, "failed", sender=message.mailbox,
+                  recipients=len(message.recipients), size=message.size,
+                  tries=message.attempts, reply=reason,
+                  remedy="see `spool show`, mend it, then `spool retry`")
 
-    async def _tell(self, entry: Entry) -> None:
-        """Queue a notice to who sent a message. Raises OSError and TemporaryError."""
-        ident, now = str(uuid.uuid4()), time.time()
-        header = await self._on_disk(self._store.header, entry)
-        octets = make_notice(entry, header, self._name, ident, now)
+    async def _send_bounce(self, message: QueuedMessage) -> None:
+        """Queue a notice to the sender of a message. Raises OSError and TemporaryError."""
+        bounce_id, now = str(uuid.uuid4()), time.time()
+        header = await self._on_disk(self._files.content, message, message.header_size)
+        content = make_bounce(message, header, self._name, bounce_id, now)
         await self.put(dataclasses.replace(
-            entry, ident=ident, reverse_path="", recipients=[entry.reverse_path],
-            header_size=octets.index(b"\r\n\r\n") + 2, size=len(octets), is_notice=True,
-            queued_at=now, tries=0, next_at=0.0, reason=""), [octets])
+            message, id=bounce_id, reverse_path="", recipients=[message.reverse_path],
+            header_size=content.index(b"\r\n\r\n") + 2, size=len(content), is_bounce=True,
+            queued_at=now, attempts=0, next_attempt_at=0.0, reason=""), [content])
 
-    async def _note_who_is_missing(self, backlog: Backlog) -> None:
-        for entry in list(backlog.entries):
-            who = entry.account or f"{entry.tenant}@{entry.client}"
-            missing = f"waits until {who} logs in"
-            if not self._application(entry) and not entry.reason.startswith(missing):
-                entry.reason = f"{missing}; {entry.reason}".rstrip("; ")
-                log_event(logging.WARNING, entry.ident, "delayed", sender=entry.mailbox,
-                          problem=entry.reason)
-                with contextlib.suppress(OSError):
-                    await self._on_disk(self._store.note, entry)
+    def _drop(self, mailbox: MailboxQueue, message: QueuedMessage) -> None:
+        """Forget a message that somebody has deleted."""
+        log_event(logging.INFO, message.id, "dropped", sender=message.mailbox)
+        mailbox.messages.pop(message.id, None)
 
-    def _drop(self, backlog: Backlog, entry: Entry) -> None:
-        """Somebody has deleted it."""
-        log_event(logging.INFO, entry.ident, "dropped", sender=entry.mailbox)
-        self._leave(backlog, entry)
-
-    def _pause(self, failures: int) -> float:
-        return pause_after(failures, secrets.randbelow(1000) / 1000)
-
-    async def _on_disk(self, do: Callable[[Entry], T], entry: Entry) -> T:
-        async with self._writers:
-            return await in_time(time.monotonic() + DISK_TIMEOUT,
-                                 in_thread(functools.partial(do, entry)))
+    async def _on_disk(self, call: Callable[..., T], *arguments: object) -> T:
+        return await in_time(time.monotonic() + DISK_TIMEOUT,
+                             in_thread(functools.partial(call, *arguments)))
 
     # The command line.
 
-    async def _watch(self, touched: int) -> None:
-        """Look again when the command line has done something."""
-        problem = ""
+    async def _watch(self) -> None:
+        """Look again at messages that the command line has changed."""
         while True:
-            await asyncio.sleep(LOOK_AGAIN)
+            await asyncio.sleep(QUEUE_POLL_INTERVAL)
             try:
                 # Without a deadline: if the disk hangs, only this waits.
-                found = await in_thread(self._store.touched)
-                if found != touched:
-                    await self._look_again()
-                touched = found
-                problem = ""
-            except Exception as error:          # noqa: BLE001 - else it never looks again
-                if str(error) != problem:
-                    log_event(logging.ERROR, "-", "spool", problem=error)
-                problem = str(error)
+                for name, found in (await in_thread(self._files.changes)).items():
+                    self._look_again(name, found)
+            except Exception as error:      # noqa: BLE001 - or it would never look again
+                log_event(logging.ERROR, "-", "spool", problem=error)
+                await asyncio.sleep(MIN_BACKOFF)
 
-    async def _look_again(self) -> None:
-        before = {one.ident for backlog in self._backlogs.values()
-                  for one in backlog.entries}
-        found, self._kept = await in_thread(self._store.survey)
-        for backlog in list(self._backlogs.values()):
-            for entry in list(backlog.entries):
-                if entry.ident not in found:
-                    if entry.ident in before:
-                        self._drop(backlog, entry)
-                elif found[entry.ident].asked_at > entry.asked_at:
-                    entry.asked_at = found[entry.ident].asked_at
-                    entry.next_at = backlog.resume_at = 0.0
-            backlog.wake.set()
-        for ident in found.keys() - self._idents.keys() - before:
-            self._admit(found[ident])
+    def _look_again(self, name: str, found: QueuedMessage | None) -> None:
+        if found:
+            mailbox = self._admit(found)
+            mailbox.messages[name].attempts = 0     # so that it is the first one
+            mailbox.resume()
+            return
+        for mailbox in self._mailboxes.values():
+            if name in mailbox.messages:
+                self._drop(mailbox, mailbox.messages[name])
 
 
 # ---------------------------------------------------------------------------
@@ -5289,8 +5078,8 @@ class Relay:
         self.memory = Memory(config.max_memory_for_messages)
         self.name = config.server_name or _own_name()
         self._duplicates = DuplicateGuard(config.duplicate_window)
-        self.spool = Spool(config, self._graph, self.directory.file, self.memory,
-                           self.name) if config.spool_directory else None
+        self.spool = QueueManager(config, self._graph, self.directory.file, self.memory,
+                                  self.name) if config.spool_directory else None
         self._watcher: asyncio.Task[None] | None = None
         if config.accounts_file:
             self.directory.file.load()
@@ -5444,13 +5233,12 @@ class Relay:
                 self.spool.logged_in(application)
             return logging.INFO, "sent", f"Accepted by Microsoft 365, id {ident}"
         prepared = message.prepared
-        await self.spool.put(Entry(
+        await self.spool.put(QueuedMessage(
             ident, login.account.name, application.tenant, application.client,
             prepared.mailbox, envelope.reverse_path and (
                 login.account.from_email or envelope.reverse_path),
-            list(envelope.recipients.values()), len(prepared.header), prepared.size, "",
-            False, time.time(), 1, 0.0, reason), [prepared.header, prepared.body],
-            application)
+            list(envelope.recipients.values()), len(prepared.header), prepared.size, False,
+            time.time(), 1, 0.0, reason), [prepared.header, prepared.body], application)
         return logging.WARNING, "queued", f"Queued, id {ident}"
 
     def _deadline(self) -> float:
@@ -6082,59 +5870,61 @@ def describe_account(account: Account) -> str:
 
 
 def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
-    """Show what is in the spool, or change it. Raises ConfigError, StartError."""
-    config, action = Config.from_environ(environ), arguments.action
+    """Show what is in the queue, or change it. Raises ConfigError, StartError."""
+    config, action, wanted = Config.from_environ(environ), arguments.action, arguments.ident
     if not config.spool_directory:
         raise ConfigError("SPOOL_DIRECTORY is not set")
-    if action in ("show", "drop") and not arguments.ident:
+    if action in ("show", "drop") and not wanted:
         raise ConfigError(f"spool {action} needs the ID of a message, see `spool list`")
-    store = Store(config.spool_directory)
+    files = QueueFiles(config)
     try:
-        found = [(path, entry) for path, entry in store.names()
-                 if arguments.ident in (None, path.name)]
+        os.listdir(files.queue)         # or an error, which glob() does not tell
+        found = [(path, message) for folder in (files.queue, files.failed)
+                 for path, message in files.read_all(folder) if wanted in (None, path.stem)]
         if not found:
-            print("There is no such message." if arguments.ident else "The spool is empty.")
-        for path, entry in found:
+            print("There is no such message." if wanted else "The spool is empty.")
+        for path, message in sorted(found, key=lambda one: one[1].queued_at if one[1]
+                                    else math.inf):
             if action == "drop":
-                store.drop(path)
+                files.remove(path)
+                files.report(path.stem)
             elif action == "show":
-                print_entry(store, path, entry)
+                print_message(path, message)
             elif action == "list":
-                print(describe_entry(path, entry))
-            elif entry and (arguments.ident or path.parent == store.queue):
-                with contextlib.suppress(FileNotFoundError):        # it was sent just now
-                    store.retry(path, entry)
-                    print(f"{path.name} is tried again")
-        if action in ("retry", "drop"):
-            store.touch()
+                print(describe_message(path, message))
+            elif message and (wanted or path.parent == files.queue):
+                if path.parent == files.failed:
+                    files.retry(message)
+                files.report(message.id)
+                print(f"{message.id} is tried again; if the relay lacks its secret, when "
+                      f"{message.login} logs in")
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None
-    return int(not found and arguments.ident is not None)
+    return int(not found and wanted is not None)
 
 
-def describe_entry(path: pathlib.Path, entry: Entry | None) -> str:
-    """Show on one line what is in a file of the spool."""
+def describe_message(path: pathlib.Path, message: QueuedMessage | None) -> str:
+    """Show on one line the state of a message of the queue."""
     def at(seconds: float) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
-    if entry is None:
-        return f"damaged {path.name}{in_words({'file': path})}"
+    if message is None:
+        return f"damaged {path.stem}{in_words({'file': path})}"
     is_waiting = path.parent.name == "queue"
-    return ("waiting " if is_waiting else "failed  ") + entry.ident + in_words({
-        "queued": at(entry.queued_at), "size": entry.size,
-        "account": entry.account or None, "sender": entry.mailbox,
-        "recipients": ",".join(entry.recipients), "notice": entry.is_notice or None,
-        "tries": entry.tries, "reason": entry.reason or None, "again": at(entry.next_at)
-        if is_waiting and entry.next_at > time.time() else None})
+    return ("waiting " if is_waiting else "failed  ") + message.id + in_words({
+        "queued": at(message.queued_at), "size": message.size,
+        "account": message.account or None, "sender": message.mailbox,
+        "recipients": ",".join(message.recipients), "notice": message.is_bounce or None,
+        "tries": message.attempts, "reason": message.reason or None,
+        "again": at(message.next_attempt_at)
+        if is_waiting and message.next_attempt_at > time.time() else None})
 
 
-def print_entry(store: Store, path: pathlib.Path, entry: Entry | None) -> None:
-    """Print all there is of a message."""
-    print(describe_entry(path, entry))
-    if entry:
-        message = path.read_bytes().partition(b"\n")[2][:entry.size]
-        for line in decode_text(message).splitlines():
-            print(visible(line))
+def print_message(path: pathlib.Path, message: QueuedMessage | None) -> None:
+    """Print the state of a message, and its text."""
+    print(describe_message(path, message))
+    for line in decode_text(path.with_suffix(".eml").read_bytes()).splitlines():
+        print(visible(line))
 
 
 def build_parser() -> argparse.ArgumentParser:

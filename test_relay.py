@@ -72,7 +72,6 @@ CLIENT = "22222222-2222-4222-8222-222222222222"
 USER = f"{TENANT}@{CLIENT}"
 SENDER = "scanner@example.com"
 READ_AGAIN = relay.READ_AGAIN       # as it is; setUpModule makes it shorter
-FIRST_PAUSE, LAST_PAUSE = relay.FIRST_PAUSE, relay.LAST_PAUSE
 
 
 # ---------------------------------------------------------------------------
@@ -6087,171 +6086,105 @@ class ProgramCase(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------
-# §9  Queued messages, §15  Spool
+# §9  Queued messages, §15  Queue
 # ---------------------------------------------------------------------------
 
-def make_entry(**values: Any) -> relay.Entry:
-    """An entry as it may be."""
-    return relay.Entry(**{
-        "ident": "8d6f", "account": "", "tenant": TENANT, "client": CLIENT,
+def make_message(**values: Any) -> relay.QueuedMessage:
+    """A queued message as it may be."""
+    return relay.QueuedMessage(**{
+        "id": "8d6f", "account": "", "tenant": TENANT, "client": CLIENT,
         "mailbox": "scanner@example.com", "reverse_path": "boss@example.com",
-        "recipients": ["a@x.y"], "header_size": 11, "size": 15, "digest": "0" * 64,
-        "is_notice": False, "queued_at": 1_700_000_000.0, **values})
+        "recipients": ["a@x.y"], "header_size": 11, "size": 15, "is_bounce": False,
+        "queued_at": 1_700_000_000.0, **values})
 
 
-class EntryTests(unittest.TestCase):
-    """What stands in a file of the spool, and what is said when it failed."""
+class QueuedMessageTests(unittest.TestCase):
+    """What is in the files of the queue, and what is said when it failed."""
 
-    def test_what_is_written_is_read(self) -> None:
-        entry = make_entry(recipients=["a@x.y", "\u00fc@x.y"])
-        first_line = entry.first_line
-        entry.tries, entry.next_at, entry.reason = 3, 1_700_000_060.0, "a\nb\u00fc"
-        entry.is_told, entry.asked_at, entry.queued_at = True, 5.0, 7.0
-        self.assertEqual((first_line.count(b"\n"), entry.last_line.count(b"\n")), (1, 2))
-        found = relay.read_entry(first_line, entry.last_line)
-        self.assertEqual(dataclasses.asdict(found), dataclasses.asdict(entry))
+    def test_a_state(self) -> None:
+        whole = vars(make_message(recipients=["a@x.y", "\u00fc@x.y"], reason="a\nb\u00fc"))
+        found = relay.parse_queued_message(json.dumps(whole).encode())
+        self.assertEqual(vars(found), whole)
+        changes: tuple[dict[str, Any], ...] = (
+            {"size": "15"}, {"size": True}, {"attempts": 1.0}, {"is_bounce": 0}, {"junk": 1},
+            {"recipients": "a@x.y"}, {"queued_at": None})
+        without = {name: whole[name] for name in whole if name != "mailbox"}
+        for text in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, *(
+                json.dumps(values).encode() for values in (
+                    without, *({**whole, **change} for change in changes)))):
+            with self.subTest(text[-30:]), self.assertRaises(ValueError):
+                relay.parse_queued_message(text)
 
-    def test_the_last_whole_line_counts(self) -> None:
-        entry = make_entry()
-        lines = b""
-        for tries in range(1, 4):
-            entry.tries = tries
-            lines += entry.last_line
-        for end, wanted in ((0, 3), (1, 3), (2, 2), (len(entry.last_line), 2),
-                            (len(entry.last_line) + 2, 1), (len(lines), 0)):
-            text = lines[:len(lines) - end]
-            self.assertEqual(relay.read_entry(entry.first_line, text).tries if text or end
-                             else 0, wanted if end < len(lines) else 3)
-        self.assertEqual(relay.read_entry(make_entry().first_line, b"").tries, 0)
-        cut = lines[:-5]
-        entry.tries = 9
-        self.assertEqual(relay.read_entry(entry.first_line, cut + entry.last_line).tries, 9)
+    def test_backoff(self) -> None:
+        with patient_for(MIN_BACKOFF=60.0, MAX_BACKOFF=1800.0):
+            for failures, wanted in ((1, 60), (2, 120), (3, 240), (6, 1800), (10_000, 1800)):
+                pauses = [relay.backoff(failures) / wanted for _ in range(200)]
+                self.assertTrue(0.8 <= min(pauses) < 0.9 and 1.1 < max(pauses) <= 1.201, pauses)
 
-    def test_a_retry_is_not_lost_when_something_else_is_noted_after_it(self) -> None:
-        entry = make_entry(asked_at=0.0)
-        asked, noted = make_entry(asked_at=5.0), make_entry(tries=3, asked_at=1.0)
-        found = relay.read_entry(entry.first_line, asked.last_line + noted.last_line)
-        self.assertEqual((found.asked_at, found.tries), (5.0, 3))
-
-    def test_what_is_damaged(self) -> None:
-        whole = json.loads(make_entry().first_line)
-        for line in (b"", b"\n", b"{", b"[]\n", b"null", b"\xff\xfe", b"[" * 100_000,
-                     json.dumps({**whole, "size": "15"}).encode(),
-                     json.dumps({**whole, "size": True}).encode(),
-                     json.dumps({**whole, "size": -1}).encode(),
-                     json.dumps({**whole, "size": 2 ** 33}).encode(),
-                     json.dumps({**whole, "header_size": -1}).encode(),
-                     json.dumps({**whole, "queued_at": math.nan}).encode(),
-                     json.dumps({**whole, "next_at": math.inf}).encode(),
-                     json.dumps({**whole, "tries": 1.0}).encode(),
-                     json.dumps({**whole, "is_notice": 0}).encode(),
-                     json.dumps({**whole, "recipients": "a@x.y"}).encode(),
-                     json.dumps({**whole, "recipients": ["a@x.y", 1]}).encode(),
-                     json.dumps({name: whole[name] for name in whole if name != "mailbox"})
-                     .encode()):
-            with self.subTest(line[-30:]), self.assertRaises(ValueError):
-                relay.read_entry(line, b"")
-        whole.update(queued_at=7.0, size=0, recipients=[])
-        found = relay.read_entry(json.dumps(whole).encode(), b"")
-        self.assertEqual((found.queued_at, found.size, found.recipients), (7.0, 0, []))
-
-    def test_pauses(self) -> None:
-        self.assertEqual((FIRST_PAUSE, LAST_PAUSE), (60, 1800))
-        relay.FIRST_PAUSE, relay.LAST_PAUSE, before = 60, 1800, (relay.FIRST_PAUSE,
-                                                                 relay.LAST_PAUSE)
-        try:
-            self.assertEqual([relay.pause_after(failures, 0.5) for failures in
-                              (1, 2, 3, 4, 5, 6, 7, 10_000)],
-                             [60, 120, 240, 480, 960, 1800, 1800, 1800])
-            self.assertEqual([round(relay.pause_after(1, chance)) for chance in (0, 1)], [48, 72])
-        finally:
-            relay.FIRST_PAUSE, relay.LAST_PAUSE = before
-
-    def test_a_notice(self) -> None:
-        header = ("Subject: =?utf-8?Q?Sc=C3=A4n?=\r\n of today\r\nTo: a@x.y\r\nX: \u00fc\r\n"
-                  ).encode()
-        entry = make_entry(recipients=["a@x.y", "\u00fc=\\@x.y"], tries=4,
-                           reason="550 5.1.8 no mailbox \u2713")
-        octets = relay.make_notice(entry, header, "relay.test", "0a1b", 1_700_000_100.0)
-        self.assertNotRegex(octets, rb"(?<!\r)\n|\r(?!\n)")
-        notice = email.message_from_bytes(octets)
-        self.assertEqual((notice["From"], notice["To"], notice["Auto-Submitted"]),
-                         ("Mail relay <scanner@example.com>", "<boss@example.com>",
-                          "auto-replied"))
-        self.assertEqual((notice.get_content_type(), notice.get_param("report-type")),
-                         ("multipart/report", "delivery-status"))
-        self.assertEqual(notice.defects, [])
-        parts: list[Any] = notice.get_payload()     # type: ignore[assignment]
-        text, report, fields = parts
-        said = text.get_payload(decode=True).decode()
-        for part in ("Subject:     Sc\u00e4n of today\n", "a@x.y\n             \u00fc=\\@x.y",
-                     "550 5.1.8", entry.ident, "Tries:       4"):
-            self.assertIn(part, said.replace("\r\n", "\n"))
-        self.assertEqual(report.get_content_type(), "message/delivery-status")
-        message, *recipients = report.get_payload()
-        self.assertEqual(message["Reporting-MTA"], "dns; relay.test")
-        self.assertEqual([email.utils.parsedate_to_datetime(one).timestamp() for one in (
-            message["Arrival-Date"], notice["Date"], recipients[1]["Last-Attempt-Date"])],
-            [1_700_000_000, 1_700_000_100, 1_700_000_100])
-        self.assertEqual([one["Final-Recipient"] for one in recipients],
-                         ["rfc822; a@x.y", r"utf-8; \x{FC}\x{3D}\x{5C}@x.y"])
-        for one in recipients:
-            self.assertEqual((one["Action"], one["Status"]), ("failed", "5.1.8"))
-            self.assertEqual(one["Diagnostic-Code"], "smtp; 550 5.1.8 no mailbox ?")
-        self.assertEqual(fields.get_content_type(), "text/rfc822-headers")
-        self.assertEqual(fields.get_payload(decode=True), header)
-        passing = relay.make_notice(make_entry(reason="too old; at last: 451 4.4.1 No answer"),
-                                    b"", "relay.test", "0a1b", 0.0)
-        self.assertIn(b"\r\nStatus: 5.4.1\r\n", passing)
-        unknown = relay.make_notice(make_entry(reason="it is damaged"), b"", "x.y", "0a1b", 0.0)
-        self.assertIn(b"\r\nStatus: 5.0.0\r\n", unknown)
+    def test_a_bounce(self) -> None:
+        header = b"Subject: =?utf-8?Q?Sc=C3=A4n?=\r\n of today\r\nTo: a@x.y\r\n"
+        message = make_message(recipients=["a@x.y", "\u00fc@x.y"], attempts=4,
+                               reason="550 5.1.8 no mailbox \u2713")
+        content = relay.make_bounce(message, header, "relay.test", "0a1b", 1_700_000_100.0)
+        self.assertNotRegex(content, rb"(?<!\r)\n|\r(?!\n)")
+        bounce: Any = email.message_from_bytes(content)
+        self.assertEqual(
+            [bounce[name] for name in ("From", "To", "Auto-Submitted", "Message-ID", "Date")],
+            ["Mail relay <scanner@example.com>", "<boss@example.com>", "auto-replied",
+             "<0a1b@relay.test>", "Tue, 14 Nov 2023 22:15:00 -0000"])
+        self.assertEqual((bounce.get_content_type(), bounce.defects), ("text/plain", []))
+        text = bounce.get_payload(decode=True).decode()
+        for part in ("Subject:    Sc\u00e4n of today\r\nRecipient:  a@x.y\r\nRecipient:  "
+                     "\u00fc@x.y\r\nReceived:   Tue, 14 Nov 2023 22:13:20 -0000\r\n",
+                     "Attempts:   4\r\nReason:     550 5.1.8 no mailbox ?\r\nID:         8d6f"):
+            self.assertIn(part, text)
+        # A subject that is not text, and as many and as long lines as possible.
+        message.recipients = [f"{chr(0x20ac) * 60}-{number}@example.com" for number in range(500)]
+        message.reason *= 200
+        header = b"Subject: =?utf-7?Q?+2AA-?=" + b"\r\n s" * 600 + b"\r\n"
+        content = relay.make_bounce(message, header, "relay.test", "0a1b", 0.0)
+        self.assertLessEqual(max(map(len, content.split(b"\r\n"))), 998)
+        self.assertIn(b"Subject:    ? s s s", content)
+        self.assertEqual(content.count(b"Recipient:"), 500)
+        content = relay.make_bounce(make_message(), b"", "relay.test", "0a1b", 0.0)
+        self.assertEqual(content.count(b"Subject:"), 1)
 
     def test_how_it_is_listed(self) -> None:
-        path = pathlib.Path("queue") / "8d6f"
-        for values, word, is_there in (
-                ({"account": "scanner8"}, "account=scanner8", True), ({}, "account", False),
-                ({"is_notice": True}, "notice=", True), ({}, "notice", False),
-                ({"next_at": 4e9}, "again=2096-10-02T07:06:40Z", True),
-                ({"next_at": 5.0}, "again", False)):
-            said = relay.describe_entry(path, make_entry(**values))
+        for folder, values, word, is_there in (
+                ("queue", {"account": "scanner8"}, "account=scanner8", True),
+                ("queue", {}, "account", False), ("queue", {}, "notice", False),
+                ("queue", {"is_bounce": True}, "notice=", True),
+                ("queue", {"next_attempt_at": 4e9}, "again=2096-10-02T07:06:40Z", True),
+                ("queue", {"next_attempt_at": 5.0}, "again", False),
+                ("failed", {"next_attempt_at": 4e9}, "again", False)):
+            said = relay.describe_message(pathlib.Path(folder) / "8d6f.json",
+                                          make_message(**values))
             self.assertEqual(word in said, is_there, said)
-        failed = relay.describe_entry(pathlib.Path("failed") / "8d6f", make_entry(next_at=4e9))
-        self.assertNotIn("again", failed)
-
-    def test_a_notice_of_what_is_strange_or_long(self) -> None:
-        """A subject that is no text, and as many recipients as there may be."""
-        recipients = [f"{'r' * 50}-no-{number}@example.com" for number in range(500)]
-        entry = make_entry(recipients=recipients, reason="550 5.1.1 " + "r" * 900)
-        header = b"Subject: =?utf-7?Q?+2AA-?=" + b"\r\n s" * 600 + b"\r\n"
-        octets = relay.make_notice(entry, header, "relay.test", "0a1b", 0.0)
-        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
-        notice: Any = email.message_from_bytes(octets)
-        parts: list[Any] = notice.get_payload()
-        text, report, _ = parts
-        said = text.get_payload(decode=True).decode()
-        self.assertIn("Subject:     ? s s s", said)
-        self.assertEqual(re.findall(r"r+-no-\d+@example\.com", said), recipients)
-        self.assertEqual(len(report.get_payload()), 501)
-        # Octets count, not characters.
-        entry.recipients = [f"{one}@example.com" for one in ["\u20ac" * 20] * 100]
-        octets = relay.make_notice(entry, b"", "relay.test", "0a1b", 0.0)
-        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
 
 
 @unittest.skipUnless(relay.fcntl, "needs locks of files")
 class SpoolCase(RelayCase):
-    """Relays with a spool, which try again after a moment."""
+    """Relays with a queue, which try again after a moment."""
 
-    pauses = {"FIRST_PAUSE": 0.05, "LAST_PAUSE": 0.2, "LOOK_AGAIN": 0.05, "IDLE": 0.1,
-              "MEMORY_PAUSE": 0.01}
+    pauses = {"MIN_BACKOFF": 0.05, "MAX_BACKOFF": 0.2, "QUEUE_POLL_INTERVAL": 0.05,
+              "MAX_SLEEP": 0.1}
 
     def setUp(self) -> None:
         super().setUp()
         for name, value in self.pauses.items():
-            self.addCleanup(setattr, relay, name, getattr(relay, name))
-            setattr(relay, name, value)
+            self.let(name, value)
         self.folder = pathlib.Path(tempfile.mkdtemp(dir=FILES.folder))
         self.queue, self.failed = self.folder / "queue", self.folder / "failed"
+
+    def let(self, name: str, value: float) -> None:
+        """Change a constant of the relay until the end of the test."""
+        self.addCleanup(setattr, relay, name, getattr(relay, name))
+        setattr(relay, name, value)
+
+    def rest_long(self) -> None:
+        """Let the pauses that begin from now on not end."""
+        self.let("MIN_BACKOFF", 3600.0)
+        self.let("MAX_BACKOFF", 3600.0)
 
     def settings_of(self, **settings: str) -> dict[str, str]:
         return {"UPSTREAM_TIMEOUT": "10", "SPOOL_DIRECTORY": str(self.folder), **settings}
@@ -6266,45 +6199,48 @@ class SpoolCase(RelayCase):
         self.assertReply(client.log_in(password=self.password), "235 2.7.0")
         return client
 
-    def waiting(self) -> list[str]:
-        """What waits, by the names of files."""
-        return sorted(path.name for path in self.queue.iterdir())
+    def idents(self) -> dict[bytes, str]:
+        """The IDs of what waits, by the first character of the subject."""
+        return {path.read_bytes().partition(b"Subject: ")[2][:1]: path.stem
+                for path in self.queue.glob("*.eml")}
 
-    def only(self) -> tuple[pathlib.Path, Any]:
-        """The one message that waits, and what its file says."""
-        path, = self.queue.iterdir()
-        return path, relay.Store(str(self.folder)).read(path)
+    def waiting(self) -> list[str]:
+        """What waits, by ID."""
+        return sorted(path.stem for path in self.queue.glob("*.json"))
+
+    def only(self, folder: str = "queue") -> tuple[pathlib.Path, Any]:
+        """The one message in a folder: the path of its state, and that."""
+        path, = (self.folder / folder).glob("*.json")
+        return path, relay.parse_queued_message(path.read_bytes())
 
     def be_down(self, action: Action | None = None, times: int = 1000) -> None:
         """Let Microsoft take no message."""
         self.fake.will("send", *[action or say(503)] * times)
 
-    def be_up(self) -> None:
-        """Let it take messages again."""
-        self.fake._script.clear()
-
-    def end_pauses(self, running: Running) -> None:
-        """Let what rests be tried now."""
-        def end() -> None:
-            for backlog in running.relay.spool._backlogs.values():
-                backlog.resume_at = 0.0
-                for entry in backlog.entries:
-                    entry.next_at = 0.0
-                backlog.wake.set()
-        running.ask(end)
+    def be_up(self, *actions: Action) -> None:
+        """Let it take messages again, after these actions."""
+        with self.fake._lock:               # no request comes between
+            self.fake._script.clear()
+            self.fake.will("send", *actions)
 
     def subjects(self) -> list[bytes]:
         """What was delivered, in its order."""
         return [re.search(rb"(?m)^Subject: (.*)\r$", one.message)[1]
                 for one in self.fake.delivered]
 
-    def age(self, path: pathlib.Path, entry: Any) -> None:
+    def age(self, path: pathlib.Path) -> None:
         """Let the lifetime of a message be over, while no relay runs."""
-        with open(path, "ab") as file:
-            file.write(dataclasses.replace(entry, queued_at=1.0).last_line)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "queued_at": 1.0}))
 
     def post(self, client: Client, subject: str = "s", **options: Any) -> str:
         return client.post(f"To: a@x.y\r\nSubject: {subject}\r\n\r\nText\r\n".encode(), **options)
+
+    def enqueue(self, client: Client, *subjects: str, **options: Any) -> None:
+        for subject in subjects or ("s",):
+            self.assertIn("Queued", self.post(client, subject, **options))
+
+    def wait_until_empty(self) -> None:
+        wait_for(lambda: not list(self.queue.iterdir()))
 
 
 class SpoolTests(SpoolCase):
@@ -6316,16 +6252,19 @@ class SpoolTests(SpoolCase):
         with kept_log() as kept:
             reply = self.assertReply(self.post(client), "250 2.0.0")
             ident = re.fullmatch("250 2.0.0 Queued, id ([0-9a-f-]{36})", reply)[1]
-            path = self.queue / ident
-            self.assertEqual(path.stat().st_mode & 0o777, 0o600)
-            entry = relay.Store(str(self.folder)).read(path)
-            self.assertEqual(entry.recipients, ["a@x.y"])
-            wait_for(lambda: len(self.fake.asked("send")) > 3)
-            self.assertIn("reason", path.read_text())
+            path, message = self.only()
+            self.assertEqual((path.stem, message.recipients), (ident, ["a@x.y"]))
+            for file in self.queue.iterdir():
+                self.assertEqual(file.stat().st_mode & 0o777, 0o600)
+                for hidden in (self.password.encode(), plain(USER, self.password), b"token-"):
+                    self.assertNotIn(hidden, file.read_bytes())
+            stored = path.with_suffix(".eml").read_bytes()
+            wait_for(lambda: self.only()[1].attempts > 3)
+            self.assertRegex(self.only()[1].reason, "^451 4.3.0 ")
             self.be_up()
-            wait_for(lambda: not self.waiting())
-        self.assertEqual(len(self.fake.delivered), 1)
-        self.assertEqual(self.fake.delivered[0].recipients, ["a@x.y"])
+            self.wait_until_empty()
+        self.assertEqual([(one.recipients, one.message) for one in self.fake.delivered],
+                         [(["a@x.y"], stored)])         # any mail program can open it
         self.assertEqual({one.headers["client-request-id"] for one in self.fake.asked("send")},
                          {ident})
         (level, line), = kept.find("queued")
@@ -6335,6 +6274,8 @@ class SpoolTests(SpoolCase):
                          rf"size=\d+ tries={len(self.fake.asked('send'))} "
                          r"request-id=graph-request-1 queued=\d")
         self.assertEqual(kept.find("delayed")[0][0], "WARNING")
+        first, second = re.findall(r"again=([0-9.]+)", str(kept.find("delayed")))[:2]
+        self.assertTrue(float(first) > 0.07 and float(second) > 0.13, (first, second))
 
     def test_it_goes_out_as_it_would_have_gone_at_first(self) -> None:
         client = self.log_in_to(self.start())
@@ -6348,7 +6289,7 @@ class SpoolTests(SpoolCase):
                 self.be_down(times=1)
                 self.fake.will("draft", say(503))
                 self.assertIn("Queued", client.post_octets(octets + b"\r\n", SENDER, ["a@x.y"]))
-                wait_for(lambda: not self.waiting())
+                self.wait_until_empty()
                 if name == "big":
                     first, second = self.fake.sent_drafts
                     self.assertEqual((first.properties, first.files),
@@ -6359,7 +6300,7 @@ class SpoolTests(SpoolCase):
 
     def test_what_is_queued_and_what_is_not(self) -> None:
         client = self.log_in_to(self.start(UPSTREAM_TIMEOUT="3"))
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
+        self.rest_long()
         cases: tuple[tuple[Action, str], ...] = (
                 (say(500), "Queued"), (say(502), "Queued"), (say(504), "Queued"),
                 (say(503, retry_after="99"), "Queued"), (say(429, retry_after="99"), "Queued"),
@@ -6375,134 +6316,109 @@ class SpoolTests(SpoolCase):
                 self.assertEqual(len(self.waiting()), min(number + 1, 10))
         self.fake.will("send", self.fake.expire)
         self.fake.will("token", say(503))
-        self.assertIn("Queued", self.post(client, sender="s99@example.com"))
-
-    def test_the_same_of_many_at_once(self) -> None:
-        """Each waits for the one before, and the time of all is up: all are queued."""
-        running = self.start(UPSTREAM_TIMEOUT="3")
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        self.be_down(self.fake.hang)
-        clients = [self.log_in_to(running) for _ in range(8)]
-        for client in clients:
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-                client.docmd(line)
-            client.send(b"Subject: alarm\r\n\r\n.\r\n")
-        replies = {self.assertReply(client.next_reply(), "250 2.0.0") for client in clients}
-        self.assertEqual((len(replies), len(self.waiting())), (8, 8))
-
-    def test_a_secret_that_is_refused_is_told_to_the_device(self) -> None:
-        client = self.log_in_to(self.start())
-        self.fake.will("send", self.fake.expire)
+        self.enqueue(client, sender="s98@example.com")
+        self.fake.will("send", self.fake.expire)            # the device must log in again
         self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
-        self.assertReply(self.post(client), "421 4.7.0")
-        self.assertEqual(self.waiting(), [])
-
-    def test_it_is_on_the_disk_before_250(self) -> None:
-        """File, name, and name again; power loss may come between any two."""
-        calls: list[str] = []
-        client = self.log_in_to(self.start())
-        real_fsync, real_rename = os.fsync, pathlib.Path.rename
-
-        def fsync(descriptor: int) -> None:
-            calls.append("fsync " + ("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode)
-                                     else "file"))
-            real_fsync(descriptor)
-
-        def rename(source: pathlib.Path, target: Any) -> Any:
-            calls.append("rename" if str(source) == f"{target}.part" else "?")
-            return real_rename(source, target)
-        self.be_down()
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        with unittest.mock.patch.object(os, "fsync", fsync), \
-                unittest.mock.patch.object(pathlib.Path, "rename", rename):
-            self.assertIn("Queued", self.post(client))
-            self.assertEqual(calls, ["fsync file", "rename", "fsync folder"])
+        self.assertReply(self.post(client, sender="s99@example.com"), "421 4.7.0")
+        self.assertEqual(len(self.waiting()), 11)
 
     def test_each_change_is_on_the_disk_at_once(self) -> None:
-        """What is in a file, and in which folder it is."""
-        store, entry = relay.Store(str(self.folder)), make_entry()
+        """Files, names, and in which order; power loss may come between any two."""
+        files = relay.QueueFiles(self.config(**self.settings_of()))
+        self.assertEqual(files.open(), [])
+        self.addCleanup(files.close)
+        message, path = make_message(), self.queue / "8d6f.json"
         calls: list[str] = []
-        store.open()
-        self.addCleanup(store.close)
         names = {self.queue.stat().st_ino: "queue", self.failed.stat().st_ino: "failed"}
-        real = os.fsync
+        fsync, rename, unlink = os.fsync, pathlib.Path.rename, pathlib.Path.unlink
 
-        def fsync(descriptor: int) -> None:
-            calls.append(names.get(os.fstat(descriptor).st_ino, "file"))
-            real(descriptor)
-
-        def add() -> None:
-            store.add(entry, [b"x" * 15], 0, threading.Lock())
+        def note(what: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            calls.append(what)
+            return call(*arguments, **options)
+        patches: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+            (os, "fsync", lambda fd: note(names.get(os.fstat(fd).st_ino, "file"), fsync, fd)),
+            (pathlib.Path, "rename", lambda source, target: note(
+                f"{source.suffix} to {target.parent.name}/{target.suffix}", rename, source,
+                target)),
+            (pathlib.Path, "unlink", lambda source, **options: note(
+                f"no {source.suffix}", unlink, source, **options)))
+        state = ["file", ".tmp to queue/.json", "queue"]
         steps: tuple[tuple[Callable[[], None], list[str]], ...] = (
-            (add, ["file", "queue"]), (lambda: store.note(entry), ["file"]),
-            (lambda: store.fail(entry), ["file", "failed", "queue"]),
-            (lambda: store.retry(self.failed / entry.ident, entry), ["file", "queue", "failed"]),
-            (lambda: store.remove(entry), ["queue"]), (add, ["file", "queue"]),
-            (lambda: store.drop(self.queue / entry.ident), ["queue"]))
-        with unittest.mock.patch.object(os, "fsync", fsync):
+            (lambda: files.add(message, [b"x" * 15], math.inf), ["file", *state]),
+            (lambda: files.note(path, message), state),
+            (lambda: files.fail(message), [
+                *state, ".eml to failed/.eml", "failed", "queue", ".json to failed/.json",
+                "failed", "queue"]),
+            (lambda: files.retry(message), [
+                "file", ".tmp to failed/.json", "failed", ".json to queue/.json", "queue",
+                "failed", ".eml to queue/.eml", "queue", "failed"]),
+            (lambda: files.remove(path), ["no .tmp", "no .json", "no .eml", "queue"]))
+        with contextlib.ExitStack() as stack:
+            for owner, name, call in patches:
+                stack.enter_context(unittest.mock.patch.object(owner, name, call))
             for step, wanted in steps:
                 step()
                 self.assertEqual(calls, wanted)
                 calls.clear()
+        with self.assertRaises(FileNotFoundError):      # somebody deleted it meanwhile
+            files.note(path, message)
+        self.assertEqual(list(self.folder.glob("*/*")), [])
 
-    def test_oldest_first(self) -> None:
-        running = self.start()
-        client = self.log_in_to(running)
-        self.be_down()
-        for number in range(5):
-            self.assertIn("Queued", self.post(client, f"{number}"))
-        wait_for(lambda: len(self.fake.asked("send")) > 12)
-        # Not while another one is tried, to find out who is at fault.
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        backlog, = running.relay.spool._backlogs.values()
-        wait_for(lambda: backlog.resume_at > time.monotonic() + 60)
-        self.be_up()
-        self.end_pauses(running)
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(self.subjects(), [b"0", b"1", b"2", b"3", b"4"])
-
-    def test_a_message_that_always_fails_holds_up_no_other(self) -> None:
-        """Not even two of them, the oldest."""
+    def test_the_least_tried_first_then_the_oldest(self) -> None:
+        """So two messages that always fail, the oldest, hold up no other."""
         def choose(sock: socket.socket, request: Request) -> bool:
             is_bad = b"bad" in base64.b64decode(request.body)
             action = say(500) if is_bad or not is_up.is_set() else self.fake.accept
             return action(sock, request)
 
         is_up = threading.Event()
-        client = self.log_in_to(self.start())
+        running = self.start()
+        client = self.log_in_to(running)
         self.be_down(choose)
-        for subject in ("bad 1", "bad 2", "1", "2", "3"):
-            self.assertIn("Queued", self.post(client, subject))
+        self.enqueue(client, "bad 1", "bad 2", "1", "2", "3")
+        wait_for(lambda: len(self.fake.asked("send")) > 12)
         is_up.set()
         wait_for(lambda: len(self.waiting()) == 2)
         self.assertEqual(sorted(self.subjects()), [b"1", b"2", b"3"])
         self.be_up()
-        wait_for(lambda: not self.waiting())
+        self.wait_until_empty()
+        running.stop()
+        self.fake.reset()
+        self.fake.most_busy = 0
+        running = self.start()
+        client = self.log_in_to(running)
+        self.rest_long()
+        self.be_down(times=3)
+        self.enqueue(client, *"123")
+        relay.QueueFiles(running.relay.config).report(self.idents()[b"2"])     # spool retry
+        self.wait_until_empty()
+        self.assertEqual((self.subjects(), self.fake.most_busy), ([b"2", b"1", b"3"], 1))
 
     def test_retry_after_is_obeyed(self) -> None:
         times = []
 
-        def throttle(sock: socket.socket, request: Request) -> bool:
-            times.append(time.monotonic())
-            return say(429, retry_after="6")(sock, request)
-
-        def accept(sock: socket.socket, request: Request) -> bool:
-            times.append(time.monotonic())
-            return self.fake.accept(sock, request)
-        client = self.log_in_to(self.start(UPSTREAM_TIMEOUT="3"))
-        self.fake.will("send", throttle, accept)
-        self.assertIn("Queued", self.post(client))
-        self.assertIn("Queued", self.post(client, "other"))     # at once, without a request
-        wait_for(lambda: not self.waiting())
-        self.assertGreaterEqual(times[1] - times[0], 6)
-        self.assertEqual(len(self.fake.asked("send")), 3)
+        def note(action: Action) -> Action:
+            def noting(sock: socket.socket, request: Request) -> bool:
+                times.append(time.monotonic())
+                return action(sock, request)
+            return noting
+        client = self.log_in_to(self.start(UPSTREAM_TIMEOUT="2"))
+        self.fake.will("send", say(503), note(say(429, retry_after="4")), note(self.fake.accept))
+        with kept_log() as kept:
+            self.enqueue(client, "1")
+            wait_for(lambda: kept.find("delayed"))
+            self.enqueue(client, "2")               # at once, without a request
+        self.wait_until_empty()
+        self.assertGreaterEqual(times[1] - times[0], 4)
+        self.assertRegex(kept.find("delayed")[0][1], r"again=[1-4]\.")
+        self.assertEqual(len(self.fake.asked("send")), 4)
 
     def test_live_traffic_comes_first_and_no_more_than_four(self) -> None:
         running = self.start(UPSTREAM_TIMEOUT="60")
         client = self.log_in_to(running)
+        self.rest_long()
         self.be_down(times=1)
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        self.assertIn("Queued", self.post(client, "spooled"))
+        self.enqueue(client, "spooled")
         may_end = threading.Semaphore(0)
 
         def accept(sock: socket.socket, request: Request) -> bool:
@@ -6512,12 +6428,12 @@ class SpoolTests(SpoolCase):
         def wait_for_requests(begun: int, in_line: int) -> None:
             wait_for(lambda: len(self.fake.asked("send")) == begun)
             wait_for(lambda: running.waiting() == in_line)
-        self.fake.will("send", *[accept] * 7)
+        self.be_up(*[accept] * 7)
         clients = [self.log_in_to(running) for _ in range(6)]
         for number, one in enumerate(clients):
             if number == 4:                     # what was spooled waits before the last two
                 wait_for_requests(5, 0)
-                self.end_pauses(running)
+                call_main("spool", "retry", **self.settings_of())
                 wait_for_requests(5, 1)
             for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
                 one.docmd(line)
@@ -6536,35 +6452,24 @@ class SpoolTests(SpoolCase):
                           for one in self.fake.asked("send")[5:]], [b"4", b"5", b"spooled"])
         self.assertEqual(self.fake.most_busy, 4)
 
-    def test_no_secret_is_on_the_disk(self) -> None:
-        client = self.log_in_to(self.start())
-        self.be_down()
-        self.assertIn("Queued", self.post(client))
-        wait_for(lambda: len(self.fake.asked("send")) > 2)
-        text = b"".join(path.read_bytes() for path in self.folder.rglob("*") if path.is_file())
-        self.assertIn(CLIENT.encode(), text)
-        for hidden in (self.password.encode(), plain(USER, self.password), b"token-"):
-            self.assertNotIn(hidden, text)
-
     def test_after_a_restart_it_waits_for_the_secret(self) -> None:
         running = self.start()
         self.be_down()
-        self.assertIn("Queued", self.post(self.log_in_to(running)))
+        self.enqueue(self.log_in_to(running))
         running.stop()
         self.be_up()
         asked = len(self.fake.asked("send"))
         with kept_log() as kept:
             running = self.start()
             wait_for(lambda: kept.find("delayed"))
+            another = self.connect(running)             # another application does not help it
+            another.log_in(f"{TENANT}@{TENANT}", self.password)
+            self.assertReply(self.post(another, "other"), "250 2.0.0")
+            self.assertEqual(len(self.fake.asked("send")), asked + 1)
+            self.log_in_to(running)
+            self.wait_until_empty()
         self.assertIn(f"waits until {USER} logs in", kept.find("delayed")[0][1])
-        ident, = self.waiting()
-        wait_for(lambda: "waits until" in (self.queue / ident).read_text())
-        another = self.connect(running)             # another application does not help it
-        another.log_in(f"{TENANT}@{TENANT}", self.password)
-        self.assertReply(self.post(another, "other"), "250 2.0.0")
-        self.assertEqual(len(self.fake.asked("send")), asked + 1)
-        self.log_in_to(running)
-        wait_for(lambda: not self.waiting())
+        self.assertEqual(len(kept.find("delayed")), 1)
         self.assertEqual(self.subjects(), [b"other", b"s"])
         wait_for(lambda: not running.ask(lambda: running.relay.spool._applications))
 
@@ -6573,86 +6478,23 @@ class SpoolTests(SpoolCase):
         client = self.log_in_to(running)
 
         def expire(sock: socket.socket, request: Request) -> bool:
-            relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0   # a new secret ends the next pause
+            self.rest_long()                    # a new secret ends the next pause
             return self.fake.expire(sock, request)
         self.fake.will("send", say(503), expire)
         self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
-        self.assertIn("Queued", self.post(client))
-        wait_for(lambda: "waits until" in self.only()[0].read_text())
-        self.assertEqual(running.ask(lambda: running.relay.spool._applications), {})
+        self.enqueue(client)
+        wait_for(lambda: "421 4.7.0" in self.only()[1].reason)
         self.assertEqual(self.connect(running).log_in(password="the new one")[:3], "235")
-        wait_for(lambda: not self.waiting())
+        self.wait_until_empty()
         self.assertEqual(len(self.fake.delivered), 1)
 
     def test_a_message_in_flight_is_queued_when_the_relay_stops(self) -> None:
-        running = self.start(SHUTDOWN_TIMEOUT="0.2", UPSTREAM_TIMEOUT="60")
-        client = self.begun(running)
-        self.fake.will("send", self.fake.hang)
-        client.send(b"one\r\n.\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        running.stop()
-        self.assertIn("Queued", self.assertReply(client.next_reply(), "250 2.0.0"))
-        self.assertReply(client.next_reply(), "421 4.3.2")
-        self.assertEqual(len(self.waiting()), 1)
-
-    def stop_while_the_disk_is_slow(self, fsync: Callable[[int], None]) -> tuple[Client, KeptLog]:
-        """Stop a relay that is about to queue what was lost on its way."""
-        running = self.start(SHUTDOWN_TIMEOUT="0.1", UPSTREAM_TIMEOUT="60")
-        client = self.log_in_to(running)
-        self.be_down(utter(b""))
-        with unittest.mock.patch.object(os, "fsync", fsync), kept_log() as kept:
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-                client.docmd(line)
-            client.send(b"one\r\n.\r\n")
-            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-            running.stop()
-        return client, kept
-
-    def test_a_disk_that_is_too_slow_when_the_relay_stops(self) -> None:
-        """It is written when nobody waits any more: it is not kept, as nobody was told."""
-        release = threading.Event()
+        """A slow disk is waited for, longer than for anything else."""
+        self.let("GRACE", 0.05)
         real = os.fsync
 
         def fsync(descriptor: int) -> None:
-            self.fake.arrived.release()
-            release.wait(PATIENCE)
-            real(descriptor)
-        client, kept = self.stop_while_the_disk_is_slow(fsync)
-        release.set()
-        self.assertReply(client.next_reply(), "421 4.3.2")
-        _, (level, line) = kept.find("cut")
-        self.assertEqual((level, line.split()[1]), ("WARNING", "cut"))
-        self.assertIn('problem="the relay stops; it may have been sent"', line)
-        self.assertNotIn("Traceback", "".join(text for _, text in kept.lines))
-        wait_for(lambda: not calls_under_way())
-        self.assertEqual(self.waiting(), [])
-
-    def test_one_that_is_cut_at_the_moment_at_which_it_is_stored(self) -> None:
-        """What is in the spool was answered 250: else its client would send it again."""
-        release, real = threading.Event(), os.fsync
-
-        def fsync(descriptor: int) -> None:
-            self.fake.arrived.release()
-            release.wait(PATIENCE)
-            real(descriptor)
-        running = self.start()
-        client = self.begun(running)
-        self.be_down()
-        with unittest.mock.patch.object(os, "fsync", fsync):
-            client.send(b"one\r\n.\r\n")
-            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-            running.ask(functools.partial(cut_when_done, running, release))
-        self.assertEqual(len(self.waiting()), 1)
-        self.assertIn("Queued", self.assertReply(client.next_reply(), "250 2.0.0"))
-
-    def test_a_slow_disk_when_the_relay_stops(self) -> None:
-        """It is waited for, longer than for anything else."""
-        self.addCleanup(setattr, relay, "GRACE", relay.GRACE)
-        relay.GRACE = 0.05
-        real = os.fsync
-
-        def fsync(descriptor: int) -> None:
-            threading.Event().wait(0.2)
+            threading.Event().wait(0.1)
             real(descriptor)
         running = self.start(SHUTDOWN_TIMEOUT="0.1", UPSTREAM_TIMEOUT="60")
         client = self.begun(running)
@@ -6662,6 +6504,7 @@ class SpoolTests(SpoolCase):
         with unittest.mock.patch.object(os, "fsync", fsync):
             running.stop()
         self.assertIn("Queued", self.assertReply(client.next_reply(), "250 2.0.0"))
+        self.assertReply(client.next_reply(), "421 4.3.2")
         self.assertEqual(len(self.waiting()), 1)
 
     def test_a_try_under_way_ends_before_the_relay_does(self) -> None:
@@ -6669,7 +6512,7 @@ class SpoolTests(SpoolCase):
         client = self.log_in_to(running)
         self.be_down(times=1)
         self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        self.assertIn("Queued", self.post(client))
+        self.enqueue(client)
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         running.begin_stop()
         self.fake.release.set()
@@ -6685,244 +6528,132 @@ class SpoolTests(SpoolCase):
                 refused.release()
                 raise OSError(errno.EROFS, "Read-only file system")
             real(path, *arguments, **options)
-        running = self.start()
-        client = self.log_in_to(running)
+        client = self.log_in_to(self.start())
         self.be_down(times=1)
         with unittest.mock.patch.object(pathlib.Path, "unlink", unlink):
-            self.assertIn("Queued", self.post(client))
+            self.enqueue(client)
             for _ in range(3):
                 self.assertTrue(refused.acquire(timeout=PATIENCE))
-        wait_for(lambda: not self.waiting())
+        self.wait_until_empty()
         self.assertEqual(len(self.fake.delivered), 1)
-        wait_for(lambda: not running.ask(lambda: running.relay.spool._sent))
-
-    def fill_memory(self, running: Running, spare: int) -> None:
-        """Queue a message, and leave an octet less than it needs, with what is left to
-        clients.
-        """
-        client = self.log_in_to(running)
-        self.be_down()
-        self.assertIn("Queued", self.post(client))
-        left = spare + self.only()[1].size - 1
-        running.ask(lambda: running.relay.memory.take(10_000_000 - left))
-        wait_for(lambda: running.ask(lambda: running.relay.memory.free) == left)
-        self.be_up()
-
-    def assertLeaves(self, spare: int, size: str) -> None:
-        """Such a part of the memory is for clients."""
-        running = self.start(UPSTREAM_TIMEOUT="3", MAX_MEMORY_FOR_MESSAGES="10000000",
-                             MAX_MESSAGE_SIZE=size)
-        memory = running.relay.memory
-        with kept_log() as kept:
-            self.fill_memory(running, spare)
-            free, asked = running.ask(lambda: memory.free), len(self.fake.asked("send"))
-            wait_for(lambda: "452 4.3.1" in str(kept.lines))
-        self.assertEqual(len(self.fake.asked("send")), asked)
-        running.ask(lambda: memory.give_back(1))
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(running.ask(lambda: memory.free), free + 1)
-        running.stop()
 
     def test_a_full_memory_delays_it(self) -> None:
         """Half of it is for clients, if they can still send one of any size."""
-        self.assertLeaves(5_000_000, size="1000000")
-        self.assertLeaves(1_000_000, size="9000000")
+        for spare, size in ((5_000_000, "1000000"), (1_000_000, "9000000")):
+            with self.subTest(size), kept_log() as kept:
+                running = self.start(UPSTREAM_TIMEOUT="3", MAX_MEMORY_FOR_MESSAGES="10000000",
+                                     MAX_MESSAGE_SIZE=size)
+                memory = running.relay.memory
+                client = self.log_in_to(running)
+                self.be_down()
+                self.enqueue(client)
+                left = spare + self.only()[1].size - 1      # a byte less than it needs
+                running.ask(lambda: memory.take(10_000_000 - left))     # noqa: B023
+                wait_for(lambda: running.ask(lambda: memory.free) == left)      # noqa: B023
+                self.be_up()
+                asked = len(self.fake.asked("send"))
+                wait_for(lambda: "452 4.3.1" in str(kept.lines))
+                self.assertEqual(len(self.fake.asked("send")), asked)
+                running.ask(lambda: memory.give_back(1))        # noqa: B023
+                self.wait_until_empty()
+                self.assertEqual(running.ask(lambda: memory.free), left + 1)    # noqa: B023
+                running.stop()
 
-    def test_it_waits_for_memory(self) -> None:
-        running = self.start(UPSTREAM_TIMEOUT="20", MAX_MEMORY_FOR_MESSAGES="10000000",
-                             MAX_MESSAGE_SIZE="1000000")
-        self.fill_memory(running, 5_000_000)
-        backlog, = running.relay.spool._backlogs.values()
-        with kept_log() as kept:
-            wait_for(lambda: running.ask(lambda: backlog.is_sending))
-            running.ask(lambda: running.relay.memory.give_back(1))
-            wait_for(lambda: not self.waiting())
-        self.assertEqual(kept.find("delayed"), [])
-
-    def test_what_waits_for_memory_does_not_hold_up_the_end(self) -> None:
-        running = self.start(UPSTREAM_TIMEOUT="60", SHUTDOWN_TIMEOUT="60",
-                             MAX_MEMORY_FOR_MESSAGES="10000000", MAX_MESSAGE_SIZE="1000000")
-        self.fill_memory(running, 5_000_000)
-        backlog, = running.relay.spool._backlogs.values()
-        wait_for(lambda: running.ask(lambda: backlog.is_sending))
-        running.stop()
-        self.assertEqual(len(self.waiting()), 1)
-
-    def test_a_clock_that_is_set_back(self) -> None:
-        """The end of a pause that was far away does not count."""
+    def test_a_clock_that_is_set(self) -> None:
+        """No pause depends on it, and what seems too old is tried once more."""
         client = self.log_in_to(self.start())
         real = time.time
-        self.be_down(times=1)
-        with unittest.mock.patch.object(time, "time", lambda: real() + 10_000):
-            self.assertIn("Queued", self.post(client))
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(len(self.fake.delivered), 1)
-
-    def test_pauses_become_longer(self) -> None:
-        times: list[float] = []
-
-        def fail(sock: socket.socket, request: Request) -> bool:
-            times.append(time.monotonic())
-            return say(503)(sock, request)
-        client = self.log_in_to(self.start())
-        relay.LAST_PAUSE = 3600.0
-        self.fake.will("send", *[fail] * 4)
-        self.assertIn("Queued", self.post(client))
-        wait_for(lambda: not self.waiting())
-        for number, (begun, ended) in enumerate(zip(times, times[1:])):
-            self.assertGreater(ended - begun, 0.8 * relay.FIRST_PAUSE * 2 ** number)
-
-    def test_what_comes_while_another_waits_has_no_pause_of_its_own(self) -> None:
-        client = self.log_in_to(self.start())
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        self.be_down(times=2)
-        self.assertIn("Queued", self.post(client, "1"))
-        store, first = relay.Store(str(self.folder)), self.only()
-        self.assertIn("Queued", self.post(client, "2"))
-        store.retry(*first)
-        store.touch()
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(self.subjects(), [b"1", b"2"])
-
-    def test_another_login_does_not_end_a_pause(self) -> None:
-        running = self.start()
-        client = self.log_in_to(running)
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        self.be_down(times=1)
-        self.assertIn("Queued", self.post(client))
-        backlog, = running.relay.spool._backlogs.values()
-        before = running.ask(lambda: (backlog.resume_at, backlog.entries[0].next_at))
-        self.log_in_to(running)
-        self.assertEqual(running.ask(lambda: (backlog.resume_at, backlog.entries[0].next_at)),
-                         before)
-        self.assertGreater(min(before), 0)
+        for change in (10_000, -10 ** 8):
+            self.be_down(times=1)
+            with unittest.mock.patch.object(time, "time", lambda: real() + change):  # noqa: B023
+                self.enqueue(client, f"{change}")
+            self.wait_until_empty()
+        self.assertEqual((len(self.fake.delivered), list(self.failed.iterdir())), (2, []))
 
 
 class FailedTests(SpoolCase):
     """What is given up is kept, and its sender is told."""
 
-    def give_up(self, running: Running, **options: Any) -> Any:
-        """Have a message refused at its second try; returns the lines of the log."""
+    def test_what_becomes_of_a_message_and_who_is_told(self) -> None:
+        running = self.start(SPOOL_MAX_BYTES="1000")        # a notice has no such limit
         client = self.log_in_to(running)
-        self.fake.will("send", say(503), graph_says(403, "ErrorAccessDenied"))
-        with kept_log() as kept:
-            self.assertIn("Queued", self.post(client, **options))
-            wait_for(lambda: kept.find("failed") and not self.waiting())
-        return kept
-
-    def test_a_message_that_is_refused_for_good(self) -> None:
-        kept = self.give_up(self.start(), sender="Boss@example.com", recipients=("a@x.y", "b@x.y"))
-        (level, line), = kept.find("failed")
-        self.assertEqual(level, "ERROR")
-        self.assertIn('reply="550 5.7.1', line)
-        path, = self.failed.iterdir()
-        entry = relay.Store(str(self.folder)).read(path)
-        self.assertIn("550 5.7.1", entry.reason)
-        notice, = self.fake.delivered
-        self.assertEqual((notice.mailbox, notice.recipients),
+        right, mailbox = graph_says(403, "ErrorAccessDenied"), say(404)
+        # The sender and what Microsoft says after 503; what is delivered, and what fails.
+        cases: tuple[tuple[str, list[Action], list[bytes], int, str], ...] = (
+            (SENDER, [say(400)], [b"Undelivered mail"], 1, "554 5.6.0"),
+            (SENDER, [say(400), say(503), say(503)], [b"Undelivered mail"], 1, "554 5.6.0"),
+            (SENDER, [say(400), say(400)], [], 2, "554 5.6.0"),         # no notice of a notice
+            ("", [say(400)], [], 1, "554 5.6.0"),
+            (SENDER, [right, right], [b"s"], 0, "550 5.7.1"),           # they may come yet
+            (SENDER, [mailbox, mailbox], [b"s"], 0, "550 5.1.8"))
+        for number, (sender, actions, delivered, failed, reply) in enumerate(cases):
+            with self.subTest(number=number), kept_log() as kept:
+                self.fake.reset()
+                shutil.rmtree(self.failed, ignore_errors=True)      # as somebody may
+                self.fake.will("send", say(503), *actions)
+                self.assertIn("Queued", client.post(
+                    b"From: Boss@example.com\r\nSubject: s\r\n\r\nText\r\n", sender=sender))
+                self.wait_until_empty()
+                wait_for(lambda: len(kept.find("failed")) == failed)    # noqa: B023
+                self.assertEqual((self.subjects(), len(list(self.failed.glob("*.json")))),
+                                 (delivered, failed))
+                self.assertEqual({level for level, _ in kept.find("failed")},
+                                 {"ERROR"} if failed else set())
+                self.assertIn(f'reply="{reply}', str(kept.find("failed") or kept.find("delayed")))
+        self.fake.reset()
+        shutil.rmtree(self.failed, ignore_errors=True)
+        self.fake.will("send", say(503), say(400))
+        self.enqueue(client, sender="Boss@example.com", recipients=("a@x.y", "b@x.y"))
+        wait_for(lambda: self.fake.delivered)
+        self.wait_until_empty()
+        path, message = self.only("failed")
+        self.assertEqual(self.failed.stat().st_mode & 0o777, 0o700)
+        self.assertIn("554 5.6.0", message.reason)
+        self.assertIn(b"\r\n\r\nText\r\n", path.with_suffix(".eml").read_bytes())
+        bounce, = self.fake.delivered
+        self.assertEqual((bounce.mailbox, bounce.recipients),
                          ("Boss@example.com", ["boss@example.com"]))
-        self.assertIn(path.name.encode(), notice.message)
-        self.assertIn(b"\r\nSubject: s\r\n", notice.message)
-        self.assertNotIn(b"Text", notice.message)           # of the message
-        self.assertEqual(email.message_from_bytes(notice.message).get_content_type(),
-                         "multipart/report")
+        for part in (path.stem.encode(), b"\r\nSubject:    s\r\n", b"Auto-Submitted: auto-replied"):
+            self.assertIn(part, bounce.message)
+        self.assertNotIn(b"Text", bounce.message)           # of the message
 
     def test_a_message_that_is_too_old(self) -> None:
-        def accept_notice(sock: socket.socket, request: Request) -> bool:
-            is_notice = b"auto-replied" in base64.b64decode(request.body)
-            return (self.fake.accept if is_notice else say(502))(sock, request)
+        def accept_bounce(sock: socket.socket, request: Request) -> bool:
+            is_bounce = b"auto-replied" in base64.b64decode(request.body)
+            return (self.fake.accept if is_bounce else say(404))(sock, request)
         client = self.log_in_to(self.start(SPOOL_LIFETIME="1"))
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 0.4
+        self.let("MIN_BACKOFF", 0.4)
+        self.let("MAX_BACKOFF", 0.4)
+        self.fake.will("send", say(503), *[accept_bounce] * 1000)
         with kept_log() as kept:
-            self.be_down(accept_notice)         # at once: the notice becomes too old as soon
-            self.assertIn("Queued", self.post(client))
-            wait_for(lambda: kept.find("failed") and not self.waiting())
-        self.assertRegex(kept.find("failed")[0][1], "reply=.*1 seconds; at last: 451 4.3.0")
-        self.assertIn(b"\r\nStatus: 5.3.0\r\n", self.fake.delivered[0].message)
-
-    def test_no_notice_for_the_null_reverse_path_or_for_a_notice(self) -> None:
-        running = self.start()
-        client = self.log_in_to(running)
-        self.fake.will("send", say(503), say(400))
-        self.assertIn("Queued", client.post(b"From: me@x.y\r\n\r\n", sender=""))
-        wait_for(lambda: len(list(self.failed.iterdir())) == 1)
-        self.fake.will("send", say(503), say(400), say(400))
-        self.assertIn("Queued", self.post(client))
-        wait_for(lambda: len(list(self.failed.iterdir())) == 3)
-        wait_for(lambda: not self.waiting())
-        self.assertEqual((len(self.fake.delivered), len(self.fake.asked("send"))), (0, 5))
-
-    def test_a_notice_that_must_wait(self) -> None:
-        client = self.log_in_to(self.start())
-        self.fake.will("send", say(503), say(400), say(503), say(503))
-        self.assertIn("Queued", self.post(client))
-        wait_for(lambda: self.fake.delivered)
-        self.assertEqual(len(list(self.failed.iterdir())), 1)
-
-    def test_what_is_damaged_is_set_aside(self) -> None:
-        running = self.start()
-        client = self.log_in_to(running)
-        self.be_down()
-        for subject in ("cut", "bit", "whole", "tail"):
-            self.assertIn("Queued", self.post(client, subject))
-        running.stop()
-        for path in list(self.queue.iterdir()):
-            octets = path.read_bytes()
-            if b"Subject: cut" in octets:
-                path.write_bytes(octets[:octets.index(b"Subject: cut")])
-            elif b"Subject: bit" in octets:
-                path.write_bytes(octets.replace(b"Subject: bit", b"Subject: bat"))
-            elif b"Subject: tail" in octets:
-                path.write_bytes(octets + b'\n{"tries": 7')
-            else:
-                (self.queue / "copy").write_bytes(octets)   # it would be sent twice
-        (self.queue / "junk").write_bytes(b"\x00" * 100)
-        (self.queue / "6f.part").write_bytes(b"{")
-        (self.queue / "folder").mkdir()
-        self.be_up()
-        with kept_log() as kept:
-            self.log_in_to(self.start())
-            wait_for(lambda: not self.waiting())
-        # Of the one with another bit its header can be told; of the others nobody knows.
-        self.assertEqual(sorted(self.subjects()), [b"Undelivered mail", b"tail", b"whole"])
-        self.assertEqual(len(list(self.failed.iterdir())), 6)
-        self.assertEqual({level for level, _ in kept.find("set-aside")}, {"ERROR"})
-        self.assertEqual(len(kept.find("set-aside")), 5)
-        self.assertIn("damaged", kept.find("failed")[0][1])
+            self.enqueue(client)
+            wait_for(lambda: kept.find("failed"))
+            self.wait_until_empty()
+        self.assertRegex(kept.find("failed")[0][1], "reply=.*1 seconds; at last: 550 5.1.8")
+        self.assertIn(b"at last: 550 5.1.8", self.fake.delivered[-1].message)
 
     def refuse_bad(self, sock: socket.socket, request: Request) -> bool:
         """Action: refuse for good what is called so, but no notice of it."""
         message = base64.b64decode(request.body)
         is_bad = b"Subject: bad" in message and b"auto-replied" not in message
-        return (graph_says(403, "ErrorAccessDenied") if is_bad else self.fake.accept)(
-            sock, request)
-
-    def test_a_notice_is_told_though_the_spool_is_full(self) -> None:
-        self.give_up(self.start(SPOOL_MAX_BYTES="1000"))
-        self.assertIn(b"auto-replied", self.fake.delivered[0].message)
+        return (say(400) if is_bad else self.fake.accept)(sock, request)
 
     def test_a_notice_that_cannot_be_stored(self) -> None:
         """The message waits until its sender can be told."""
         client = self.log_in_to(self.start())
-        self.addCleanup(setattr, relay, "SPARE_DISK", relay.SPARE_DISK)
-
-        def fill_disk(sock: socket.socket, request: Request) -> bool:
-            relay.SPARE_DISK = 10 ** 18
-            return self.refuse_bad(sock, request)
-        self.fake.will("send", say(503), fill_disk, *[self.refuse_bad] * 1000)
+        self.be_down()
+        self.enqueue(client, "bad")
         with kept_log() as kept:
-            self.assertIn("Queued", self.post(client, "bad"))
-            wait_for(lambda: kept.find("spool"))
-            self.assertEqual((len(self.waiting()), list(self.failed.iterdir())), (1, []))
-            relay.SPARE_DISK = 0
-            wait_for(lambda: kept.find("failed") and not self.waiting())
-        self.assertEqual(kept.find("spool")[0][0], "ERROR")
+            with patient_for(MIN_FREE_DISK=10 ** 18):
+                self.be_up(*[self.refuse_bad] * 1000)
+                wait_for(lambda: kept.find("spool"))
+                self.assertEqual((len(self.waiting()), list(self.failed.iterdir())), (1, []))
+            self.wait_until_empty()
         self.assertIn("cannot be queued", kept.find("spool")[0][1])
-        self.assertEqual(len(self.fake.delivered), 1)
+        self.assertEqual(self.subjects(), [b"Undelivered mail"])
 
     def test_what_cannot_be_moved_holds_up_no_other(self) -> None:
-        real = pathlib.Path.rename
-        refused = threading.Semaphore(0)
+        real, refused = pathlib.Path.rename, threading.Semaphore(0)
 
         def rename(source: pathlib.Path, target: Any) -> Any:
             if pathlib.Path(target).parent == self.failed:
@@ -6931,158 +6662,92 @@ class FailedTests(SpoolCase):
             return real(source, target)
         client = self.log_in_to(self.start())
         self.be_down()
-        self.assertIn("Queued", self.post(client, "bad"))
-        self.assertIn("Queued", self.post(client, "good"))
+        self.enqueue(client, "bad", "good")
         with unittest.mock.patch.object(pathlib.Path, "rename", rename):
-            with self.fake._lock:               # no request comes between
-                self.be_up()
-                self.be_down(self.refuse_bad)
+            self.be_up(*[self.refuse_bad] * 1000)
             for _ in range(3):
                 self.assertTrue(refused.acquire(timeout=PATIENCE))
             wait_for(lambda: b"good" in self.subjects())
-        wait_for(lambda: not self.waiting())
+        self.wait_until_empty()
         self.assertEqual(sorted(self.subjects()), [b"Undelivered mail", b"good"])
 
-    def test_the_reason_of_what_cannot_be_moved_does_not_grow(self) -> None:
-        """Its secret is not known, and its time is over."""
+    def test_a_message_that_is_too_old_and_whose_secret_is_not_known(self) -> None:
         running = self.start()
         self.be_down()
         self.assertIn("Queued", self.log_in_to(running).post(b"From: me@x.y\r\n\r\n", sender=""))
         running.stop()
-        times: list[float] = []
-
-        def rename(source: pathlib.Path, target: Any) -> Any:
-            times.append(time.monotonic())
-            raise OSError(errno.EACCES, "Permission denied")
-        self.age(*self.only())
-        with unittest.mock.patch.object(pathlib.Path, "rename", rename):
-            self.start()
-            wait_for(lambda: len(times) >= 3)
-        wait_for(lambda: not self.waiting())
-        self.assertGreater(times[2] - times[0], relay.FIRST_PAUSE)      # there is a pause
-        path, = self.failed.iterdir()
-        entry = relay.Store(str(self.folder)).read(path)
-        self.assertEqual(entry.reason.count("It could not be sent"), 1)
-        self.assertIn("451 4.3.0", entry.reason)
-
-    def test_failed_is_removed_beside_the_relay(self) -> None:
-        running = self.start()
-        self.failed.rmdir()
-        self.give_up(running)
-        self.assertEqual(len(list(self.failed.iterdir())), 1)
-        self.assertEqual(self.failed.stat().st_mode & 0o777, 0o700)
+        self.age(self.only()[0])
+        self.start()
+        self.wait_until_empty()
+        self.assertRegex(self.only("failed")[1].reason, "^It could not be sent .* 451 4.3.0")
 
 
 class FullSpoolTests(SpoolCase):
-    """A spool that cannot take a message: 452, and nothing is half there."""
+    """A queue that cannot take a message: 452, and nothing is half there."""
 
     def assertTakesNothing(self, client: Client, word: str) -> None:
+        before = list(self.queue.glob("*"))
         with kept_log() as kept:
             self.assertReply(self.post(client, "refused"), "452 4.3.1")
+        self.assertEqual(list(self.queue.glob("*")), before)
         level, line = kept.find("refused")[0]
         self.assertEqual(level, "ERROR")
-        self.assertIn(word, line)
-        self.assertIn("status=503", line)           # and why it was to be queued at all
-        self.assertIn("452 4.3.1", line)
+        for part in (word, "status=503", "452 4.3.1"):      # and why it was to be queued at all
+            self.assertIn(part, line)
 
     def test_max_bytes(self) -> None:
-        running = self.start(SPOOL_MAX_BYTES="1000")
-        client = self.log_in_to(running)
+        client = self.log_in_to(self.start(SPOOL_MAX_BYTES="1000"))
         self.be_down()
-        self.assertIn("Queued", self.post(client, "one" * 100))
+        self.enqueue(client, "one" * 200)
         self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
-        self.assertEqual(len(self.waiting()), 1)
         self.be_up()
-        wait_for(lambda: not running.ask(lambda: running.relay.spool._octets))
-        self.be_down()
-        self.assertIn("Queued", self.post(client, "two"))
-        self.assertEqual(running.ask(lambda: running.relay.spool._writing), 0)
-
-    def octets(self, running: Running) -> Any:
-        """How many the relay counts."""
-        return running.ask(lambda: running.relay.spool._octets)
-
-    def test_the_count_is_0_when_nothing_is_left(self) -> None:
-        """Whatever was noted in a file, and whoever read it: a retry, or a restart."""
-        running = self.start()
-        client = self.log_in_to(running)
-        self.be_down()
-        for asks in (False, True):
-            self.assertIn("Queued", self.post(client))
-            wait_for(lambda: self.only()[1].tries > 1)
-            if asks:
-                before = self.octets(running)
-                relay.Store(str(self.folder)).retry(*self.only())
-                relay.Store(str(self.folder)).touch()
-                wait_for(lambda: running.ask(lambda: [
-                    one.entries[0].asked_at for one in running.relay.spool._backlogs.values()]
-                    ) > [0.0])
-                self.assertGreaterEqual(self.octets(running), before)
-            self.be_up()
-            wait_for(lambda: not self.waiting())
-            wait_for(lambda: not running.ask(lambda: running.relay.spool._idents))
-            self.assertEqual(self.octets(running), 0)
-            self.be_down()
-        self.assertIn("Queued", self.post(client))
-        wait_for(lambda: self.only()[1].tries > 1)
-        running.stop()
-        self.be_up()
-        running = self.start()
-        self.log_in_to(running)
-        wait_for(lambda: not running.ask(lambda: running.relay.spool._idents))
-        self.assertEqual(self.octets(running), 0)
-
-    def test_what_has_failed_counts(self) -> None:
-        self.failed.mkdir(0o700)
-        (self.failed / "x").write_bytes(b"x" * 1400)
-        client = self.log_in_to(self.start(SPOOL_MAX_BYTES="1500"))
+        self.wait_until_empty()
+        (self.failed / "x").write_bytes(b"x" * 1400)        # what has failed counts
         self.be_down()
         self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
+        (self.failed / "x").unlink()
+        self.enqueue(client)
 
-    def test_so_much_of_the_disk_stays_free(self) -> None:
-        self.assertEqual(relay.SPARE_DISK, 64 * 1024 * 1024)
+    def test_a_disk_that_is_full_or_gone_or_fails(self) -> None:
+        self.assertEqual(relay.MIN_FREE_DISK, 64 * 1024 * 1024)
         client = self.log_in_to(self.start())
         self.be_down()
-        self.addCleanup(setattr, relay, "SPARE_DISK", relay.SPARE_DISK)
-        relay.SPARE_DISK = 10 ** 18
-        self.assertTakesNothing(client, "free")
-        self.assertEqual(self.waiting(), [])
+        for number in (errno.EIO, errno.ENOSPC):
+            for name in ("file", "queue"):          # in which it is noticed
 
-    def test_a_folder_that_is_gone(self) -> None:
-        client = self.log_in_to(self.start())
-        self.be_down()
+                def fail(descriptor: int) -> None:
+                    is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+                    if is_folder == (name == "queue"):      # noqa: B023
+                        raise OSError(number, os.strerror(number))      # noqa: B023
+                with self.subTest(name, number=number), \
+                        unittest.mock.patch.object(os, "fsync", fail):
+                    self.assertTakesNothing(client, os.strerror(number))
+        with patient_for(MIN_FREE_DISK=10 ** 18):
+            self.assertTakesNothing(client, "free")
         self.queue.rename(self.folder / "elsewhere")
         self.assertTakesNothing(client, "No such file")
         (self.folder / "elsewhere").rename(self.queue)
-        self.assertIn("Queued", self.post(client))
+        self.enqueue(client)
 
-    def test_a_disk_that_fails_or_hangs(self) -> None:
+    def test_a_disk_that_hangs(self) -> None:
         client = self.log_in_to(self.start())
         self.be_down()
-        release = threading.Event()
-        self.addCleanup(setattr, relay, "DISK_TIMEOUT", relay.DISK_TIMEOUT)
-
-        def fail(descriptor: int) -> None:
-            raise OSError(errno.EIO, "Input/output error")
+        release, hung = threading.Event(), []
 
         def hang(descriptor: int) -> None:
             hung.append(descriptor)
             release.wait(PATIENCE)
-        hung: list[int] = []
-        with unittest.mock.patch.object(os, "fsync", fail):
-            self.assertTakesNothing(client, "Input/output")
-        self.assertEqual(self.waiting(), [])
-        relay.DISK_TIMEOUT = 0.2
         with unittest.mock.patch.object(os, "fsync", hang):
-            self.assertTakesNothing(client, "time is up")
-            relay.DISK_TIMEOUT = 3600.0             # the next one need not wait
-            self.assertTakesNothing(client, "the disk does not answer")
-            wait_for(lambda: hung)
+            with patient_for(DISK_TIMEOUT=0.2, GRACE=0.05), kept_log() as kept:
+                self.assertReply(self.post(client, "refused"), "452 4.3.1")
+            self.assertIn("time is up", kept.find("refused")[0][1])
+            with patient_for(DISK_TIMEOUT=3600.0):      # the next one need not wait
+                self.assertTakesNothing(client, "the disk does not answer")
             self.assertEqual(len(hung), 1)
             release.set()                           # it comes late, and must not stay
             wait_for(lambda: not calls_under_way())
-        self.assertEqual((self.waiting(), self.fake.delivered), ([], []))
-        self.assertIn("Queued", self.post(client))
+        self.assertEqual((list(self.queue.iterdir()), self.fake.delivered), ([], []))
+        self.enqueue(client)
 
 
 class SpoolAccountTests(SpoolCase, AccountCase):
@@ -7098,79 +6763,75 @@ password = {relay.hash_password("tenletters", b"0" * 16)}
 from_email = scan@example.com
 """), **settings)
 
-    def test_after_a_restart_it_is_sent(self) -> None:
-        running = self.start()
+    def log_in_to(self, running: Running) -> Client:
         client = self.connect(running)
         self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
-        self.be_down()
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0       # a restart ends a pause
-        self.assertIn("Queued", self.post(client))
-        running.stop()
-        text = (self.queue / self.waiting()[0]).read_text()
-        self.assertIn('"account": "scanner8"', text)
-        self.assertNotIn("of the file", text)
-        self.be_up()
-        self.start()
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(self.fake.delivered[0].mailbox, "scan@example.com")
+        return client
+
+    def test_after_a_restart_it_is_sent(self) -> None:
+        """The oldest first; and one that is too old is tried once more."""
+        for is_old in (False, True):
+            running = self.start()
+            client = self.log_in_to(running)
+            self.be_down()
+            self.rest_long()                    # a restart ends a pause
+            self.enqueue(client, *"12345")
+            running.stop()
+            for path in self.queue.glob("*.json"):
+                self.assertIn('"account": "scanner8"', path.read_text())
+                self.assertNotIn("of the file", path.read_text())
+                if is_old:
+                    self.age(path)
+            self.be_up()
+            running = self.start()
+            self.wait_until_empty()
+            running.stop()
+            if not is_old:
+                self.assertEqual(self.subjects(), [b"1", b"2", b"3", b"4", b"5"])
+        self.assertEqual({one.mailbox for one in self.fake.delivered}, {"scan@example.com"})
+        self.assertEqual(len(self.fake.delivered), 10)
+        self.assertEqual(list(self.failed.iterdir()), [])
 
     def test_it_logs_in_and_sends_while_microsoft_is_down(self) -> None:
         running = self.start()
         self.fake.will("token", *[say(503)] * 1000)
-        client = self.connect(running)
-        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
-        self.assertIn("Queued", self.post(client))
+        self.enqueue(self.log_in_to(running))
         other = self.connect(running)               # who this is only Microsoft knows
         self.assertReply(other.log_in(password=self.password), "454 4.7.0")
         self.assertReply(self.connect(running).log_in("scanner8", "wrong"), "535 5.7.8")
         self.be_up()
-        wait_for(lambda: not self.waiting())
+        self.wait_until_empty()
 
-    def test_no_notice_for_the_null_reverse_path(self) -> None:
-        """from_email says who sends, and who is told, but not whether."""
-        client = self.connect(self.start())
-        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
-        self.fake.will("send", say(503), say(400), say(503), say(400))
-        self.assertIn("Queued", self.post(client, sender=""))
-        wait_for(lambda: len(list(self.failed.iterdir())) == 1 and not self.waiting())
-        self.assertEqual(len(self.fake.asked("send")), 2)
-        self.assertIn("Queued", self.post(client))
-        wait_for(lambda: self.fake.delivered)
-        self.assertEqual(self.fake.delivered[0].recipients, ["scan@example.com"])
+    def test_who_gets_the_notice(self) -> None:
+        """from_email says who, but not whether."""
+        client = self.log_in_to(self.start())
+        for sender, wanted in (("", ""), (SENDER, "scan@example.com")):
+            self.be_down(times=1)
+            self.enqueue(client, sender=sender)
+            self.assertEqual(self.only()[1].reverse_path, wanted)
+            self.wait_until_empty()
 
     def test_an_account_that_is_taken_away(self) -> None:
         """Its secret is not kept beside the file."""
         running = self.start()
-        client = self.connect(running)
-        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
+        client = self.log_in_to(running)
         self.be_down()
-        self.assertIn("Queued", self.post(client))
-        self.assertReply(self.connect(running).log_in("scanner8", "tenletters"), "235 2.7.0")
-        path, _ = self.only()
-        text = pathlib.Path(FILES["spool.ini"]).read_text()
-        renamed = text.replace("[scanner8]", "[scanner9]")
-        FILES.write("spool.ini", renamed.replace(CLIENT, TENANT))   # another application
-        wait_for(lambda: "waits until scanner8 logs in" in path.read_text())
+        with kept_log() as kept:
+            self.enqueue(client)
+            self.log_in_to(running)
+            text = pathlib.Path(FILES["spool.ini"]).read_text()
+            renamed = text.replace("[scanner8]", "[scanner9]")
+            FILES.write("spool.ini", renamed.replace(CLIENT, TENANT))   # another application
+            wait_for(lambda: "waits until scanner8 logs in" in str(kept.lines))
         FILES.write("spool.ini", renamed)       # the same one by another name will do
         self.be_up()
-        wait_for(lambda: not self.waiting())
-
-    def test_what_is_too_old_is_tried_once_more(self) -> None:
-        running = self.start()
-        client = self.connect(running)
-        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
-        self.be_down()
-        self.assertIn("Queued", self.post(client))
-        running.stop()
-        self.age(*self.only())
-        self.be_up()
-        self.start()
-        wait_for(lambda: not self.waiting())
-        self.assertEqual((self.subjects(), list(self.failed.iterdir())), ([b"s"], []))
+        self.wait_until_empty()
 
 
 class SpoolStartTests(SpoolCase):
-    """A folder that cannot be used ends the relay at its start, with a reason."""
+    """A folder that cannot be used ends the relay at its start, with a reason; what a crash
+    has left does not.
+    """
 
     def assertEnds(self, word: str, **settings: str) -> None:
         with start_program(SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1", TLS_SOURCE="off",
@@ -7188,44 +6849,89 @@ class SpoolStartTests(SpoolCase):
         self.folder.chmod(0o733)
         self.assertEnds("chmod")
         self.folder.chmod(0o700)
-        self.start().stop()                     # and it makes what is missing
-        made = self.folder / "made"
+        running = self.start()
+        self.assertEnds("another relay works with it")
+        running.stop()
+        made = self.folder / "made"             # and it makes what is missing
         self.start(SPOOL_DIRECTORY=str(made)).stop()
         self.assertEqual(made.stat().st_mode & 0o777, 0o700)
 
     def test_a_read_only_folder(self) -> None:
         """For root there is no other way to have one than to be told so by the system."""
-        real = os.open
-
-        def refuse(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-            if flags & (os.O_WRONLY | os.O_RDWR):
-                raise OSError(errno.EROFS, "Read-only file system")
-            return real(path, flags, *arguments, **options)
-        store = relay.Store(str(self.folder))
-        with unittest.mock.patch.object(os, "open", refuse):
+        error = OSError(errno.EROFS, "Read-only file system")
+        with unittest.mock.patch.object(os, "open", side_effect=error):
             with self.assertRaisesRegex(relay.StartError, "SPOOL_DIRECTORY=.*Read-only file"):
-                store.open()
+                relay.QueueFiles(self.config(**self.settings_of())).open()
 
+    @unittest.skipUnless(os.geteuid() == 0, "needs root")
     def test_one_of_another_user(self) -> None:
-        if os.geteuid() != 0:
-            self.skipTest("needs root")
         self.folder = pathlib.Path(tempfile.mkdtemp())      # where everybody can come
         self.addCleanup(shutil.rmtree, self.folder)
         self.folder.chmod(0o755)
         os.chown(self.folder, 65534, 65534)
         self.assertEnds("belongs to another user")
+        files = relay.QueueFiles(self.config(**self.settings_of()))
+        for folder in (files.queue, files.failed):      # `spool retry` by root
+            folder.mkdir(0o700)
+            os.chown(folder, 65534, 65534)
+        (files.failed / "8d6f.eml").write_bytes(b"")
+        (files.failed / "8d6f.json").write_bytes(b"")
+        files.retry(make_message())
+        self.assertEqual((files.queue / "8d6f.json").stat().st_uid, 65534)
         os.chown(self.folder, 0, 0)
         self.assertEnds("belongs to another user", RUN_AS="nobody")
 
-    def test_a_second_relay(self) -> None:
+    def test_what_a_crash_has_left(self) -> None:
         running = self.start()
-        self.assertEnds("another relay works with it")
+        self.be_down()
+        self.enqueue(self.log_in_to(running))
         running.stop()
-        self.start()
+        self.be_up()
+        path, message = self.only()
+        eml = path.with_suffix(".eml").read_bytes()
+        state = path.read_bytes().replace(message.id.encode(), b"ID")
+        for left in self.queue.iterdir():
+            left.unlink()
+        # The files; where they are in the end, the log has it, and what is sent. The first
+        # is so before there is a .json, and after a .json was removed.
+        cases: tuple[tuple[dict[str, bytes], str, str, list[bytes]], ...] = (
+            ({"queue/ID.eml": eml}, "", "removed", []),
+            ({"queue/ID.eml": eml[:9], "queue/ID.tmp": b"{"}, "", "removed", []),
+            ({"queue/ID.eml": eml, "queue/ID.json": state, "queue/ID.tmp": b"{"}, "", "removed",
+             [b"s"]),
+            # while it was moved to failed/, or from there
+            ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "set-aside", []),
+            # damaged, or not the state of this message
+            ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "set-aside", []),
+            ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "set-aside", []),
+            ({"queue/ID.json": state.replace(b"ID", b"other"), "queue/ID.eml": eml}, "failed",
+             "set-aside", []),
+            ({"queue/ID.json": state, "queue/ID.eml": eml[:-9]}, "failed", "failed",
+             [b"Undelivered mail"]))
+        for number, (files, wanted, event, subjects) in enumerate(cases):
+            with self.subTest(number=number), kept_log() as kept:
+                for name, content in files.items():
+                    (self.folder / name).write_bytes(content)
+                self.fake.reset()
+                running = self.start()
+                self.log_in_to(running)
+                self.wait_until_empty()
+                running.stop()
+                self.assertEqual({str(left.relative_to(self.folder))
+                                  for left in self.folder.glob("*/*")},
+                                 {f"failed/ID{suffix}" for suffix in (".eml", ".json") if wanted})
+                self.assertEqual((len(kept.find(event)) > 0, self.subjects()), (True, subjects))
+                for left in self.failed.iterdir():
+                    left.unlink()
+        (self.queue / "folder.json").mkdir()
+        (self.queue / "junk").touch()
+        self.start().stop()
+        self.assertEqual(sorted(str(left.relative_to(self.folder)) for left in
+                                self.folder.glob("*/*")), ["failed/folder.json", "queue/junk"])
 
 
 class SpoolCommandTests(SpoolCase, ProgramCase):
-    """The command line shows and changes the spool, beside the running relay too."""
+    """The command line shows and changes the queue, beside the running relay too."""
 
     def spool(self, *arguments: str, wanted: int = 0) -> str:
         status, out, err = self.outcome("spool", *arguments, **self.settings_of())
@@ -7237,130 +6943,97 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.assertEqual(self.spool(), "The spool is empty.\n")
         client = self.log_in_to(running)
         self.be_down()
-        self.assertIn("Queued", self.post(client, "\x1b[31mred", recipients=("a@x.y", "B@X.y")))
+        self.enqueue(client, "\x1b[31mred", recipients=("a@x.y", "B@X.y"))
         ident, = self.waiting()
-        (self.queue / "6f.part").write_bytes(b"{")          # as one that is being written
-        wait_for(lambda: "reason" in (self.queue / ident).read_text())
+        (self.queue / "6f.eml").write_bytes(b"{")          # as one that is being written
+        wait_for(lambda: self.only()[1].attempts > 1)
         self.assertRegex(self.spool(), rf"(?m)^waiting {ident} queued=20\d\d-\d\d-\d\dT[0-9:]+Z "
                          rf"size=\d+ sender={SENDER} recipients=a@x.y,B@X.y tries=\d+ "
                          r'reason="451 4.3.0 .*"( again=\S+)?$')
         self.assertEqual(self.spool().count("\n"), 1)
         shown = self.spool("show", ident)
         self.assertIn("\nSubject: \\x1b[31mred\n", shown)
-        self.assertIn("\nText\n", shown)
-        self.assertNotIn("last", shown.splitlines()[-1])
+        self.assertTrue(shown.endswith("\nText\n"), shown)
         self.assertIn("no such", self.spool("show", "../lock", wanted=1))
 
-    def test_retry_beside_the_relay(self) -> None:
-        client = self.log_in_to(self.start())
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        self.be_down(times=2)
-        self.assertIn("Queued", self.post(client, "1"))
-        self.assertIn("Queued", self.post(client, "2", sender="other@example.com"))
-        ident = next(name for name in self.waiting() if b"Subject: 1" in
-                     (self.queue / name).read_bytes())
-        self.assertIn(ident, self.spool("retry", ident))
-        wait_for(lambda: len(self.waiting()) == 1)
-        self.assertEqual(self.subjects(), [b"1"])
-        self.spool("retry")
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(self.subjects(), [b"1", b"2"])
-
-    def test_drop_beside_the_relay(self) -> None:
+    def test_retry_and_drop_beside_the_relay(self) -> None:
         running = self.start()
         client = self.log_in_to(running)
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        self.be_down()
-        self.assertIn("Queued", self.post(client, "1"))
-        self.assertIn("Queued", self.post(client, "2"))
+        self.rest_long()
+        self.be_down(times=3)
+        for subject in "123":
+            self.enqueue(client, subject, sender=f"s{subject}@example.com")
+        idents = {path.read_bytes().partition(b"Subject: ")[2][:1]: path.stem
+                  for path in self.queue.glob("*.eml")}
+        self.assertEqual(self.spool("retry", idents[b"2"]), f"{idents[b'2']} is tried again; if "
+                         f"the relay lacks its secret, when {USER} logs in\n")
+        wait_for(lambda: len(self.waiting()) == 2)
+        self.assertEqual(self.subjects(), [b"2"])
         with kept_log() as kept:
-            ident = self.waiting()[0]
-            self.spool("drop", ident)
+            self.log_in_to(running)                             # this does not end a pause
+            self.assertEqual(self.spool("drop", idents[b"1"]), "")
             wait_for(lambda: kept.find("dropped"))
-        self.assertEqual(kept.find("dropped")[0][1].split()[0], ident)
-        self.assertEqual(len(self.fake.asked("send")), 2)       # the other still rests
-        wait_for(lambda: running.ask(lambda: running.relay.spool._octets) == (
-            self.queue / self.waiting()[0]).stat().st_size)
+        self.assertEqual(kept.find("dropped")[0][1].split()[0], idents[b"1"])
+        self.assertEqual(len(self.fake.asked("send")), 4)       # the other still rests
+        self.spool("retry")
+        self.wait_until_empty()
+        self.assertEqual(self.subjects(), [b"2", b"3"])
         self.assertEqual(self.spool("drop", wanted=2), "")
+        self.be_down(times=1)
+        self.enqueue(client)
+        for path in self.queue.iterdir():       # as somebody may do without the command line
+            path.unlink()
+        with kept_log() as kept:
+            for mailbox in running.relay.spool._mailboxes.values():
+                running.ask(mailbox.resume)
+            wait_for(lambda: kept.find("dropped"))
 
     def test_what_failed_can_be_tried_again(self) -> None:
         running = self.start()
         client = self.log_in_to(running)
         self.fake.will("send", say(503), say(400))
-        self.assertIn("Queued", self.post(client, sender=SENDER))
-        wait_for(lambda: self.fake.delivered and not self.waiting())       # the notice
+        self.enqueue(client, sender=SENDER)
+        wait_for(lambda: self.fake.delivered)                   # the notice
+        self.wait_until_empty()
         wait_for(lambda: not running.ask(lambda: running.relay.spool._applications))
-        ident = next(self.failed.iterdir()).name
-        self.assertRegex(self.spool(), rf"^failed  {ident} .*reason=.554 5.6.0")
+        path, _ = self.only("failed")
+        self.assertRegex(self.spool(), rf"^failed  {path.stem} .*reason=.554 5.6.0")
         self.assertEqual(self.spool("retry"), "")               # only what waits
-        store = relay.Store(str(self.folder))
-        self.age(self.failed / ident, store.read(self.failed / ident))
+        self.age(path)
         with kept_log() as kept:
-            self.spool("retry", ident)
+            self.spool("retry", path.stem)
             wait_for(lambda: kept.find("delayed"))              # the secret was forgotten
-        self.assertFalse(store.read(self.queue / ident).is_told)        # it begins anew
+        self.assertFalse(self.only()[1].bounce_sent)            # it begins anew
+        self.fake.will("send", say(400))                        # and its sender is told again
         self.log_in_to(running)
         wait_for(lambda: len(self.fake.delivered) == 2)
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(list(self.failed.iterdir()), [])
+        self.wait_until_empty()
+        self.assertEqual(self.only("failed")[1].attempts, 1)
 
     def test_without_a_relay(self) -> None:
         running = self.start()
         client = self.log_in_to(running)
         self.be_down()
-        self.assertIn("Queued", self.post(client, "1"))
+        self.enqueue(client, "1")
         running.stop()
         ident, = self.waiting()
-        (self.failed / "junk").write_bytes(b"junk")
+        files = relay.QueueFiles(running.relay.config)
+        with unittest.mock.patch.object(pathlib.Path, "read_bytes", side_effect=FileNotFoundError):
+            self.assertEqual(list(files.read_all(self.queue)), [])      # it was sent just now
+        (self.failed / "junk.json").write_bytes(b"junk")
         self.assertRegex(self.spool("list"), "^waiting .*\ndamaged junk file=.*\n$")
         self.spool("retry", ident)
         self.assertEqual(self.spool("retry", "junk"), "")
         self.assertEqual(self.spool("show", wanted=2), "")
         self.spool("drop", "junk")
+        shutil.rmtree(self.failed)              # somebody has tidied up
         self.spool("drop", ident)
         self.assertEqual(self.spool(), "The spool is empty.\n")
-        status, _, err = self.outcome("spool", SPOOL_DIRECTORY="")
-        self.assertEqual(status, 2)
-        self.assertIn("SPOOL_DIRECTORY is not set", err)
-        status, _, err = self.outcome("spool", SPOOL_DIRECTORY=str(self.folder / "none"))
-        self.assertEqual(status, 1)
-        self.assertIn("No such file", err)
-
-    def test_without_failed(self) -> None:
-        """Somebody has tidied up."""
-        client = self.log_in_to(self.start())
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        self.be_down(times=1)
-        self.assertIn("Queued", self.post(client))
-        self.failed.rmdir()
-        self.assertIn("is tried again", self.spool("retry"))
-        wait_for(lambda: not self.waiting())
-        self.assertEqual(self.spool(), "The spool is empty.\n")
-
-    def test_a_message_that_is_sent_meanwhile(self) -> None:
-        """The others are tried again all the same."""
-        running = self.start()
-        client = self.log_in_to(running)
-        self.be_down()
-        relay.FIRST_PAUSE = relay.LAST_PAUSE = 3600.0
-        for subject in "123":
-            self.assertIn("Queued", self.post(client, subject))
-        running.stop()
-        gone: list[str] = []
-        real = os.open
-
-        def open_file(path: Any, flags: int, *arguments: Any) -> int:
-            if flags & os.O_APPEND and not gone:
-                gone.append(path.name)
-                path.unlink()
-            return real(path, flags, *arguments)
-        with unittest.mock.patch.object(os, "open", open_file), \
-                unittest.mock.patch.dict(os.environ, self.settings_of()), \
-                contextlib.redirect_stdout(io.StringIO()) as out:
-            self.assertEqual(relay.main(["spool", "retry"]), 0)
-        self.assertEqual(sorted(out.getvalue().split("\n")),
-                         ["", *(f"{name} is tried again" for name in self.waiting())])
-        self.assertEqual(len(self.waiting()), 2)
+        for folder, wanted, word in (("", 2, "SPOOL_DIRECTORY is not set"),
+                                     (str(self.folder / "none"), 1, "No such file")):
+            status, _, err = self.outcome("spool", SPOOL_DIRECTORY=folder)
+            self.assertEqual(status, wanted)
+            self.assertIn(word, err)
 
 
 # The program, with short pauses; at the Nth thing that it does to the disk it kills itself,
@@ -7368,7 +7041,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
 KILLED = """
 import os, pathlib, signal, sys
 import smtp_oauth_relay as relay
-relay.FIRST_PAUSE, relay.LAST_PAUSE, relay.IDLE = 0.02, 0.1, 0.1
+relay.MIN_BACKOFF, relay.MAX_BACKOFF, relay.MAX_SLEEP = 0.02, 0.1, 0.1
 relay.LEAST_PAUSE, relay.THROTTLED_PAUSE = 0.1, 0.3
 left = int(sys.argv[1])
 
@@ -7386,7 +7059,7 @@ def count(call):
     return counting
 
 if left:
-    os.fsync, os.write = count(os.fsync), count(os.write)
+    os.fsync, os.open = count(os.fsync), count(os.open)
     pathlib.Path.rename = count(pathlib.Path.rename)
     pathlib.Path.unlink = count(pathlib.Path.unlink)
 sys.exit(relay.main([]))
@@ -7481,11 +7154,17 @@ login = optional
         for one in senders:
             one.join(PATIENCE)
 
+    def is_up(self) -> bool:
+        """See whether the relay accepts connections; then it can be stopped too."""
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        return False
+
     def look_at(self, log: str) -> None:
         """Find errors in a log."""
-        for line in log.splitlines():
-            if "set-aside" not in line or "not whole" not in line:
-                raise AssertionError(log)
+        if log:
+            raise AssertionError(log)
 
     def run(self, times: int) -> str:
         """Kill it so often, then let it end its work; returns what happened."""
@@ -7497,6 +7176,7 @@ login = optional
         def wait_for_less(than: int) -> None:
             wait_for(lambda: len(list(queue.iterdir())) < than)
         with self.start() as process:
+            wait_for(self.is_up)
             while left := len(list(queue.iterdir())):
                 wait_for_less(left)
             process.send_signal(signal.SIGTERM)
@@ -7510,13 +7190,13 @@ login = optional
         lives = collections.Counter(subject for subject, _ in self.arrived)
         lost = sorted(self.accepted.keys() - lives.keys())
         twice = [one for one, count in self.arrived.items() if count > 1]
-        left = [path.name for path in (self.folder / "failed").iterdir()]
+        left = [str(path) for path in self.folder.glob("*/*")]
         queued = sum("Queued" in reply for reply in self.accepted.values())
         more = sum(lives[subject] - 1 for subject in self.accepted)
         told = (f"kills {times}, sent {self.sent}, answered 250 {len(self.accepted)} (queued "
                 f"{queued}), of these lost {len(lost)}, sent again after a kill {more}, twice "
-                f"in one life {len(twice)}; half-written {len(left)}")
-        if lost or twice or any(not name.endswith(".part") for name in left):
+                f"in one life {len(twice)}; files left {len(left)}")
+        if lost or twice or left:
             raise AssertionError(f"{told}: {lost} {twice} {left}")
         return told
 
@@ -11627,11 +11307,11 @@ def patient_for(**pauses: float) -> Iterator[None]:
 
 def fuzz_spool(seed: str, timeout: float = 1.5) -> list[str]:
     """Play a round with a spool, until that is empty."""
-    with patient_for(FIRST_PAUSE=0.05, LAST_PAUSE=0.3, IDLE=0.1, THROTTLED_PAUSE=0.3), \
+    with patient_for(MIN_BACKOFF=0.05, MAX_BACKOFF=0.3, MAX_SLEEP=0.1, THROTTLED_PAUSE=0.3), \
             tempfile.TemporaryDirectory() as folder:
         problems = fuzz_round(
             seed, timeout=timeout, law=Law(at_least_once=True), SPOOL_DIRECTORY=folder,
-            is_over=lambda running: running.ask(lambda: not running.relay.spool._idents))
+            is_over=lambda running: running.ask(lambda: not running.relay.spool._mailboxes))
         left = [str(path) for path in pathlib.Path(folder).glob("*/*")]
     return problems + left
 
