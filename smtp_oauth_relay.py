@@ -242,7 +242,9 @@ class StartError(Exception):
 GRAPH_REQUEST_LIMIT = 4_194_304     # octets
 GRAPH_MESSAGE_LIMIT = 3_145_728     # octets: what base64 leaves of a request
 EXCHANGE_LIMIT = 157_286_400        # octets: the most that a mailbox can be set to send
-PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY")
+# User and password, host, port.
+_PROXY = re.compile(r"(?:http://)?(?:[^/?#\s]*@)?(?:\[[0-9A-Fa-f:.]+\]|[^][/?#@:\s]+)"
+                    r"(?::[0-9]{1,5})?/?")
 
 
 class Cloud(NamedTuple):
@@ -640,7 +642,9 @@ class Config:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
-        """Read the settings; raises ConfigError with all faults, a line each."""
+        """Read the settings. Raises ConfigError with all faulty values, or if there are
+        none with all contradictions, a line each.
+        """
         values, faults = {}, []
         cloud = CLOUDS.get(environ.get("AZURE_CLOUD", "").strip().lower(), CLOUDS["global"])
         defaults = {"AZURE_AUTHORITY_HOST": cloud.authority, "GRAPH_ENDPOINT": cloud.graph}
@@ -650,16 +654,14 @@ class Config:
                 values[name.lower()] = one.parse(text or defaults.get(name, one.default))
             except ValueError as error:
                 faults.append(f"{name}={one.show(text)!r}: must be {error}")
-        config = cls(**values)      # with defaults for what is faulty
-        faults += untainted(config.contradictions(),
-                            {name for name in settings() if name.lower() not in values})
-        faults += config.check_proxy(environ)
+        config = cls(**values)
+        faults = faults or list(config.contradictions(environ))
         if faults:
             raise ConfigError("\n".join(faults))
         return config
 
-    def contradictions(self) -> Iterator[str]:
-        """Find settings that contradict each other, and name them all."""
+    def contradictions(self, environ: Mapping[str, str]) -> Iterator[str]:
+        """Find settings that contradict each other, and proxies that cannot be used."""
         if self.tls_source == "off" and self.require_tls:
             yield ("TLS_SOURCE=off with REQUIRE_TLS=true: nobody could log in; set "
                    "TLS_SOURCE=file and give a certificate, or set REQUIRE_TLS=false "
@@ -683,31 +685,12 @@ class Config:
             yield (f"MAX_MEMORY_FOR_MESSAGES={self.max_memory_for_messages}: must hold one "
                    f"message, {self.size_limit} octets; raise it, or lower "
                    "MAX_MESSAGE_SIZE, or set LARGE_MESSAGES=refuse")
-
-    def check_proxy(self, environ: Mapping[str, str]) -> list[str]:
-        """Find proxies that are needed and cannot be used."""
-        if not any(url.startswith("https:") for url in self.endpoints):
-            return []
-        values = {name: environ.get(name, "").strip() for name in PROXY_VARIABLES}
-        return [f"{name}={_masked(value)!r}: must be http://host:port, or "
-                "http://user:password@host:port"
-                for name, value in values.items() if not _is_http_proxy(value)]
-
-
-def _is_http_proxy(url: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        return not url or (parts.scheme == "http" and bool(parts.hostname)
-                           and parts.port != 0)
-    except ValueError:
-        return False
-
-
-def untainted(texts: Iterable[str], faulty: set[str]) -> list[str]:
-    """Leave out contradictions that name a faulty setting: this was told already, and only
-    its default was looked at. So a contradiction names every setting that it looks at.
-    """
-    return [text for text in texts if faulty.isdisjoint(re.findall(r"\w+", text))]
+        needs_proxy = any(url.startswith("https:") for url in self.endpoints)
+        for name in ("https_proxy", "HTTPS_PROXY") if needs_proxy else ():
+            url = environ.get(name, "").strip()
+            if url and not _PROXY.fullmatch(url):
+                yield (f"{name}={_masked(url)!r}: must be http://host:port, or "
+                       "http://user:password@host:port")
 
 
 def settings() -> dict[str, Setting]:
@@ -844,7 +827,6 @@ WIDEST_NETWORK = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
 SECRET_KEYS = {"client_secret", "client_secret_file", "credential"}
 LIST_KEYS = {"allowed_recipients", "allowed_senders", "networks"}
 NETWORK_KEYS = ("require_tls", "tls_min_version")       # what settings `networks` replace
-_FAULTY = object()                  # in place of a value
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -992,7 +974,7 @@ class Account:
         return dataclasses.replace(config, **changes) if changes else config
 
     def contradictions(self, config: Config) -> Iterator[str]:
-        """Find keys that contradict each other, and name them all."""
+        """Find keys that contradict each other."""
         if self.credential == "workload-identity" and not config.azure_federated_token_file:
             yield "credential: workload-identity needs AZURE_FEDERATED_TOKEN_FILE"
         for name in ("tenant_id", "client_id"):
@@ -1076,7 +1058,9 @@ def read_address(text: str) -> IpAddress | None:
 
 
 def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]:
-    """Read an accounts file; returns its accounts, and all faults."""
+    """Read an accounts file; returns its accounts, and its faulty values, or if there are
+    none its contradictions.
+    """
     # DEFAULT is read as a section like others, so that a fault in it is told once.
     parser = configparser.ConfigParser(default_section="", delimiters=("=",),
                                        inline_comment_prefixes=(";", "#"),
@@ -1092,11 +1076,11 @@ def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]
     defaults = sections.pop("DEFAULT", {})
     faults += [f"[{name}]: must be [DEFAULT]" for name in sections
                if name.upper() == "DEFAULT"]
-    accounts = [_make_account(name, defaults, values, config, faults)
+    accounts = [_make_account(name, defaults, values, config)
                 for name, values in sections.items()]
     if not sections:
         faults.append("there is no account in it")
-    return accounts, faults + list(_conflicts(accounts))
+    return accounts, faults or list(_conflicts(accounts, config))
 
 
 def _syntax_faults(error: configparser.Error) -> Iterator[str]:
@@ -1112,18 +1096,15 @@ def _syntax_faults(error: configparser.Error) -> Iterator[str]:
 
 def _read_section(section: str, pairs: Iterable[tuple[str, str]],
                   faults: list[str]) -> dict[str, Any]:
-    """Read the keys of a section; what is wrong is _FAULTY."""
+    """Read the keys of a section, as far as they have no faults."""
     keys = declared(Account)
     values: dict[str, Any] = {}
     for key, text in pairs:
         one = keys.get(key)
         if one is None:
-            near = difflib.get_close_matches(key[:100], keys, 1)
             shown = key if re.fullmatch("[a-z_]{1,40}", key) else "***"
-            faults.append(f"[{section}] {shown}: is no key"
-                          + (f"; is it {near[0]}?" if near else ""))
+            faults.append(f"[{section}] {shown}: is no key")
             continue
-        values[key] = _FAULTY
         if "\n" in text and ("=" in text or key not in LIST_KEYS):
             faults.append(f"[{section}] {key}: goes on in a line that is indented; do not "
                           "indent keys")
@@ -1136,7 +1117,7 @@ def _read_section(section: str, pairs: Iterable[tuple[str, str]],
 
 
 def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, Any],
-                  config: Config, faults: list[str]) -> Account:
+                  config: Config) -> Account:
     """Join a section with the defaults; a secret there gives way to any in the section."""
     if SECRET_KEYS & values.keys():
         defaults = {key: defaults[key] for key in defaults.keys() - SECRET_KEYS}
@@ -1144,15 +1125,13 @@ def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, A
     if merged.get("credential") == "workload-identity":
         merged["tenant_id"] = merged.get("tenant_id") or config.azure_tenant_id
         merged["client_id"] = merged.get("client_id") or config.azure_client_id
-    good = {key: value for key, value in merged.items() if value is not _FAULTY}
-    account = Account(name, **good)
-    faults += [f"[{name}] {text}" for text in untainted(account.contradictions(config),
-                                                        merged.keys() - good.keys())]
-    return account
+    return Account(name, **merged)
 
 
-def _conflicts(accounts: list[Account]) -> Iterator[str]:
-    """Find accounts that cannot be told apart."""
+def _conflicts(accounts: list[Account], config: Config) -> Iterator[str]:
+    """Find keys that contradict each other, and accounts that cannot be told apart."""
+    for account in accounts:
+        yield from (f"[{account.name}] {text}" for text in account.contradictions(config))
     names = collections.Counter(one.name.casefold() for one in accounts)
     yield from (f"[{one.name}] is there twice; case does not matter" for one in accounts
                 if names[one.name.casefold()] > 1)
