@@ -325,6 +325,8 @@ def _like(pattern: str, accepted: str) -> Callable[[str], str]:
 _text = _like("[ -~]*", "printable ASCII text")
 _host_name = _like("[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?",
                    "a host name such as relay.example.com")
+_user = _like("[ -9;-~]+", "the name of a user of this system, or nothing")
+_ciphers = _like("[ -~]+", "an OpenSSL cipher list that names a known cipher")
 _vault_name = _like("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
                     "the name of a certificate: letters, digits and hyphens")
 
@@ -369,24 +371,6 @@ def _address(text: str) -> str:
         except ValueError:
             raise ValueError("an IP address of this machine, localhost, or nothing for "
                              "all addresses") from None
-    return text
-
-
-def _user(text: str) -> str:
-    if pwd is None:
-        raise ValueError("nothing: this system has no users to become")
-    try:
-        pwd.getpwnam(text)
-    except KeyError:
-        raise ValueError("the name of a user of this system, or nothing") from None
-    return text
-
-
-def _ciphers(text: str) -> str:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
-    except (ssl.SSLError, UnicodeError):
-        raise ValueError("an OpenSSL cipher list that names a known cipher") from None
     return text
 
 
@@ -5437,7 +5421,7 @@ def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
     """Read the relay's certificate and key; returns a context for each TLS_MIN_VERSION
     that a network may have, as the key cannot be read again after RUN_AS.
 
-    Raises StartError.
+    Raises ConfigError, StartError.
     """
     if config.tls_source == "off":
         return {}
@@ -5485,7 +5469,11 @@ def _make_context(config: Config, least: str) -> ssl.SSLContext:
         # who needs them may have a certificate that is as old.
         ciphers = f"{ciphers or 'DEFAULT'}:@SECLEVEL=0"
     if ciphers:
-        context.set_ciphers(ciphers)
+        try:
+            context.set_ciphers(ciphers)
+        except ssl.SSLError:
+            raise ConfigError(f"TLS_CIPHER_SUITE={config.tls_cipher_suite!r}: must be an "
+                              "OpenSSL cipher list that names a known cipher") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)     # so is the device
         context.minimum_version = TLS_VERSIONS[least]
@@ -6399,14 +6387,18 @@ def _bind_socket(family: int, kind: int, protocol: int,
 
 
 def become(user: str) -> None:
-    """Give up root's rights, its groups too. Raises StartError."""
+    """Give up root's rights, its groups too. Raises ConfigError, StartError."""
     if not user:
         return
+    try:
+        entry = pwd.getpwnam(user)
+    except (AttributeError, KeyError):      # AttributeError: this system has no users
+        raise ConfigError(f"RUN_AS={user!r}: must be the name of a user of this system, or "
+                          "nothing") from None
     if os.geteuid() != 0:
         log_event(logging.INFO, "-", "stays", run_as=user,
                   reason="only root can become another user")
         return
-    entry = pwd.getpwnam(user)
     try:
         os.initgroups(user, entry.pw_gid)
         os.setgid(entry.pw_gid)
@@ -6449,7 +6441,9 @@ def return_memory() -> None:
 
 
 def run(config: Config, announce: Callable[[int], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises StartError."""
+    """Serve until SIGTERM or SIGINT; `announce` is told the port. Raises ConfigError,
+    StartError.
+    """
     config = within_open_files(config)
     return_memory()
     for number in STOP_SIGNALS:

@@ -415,7 +415,7 @@ class SettingTests(unittest.TestCase):
                 ("REQUIRE_TLS", "yes please"), ("SMTP_PORT", "x", "-1", "65536", "\u0663"),
                 ("SMTPS_PORT", "70000"), ("SERVER_NAME", "a b", "-a", "x" * 254),
                 ("LISTEN_ADDRESS", "printer", "1.2.3.4.5"),
-                ("TLS_MIN_VERSION", "1.4", "3"), ("TLS_CIPHER_SUITE", "NONSENSE"),
+                ("TLS_MIN_VERSION", "1.4", "3"), ("TLS_CIPHER_SUITE", "A\tB"),
                 ("AZURE_AUTHORITY_HOST", "http://login.microsoftonline.com", "ftp://x",
                  "https://", "https://u:p@x", "https://x:99999", "https://x/?q"),
                 ("GRAPH_ENDPOINT", "http://10.0.0.1", "http://localhost.evil.example"),
@@ -425,13 +425,22 @@ class SettingTests(unittest.TestCase):
                 ("LARGE_MESSAGES", "true"),
                 ("MAX_CONNECTIONS", "-5"), ("MAX_CONNECTIONS_PER_CLIENT", "1.5"),
                 ("CLIENT_TIMEOUT", "0", "forever"), ("UPSTREAM_TIMEOUT", "nan"),
-                ("SHUTDOWN_TIMEOUT", "1e9"), ("RUN_AS", "no-such-user-here")):
+                ("SHUTDOWN_TIMEOUT", "1e9"), ("RUN_AS", "a\tb", "a:b")):
             for value in values:
                 with self.subTest(name, value=value):
                     text = self.assertFaults({name: value}, name)
                     shown = repr(value) if "u:p@" not in value and "?" not in value else ""
                     self.assertIn(f"{name}={shown}", text)
                     self.assertIn(": must be ", text)
+
+    def test_what_this_system_does_not_know_is_a_fault_where_it_is_used(self) -> None:
+        for wanted, use in (
+                ("RUN_AS='nobody-here': must be the name of a user",
+                 lambda: relay.become("nobody-here")),
+                ("TLS_CIPHER_SUITE='NONSENSE': must be an OpenSSL cipher list",
+                 lambda: relay.make_tls_contexts(tls_config(TLS_CIPHER_SUITE="NONSENSE")))):
+            with self.subTest(wanted), self.assertRaisesRegex(relay.ConfigError, f"^{wanted}"):
+                use()
 
     def test_all_faults_are_reported_at_once_with_name_and_value(self) -> None:
         text = self.assertFaults({"SMTP_PORT": "abc", "LOG_LEVEL": "LOUD",
