@@ -1196,8 +1196,7 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 MAX_COMMAND = 2048              # octets with CRLF; RFC 5321 section 4.5.3.1.4 wants 512
 MAX_AUTH = 12288                # octets with CRLF, RFC 4954 section 4
 TOO_LONG = {MAX_COMMAND: "5.5.2", MAX_AUTH: "5.5.6"}    # the enhanced status code
-MAX_ERRORS = 10                 # in a row
-MAX_FAILED_LOGINS = 3           # in a session
+MAX_COST = 100                  # of commands since a login or a message was accepted
 PROGRESS = 65536                # octets of a message that count as one command
 
 _END_OF_DATA = b"\r\n.\r\n"
@@ -1310,9 +1309,8 @@ class Session:
         self._output: list[bytes] = []
         self._commands = 0
         self._octets = 0                # of messages
-        self._errors = 0                # in a row
+        self._cost = 0                  # see cost_of
         self._complaint: Reply | None = None            # the last that the log knows of
-        self._failed_logins = 0
         self._envelope = Envelope("")
         self._allow_utf8 = False
         self._content = bytearray()     # of a message; its octets are taken of _memory
@@ -1387,18 +1385,17 @@ class Session:
     def authenticated(self, login: Login) -> None:
         """Go on with a client that is who it says."""
         self.login = login
+        self._cost = 0
         self._resume(Reply(235, "2.7.0", "Authentication succeeded"))
 
     def delivered(self, text: str) -> None:
         """Go on after a message that was accepted."""
+        self._cost = 0
         self._resume(Reply(250, "2.0.0", text))
 
     def refuse(self, reply: Reply) -> None:
         """Go on after a login or a message that was not accepted."""
-        self._failed_logins += reply.code == 535
         self._resume(reply)
-        if self._failed_logins >= MAX_FAILED_LOGINS and self._event is None:
-            self.end(Reply(421, "4.7.0", "Too many failed logins"), "failed logins")
 
     # Readers: work on a piece of the input; False if there is no whole one.
 
@@ -1694,17 +1691,14 @@ class Session:
             self._trace("!", reply)
 
     def _answer(self, reply: Reply) -> None:
-        """Send the reply to a command; too many errors in a row end the session."""
+        """Send a reply. A session that gets nowhere ends."""
         self._send(reply)
+        self._cost += cost_of(reply)
         if reply.close:
             self._close(str(reply))
-            return
-        if reply.code < 300:
-            self._errors = 0
-        # Of many recipients many may be refused.
-        self._errors += reply.code >= 500 and reply.code != 550
-        if self._errors >= MAX_ERRORS:
-            self.end(Reply(421, "4.7.0", "Too many errors"), "too many errors")
+        elif self._cost >= MAX_COST:
+            self.end(Reply(421, "4.7.0", "Too many commands or errors without an accepted "
+                           "login or message"), "no progress")
 
     def _ask(self, event: Event) -> None:
         self._event = event
@@ -1726,6 +1720,18 @@ class Session:
         self._allow_utf8 = False
         if self._phase is not Phase.CONNECTED:
             self._phase = Phase.READY
+
+
+def cost_of(reply: Reply) -> int:
+    """Weigh a reply by MAX_COST: the third failed login ends a session, the tenth error,
+    the hundredth command. What leads to a message is free: of many recipients many may be
+    refused.
+    """
+    if reply.code in (334, 354, 452, 550) or reply.status == "2.1.5":
+        return 0
+    if reply.code == 535:
+        return 34
+    return 10 if 500 <= reply.code < 550 else 1
 
 
 def _decode_line(line: bytes) -> str:
@@ -5675,6 +5681,7 @@ READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
 HEARD_WITHIN = 1.0              # seconds for a client's system to acknowledge a reply
 FIRST_LOOK = 0.02               # seconds until it is looked whether it has
+MAX_IDLE = 3600.0               # seconds without a login or a message that was accepted
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that may be open besides those of connections
@@ -5686,6 +5693,7 @@ _M_MMAP_THRESHOLD = -3          # of malloc.h
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _TIMED_OUT = Reply(421, "4.4.2", "Waited too long for you; goodbye")
+_IDLE = Reply(421, "4.7.0", "Too long without an accepted login or message")
 _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
 _BROKEN = Reply(421, "4.3.0", "The relay has a problem; try again later")
 
@@ -6010,6 +6018,7 @@ class Connection:
         self._timeout = relay.config.client_timeout
         self._progress = 0
         self._deadline = 0.0            # for the command under way
+        self._accepted_at = time.monotonic()        # the last login or message
         self._is_timed_out = False
         self._receipts: list[Receipt] = []          # that the client may not have heard of
         self._untaken_at = 0.0          # when it was last seen that not all was taken
@@ -6054,6 +6063,9 @@ class Connection:
         while True:
             if self.is_stopping and not self._session.holds_message:
                 self._session.end(_STOPPING, "the relay stops")
+            elif (time.monotonic() > self._accepted_at + MAX_IDLE
+                  and not self._session.holds_message):
+                self._session.end(_IDLE, "no progress")
             event = self._session.next_event()
             if isinstance(event, StartTls):
                 # What comes behind the 220 is for the handshake.
@@ -6087,6 +6099,8 @@ class Connection:
                     loop.call_later(FIRST_LOOK, self._look, FIRST_LOOK)
         except RelayError as error:
             self._session.refuse(error.reply)
+        else:
+            self._accepted_at = time.monotonic()
         self._renew_deadline()
 
     async def _read(self) -> None:
