@@ -238,7 +238,9 @@ class StartError(Exception):
 GRAPH_REQUEST_LIMIT = 4_194_304     # octets
 GRAPH_MESSAGE_LIMIT = 3_145_728     # octets: what base64 leaves of a request
 EXCHANGE_LIMIT = 157_286_400        # octets: the most that a mailbox can be set to send
-PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY")
+# User and password, host, port.
+_PROXY = re.compile(r"(?:http://)?(?:[^/?#\s]*@)?(?:\[[0-9A-Fa-f:.]+\]|[^][/?#@:\s]+)"
+                    r"(?::[0-9]{1,5})?/?")
 
 
 class Cloud(NamedTuple):
@@ -319,6 +321,8 @@ def _like(pattern: str, accepted: str) -> Callable[[str], str]:
 _text = _like("[ -~]*", "printable ASCII text")
 _host_name = _like("[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?",
                    "a host name such as relay.example.com")
+_user = _like("[ -9;-~]+", "the name of a user of this system, or nothing")
+_ciphers = _like("[ -~]+", "an OpenSSL cipher list that names a known cipher")
 _vault_name = _like("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
                     "the name of a certificate: letters, digits and hyphens")
 
@@ -366,29 +370,11 @@ def _address(text: str) -> str:
     return text
 
 
-def _user(text: str) -> str:
-    if pwd is None:
-        raise ValueError("nothing: this system has no users to become")
-    try:
-        pwd.getpwnam(text)
-    except KeyError:
-        raise ValueError("the name of a user of this system, or nothing") from None
-    return text
-
-
 def _tls_version(text: str) -> str:
     version = _choice("1.0", "1.1", "1.2", "1.3")(text)
     if not getattr(ssl, "HAS_TLSv" + version.replace(".", "_").replace("_0", ""), True):
         raise ValueError("a version that the OpenSSL of this Python has")
     return version
-
-
-def _ciphers(text: str) -> str:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
-    except (ssl.SSLError, UnicodeError):
-        raise ValueError("an OpenSSL cipher list that names a known cipher") from None
-    return text
 
 
 def _endpoint(text: str) -> str:
@@ -646,7 +632,9 @@ class Config:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
-        """Read the settings; raises ConfigError with all faults, a line each."""
+        """Read the settings. Raises ConfigError with all faulty values, or if there are
+        none with all contradictions, a line each.
+        """
         values, faults = {}, []
         cloud = CLOUDS.get(environ.get("AZURE_CLOUD", "").strip().lower(), CLOUDS["global"])
         defaults = {"AZURE_AUTHORITY_HOST": cloud.authority, "GRAPH_ENDPOINT": cloud.graph}
@@ -656,16 +644,14 @@ class Config:
                 values[name.lower()] = one.parse(text or defaults.get(name, one.default))
             except ValueError as error:
                 faults.append(f"{name}={one.show(text)!r}: must be {error}")
-        config = cls(**values)      # with defaults for what is faulty
-        faults += untainted(config.contradictions(),
-                            {name for name in settings() if name.lower() not in values})
-        faults += config.check_proxy(environ)
+        config = cls(**values)
+        faults = faults or list(config.contradictions(environ))
         if faults:
             raise ConfigError("\n".join(faults))
         return config
 
-    def contradictions(self) -> Iterator[str]:
-        """Find settings that contradict each other, and name them all."""
+    def contradictions(self, environ: Mapping[str, str]) -> Iterator[str]:
+        """Find settings that contradict each other, and proxies that cannot be used."""
         if self.tls_source == "off" and self.require_tls:
             yield ("TLS_SOURCE=off with REQUIRE_TLS=true: nobody could log in; set "
                    "TLS_SOURCE=file and give a certificate, or set REQUIRE_TLS=false "
@@ -687,31 +673,12 @@ class Config:
             yield (f"MAX_MEMORY_FOR_MESSAGES={self.max_memory_for_messages}: must hold one "
                    f"message, {self.size_limit} octets; raise it, or lower "
                    "MAX_MESSAGE_SIZE, or set LARGE_MESSAGES=refuse")
-
-    def check_proxy(self, environ: Mapping[str, str]) -> list[str]:
-        """Find proxies that are needed and cannot be used."""
-        if not any(url.startswith("https:") for url in self.endpoints):
-            return []
-        values = {name: environ.get(name, "").strip() for name in PROXY_VARIABLES}
-        return [f"{name}={_masked(value)!r}: must be http://host:port, or "
-                "http://user:password@host:port"
-                for name, value in values.items() if not _is_http_proxy(value)]
-
-
-def _is_http_proxy(url: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        return not url or (parts.scheme == "http" and bool(parts.hostname)
-                           and parts.port != 0)
-    except ValueError:
-        return False
-
-
-def untainted(texts: Iterable[str], faulty: set[str]) -> list[str]:
-    """Leave out contradictions that name a faulty setting: this was told already, and only
-    its default was looked at. So a contradiction names every setting that it looks at.
-    """
-    return [text for text in texts if faulty.isdisjoint(re.findall(r"\w+", text))]
+        needs_proxy = any(url.startswith("https:") for url in self.endpoints)
+        for name in ("https_proxy", "HTTPS_PROXY") if needs_proxy else ():
+            url = environ.get(name, "").strip()
+            if url and not _PROXY.fullmatch(url):
+                yield (f"{name}={_masked(url)!r}: must be http://host:port, or "
+                       "http://user:password@host:port")
 
 
 def settings() -> dict[str, Setting]:
@@ -760,7 +727,6 @@ _PATH = re.compile(rf" *(?:<(?:{_ROUTE})?(?P<mailbox>{_MAILBOX})>|(?P<null><>)"
                    rf"|(?P<bare>{_MAILBOX}))(?: +(?P<parameters>.*))?")
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([!-<>-~]+))?")
 _BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
-_SIZE = re.compile("[0-9]{1,20}")                       # RFC 1870 section 3
 
 
 def parse_path(argument: str, keyword: str) -> tuple[str, dict[str, str | None]]:
@@ -848,7 +814,6 @@ WIDEST_NETWORK = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
 SECRET_KEYS = {"client_secret", "client_secret_file", "credential"}
 LIST_KEYS = {"allowed_recipients", "allowed_senders", "networks"}
 NETWORK_KEYS = ("require_tls", "tls_min_version")       # what settings `networks` replace
-_FAULTY = object()                  # in place of a value
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -995,7 +960,7 @@ class Account:
         return dataclasses.replace(config, **changes) if changes else config
 
     def contradictions(self, config: Config) -> Iterator[str]:
-        """Find keys that contradict each other, and name them all."""
+        """Find keys that contradict each other."""
         if self.credential == "workload-identity" and not config.azure_federated_token_file:
             yield "credential: workload-identity needs AZURE_FEDERATED_TOKEN_FILE"
         for name in ("tenant_id", "client_id"):
@@ -1079,7 +1044,9 @@ def read_address(text: str) -> IpAddress | None:
 
 
 def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]:
-    """Read an accounts file; returns its accounts, and all faults."""
+    """Read an accounts file; returns its accounts, and its faulty values, or if there are
+    none its contradictions.
+    """
     # DEFAULT is read as a section like others, so that a fault in it is told once.
     parser = configparser.ConfigParser(default_section="", delimiters=("=",),
                                        inline_comment_prefixes=(";", "#"),
@@ -1095,11 +1062,11 @@ def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]
     defaults = sections.pop("DEFAULT", {})
     faults += [f"[{name}]: must be [DEFAULT]" for name in sections
                if name.upper() == "DEFAULT"]
-    accounts = [_make_account(name, defaults, values, config, faults)
+    accounts = [_make_account(name, defaults, values, config)
                 for name, values in sections.items()]
     if not sections:
         faults.append("there is no account in it")
-    return accounts, faults + list(_conflicts(accounts))
+    return accounts, faults or list(_conflicts(accounts, config))
 
 
 def _syntax_faults(error: configparser.Error) -> Iterator[str]:
@@ -1115,18 +1082,15 @@ def _syntax_faults(error: configparser.Error) -> Iterator[str]:
 
 def _read_section(section: str, pairs: Iterable[tuple[str, str]],
                   faults: list[str]) -> dict[str, Any]:
-    """Read the keys of a section; what is wrong is _FAULTY."""
+    """Read the keys of a section, as far as they have no faults."""
     keys = declared(Account)
     values: dict[str, Any] = {}
     for key, text in pairs:
         one = keys.get(key)
         if one is None:
-            near = difflib.get_close_matches(key[:100], keys, 1)
             shown = key if re.fullmatch("[a-z_]{1,40}", key) else "***"
-            faults.append(f"[{section}] {shown}: is no key"
-                          + (f"; is it {near[0]}?" if near else ""))
+            faults.append(f"[{section}] {shown}: is no key")
             continue
-        values[key] = _FAULTY
         if "\n" in text and ("=" in text or key not in LIST_KEYS):
             faults.append(f"[{section}] {key}: goes on in a line that is indented; do not "
                           "indent keys")
@@ -1139,7 +1103,7 @@ def _read_section(section: str, pairs: Iterable[tuple[str, str]],
 
 
 def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, Any],
-                  config: Config, faults: list[str]) -> Account:
+                  config: Config) -> Account:
     """Join a section with the defaults; a secret there gives way to any in the section."""
     if SECRET_KEYS & values.keys():
         defaults = {key: defaults[key] for key in defaults.keys() - SECRET_KEYS}
@@ -1147,15 +1111,13 @@ def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, A
     if merged.get("credential") == "workload-identity":
         merged["tenant_id"] = merged.get("tenant_id") or config.azure_tenant_id
         merged["client_id"] = merged.get("client_id") or config.azure_client_id
-    good = {key: value for key, value in merged.items() if value is not _FAULTY}
-    account = Account(name, **good)
-    faults += [f"[{name}] {text}" for text in untainted(account.contradictions(config),
-                                                        merged.keys() - good.keys())]
-    return account
+    return Account(name, **merged)
 
 
-def _conflicts(accounts: list[Account]) -> Iterator[str]:
-    """Find accounts that cannot be told apart."""
+def _conflicts(accounts: list[Account], config: Config) -> Iterator[str]:
+    """Find keys that contradict each other, and accounts that cannot be told apart."""
+    for account in accounts:
+        yield from (f"[{account.name}] {text}" for text in account.contradictions(config))
     names = collections.Counter(one.name.casefold() for one in accounts)
     yield from (f"[{one.name}] is there twice; case does not matter" for one in accounts
                 if names[one.name.casefold()] > 1)
@@ -1237,8 +1199,7 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 MAX_COMMAND = 2048              # octets with CRLF; RFC 5321 section 4.5.3.1.4 wants 512
 MAX_AUTH = 12288                # octets with CRLF, RFC 4954 section 4
 TOO_LONG = {MAX_COMMAND: "5.5.2", MAX_AUTH: "5.5.6"}    # the enhanced status code
-MAX_ERRORS = 10                 # in a row
-MAX_FAILED_LOGINS = 3           # in a session
+MAX_COST = 100                  # of commands since a login or a message was accepted
 PROGRESS = 65536                # octets of a message that count as one command
 
 _END_OF_DATA = b"\r\n.\r\n"
@@ -1347,9 +1308,8 @@ class Session:
         self._output: list[bytes] = []
         self._commands = 0
         self._octets = 0                # of messages
-        self._errors = 0                # in a row
+        self._cost = 0                  # see cost_of
         self._complaint: Reply | None = None            # the last that the log knows of
-        self._failed_logins = 0
         self._envelope = Envelope("")
         self._allow_utf8 = False
         self._content = bytearray()     # of a message; its octets are taken of _memory
@@ -1424,18 +1384,17 @@ class Session:
     def authenticated(self, login: Login) -> None:
         """Go on with a client that is who it says."""
         self.login = login
+        self._cost = 0
         self._resume(Reply(235, "2.7.0", "Authentication succeeded"))
 
     def delivered(self, text: str) -> None:
         """Go on after a message that was accepted."""
+        self._cost = 0
         self._resume(Reply(250, "2.0.0", text))
 
     def refuse(self, reply: Reply) -> None:
         """Go on after a login or a message that was not accepted."""
-        self._failed_logins += reply.code == 535
         self._resume(reply)
-        if self._failed_logins >= MAX_FAILED_LOGINS and self._event is None:
-            self.end(Reply(421, "4.7.0", "Too many failed logins"), "failed logins")
 
     # Readers: work on a piece of the input; False if there is no whole one.
 
@@ -1471,8 +1430,7 @@ class Session:
                 raise ProtocolError("The line is too long", 500, overlong)
             reply = obey(_decode_line(line))
         except RelayError as error:
-            if self._read == self._read_auth:       # it ends the exchange
-                self._read = self._read_command
+            self._read = self._read_command         # an error ends AUTH
             self._complain(error.reply)
             reply = error.reply
         if reply:
@@ -1570,7 +1528,8 @@ class Session:
         for name, value in parameters.items():
             if name not in MAIL_PARAMETERS:
                 raise ProtocolError("MAIL has no such parameter", 555, "5.5.4")
-            MAIL_PARAMETERS[name](self, value)
+            if not re.fullmatch(MAIL_PARAMETERS[name], value or "", re.I):
+                raise ProtocolError(f"The value of {name} is malformed")
         self._check_ascii(mailbox, "SMTPUTF8" in parameters)
         if mailbox:                         # else From says who sends
             self.login.account.check_sender(mailbox)
@@ -1583,22 +1542,6 @@ class Session:
         self._phase = Phase.MAIL
         return Reply(250, "2.1.0", "Sender ok")
 
-    def _mail_size(self, value: str | None) -> None:
-        if not _SIZE.fullmatch(value or ""):
-            raise ProtocolError("SIZE must be a number of octets")
-
-    def _mail_body(self, value: str | None) -> None:
-        if (value or "").upper() not in ("7BIT", "8BITMIME"):
-            raise ProtocolError("BODY must be 7BIT or 8BITMIME")
-
-    def _mail_smtputf8(self, value: str | None) -> None:
-        if value is not None:
-            raise ProtocolError("SMTPUTF8 has no value")
-
-    def _mail_auth(self, value: str | None) -> None:
-        # RFC 4954 section 5: to be accepted by who offers AUTH; we trust nobody's word.
-        if value is None:
-            raise ProtocolError("AUTH must be an address or <>")
 
     def _check_ascii(self, mailbox: str, allow_utf8: bool) -> None:
         if not allow_utf8 and not mailbox.isascii():
@@ -1743,17 +1686,14 @@ class Session:
             self._trace("!", reply)
 
     def _answer(self, reply: Reply) -> None:
-        """Send the reply to a command; too many errors in a row end the session."""
+        """Send a reply. A session that gets nowhere ends."""
         self._send(reply)
+        self._cost += cost_of(reply)
         if reply.close:
             self._close(str(reply))
-            return
-        if reply.code < 300:
-            self._errors = 0
-        # Of many recipients many may be refused.
-        self._errors += reply.code >= 500 and reply.code != 550
-        if self._errors >= MAX_ERRORS:
-            self.end(Reply(421, "4.7.0", "Too many errors"), "too many errors")
+        elif self._cost >= MAX_COST:
+            self.end(Reply(421, "4.7.0", "Too many commands or errors without an accepted "
+                           "login or message"), "no progress")
 
     def _ask(self, event: Event) -> None:
         self._event = event
@@ -1775,6 +1715,18 @@ class Session:
         self._allow_utf8 = False
         if self._phase is not Phase.CONNECTED:
             self._phase = Phase.READY
+
+
+def cost_of(reply: Reply) -> int:
+    """Weigh a reply by MAX_COST: the third failed login ends a session, the tenth error,
+    the hundredth command. What leads to a message is free: of many recipients many may be
+    refused.
+    """
+    if reply.code in (334, 354, 452, 550) or reply.status == "2.1.5":
+        return 0
+    if reply.code == 535:
+        return 34
+    return 10 if 500 <= reply.code < 550 else 1
 
 
 def _decode_line(line: bytes) -> str:
@@ -1834,11 +1786,11 @@ COMMANDS: Mapping[str, Command] = {
     "QUIT":     Command(Session._quit, argument=False),
 }
 
-MAIL_PARAMETERS: Mapping[str, Callable[[Session, str | None], None]] = {
-    "SIZE":     Session._mail_size,
-    "BODY":     Session._mail_body,
-    "SMTPUTF8": Session._mail_smtputf8,
-    "AUTH":     Session._mail_auth,
+MAIL_PARAMETERS: Mapping[str, str] = {      # the pattern of its value
+    "SIZE":     "[0-9]{1,20}",              # RFC 1870 section 3
+    "BODY":     "7BIT|8BITMIME",
+    "SMTPUTF8": "",
+    "AUTH":     ".+",                       # nobody's word is trusted, RFC 4954 section 5
 }
 
 AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
@@ -4811,7 +4763,7 @@ def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
     """Read the relay's certificate and key; returns a context for each TLS_MIN_VERSION
     that a network may have, as the key cannot be read again after RUN_AS.
 
-    Raises StartError.
+    Raises ConfigError, StartError.
     """
     if config.tls_source == "off":
         return {}
@@ -4859,7 +4811,11 @@ def _make_context(config: Config, least: str) -> ssl.SSLContext:
         # who needs them may have a certificate that is as old.
         ciphers = f"{ciphers or 'DEFAULT'}:@SECLEVEL=0"
     if ciphers:
-        context.set_ciphers(ciphers)
+        try:
+            context.set_ciphers(ciphers)
+        except ssl.SSLError:
+            raise ConfigError(f"TLS_CIPHER_SUITE={config.tls_cipher_suite!r}: must be an "
+                              "OpenSSL cipher list that names a known cipher") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)     # so is the device
         context.minimum_version = TLS_VERSIONS[least]
@@ -4991,6 +4947,7 @@ def _private_file(octets: bytes) -> Iterator[str]:
 READ_COMMANDS = 4096            # octets worked on before others have their turn
 READ_CONTENT = 16384            # octets; commands may stand behind the message
 HANDSHAKE_TIMEOUT = 30.0        # seconds
+MAX_IDLE = 3600.0               # seconds without a login or a message that was accepted
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that no client gets, so that Microsoft can be reached
@@ -5001,6 +4958,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _IDENTITY = re.compile(rb"^(Message-ID|Date)[ \t]*:(?:(?:\r\n)?[ \t])*[^\s]", re.I | re.M)
 
 _TIMED_OUT = Reply(421, "4.4.2", "Waited too long for you; goodbye")
+_IDLE = Reply(421, "4.7.0", "Too long without an accepted login or message")
 _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
 _BROKEN = Reply(421, "4.3.0", "The relay has a problem; try again later")
 
@@ -5266,6 +5224,7 @@ class Connection:
         self._timeout = relay.config.client_timeout
         self._progress = 0
         self._deadline = 0.0            # for the command under way
+        self._accepted_at = time.monotonic()        # the last login or message
         self._is_timed_out = False
 
     async def run(self, *, implicit_tls: bool) -> None:
@@ -5303,6 +5262,9 @@ class Connection:
         while True:
             if self.is_stopping and not self._session.holds_message:
                 self._session.end(_STOPPING, "the relay stops")
+            elif (time.monotonic() > self._accepted_at + MAX_IDLE
+                  and not self._session.holds_message):
+                self._session.end(_IDLE, "no progress")
             event = self._session.next_event()
             if isinstance(event, StartTls):
                 # What comes behind the 220 is for the handshake.
@@ -5328,6 +5290,8 @@ class Connection:
                     self._session.login, event.envelope, self.ident))
         except RelayError as error:
             self._session.refuse(error.reply)
+        else:
+            self._accepted_at = time.monotonic()
         self._renew_deadline()
 
     async def _read(self) -> None:
@@ -5550,14 +5514,18 @@ def _listen(config: Config, setting_name: str, port: int) -> socket.socket:
 
 
 def become(user: str) -> None:
-    """Give up root's rights, its groups too. Raises StartError."""
+    """Give up root's rights, its groups too. Raises ConfigError, StartError."""
     if not user:
         return
+    try:
+        entry = pwd.getpwnam(user)
+    except (AttributeError, KeyError):      # AttributeError: this system has no users
+        raise ConfigError(f"RUN_AS={user!r}: must be the name of a user of this system, or "
+                          "nothing") from None
     if os.geteuid() != 0:
         log_event(logging.INFO, "-", "stays", run_as=user,
                   reason="only root can become another user")
         return
-    entry = pwd.getpwnam(user)
     try:
         os.initgroups(user, entry.pw_gid)
         os.setgid(entry.pw_gid)
@@ -5603,7 +5571,9 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
 
 def run(config: Config, announce: Callable[[int], None] | None = None,
         microsoft: Any = None) -> None:
-    """Serve until SIGTERM or SIGINT; `announce` gets the port. Raises StartError."""
+    """Serve until SIGTERM or SIGINT; `announce` gets the port. Raises ConfigError,
+    StartError.
+    """
     handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
     contexts = make_tls_contexts(config)
     relay = Relay(config, microsoft)

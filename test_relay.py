@@ -415,7 +415,7 @@ class SettingTests(unittest.TestCase):
                 ("REQUIRE_TLS", "yes please"), ("SMTP_PORT", "x", "-1", "65536", "\u0663"),
                 ("SMTPS_PORT", "70000"), ("SERVER_NAME", "a b", "-a", "x" * 254),
                 ("LISTEN_ADDRESS", "printer", "1.2.3.4.5"),
-                ("TLS_MIN_VERSION", "1.4", "3"), ("TLS_CIPHER_SUITE", "NONSENSE"),
+                ("TLS_MIN_VERSION", "1.4", "3"), ("TLS_CIPHER_SUITE", "A\tB"),
                 ("AZURE_AUTHORITY_HOST", "http://login.microsoftonline.com", "ftp://x",
                  "https://", "https://u:p@x", "https://x:99999", "https://x/?q"),
                 ("GRAPH_ENDPOINT", "http://10.0.0.1", "http://localhost.evil.example"),
@@ -425,13 +425,22 @@ class SettingTests(unittest.TestCase):
                 ("LARGE_MESSAGES", "true"),
                 ("MAX_CONNECTIONS", "-5"), ("MAX_CONNECTIONS_PER_CLIENT", "1.5"),
                 ("CLIENT_TIMEOUT", "0", "forever"), ("UPSTREAM_TIMEOUT", "nan"),
-                ("SHUTDOWN_TIMEOUT", "1e9"), ("RUN_AS", "no-such-user-here")):
+                ("SHUTDOWN_TIMEOUT", "1e9"), ("RUN_AS", "a\tb", "a:b")):
             for value in values:
                 with self.subTest(name, value=value):
                     text = self.assertFaults({name: value}, name)
                     shown = repr(value) if "u:p@" not in value and "?" not in value else ""
                     self.assertIn(f"{name}={shown}", text)
                     self.assertIn(": must be ", text)
+
+    def test_what_this_system_does_not_know_is_a_fault_where_it_is_used(self) -> None:
+        for wanted, use in (
+                ("RUN_AS='nobody-here': must be the name of a user",
+                 lambda: relay.become("nobody-here")),
+                ("TLS_CIPHER_SUITE='NONSENSE': must be an OpenSSL cipher list",
+                 lambda: relay.make_tls_contexts(tls_config(TLS_CIPHER_SUITE="NONSENSE")))):
+            with self.subTest(wanted), self.assertRaisesRegex(relay.ConfigError, f"^{wanted}"):
+                use()
 
     def test_all_faults_are_reported_at_once_with_name_and_value(self) -> None:
         text = self.assertFaults({"SMTP_PORT": "abc", "LOG_LEVEL": "LOUD",
@@ -465,9 +474,10 @@ class SettingTests(unittest.TestCase):
                                   "SMTPS_PORT": "465"}, "TLS_SOURCE")
         self.assertIn("SMTPS_PORT=0", text)
         self.assertIn("TLS_SOURCE=file", text)
-        self.assertFaults({"TLS_SOURCE": "off", "SMTPS_PORT": "465", "LOG_LEVEL": "x"},
-                          "LOG_LEVEL", "TLS_SOURCE", "TLS_SOURCE")
-        self.assertFaults({"TLS_SOURCE": "off", "REQUIRE_TLS": "x"}, "REQUIRE_TLS")
+        self.assertFaults({"TLS_SOURCE": "off", "SMTPS_PORT": "465"}, "TLS_SOURCE",
+                          "TLS_SOURCE")
+        # Settings are compared when all values are sound.
+        self.assertFaults({"TLS_SOURCE": "off", "LOG_LEVEL": "x"}, "LOG_LEVEL")
 
     def test_one_port_for_two_things_is_a_fault(self) -> None:
         self.assertFaults({"SMTP_PORT": "465", "SMTPS_PORT": "465"}, "SMTP_PORT")
@@ -478,9 +488,6 @@ class SettingTests(unittest.TestCase):
         for size, memory in (("", "36700159"), ("1001", "1000")):
             self.assertFaults({"MAX_MESSAGE_SIZE": size, "MAX_MEMORY_FOR_MESSAGES": memory},
                               "MAX_MEMORY_FOR_MESSAGES")
-        # What is faulty itself contradicts nothing.
-        self.assertFaults({"MAX_MESSAGE_SIZE": "10M", "MAX_MEMORY_FOR_MESSAGES": "1000"},
-                          "MAX_MESSAGE_SIZE")
 
     def test_what_is_needed_with_a_setting_is_named(self) -> None:
         for environ, word in (
@@ -771,7 +778,7 @@ class AccountTests(unittest.TestCase):
                  "[a] tls_min_version = 1.4: must be one of"),
                 (f"{APPLICATION}credential = password", "[a] credential = password: must be"),
                 (f"{APPLICATION}colour = red", "[a] colour: is no key"),
-                (f"{APPLICATION}client_secret: hidden=", "[a] ***: is no key; is it client_s"),
+                (f"{APPLICATION}client_secret: hidden=", "[a] ***: is no key"),
                 (f"{APPLICATION}networks = 10.0.0.0/8\n  client_secret = hidden",
                  "[a] networks: goes on in a line that is indented"),
                 (f"{APPLICATION}client_secret = x\n  hidden",
@@ -783,8 +790,6 @@ class AccountTests(unittest.TestCase):
                 (f"{APPLICATION}networks = ::ffff:192.168.7.0/120", "[a] networks = ::ffff:"),
                 (f"{APPLICATION}[ ]", "line 4: is no [section]"),
                 (f"{APPLICATION}[b] networks = 10.0.0.0/8", "[a] ***: is no key"),
-                (f"{APPLICATION}form_email = a@b.c", "[a] form_email: is no key; is it "
-                 "from_email?"),
                 ("", "[a] tenant_id: must be set"),
                 (f"tenant_id = {TENANT}", "[a] client_id: must be set"),
                 (f"{own}client_secret_file = /x\npassword = {HASH}", "[a] set one of "
@@ -827,12 +832,14 @@ class AccountTests(unittest.TestCase):
                 self.assertEqual(len([one for one in faults if "DEFAULT" in one]),
                                  "tenant_id" in text)
 
-    def test_all_faults_are_told_at_once(self) -> None:
-        _, faults = relay.parse_accounts(
-            "[a]\ntenant_id = x\ncolour = red\n[b]\nlogin = x\n", make_config())
-        self.assertEqual([one.partition(":")[0] for one in faults],
-                         ["[a] tenant_id = x", "[a] colour", "[b] login = x",
-                          "[a] client_id", "[b] tenant_id", "[b] client_id"])
+    def test_all_faulty_values_are_told_at_once_or_else_all_contradictions(self) -> None:
+        for text, wanted in (
+                ("[a]\ntenant_id = x\ncolour = red\n[b]\nlogin = x\n",
+                 ["[a] tenant_id = x", "[a] colour", "[b] login = x"]),
+                ("[a]\n[b]\n", ["[a] tenant_id", "[a] client_id", "[b] tenant_id",
+                                "[b] client_id"])):
+            _, faults = relay.parse_accounts(text, make_config())
+            self.assertEqual([one.partition(":")[0] for one in faults], wanted)
 
     def test_accounts_that_cannot_be_told_apart(self) -> None:
         def two(first: str, second: str) -> list[str]:
@@ -1226,11 +1233,6 @@ class PipeliningTests(SessionCase):
         self.assertEqual(codes(dialogue.said[-200:].split(b"end it", 1)[1].split(
             b"\r\n", 1)[1]), [250, 250, 221])
 
-    def test_a_hundred_thousand_commands_in_one_packet(self) -> None:
-        dialogue = self.start(b"EHLO x\r\n")
-        said = dialogue.feed(b"NOOP\r\n" * 100_000)
-        self.assertEqual(said.count(b"250 2.0.0 Ok\r\n"), 100_000)
-
 
 class CommandLineInSessionTests(SessionCase):
     """A command ends in CRLF and in nothing else, and is of bounded length."""
@@ -1296,10 +1298,22 @@ class CommandLineInSessionTests(SessionCase):
         self.assertSays(b"NOOP\r\n\x16\x03\x01\r\n", 250, 500, prelude=b"", secure=False)
         self.assertIn("STARTTLS", dialogue.events[-1].reason)
 
-    def test_ten_errors_in_a_row_end_the_session(self) -> None:
-        dialogue = self.assertSays(b"NOPE\r\n" * 11, *[500] * 10, 421)
-        self.assertTrue(dialogue.closed)
-        self.assertSays((b"NOPE\r\n" * 9 + b"NOOP\r\n") * 3, *([500] * 9 + [250]) * 3)
+    def test_a_session_that_gets_nowhere_ends(self) -> None:
+        """What counts is what was said since the last login or message that was accepted."""
+        message = MAIL + b"".join(b"RCPT TO:<u%d@b.c>\r\n" % number for number in range(150)
+                                  ) + b"DATA\r\n.\r\n"
+        for octets, *wanted in (
+                (b"NOOP\r\n" * 100_000, *[250] * 99, 421),
+                (b"NOPE\r\n" * 11, *[500] * 10, 421),
+                (b"NOPE\r\nNOOP\r\n" * 6 + b"NOPE\r\n" * 9, *[500, 250] * 6, *[500] * 4, 421),
+                (message * 2, *([250] * 101 + [452] * 50 + [354, 250]) * 2),
+                ((b"NOOP\r\n" * 90 + message) * 2,
+                 *([250] * 191 + [452] * 50 + [354, 250]) * 2)):
+            with self.subTest(octets[:30]):
+                dialogue = self.start(b"EHLO x\r\n" + LOGIN, secure=True, MAX_RECIPIENTS="100")
+                said = dialogue.feed(octets)
+                self.assertEqual(codes(said), wanted)
+                self.assertEqual(dialogue.closed, wanted[-1] == 421)
 
     def test_end_of_file_in_every_situation_is_a_close(self) -> None:
         for situation, (prelude, secure) in SITUATIONS.items():
@@ -3306,6 +3320,8 @@ class RelayCase(unittest.TestCase):
         self.running.forget_failures()
         self.open_lines()
         self.password = f"secret of {self.id()}"
+        self.addCleanup(setattr, relay, "MAX_COST", relay.MAX_COST)
+        relay.MAX_COST = math.inf       # replies to many commands fill the buffers
         self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
 
     def open_lines(self) -> None:
@@ -4065,7 +4081,7 @@ class ReloadTests(AccountCase):
                 self.write(ACCOUNTS.replace("[scan2]", f"[scan{number + 2}]"))
                 wait_for(lambda: len(kept.find("loaded=6")) == number)      # noqa: B023
                 self.assertEqual(len(faults()), number)
-        self.assertIn("[scan2] form_email: is no key; is it from_email?", faults()[0])
+        self.assertIn("[scan2] form_email: is no key", faults()[0])
         self.assertReply(self.log_in("scan4", running=self.own), "235 2.7.0")
 
     def test_what_cannot_be_read(self) -> None:
@@ -7972,6 +7988,16 @@ class LimitTests(TlsCase):
         while time.monotonic() - begun < 2:
             self.assertReply(client.say("NOOP"), "250 2.0.0")
 
+    def test_a_session_that_gets_nowhere_for_an_hour_ends(self) -> None:
+        idle, busy = self.logged_in(), self.begun()
+        self.addCleanup(setattr, relay, "MAX_IDLE", relay.MAX_IDLE)
+        self.assertReply(idle.say("NOOP"), "250 2.0.0")
+        relay.MAX_IDLE = 0.0
+        self.assertReply(idle.say("NOOP"), "421 4.7.0 Too long")
+        busy.send(b"Subject: s\r\n\r\nText\r\n.\r\n")        # a message is not cut off
+        self.assertReply(busy.next_reply(), "250 2.0.0")
+        self.assertReply(busy.next_reply(), "421 4.7.0 Too long")
+
     def test_a_client_that_never_reads(self) -> None:
         sock = self.raw()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -8435,7 +8461,7 @@ class OverloadTests(unittest.TestCase):
 
     def send_by_octets_and_read_nothing(self) -> None:
         """1000 and 2 clients; the relay holds for them what its buffers hold."""
-        with self.watch(CLIENT_TIMEOUT="3") as watched:
+        with self.watch(change="r.MAX_COST = 1e9", CLIENT_TIMEOUT="3") as watched:
             begun = watched.memory()
             with self.crowd(watched, 2, room=4096) as deaf, contextlib.ExitStack() as stack:
                 for sock in deaf:               # at once, or they would time out as well
@@ -8486,21 +8512,15 @@ class OverloadTests(unittest.TestCase):
     # Much of it, and of no sense.
 
     def test_100000_commands_in_one_packet(self) -> None:
-        """Others have their turns between them; mistakes are not heard to their end."""
+        """They are not read to their end."""
         with self.watch() as watched, self.honest(watched) as client:
             begun = watched.memory()
-            for command, last in ((b"NOOP", b"221 2.0.0"), (b"Unknown", b"421 4.7.0")):
+            for command in (b"NOOP", b"Unknown"):
                 with self.crowd(watched, 1) as (sock,), \
                         concurrent.futures.ThreadPoolExecutor(2) as pool:
                     said = pool.submit(last_octets, sock)
                     pool.submit(sock.sendall, (command + b"\r\n") * 100_000 + b"QUIT\r\n")
-                    turns = 0
-                    while not said.done():
-                        client.noop()
-                        turns += 1
-                    self.assertEqual(said.result().splitlines()[-1][:9], last)
-                if last.startswith(b"221"):
-                    self.assertGreater(turns, 10)
+                    self.assertEqual(said.result().splitlines()[-1][:9], b"421 4.7.0")
             self.assertServed(client)
             self.assertMemory(watched, begun, 5 * self.MB)
 
@@ -9519,8 +9539,7 @@ login = required
         for environ, words in (
                 ({}, ["ACCOUNTS_FILE is not set"]),
                 ({"ACCOUNTS_FILE": "/no/such"}, ["ACCOUNTS_FILE='/no/such'", "No such file"]),
-                ({"ACCOUNTS_FILE": faulty}, ["[a] tenant_id = x", "[b] password = ***",
-                                             "[b] tenant_id: must be set"])):
+                ({"ACCOUNTS_FILE": faulty}, ["[a] tenant_id = x", "[b] password = ***"])):
             for command in (("accounts",), ()) if environ else (("accounts",),):
                 with self.subTest(environ, command=command):
                     status, _, err = self.outcome(*command, TLS_SOURCE="off",
@@ -10081,7 +10100,7 @@ class Model:
         self.phase, self.secure = "cold", scene.secure
         self.login = "guest" if scene.guest else ""
         self.closed = False
-        self.errors = self.failed = self.lines = self.asked_logins = self.asked_messages = 0
+        self.cost = self.lines = self.asked_logins = self.asked_messages = 0
         self.mechanism, self.answers = "", [""]
         self.sender: str | bytes = ""
         self.utf8 = False
@@ -10113,13 +10132,12 @@ class Model:
     # What is read from the session.
 
     def reply(self, *wanted: int, what: object = "") -> int:
-        """Take a reply; too many errors in a row are told in one more."""
-        code = self.take(what, *wanted)[0]
-        if code < 300:
-            self.errors = 0
-        self.errors += code >= 500 and code != 550
-        if self.errors >= 10:
-            self.take("too many errors", 421)
+        """Take a reply; a session that gets nowhere is told so in one more."""
+        code, lines = self.take(what, *wanted)
+        if code not in (334, 354, 421, 452, 550) and not lines[0].startswith("2.1.5 "):
+            self.cost += 34 if code == 535 else 10 if 500 <= code < 550 else 1
+        if self.cost >= 100:
+            self.take("no progress", 421)
             self.close()
         return code
 
@@ -10181,8 +10199,8 @@ class Model:
         self.phase = "cold" if self.phase == "cold" else "ready"
 
     def do_ehlo(self, argument: bytes, line: bytes) -> None:
-        _, lines = self.take(line, 250)
-        self.errors = 0
+        lines = self.replies[0][1] if self.replies else []
+        self.reply(250, what=line)
         wanted = {"relay.test", f"SIZE {self.scene.size}", "PIPELINING", "8BITMIME", "SMTPUTF8",
                   "ENHANCEDSTATUSCODES", "HELP"}
         wanted |= {"STARTTLS"} if self.scene.offers_tls and not self.secure else set()
@@ -10270,14 +10288,11 @@ class Model:
             raise Violation(f"{event} {event.password} in place of {user!r} {password!r}")
         code = self.decisions.logins[self.asked_logins % 50]
         self.asked_logins += 1
+        if code == 235:
+            self.login, self.cost = "user", 0
         self.reply(code, what="a login")
-        self.login = "user" if code == 235 else self.login
-        self.failed += code == 535
         self.forget()
         if code == 421:
-            self.close()
-        elif self.failed >= 3 and not self.closed:      # whatever was refused
-            self.take("three failed logins", 421)
             self.close()
 
     # Messages.
@@ -10346,6 +10361,7 @@ class Model:
         self.check_envelope(envelope)
         code = self.decisions.messages[self.asked_messages % 50]
         self.asked_messages += 1
+        self.cost = 0 if code == 250 else self.cost
         self.reply(code, what="a message")
         if code == 421:
             self.close()
