@@ -5344,6 +5344,12 @@ COMMAND_SECONDS = 10.0          # for one run of the openssl command
 # X509_V_FLAG_PARTIAL_CHAIN, which ssl names from 3.10 on, and X509_V_FLAG_NO_CHECK_TIME
 _ANY_CERTIFICATE = 0x80000 | 0x200000
 
+# asyncio gives each TLS connection a receive buffer of 256 KiB from Python 3.11 on. A TLS
+# record has at most 16 KiB, and most connections are idle.
+_protocol: Any = getattr(getattr(asyncio, "sslproto", None), "SSLProtocol", None)
+if hasattr(_protocol, "max_size"):
+    _protocol.max_size = 16384
+
 
 def describe_failure(error: OSError) -> str:
     """Say in words why a connection failed."""
