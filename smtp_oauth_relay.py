@@ -1139,9 +1139,12 @@ def has_scrypt() -> bool:
         return False
 
 
+SCRYPT_COST = 2 ** 15       # N of RFC 7914; tests lower it
+
+
 def hash_password(password: str, salt: bytes) -> str:
-    """Hash a password with 16 octets of salt: scrypt, RFC 7914, N=2^15, r=8, p=1."""
-    digest = hashlib.scrypt(password.encode(), salt=salt, n=2 ** 15, r=8, p=1,
+    """Hash a password with 16 octets of salt: scrypt, RFC 7914, r=8, p=1."""
+    digest = hashlib.scrypt(password.encode(), salt=salt, n=SCRYPT_COST, r=8, p=1,
                             maxmem=2 ** 26, dklen=32)
     return "$".join(["scrypt", *(base64.urlsafe_b64encode(octets).decode().rstrip("=")
                                  for octets in (salt, digest))])
@@ -4751,6 +4754,12 @@ VAULT_REMEDIES: Mapping[int, str] = {
 COMMAND_SECONDS = 10.0          # for one run of the openssl command
 # X509_V_FLAG_PARTIAL_CHAIN, which ssl names from 3.10 on, and X509_V_FLAG_NO_CHECK_TIME
 _ANY_CERTIFICATE = 0x80000 | 0x200000
+
+# asyncio gives each TLS connection a receive buffer of 256 KiB from Python 3.11 on. A TLS
+# record has at most 16 KiB, and most connections are idle.
+_protocol: Any = getattr(getattr(asyncio, "sslproto", None), "SSLProtocol", None)
+if hasattr(_protocol, "max_size"):
+    _protocol.max_size = 16384
 
 
 def describe_failure(error: OSError) -> str:
