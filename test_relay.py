@@ -12098,7 +12098,9 @@ class Visitor:
                 reply = self.submit(client, story)
                 if reply.startswith("421"):
                     return
-                if not reply.startswith("45"):
+                # Now and then an identified message again, although it was heard.
+                if not reply.startswith("45") and not (story.is_identified
+                                                       and self.chance.random() < 0.3):
                     break
         self.say(client, "QUIT", "221")
 
