@@ -4018,37 +4018,26 @@ class MailboxLimiter:
     @contextlib.asynccontextmanager
     async def slot(self, deadline: float, *, is_live: bool) -> AsyncIterator[None]:
         """Hold a slot. Raises TemporaryError if none is free in time."""
-        if self.in_use < REQUESTS_AT_ONCE:
-            self.in_use += 1
-        else:
-            await self._wait(self._live if is_live else self._queued, deadline)
-        try:
-            yield
-        finally:
-            self._release()
-
-    async def _wait(self, waiting: collections.deque[asyncio.Future[None]],
-                    deadline: float) -> None:
+        waiting = self._live if is_live else self._queued
         slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting.append(slot)
+        self._admit()
         try:
-            if not await done_by(deadline, slot):
+            if not (slot.done() or await done_by(deadline, slot)):
                 raise TemporaryError("Too many messages for this mailbox at once; try "
                                      "again later", 451, "4.4.5")
-        except BaseException:
-            if slot.done():             # it came at the moment of a cancellation
-                self._release()
+            yield
+        finally:
+            if slot.done():
+                self.in_use -= 1
+                self._admit()
             else:
                 waiting.remove(slot)
-            raise
 
-    def _release(self) -> None:
-        """Pass a slot on to the next message."""
-        waiting = self._live or self._queued
-        if waiting:
-            waiting.popleft().set_result(None)
-        else:
-            self.in_use -= 1
+    def _admit(self) -> None:
+        while self.in_use < REQUESTS_AT_ONCE and (self._live or self._queued):
+            (self._live or self._queued).popleft().set_result(None)
+            self.in_use += 1
 
 
 @dataclass(frozen=True)
@@ -4180,8 +4169,12 @@ class Graph:
         """Send a request until it succeeds. Raises RelayError."""
         renewed, delays = False, iter(DRAFT_DELAYS)
         while True:
-            if step is not Step.DELETE:         # a draft must not stay for a pause
-                await self._wait_until_resumed(errand)
+            held = self.held_for(errand.key)
+            if held and step is not Step.DELETE:        # a draft must not stay for a pause
+                if time.monotonic() + held >= errand.latest:
+                    raise TemporaryError(_BUSY.text, _BUSY.code, _BUSY.status)
+                await asyncio.sleep(held)
+                continue
             token, headers = "", request.headers
             if step is not Step.UPLOAD:
                 token = await self._tokens.get(errand.application, errand.deadline)
@@ -4204,15 +4197,6 @@ class Graph:
             if not pause or time.monotonic() + pause >= errand.latest:
                 raise graph_error(response, errand.mailbox, step)
             await asyncio.sleep(pause)
-
-    async def _wait_until_resumed(self, errand: Errand) -> None:
-        """Wait while Microsoft throttles a mailbox. Raises TemporaryError at once if that
-        is too long.
-        """
-        while self.held_for(errand.key):
-            if time.monotonic() + self.held_for(errand.key) >= errand.latest:
-                raise TemporaryError(_BUSY.text, _BUSY.code, _BUSY.status)
-            await asyncio.sleep(self.held_for(errand.key))
 
 
 def _pause(response: HttpResponse) -> float:
@@ -4955,6 +4939,8 @@ def _private_file(octets: bytes) -> Iterator[str]:
 
 READ_COMMANDS = 4096            # octets worked on before others have their turn
 READ_CONTENT = 16384            # octets; commands may stand behind the message
+SMALL_MESSAGE = 65_536          # octets; it is edited without a thread
+SMALL_HEADER = 4096             # octets; the worst that are known take 10 to 20 ms
 HANDSHAKE_TIMEOUT = 30.0        # seconds
 MAX_IDLE = 3600.0               # seconds without a login or a message that was accepted
 LINGER = 1                      # second for the last reply to leave, and a close_notify
@@ -5157,7 +5143,7 @@ class Relay:
 
     async def _prepare(self, login: Login, envelope: Envelope,
                        deadline: float) -> tuple[Outgoing, bytes]:
-        """Edit a message; in a thread, as it may have 150 MB, and a million lines."""
+        """Edit a message. Use a thread if it is large: 150 MB, or a million lines."""
         config = login.account.adapt(self.config)
         envelope = dataclasses.replace(envelope, reverse_path=login.account.from_email
                                        or envelope.reverse_path)
@@ -5166,6 +5152,9 @@ class Relay:
             message = make_outgoing(envelope, config, login.username)
             return message, self._duplicates.digest(login, envelope,
                                                     message.prepared.before)
+        if (len(envelope.message) < SMALL_MESSAGE
+                and envelope.message.find(b"\r\n\r\n", 0, SMALL_HEADER) >= 0):
+            return edit()
         try:
             return await in_time(deadline, in_thread(edit))
         except TimeoutError:

@@ -2559,21 +2559,6 @@ class GraphAnswerTests(unittest.TestCase):
         (302, "", "554 5.3.0"), (200, "ErrorAccessDenied", "554 5.3.0"),
     )
 
-    def test_table(self) -> None:
-        for status, code, wanted in self.TABLE:
-            with self.subTest(f"{status} {code}"):
-                body = {"error": {"code": code, "message": "m"}} if code else b"<html>"
-                error = relay.graph_error(response(status, body, request_id="r1"), SENDER)
-                self.assertEqual(str(error.reply)[:len(wanted) + 1], wanted + " ")
-                self.assertEqual(error.facts["request_id"], "r1")
-                if wanted in ("550 5.7.1", "550 5.1.8"):
-                    self.assertIn(SENDER, error.reply.text)
-        self.assertIn("Mail.Send", relay.graph_error(response(403), SENDER).reply.text)
-
-    def test_not_sent_is_an_error_and_the_rest_are_warnings(self) -> None:
-        self.assertEqual(relay.graph_error(response(200), "a@b").level, logging.ERROR)
-        self.assertEqual(relay.graph_error(response(403), "a@b").level, logging.WARNING)
-
     def test_garbage(self) -> None:
         for body in (b"", b"null", b"5", b"[]", b'{"error": 5}', b'{"error": {"code": []}}',
                      b'{"error": {}}', b"\xff", b"[" * 100_000, b'{"error": {"code": "Err'):
@@ -5115,8 +5100,6 @@ class SendTests(RelayCase):
         self.have_no_time_for_a_pause()
         client = self.logged_in()
         for status, code, wanted in GraphAnswerTests.TABLE:
-            if status == 401:
-                continue
             with self.subTest(f"{status} {code}"):
                 self.fake.will("send", graph_says(status, code) if code else
                                say(status, b"" if status == 204 else b"<html>oops"))
@@ -5124,6 +5107,8 @@ class SendTests(RelayCase):
                 reply = self.assertReply(client.post(), wanted)
                 ident = self.fake.asked("send")[-1].headers["client-request-id"]
                 self.assertTrue(reply.endswith(f", id {ident}"))
+                self.assertEqual(SENDER in reply, wanted in ("550 5.7.1", "550 5.1.8", "452 4.2.2",
+                                                             "550 5.7.60"))
         self.assertEqual(self.fake.delivered, [])
         self.assertReply(client.post(), "250 2.0.0")
 
@@ -5198,19 +5183,42 @@ class SendTests(RelayCase):
                     self.assertLess(time.monotonic() - begun, PATIENCE / 2)
                     self.fake.reset()
 
-    def test_401_renews_the_token_once(self) -> None:
-        client = self.logged_in()
-        self.fake.will("send", self.fake.expire)
-        self.assertReply(client.post(), "250 2.0.0")
-        self.assertEqual(len(self.fake.asked("token")), 2)
-        self.assertEqual(len(self.fake.asked("send")), 2)
-
-    def test_401_always_is_tried_again_once(self) -> None:
-        client = self.logged_in()
-        self.fake.will("send", *[graph_says(401, "InvalidAuthenticationToken")] * 5)
-        self.assertReply(client.post(), "451 4.7.0")
-        self.assertEqual(len(self.fake.asked("token")), 2)
-        self.assertEqual(len(self.fake.asked("send")), 2)
+    def test_what_is_tried_again(self) -> None:
+        """Only what cannot send a message twice."""
+        date = email.utils.formatdate(time.time() + 1, usegmt=True)
+        unauthorized = graph_says(401, "InvalidAuthenticationToken")
+        self.addCleanup(setattr, relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
+        self.assertEqual(relay.THROTTLED_PAUSE, 5)
+        # The pause if Microsoft says none, answers, reply, requests to send and for tokens.
+        for pause, answers, wanted, sends, tokens in (
+                (99, (self.fake.expire,), "250 2.0.0", 2, 2),
+                (99, (unauthorized,) * 5, "451 4.7.0", 2, 2),
+                (99, (graph_says(429, "X", retry_after="0"),), "250 2.0.0", 2, 1),
+                (99, (graph_says(429, "X", retry_after=date),), "250 2.0.0", 2, 1),
+                (99, (say(503, retry_after="0.2"),), "250 2.0.0", 2, 1),
+                (0.2, (graph_says(429, "X"),), "250 2.0.0", 2, 1),
+                (0.2, (graph_says(429, "X", retry_after="soon"),), "250 2.0.0", 2, 1),
+                (99, (graph_says(429, "X"),), "451 4.4.5", 1, 1),
+                (99, (graph_says(429, "X", retry_after="99"),), "451 4.4.5", 1, 1),
+                (0.2, (say(503),), "451 4.3.0", 1, 1),
+                (99, (say(503, retry_after="99"),), "451 4.3.0", 1, 1),
+                (99, (say(500, retry_after="0"),), "451 4.3.0", 1, 1),
+                (99, (say(504, retry_after="0"),), "451 4.3.0", 1, 1),
+                (99, (utter(b""),), "451 4.4.1", 1, 1)):
+            with self.subTest(wanted=wanted, sends=sends):
+                self.fake.reset()
+                self.open_lines()
+                self.password += "."
+                relay.THROTTLED_PAUSE = pause
+                self.fake.will("send", *answers)
+                begun = time.monotonic()
+                self.assertReply(self.logged_in().post(), wanted)
+                self.assertLess(time.monotonic() - begun, PATIENCE / 2)
+                if (sends, tokens) == (2, 1):
+                    self.assertGreaterEqual(time.monotonic() - begun, 0.2)
+                self.assertEqual([len(self.fake.asked(one)) for one in ("send", "token")],
+                                 [sends, tokens])
+                self.assertEqual(len(self.fake.delivered), wanted == "250 2.0.0")
 
     def test_a_renewal_that_fails_for_now(self) -> None:
         client = self.logged_in()
@@ -5233,44 +5241,6 @@ class SendTests(RelayCase):
         client = self.logged_in()
         self.assertReply(client.post(), "250 2.0.0")
         self.assertEqual(len(self.fake.asked("token")), 2)
-
-    def test_429_and_503_with_retry_after_are_tried_again(self) -> None:
-        client = self.logged_in()
-        date = email.utils.formatdate(time.time() + 1, usegmt=True)
-        for status, retry_after in ((429, "0"), (503, "0.2"), (429, date)):
-            with self.subTest(retry_after):
-                self.fake.will("send", graph_says(status, "X", retry_after=retry_after))
-                begun = time.monotonic()
-                self.assertReply(client.post(), "250 2.0.0")
-                self.assertGreaterEqual(time.monotonic() - begun, 0.2)
-        self.assertEqual(len(self.fake.delivered), 3)
-
-    def test_what_is_not_tried_again(self) -> None:
-        self.have_no_time_for_a_pause()
-        client = self.logged_in()
-        for action, wanted in ((graph_says(429, "X"), "451 4.4.5"),
-                               (graph_says(503, "X"), "451 4.3.0"),
-                               (graph_says(429, "X", retry_after="99"), "451 4.4.5"),
-                               (graph_says(503, "X", retry_after="99"), "451 4.3.0"),
-                               (graph_says(500, "X", retry_after="0"), "451 4.3.0"),
-                               (graph_says(504, "X", retry_after="0"), "451 4.3.0"),
-                               (utter(b""), "451 4.4.1")):
-            before = len(self.fake.asked("send"))
-            self.fake.will("send", action)
-            self.open_lines()
-            begun = time.monotonic()
-            self.assertReply(client.post(), wanted)
-            self.assertLess(time.monotonic() - begun, PATIENCE / 2)
-            self.assertEqual(len(self.fake.asked("send")), before + 1)
-
-    def test_a_429_that_does_not_say_how_long(self) -> None:
-        self.addCleanup(setattr, relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
-        self.assertEqual(relay.THROTTLED_PAUSE, 5)
-        relay.THROTTLED_PAUSE = 0.1
-        for headers in ({}, {"retry_after": "soon"}):
-            self.fake.will("send", graph_says(429, "X", **headers))
-            self.assertReply(self.logged_in().post(), "250 2.0.0")
-        self.assertEqual(len(self.fake.asked("send")), 4)
 
     def test_a_429_is_for_all_of_its_mailbox_and_for_no_other(self) -> None:
         """Nobody tries in turn: who waits is told at once, and who comes later too."""
@@ -5403,39 +5373,6 @@ class SendTests(RelayCase):
             self.assertEqual(client.getreply()[0], 250)
         self.assertEqual(self.fake.most_busy, 4)
 
-    def test_a_pause_that_ends_too_late_to_be_heard(self) -> None:
-        """There are 60 seconds, of which the last 20 are for Microsoft to answer."""
-        async def play() -> list[str]:
-            config = self.config(UPSTREAM_TIMEOUT="200")
-            pool = relay.HttpPool([self.fake.url])
-            graph = relay.Graph(config, pool, relay.Tokens(config, pool))
-            application = relay.Application(TENANT, CLIENT, self.password)
-            message = relay.make_outgoing(relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, b"\r\n"),
-                                          config)
-            replies = []
-            for is_under_way in (True, False):
-                sending = asyncio.ensure_future(graph.send(application, message, "id",
-                                                           time.monotonic() + 60))
-                if is_under_way:
-                    await asyncio.to_thread(self.fake.arrived.acquire, timeout=PATIENCE)
-                    graph._resume_at.put((TENANT, CLIENT, SENDER), time.monotonic() + 50, 50)
-                    self.fake.release.set()
-                try:
-                    await asyncio.wait_for(sending, PATIENCE)
-                except relay.TemporaryError as error:
-                    replies.append(str(error.reply)[:9])
-            pool.close()
-            return replies
-        self.fake.will("send", self.fake.hang_then(self.fake.expire))
-        self.assertEqual(asyncio.run(play()), ["451 4.4.5"] * 2)
-        self.assertEqual(len(self.fake.asked("send")), 1)
-
-    def test_a_503_that_does_not_say_how_long_holds_up_nobody(self) -> None:
-        client = self.logged_in()
-        self.fake.will("send", graph_says(503, "X"))
-        self.assertReply(client.post(), "451 4.3.0")
-        self.assertReply(client.post(), "250 2.0.0")
-
     def test_a_kept_connection_is_looked_at_before_it_is_written_to(self) -> None:
         """It is closed, or the server will send no more, or sent what nobody asked for."""
         def speak() -> None:
@@ -5488,19 +5425,6 @@ class SendTests(RelayCase):
         self.assertEqual(self.fake.delivered, [Delivered(
             SENDER, b"From: scanner@example.com\r\nBcc: a@x.y\r\n\r\nsecond\r\n",
             ["a@x.y"])])
-
-    def test_a_client_that_left_does_not_stop_its_message(self) -> None:
-        client = self.logged_in()
-        self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        with kept_log() as kept:
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-                client.docmd(line)
-            client.send(b"\r\n.\r\n")
-            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-            client.close()
-            self.fake.release.set()
-            wait_for(lambda: kept.find("sent"))
-        self.assertEqual(len(self.fake.delivered), 1)
 
     def test_message_content_is_never_logged(self) -> None:
         with kept_log() as kept:
@@ -5645,28 +5569,15 @@ class LargeMessageTests(RelayCase):
             self.assertReply(client.say("MAIL FROM:<a>"), "501 5.1.7")
         self.assertEqual([level for level, _ in kept.find("refused")], ["WARNING", "INFO"])
 
-    def test_four_at_once_for_a_mailbox(self) -> None:
-        clients = [self.logged_in() for _ in range(6)]
-        self.fake.will("draft", *[self.fake.hang_then(self.fake.accept)] * 4)
-        for client in clients:
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-                client.docmd(line)
-            client.send(MEDIUM + b"x" * 1000 + b"%d\r\n.\r\n" % client.sock.fileno())
-        for _ in range(4):
-            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        self.assertEqual(len(self.fake.asked("draft")), 4)
-        self.fake.release.set()
-        for client in clients:
-            self.assertEqual(client.getreply()[0], 250)
-        self.assertEqual(len(self.fake.sent_drafts), 6)
-
     def test_what_is_sent_late_would_be_cut_off(self) -> None:
         """A tenth of UPSTREAM_TIMEOUT must be left, or the pause is too long."""
         client = self.logged_in()
         self.fake.will("send", graph_says(429, "X", retry_after="28.5"))
         begun = time.monotonic()
-        self.assertReply(client.post(), "451 4.4.5")
+        for _ in range(2):
+            self.assertReply(client.post(), "451 4.4.5")
         self.assertLess(time.monotonic() - begun, PATIENCE)
+        self.assertEqual(len(self.fake.asked("send")), 1)
 
     @with_small_files
     def test_no_message_is_held_when_it_has_failed(self) -> None:
@@ -11187,7 +11098,9 @@ class Visitor:
                 reply = self.submit(client, story)
                 if reply.startswith("421"):
                     return
-                if not reply.startswith("45"):
+                # Now and then an identified message again, although it was heard.
+                if not reply.startswith("45") and not (story.is_identified
+                                                       and self.chance.random() < 0.3):
                     break
         self.say(client, "QUIT", "221")
 
