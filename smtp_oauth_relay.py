@@ -1174,9 +1174,12 @@ def has_scrypt() -> bool:
         return False
 
 
+SCRYPT_COST = 2 ** 15       # N of RFC 7914; tests lower it
+
+
 def hash_password(password: str, salt: bytes) -> str:
-    """Hash a password with 16 octets of salt: scrypt, RFC 7914, N=2^15, r=8, p=1."""
-    digest = hashlib.scrypt(password.encode(), salt=salt, n=2 ** 15, r=8, p=1,
+    """Hash a password with 16 octets of salt: scrypt, RFC 7914, r=8, p=1."""
+    digest = hashlib.scrypt(password.encode(), salt=salt, n=SCRYPT_COST, r=8, p=1,
                             maxmem=2 ** 26, dklen=32)
     return "$".join(["scrypt", *(base64.urlsafe_b64encode(octets).decode().rstrip("=")
                                  for octets in (salt, digest))])
