@@ -8715,6 +8715,17 @@ class TlsCase(RelayCase):
                 octets += part
         return octets
 
+    def deaf(self, *, smtps: bool = False) -> socket.socket:
+        """Connect so that the systems of both sides do not hold megabytes that are not read."""
+        sock = socket.socket()
+        self.addCleanup(sock.close)
+        sock.settimeout(PATIENCE)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        sock.connect(("127.0.0.1", self.running._config.smtps_port if smtps
+                      else self.running.port))
+        return sock
+
     def read_until(self, sock: socket.socket, end: bytes) -> bytes:
         """Read until something has come."""
         octets = b""
@@ -9541,8 +9552,7 @@ class DeafTests(TlsCase):
     def test_a_deaf_client_that_ends_tls_is_let_go(self) -> None:
         """By itself asyncio waits for ever until it takes what is left."""
         before = len(os.listdir("/proc/self/fd")) if IS_LINUX else 0
-        raw = socket.create_connection(("127.0.0.1", self.running.port), PATIENCE)
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw = self.deaf()
         self.read_until(raw, b"220 ")
         raw.sendall(b"EHLO x\r\nSTARTTLS\r\n")
         self.read_until(raw, b"Ready to start TLS\r\n")
@@ -9750,13 +9760,7 @@ class LimitTests(TlsCase):
             time.sleep(0.05)
 
     def test_a_client_that_never_reads(self) -> None:
-        sock = socket.socket()
-        self.addCleanup(sock.close)
-        sock.settimeout(PATIENCE)
-        # Small segments from the beginning, or megabytes fit into the buffers of the system.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
-        sock.connect(("127.0.0.1", self.running.port))
+        sock = self.deaf()
         with self.assertRaises(ConnectionError):        # and no time-out of our own
             while True:
                 sock.sendall(b"EHLO x\r\n" * 2_000)
@@ -11049,13 +11053,7 @@ class SilentClientTests(TlsCase):
                 self.assertLess(seconds, PATIENCE)
 
     def test_a_client_that_never_reads_under_tls(self) -> None:
-        raw = socket.socket()
-        raw.settimeout(PATIENCE)
-        # Else the systems of both hold megabytes, which take a while to be written.
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
-        raw.connect(("127.0.0.1", self.running._config.smtps_port))
-        sock = trusting().wrap_socket(raw, server_hostname="localhost")
+        sock = trusting().wrap_socket(self.deaf(smtps=True), server_hostname="localhost")
         self.addCleanup(sock.close)
         with self.assertRaises((ConnectionError, ssl.SSLError)):    # no time-out of our own
             while True:
