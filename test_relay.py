@@ -5999,6 +5999,13 @@ def clean_environ(values: dict[str, str]) -> dict[str, str]:
     return {**clean, "PYTHONPATH": str(HERE), **values}
 
 
+def clean_environ(values: dict[str, str]) -> dict[str, str]:
+    """Return the environment without settings, for a Python that finds the program."""
+    names = {*relay.settings(), "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    return {**clean, "PYTHONPATH": str(HERE), **values}
+
+
 @contextlib.contextmanager
 def start_python(*arguments: str, folder: str = "", groups: tuple[int, ...] = (),
                  **environ: str) -> Iterator[
