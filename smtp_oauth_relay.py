@@ -4914,23 +4914,19 @@ async def fetch_certificate(config: Config, name: str) -> bytes:
 
 @contextlib.contextmanager
 def _private_file(octets: bytes) -> Iterator[str]:
-    """Hold octets in a file that is ours alone: in memory, or else for a moment on disk."""
-    handle, path, is_named = -1, "", False
+    """Hold octets in a file of mode 0600: in memory, or where that fails on disk."""
+    file: Any
     try:
-        with contextlib.suppress(AttributeError, OSError):  # other systems, old kernels
-            handle = os.memfd_create("relay")
-            path = f"/proc/self/fd/{handle}"
-        if not os.path.exists(path):
-            handle, path = tempfile.mkstemp()
-            is_named = True
-        with open(handle, "wb", closefd=False) as file:
-            file.write(octets)
+        file = open(os.memfd_create("relay"), "wb")     # noqa: SIM115
+        path = f"/proc/self/fd/{file.fileno()}"
+        os.stat(path)
+    except (AttributeError, OSError):   # other systems, old kernels, no /proc
+        file = tempfile.NamedTemporaryFile()            # noqa: SIM115
+        path = file.name
+    with file:
+        file.write(octets)
+        file.flush()
         yield path
-    finally:
-        if handle >= 0:
-            os.close(handle)
-        if is_named:
-            os.unlink(path)
 
 
 # ---------------------------------------------------------------------------
@@ -5312,14 +5308,6 @@ class Connection:
         else:
             self._session.receive_eof()
 
-    @property
-    def _is_gone(self) -> bool:
-        """Whether the connection is closed, or about to be; of TLS Python 3.9 knows that
-        only below.
-        """
-        return (self._plain_writer.transport.is_closing()
-                or self._writer.transport.is_closing())
-
     def _time_out(self) -> None:
         """End the wait in _read."""
         assert self.task is not None
@@ -5374,7 +5362,9 @@ class Connection:
                   cipher=self._writer.get_extra_info("cipher")[0])
 
     async def _hang_up(self) -> None:
-        if not self._is_gone:           # somebody may hear a last word
+        # Python 3.9 knows only below TLS that a connection is gone.
+        if not (self._plain_writer.transport.is_closing()
+                or self._writer.transport.is_closing()):
             self._writer.close()
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._writer.wait_closed(), LINGER)
@@ -5540,13 +5530,12 @@ def raise_open_files(wanted: int) -> float:
     if resource is None:
         return math.inf
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    endless = resource.RLIM_INFINITY
-    if soft != endless and soft < wanted:
-        limit = wanted if hard == endless else min(wanted, hard)
+    if 0 <= soft < wanted:              # RLIM_INFINITY is -1, or very large
+        limit = min(wanted, hard) if hard >= 0 else wanted
         with contextlib.suppress(OSError, ValueError):      # macOS and sandboxes have more
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))       # limits
             soft = limit
-    return math.inf if soft == endless else soft
+    return soft if soft >= 0 else math.inf
 
 
 def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> None:
