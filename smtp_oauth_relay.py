@@ -5610,13 +5610,18 @@ class Outbox:
         """Return a token, as Tokens does."""
         return "token"
 
+    def resolve(self, application: Application) -> Application:
+        """Return the application as it is, in place of Tokens."""
+        return application
+
     async def send(self, application: Application, message: Outgoing, ident: str,
                    deadline: float, *, is_live: bool) -> HttpResponse:
         """Store a message, large ones too. Raises DeliveryError."""
         path = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
         prepared = message.prepared
         try:
-            path.write_bytes(prepared.header + prepared.body)
+            await in_time(deadline, in_thread(lambda: path.write_bytes(
+                prepared.header + prepared.body)))
         except OSError as error:
             raise DeliveryError(f"{path} cannot be written: {error.strerror}", 452,
                                 "4.3.1") from None

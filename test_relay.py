@@ -1309,13 +1309,14 @@ class CommandLineInSessionTests(SessionCase):
         """What counts is what was said since the last login or message that was accepted."""
         message = MAIL + b"".join(b"RCPT TO:<u%d@b.c>\r\n" % number for number in range(150)
                                   ) + b"DATA\r\n.\r\n"
-        for octets, *wanted in (
+        cases: Any = (
                 (b"NOOP\r\n" * 100_000, *[250] * 99, 421),
                 (b"NOPE\r\n" * 11, *[500] * 10, 421),
                 (b"NOPE\r\nNOOP\r\n" * 6 + b"NOPE\r\n" * 9, *[500, 250] * 6, *[500] * 4, 421),
                 (message * 2, *([250] * 101 + [452] * 50 + [354, 250]) * 2),
                 ((b"NOOP\r\n" * 90 + message) * 2,
-                 *([250] * 191 + [452] * 50 + [354, 250]) * 2)):
+                 *([250] * 191 + [452] * 50 + [354, 250]) * 2))
+        for octets, *wanted in cases:
             with self.subTest(octets[:30]):
                 dialogue = self.start(b"EHLO x\r\n" + LOGIN, secure=True, MAX_RECIPIENTS="100")
                 said = dialogue.feed(octets)
@@ -2526,8 +2527,6 @@ class GraphAnswerTests(unittest.TestCase):
     """Which answer is which reply: the table of the contract."""
 
     TABLE = (
-        (401, "InvalidAuthenticationToken", "451 4.7.0"),
-        (401, "ErrorAccessDenied", "451 4.7.0"),
         (403, "ErrorAccessDenied", "550 5.7.1"),
         (403, "ErrorSendAsDenied", "550 5.7.60"),
         (403, "erroraccessdenied", "550 5.7.1"),
@@ -3313,7 +3312,7 @@ class RelayCase(unittest.TestCase):
         self.open_lines()
         self.password = f"secret of {self.id()}"
         self.addCleanup(setattr, relay, "MAX_COST", relay.MAX_COST)
-        relay.MAX_COST = math.inf       # replies to many commands fill the buffers
+        relay.MAX_COST = 10 ** 9        # replies to many commands fill the buffers
         self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
 
     def open_lines(self) -> None:
@@ -5999,13 +5998,6 @@ def clean_environ(values: dict[str, str]) -> dict[str, str]:
     return {**clean, "PYTHONPATH": str(HERE), **values}
 
 
-def clean_environ(values: dict[str, str]) -> dict[str, str]:
-    """Return the environment without settings, for a Python that finds the program."""
-    names = {*relay.settings(), "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
-    clean = {name: value for name, value in os.environ.items() if name not in names}
-    return {**clean, "PYTHONPATH": str(HERE), **values}
-
-
 @contextlib.contextmanager
 def start_python(*arguments: str, folder: str = "", groups: tuple[int, ...] = (),
                  **environ: str) -> Iterator[
@@ -6465,7 +6457,7 @@ class SpoolTests(SpoolCase):
         self.fake.will("send", say(503), expire)
         self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
         self.enqueue(client)
-        wait_for(lambda: "421 4.7.0" in self.only()[1].reason)
+        wait_for(lambda: "AADSTS7000222" in self.only()[1].reason)
         self.assertEqual(self.connect(running).log_in(password="the new one")[:3], "235")
         self.wait_until_empty()
         self.assertEqual(len(self.fake.delivered), 1)
@@ -6966,7 +6958,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         for path in self.queue.iterdir():       # as somebody may do without the command line
             path.unlink()
         with kept_log() as kept:
-            for mailbox in running.relay.spool._mailboxes.values():
+            for mailbox in list(running.relay.spool._mailboxes.values()):
                 running.ask(mailbox.resume)
             wait_for(lambda: kept.find("dropped"))
 
