@@ -5166,7 +5166,7 @@ class SendTests(RelayCase):
     def test_what_is_tried_again(self) -> None:
         """Only what cannot send a message twice."""
         date = email.utils.formatdate(time.time() + 1, usegmt=True)
-        unauthorized = graph_says(401, "InvalidAuthenticationToken")
+        unauthorized = graph_says(401, "ErrorAccessDenied")     # of 401 no code counts
         self.addCleanup(setattr, relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
         self.assertEqual(relay.THROTTLED_PAUSE, 5)
         # The pause if Microsoft says none, answers, reply, requests to send and for tokens.
@@ -6013,6 +6013,8 @@ def start_program(*arguments: str, **options: Any) -> Any:
 
 def call_main(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, str, str]:
     """Do in this process what the program does; returns its exit status, output and errors."""
+    handlers = {number: signal.getsignal(number) for number in (
+        signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT))}
     texts = [io.TextIOWrapper(io.BytesIO(octets), "utf-8", newline="")
              for octets in (stdin.encode(), b"", b"")]
     with unittest.mock.patch.dict(os.environ, clean_environ(environ), clear=True), \
@@ -6025,6 +6027,8 @@ def call_main(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, st
             status = error.code
         finally:
             relay.log.setLevel("DEBUG")
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     for text in texts:
         text.flush()
     out, err = (text.buffer.getvalue().decode() for text in texts[1:])
@@ -7223,6 +7227,25 @@ class ShellTests(TlsCase):
     """The session over real sockets and real TLS."""
 
     settings = {"LARGE_MESSAGES": "refuse", "UPSTREAM_TIMEOUT": str(PATIENCE)}
+
+    def test_a_defect_of_the_relay(self) -> None:
+        """Who meets it is told, the log has its traceback, and others are served on."""
+        class Defect(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if "NOOP defect" in record.getMessage():
+                    raise LookupError("nobody thought of it")
+        defect, other = Defect(), self.connect()
+        relay.log.addHandler(defect)
+        self.addCleanup(relay.log.removeHandler, defect)
+        with kept_log() as kept:
+            client = self.connect()
+            self.assertEqual(client.say("NOOP defect"),
+                             "421 4.3.0 The relay has a problem; try again later")
+            self.assertEqual(client.next_reply(), "")
+            wait_for(lambda: kept.find("disconnected"))
+        self.assertTrue(any("LookupError: nobody thought of it" in line for _, line in kept.lines))
+        self.assertIn('reason="a defect of the relay"', kept.find("disconnected")[0][1])
+        self.assertReply(other.say("NOOP"), "250 2.0.0")
 
     def test_starttls_login_and_a_message(self) -> None:
         client = self.connect()
@@ -9365,6 +9388,18 @@ class CommandLineTests(ProgramCase):
                 for word in words:
                     self.assertIn(word, err)
 
+    @unittest.skipUnless(relay.pwd, "needs users")
+    def test_a_user_that_root_may_not_become(self) -> None:
+        """As where a container has no right to change users."""
+        user = relay.pwd.getpwuid(os.getuid()).pw_name
+        with unittest.mock.patch.multiple(
+                os, geteuid=lambda: 0, initgroups=unittest.mock.Mock(
+                    side_effect=PermissionError(errno.EPERM, "Operation not permitted"))):
+            self.assertEqual(self.outcome(
+                RUN_AS=user, SMTP_PORT="0", TLS_SOURCE="off", REQUIRE_TLS="false"), (
+                1, "", f"smtp_oauth_relay: RUN_AS={user}: cannot become this user: Operation not "
+                       "permitted; start as another user, with RUN_AS empty\n"))
+
     @unittest.skipIf(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0),
                      "root reads every file")
     def test_a_key_that_may_not_be_read(self) -> None:
@@ -9787,6 +9822,8 @@ Path:     sendMail, 101 octets
                 (b"", "", {}, "550 5.1.7"), (b"", "a", {}, "501 5.1.7"),
                 (b"x" * 5000, SENDER, {"MAX_MESSAGE_SIZE": "5000"}, "552 5.3.4"),
                 (LARGE, SENDER, {"LARGE_MESSAGES": "refuse"}, "552 5.3.4"),
+                (b"Subject: s\r\nX: " + b"x" * 1_048_576 + b"\r\n", SENDER, {}, "552 5.3.4"),
+                (b"Subject: " + b"x" * 1_048_560 + b"\r\n\r\n", SENDER, {}, "552 5.3.4"),
                 (LARGE.replace(b"mixed", b"signed"), SENDER, {}, "552 5.3.4")):
             with self.subTest(reply, environ=environ):
                 with contextlib.redirect_stdout(io.StringIO()) as out:
