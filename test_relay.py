@@ -7589,27 +7589,17 @@ class DuplicateTests(RelayCase):
         return client
 
     def test_the_same_message_again(self) -> None:
-        def hear(client: Client) -> None:
-            self.assertReply(client.next_reply(), "250 2.0.0")
-
-        def leave(client: Client) -> None:
-            client.close()
-
-        def leave_with_reset(client: Client) -> None:
-            assert client.sock is not None
-            client.file.close()
-            reset(client.sock)
-        for end in (hear, leave, leave_with_reset):
-            with self.subTest(end.__name__), kept_log() as kept:
+        for is_heard in (True, False):
+            with self.subTest(is_heard=is_heard), kept_log() as kept:
                 self.forget()
                 self.fake.will("send", self.fake.hang_then(self.fake.accept))
                 client = self.sends(self.begun())
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-                if end is not hear:
-                    end(client)
+                if not is_heard:
+                    client.close()
                 self.fake.release.set()
-                if end is hear:
-                    end(client)
+                if is_heard:
+                    self.assertReply(client.next_reply(), "250 2.0.0")
                 for _ in range(2):
                     reply = self.sends(self.begun()).next_reply()
                     ident = self.fake.asked("send")[0].headers["client-request-id"]
@@ -7706,35 +7696,6 @@ class DuplicateTests(RelayCase):
 class LingerTests(RelayCase):
     """A client that reads late."""
 
-    def buffered(self) -> int:
-        """Octets for the only client that are in none of the buffers of the system."""
-        octets: int = self.running.ask(lambda: sum(
-            one._writer.transport.get_write_buffer_size()
-            for one in self.running.server._connections))
-        return octets
-
-    def flood(self, sock: socket.socket, least: int) -> None:
-        """Ask, and read no reply, until there is more than the buffers of the system hold."""
-        def ask() -> bool:
-            if self.buffered() > least:
-                return True
-            sock.sendall(b"HELP\r\n" * 100)
-            return False
-        wait_for(ask)
-
-    def begin_deaf(self) -> tuple[socket.socket, Any]:
-        """A client whose buffers are full, and the connection to it."""
-        client = self.connect()
-        client.log_in(password=self.password)
-        one, = self.running.ask(lambda: list(self.running.server._connections))
-        client.file.close()             # or the socket would stay open with it
-        sock = client.sock
-        assert sock is not None
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        one._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        self.flood(sock, 0)
-        return sock, one
-
     def test_one_that_reads_all_in_the_end(self) -> None:
         """The connection is not closed before the last word has left."""
         self.addCleanup(setattr, relay, "LINGER", relay.LINGER)
@@ -7742,8 +7703,14 @@ class LingerTests(RelayCase):
         for stops in (False, True):
             self.running = Running(self.config())
             self.addCleanup(self.running.stop)
+            sock: Any = self.connect().sock
+            one, = self.running.ask(lambda: list(self.running.server._connections))
+            ours = one._writer.get_extra_info("socket")
             with self.subTest(stops=stops), kept_log() as kept:
-                sock, one = self.begin_deaf()
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                while not self.running.ask(one._writer.transport.get_write_buffer_size):
+                    sock.sendall(b"HELP\r\n" * 100)
                 sock.sendall(b"QUIT\r\n")
                 wait_for(lambda: kept.find("disconnected"))
                 if stops:
