@@ -5219,7 +5219,6 @@ class Connection:
         self._progress = 0
         self._deadline = 0.0            # for the command under way
         self._accepted_at = time.monotonic()        # the last login or message
-        self._is_timed_out = False
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
@@ -5290,29 +5289,18 @@ class Connection:
 
     async def _read(self) -> None:
         """Give the session what the client sends, unless it takes too long."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(max(0.0, self._deadline - time.monotonic()), self._time_out)
         size = READ_CONTENT if self._session.is_in_content else READ_COMMANDS
+        await asyncio.sleep(0)          # what came already would be read without a pause
         try:
-            await asyncio.sleep(0)      # what came already would be read without a pause
-            octets = await self._reader.read(size)
-        except asyncio.CancelledError:
-            if not self._is_timed_out:
-                raise
+            octets = await asyncio.wait_for(self._reader.read(size),
+                                            self._deadline - time.monotonic())
+        except asyncio.TimeoutError:
             self._session.end(_TIMED_OUT, "timed out")
             return
-        finally:
-            timer.cancel()
         if octets:
             self._session.receive(octets)
         else:
             self._session.receive_eof()
-
-    def _time_out(self) -> None:
-        """End the wait in _read."""
-        assert self.task is not None
-        self._is_timed_out = True
-        self.task.cancel()
 
     def _renew_deadline(self) -> None:
         self._deadline = time.monotonic() + self._timeout

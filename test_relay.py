@@ -4681,29 +4681,21 @@ class VaultTests(RelayCase):
             self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
 
     def test_the_key_is_nobodys_else_and_soon_gone(self) -> None:
+        """In memory, or on disk where memfd_create() or /proc is missing."""
         folder = tempfile.mkdtemp(dir=FILES.folder)
-        self.addCleanup(setattr, tempfile, "tempdir", tempfile.tempdir)
-        tempfile.tempdir = folder
-        with relay._private_file(b"key") as path:
-            self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
-            if hasattr(os, "memfd_create"):
-                self.assertEqual(os.listdir(folder), [])
-        self.assertFalse(os.path.exists(path))
-        if hasattr(os, "memfd_create"):
-            def refuse(name: str) -> int:
-                raise OSError(errno.ENOSYS, "as of an old kernel")
-            self.addCleanup(setattr, os, "memfd_create", os.memfd_create)
-            # As where /proc is missing.
-            os.memfd_create = lambda name: 10 ** 6      # type: ignore[assignment, misc]
-            with relay._private_file(b"key") as path:
-                self.assertEqual(os.listdir(folder), [os.path.basename(path)])
-            os.memfd_create = refuse            # type: ignore[assignment]
-        with self.assertRaises(relay.StartError), relay._private_file(b"key") as path:
-            self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
-            if os.name == "posix":
-                self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
-            raise relay.StartError("while it is there")
-        self.assertEqual(os.listdir(folder), [])
+        refuse = unittest.mock.Mock(side_effect=OSError(errno.ENOSYS, "as of an old kernel"))
+        for create, number in ((getattr(os, "memfd_create", refuse), int(not IS_LINUX)),
+                               (refuse, 1), (lambda name: 10 ** 6, 1)):
+            with unittest.mock.patch.object(os, "memfd_create", create, create=True), \
+                    unittest.mock.patch.object(tempfile, "tempdir", folder), \
+                    self.assertRaises(relay.StartError), relay._private_file(b"key") as path:
+                self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
+                self.assertEqual(len(os.listdir(folder)), number)
+                if number and os.name == "posix":
+                    self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+                raise relay.StartError("while it is there")
+            self.assertFalse(os.path.exists(path))
+            self.assertEqual(os.listdir(folder), [])
 
     @needs_openssl
     def test_each_kind(self) -> None:
@@ -7171,6 +7163,15 @@ class TlsCase(RelayCase):
                       else self.running.port))
         return sock
 
+    def half_way(self, octets: bytes, *, smtps: bool = False) -> socket.socket:
+        """Begin a handshake with some octets, after STARTTLS if need be."""
+        sock = self.raw(smtps=smtps)
+        if not smtps:
+            sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
+            self.read_until(sock, b"Ready")
+        sock.sendall(octets)
+        return sock
+
     def read_until(self, sock: socket.socket, end: bytes) -> bytes:
         """Read until something has come."""
         octets = b""
@@ -7228,8 +7229,11 @@ class ShellTests(TlsCase):
             client.ehlo()
             self.assertNotIn("starttls", client.esmtp_features)
             client.login(USER, self.password)
-            client.sendmail(SENDER, "a@x.y", "Subject: s\n\nText")
-        self.assertEqual(len(self.fake.delivered), 1)
+            head = f"From: {SENDER}\r\nTo: a@x.y\r\n\r\n".encode()
+            message = head + random.Random(1).randbytes(1_000_000).hex("\r", 39).replace(
+                "\r", "\r\n").encode() + b"\r\n"
+            client.sendmail(SENDER, "a@x.y", message)
+        self.assertTrue(self.fake.delivered[0].message == message)
 
     def test_octets_in_the_clear_behind_starttls_are_never_obeyed(self) -> None:
         """CVE-2011-0411, CVE-2024-34083: in one packet, or in the next before the 220."""
@@ -7254,78 +7258,35 @@ class ShellTests(TlsCase):
                 self.assertEqual(said.count(b"STARTTLS"), 0)
                 self.assertEqual(codes(said), [250, 221])
 
-    def test_a_client_hello_on_the_plain_port_is_explained(self) -> None:
+    def test_a_tls_failure_is_explained(self) -> None:
+        strict = ssl.create_default_context(cafile=FILES["expired.pem"])
+        for word, context, smtps in (
+                ("SMTPS_PORT", trusting(), False),          # a ClientHello on the plain port
+                ("does not speak TLS here", None, True),
+                ("does not trust", strict, True)):
+            with self.subTest(word), kept_log() as kept:
+                sock = self.raw(smtps=smtps)
+                if context:
+                    with self.assertRaises(OSError):
+                        context.wrap_socket(sock, server_hostname="localhost")
+                else:
+                    sock.sendall(b"EHLO x\r\n")
+                    self.read(sock)
+                wait_for(functools.partial(kept.find, "disconnected"))
+                self.assertIn(word, kept.find("disconnected")[0][1])
+
+    def test_a_defect_ends_the_session_and_is_logged_with_its_traceback(self) -> None:
+        handler = logging.Handler()
+        handler.emit = lambda record: 1 / ("defect" not in record.getMessage())  # type: ignore
+        relay.log.addHandler(handler)
+        self.addCleanup(relay.log.removeHandler, handler)
         with kept_log() as kept:
-            sock = self.raw()
-            with self.assertRaises(OSError):
-                trusting().wrap_socket(sock, server_hostname="localhost")
+            self.assertReply(self.connect().say("NOOP defect"), "421 4.3.0")
+            relay.log.removeHandler(handler)
             wait_for(lambda: kept.find("disconnected"))
-        self.assertIn("SMTPS_PORT", kept.find("disconnected")[0][1])
-
-    def test_plain_smtp_on_the_tls_port_is_explained(self) -> None:
-        with kept_log() as kept:
-            sock = self.raw(smtps=True)
-            sock.sendall(b"EHLO x\r\n")
-            self.read(sock)
-            wait_for(lambda: kept.find("disconnected"))
-        self.assertIn("does not speak TLS here", kept.find("disconnected")[0][1])
-
-    def test_a_client_that_does_not_trust_the_certificate_is_explained(self) -> None:
-        with kept_log() as kept:
-            client = self.connect()
-            with self.assertRaises(ssl.SSLError):
-                client.starttls(context=ssl.create_default_context(
-                    cafile=FILES["expired.pem"]))
-            client.close()
-            wait_for(lambda: kept.find("disconnected"))
-        self.assertIn("does not trust", kept.find("disconnected")[0][1])
-
-    def test_a_client_that_is_gone_in_any_state_leaves_nothing(self) -> None:
-        for said in (b"", b"EHLO", b"EHLO x\r\n", b"EHLO x\r\nSTARTTLS\r\n",
-                     b"EHLO x\r\nSTARTTLS\r\n\x16\x03\x01\x02", b"\x16", b"QUIT\r\n"):
-            for reset in (False, True):
-                sock = self.raw()
-                self.read_until(sock, b"\r\n")
-                sock.sendall(said)
-                if reset:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + b"\0" * 7)
-                sock.close()
-        wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
-
-    def test_a_handshake_that_fails_leaves_nothing(self) -> None:
-        for smtps in (False, True):
-            for octets in (b"", b"EHLO x\r\n", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\0\2xx"):
-                with self.subTest(octets, smtps=smtps):
-                    sock = self.raw(smtps=smtps)
-                    if not smtps:
-                        sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
-                        self.read_until(sock, b"220 2.0.0")
-                    sock.sendall(octets)
-                    sock.close()
-                    wait_for(lambda: not self.running.ask(
-                        lambda: len(self.running.server._connections)))
-
-    def test_a_flood_of_commands_holds_up_nobody(self) -> None:
-        """The flood has its turn in small pieces; another client comes in between."""
-        flood, other = self.raw(), self.connect()
-        threading.Thread(target=lambda: self.read(flood), daemon=True).start()
-        held, gate = threading.Event(), threading.Event()
-
-        def hold() -> None:                 # so that the loop finds both at once
-            held.set()
-            gate.wait(PATIENCE)
-        threading.Thread(target=lambda: self.running.ask(hold), daemon=True).start()
-        self.assertTrue(held.wait(PATIENCE))
-        with kept_log() as kept:
-            flood.sendall(b"EHLO x\r\n" * 6000)
-            other.putcmd("NOOP")
-            gate.set()
-            self.assertEqual(other.getreply()[0], 250)
-            flood.shutdown(socket.SHUT_WR)
-            wait_for(lambda: kept.find("disconnected"))
-        words = [line.split(" < ")[1] for _, line in kept.lines if " < " in line]
-        self.assertEqual(words.count('"EHLO x"'), 6000)
-        self.assertLess(words.index("NOOP"), 3000)
+        self.assertEqual([level for level, line in kept.lines if " broken" in line],
+                         ["ERROR"])
+        self.assertIn('reason="a defect of the relay"', kept.find("disconnected")[0][1])
 
     def test_replies_leave_at_once(self) -> None:
         """Without TCP_NODELAY the second of two would wait for 40 ms."""
@@ -7333,12 +7294,6 @@ class ShellTests(TlsCase):
         one, = self.running.ask(lambda: list(self.running.server._connections))
         self.assertTrue(one._writer.get_extra_info("socket").getsockopt(
             socket.IPPROTO_TCP, socket.TCP_NODELAY))
-
-    def test_an_http_client_is_closed_at_once(self) -> None:
-        sock = self.raw()
-        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        said = self.read(sock)
-        self.assertTrue(said.startswith(b"220 ") and b"\r\n421 4.7.0 " in said, said)
 
     def test_pipelined_replies_leave_together_in_the_clear(self) -> None:
         sock = self.raw()
@@ -7358,20 +7313,6 @@ class ShellTests(TlsCase):
         self.assertEqual([client.getreply()[0] for _ in range(6)],
                          [250, 250, 250, 354, 250, 221])
         self.assertEqual(len(self.fake.delivered), 2)
-
-    def test_a_large_message_and_one_that_is_too_large(self) -> None:
-        client = self.connect()
-        client.starttls(context=trusting())
-        client.ehlo()
-        client.log_in(password=self.password)
-        line = b"x" * 998 + b"\r\n"
-        head = f"From: {SENDER}\r\nTo: a@x.y\r\n\r\n".encode()
-        message = head + line * ((3_145_728 - len(head)) // len(line))
-        self.assertReply(client.post(message), "250 2.0.0")
-        self.assertEqual(self.fake.delivered[0].message, message)
-        self.assertReply(client.post(message + line), "552 5.3.4")
-        self.assertReply(client.say(f"MAIL FROM:<{SENDER}> SIZE=3145729"), "552 5.3.4")
-        self.assertReply(client.post(), "250 2.0.0")
 
     def test_the_log_of_a_session(self) -> None:
         with kept_log() as kept:
@@ -7486,11 +7427,18 @@ login = optional
         client.ehlo()
         return client
 
-    def version(self, address: str, version: str) -> str:
+    def version(self, address: str, version: str, *, smtps: bool) -> str:
         """Do a handshake of one version; returns it, or "" if it fails."""
-        client = self.come_from(address)
+        context = OldTlsTests.old_client(version)
         try:
-            client.starttls(context=OldTlsTests.old_client(version))
+            if smtps:
+                client: Any = smtplib.SMTP_SSL(
+                    "localhost", self.running._config.smtps_port, "test", timeout=PATIENCE,
+                    context=context, source_address=(address, 0))
+                self.addCleanup(client.close)
+            else:
+                client = self.come_from(address)
+                client.starttls(context=context)
         except OSError:
             return ""
         return str(client.sock.version())
@@ -7537,22 +7485,9 @@ login = optional
                                   ("127.0.0.1", ["1.2", "1.3"]), ("127.0.0.3", ["1.2", "1.3"]),
                                   ("127.0.0.4", ["1.3"])):
             with self.subTest(address):
-                self.assertEqual([one for one in relay.TLS_VERSIONS
-                                  if self.version(address, one)], versions)
-
-    def test_implicit_tls_too(self) -> None:
-        for address, fine in (("127.0.0.2", True), ("127.0.0.1", False)):
-            sock = socket.create_connection(("127.0.0.1", self.running._config.smtps_port),
-                                            PATIENCE, (address, 0))
-            self.addCleanup(sock.close)
-            try:
-                tls = OldTlsTests.old_client("1.0").wrap_socket(sock,
-                                                                server_hostname="localhost")
-                self.addCleanup(tls.close)
-                self.assertTrue(self.read_until(tls, b"\r\n").startswith(b"220 "))
-                self.assertTrue(fine)
-            except OSError:
-                self.assertFalse(fine)
+                for smtps in (False, True):
+                    self.assertEqual([one for one in relay.TLS_VERSIONS
+                                      if self.version(address, one, smtps=smtps)], versions)
 
     def test_a_message_over_old_tls_without_login(self) -> None:
         client = self.come_from("127.0.0.2")
@@ -7693,36 +7628,8 @@ class DuplicateTests(RelayCase):
             self.assertEqual(len({client.next_reply() for client in clients}), 2)
 
 
-class LingerTests(RelayCase):
-    """A client that reads late."""
-
-    def test_one_that_reads_all_in_the_end(self) -> None:
-        """The connection is not closed before the last word has left."""
-        self.addCleanup(setattr, relay, "LINGER", relay.LINGER)
-        relay.LINGER = int(PATIENCE)    # however late this thread comes to read
-        for stops in (False, True):
-            self.running = Running(self.config())
-            self.addCleanup(self.running.stop)
-            sock: Any = self.connect().sock
-            one, = self.running.ask(lambda: list(self.running.server._connections))
-            ours = one._writer.get_extra_info("socket")
-            with self.subTest(stops=stops), kept_log() as kept:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-                while not self.running.ask(one._writer.transport.get_write_buffer_size):
-                    sock.sendall(b"HELP\r\n" * 100)
-                sock.sendall(b"QUIT\r\n")
-                wait_for(lambda: kept.find("disconnected"))
-                if stops:
-                    self.running.begin_stop()
-                    wait_for(lambda: kept.find("stopping"))
-                self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
-                wait_for(one.task.done)
-                self.assertIsNone(one.task.exception())
-
-
 class DeafTests(TlsCase):
-    """Clients that do not read, and time that is short."""
+    """Clients that do not read, or late."""
 
     settings = {"REQUIRE_TLS": "false", "CLIENT_TIMEOUT": "2"}
 
@@ -7731,12 +7638,35 @@ class DeafTests(TlsCase):
         self.addCleanup(relay.log.setLevel, relay.log.level)
         relay.log.setLevel("INFO")      # or each command would be logged
 
-    def deafen(self, sock: Any) -> None:
-        """Send commands, and read no reply, until the relay has said more than is taken."""
-        sock.settimeout(0.2)
-        with contextlib.suppress(OSError):
-            for _ in range(1000):
-                sock.sendall(b"HELP\r\n" * 3000)
+    def fill(self, send: Callable[[], Any]) -> Any:
+        """Send until the relay holds what the system cannot take; returns the connection."""
+        def is_full() -> bool:
+            send()
+            return any(self.running.ask(lambda: [
+                writer.transport.get_write_buffer_size()
+                for one in self.running.server._connections
+                for writer in (one._writer, one._plain_writer)]))
+        wait_for(is_full)
+        return self.running.ask(lambda: next(iter(self.running.server._connections)))
+
+    def test_one_that_reads_all_in_the_end(self) -> None:
+        """The connection is not closed before the last word has left."""
+        for stops in (False, True):
+            self.running = Running(self.config(CLIENT_TIMEOUT="300"))
+            self.addCleanup(self.running.stop)
+            # However late this thread comes to read.
+            with self.subTest(stops=stops), kept_log() as kept, \
+                    unittest.mock.patch.object(relay, "LINGER", PATIENCE):
+                sock = self.deaf()
+                one = self.fill(functools.partial(sock.sendall, b"HELP\r\n" * 100))
+                sock.sendall(b"QUIT\r\n")
+                wait_for(lambda: kept.find("disconnected"))
+                if stops:
+                    self.running.begin_stop()
+                    wait_for(lambda: kept.find("stopping"))
+                self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
+                wait_for(one.task.done)
+                self.assertIsNone(one.task.exception())
 
     def test_the_end_is_said_in_tls_too(self) -> None:
         """Or the client would not know whether it has heard all."""
@@ -7752,10 +7682,7 @@ class DeafTests(TlsCase):
     def test_a_deaf_client_that_ends_tls_is_let_go(self) -> None:
         """By itself asyncio waits for ever until it takes what is left."""
         before = len(os.listdir("/proc/self/fd")) if IS_LINUX else 0
-        raw = self.deaf()
-        self.read_until(raw, b"220 ")
-        raw.sendall(b"EHLO x\r\nSTARTTLS\r\n")
-        self.read_until(raw, b"Ready to start TLS\r\n")
+        raw = self.deaf(smtps=True)
         into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = trusting().wrap_bio(into, out, server_hostname="localhost")
         while True:
@@ -7765,15 +7692,7 @@ class DeafTests(TlsCase):
             except ssl.SSLWantReadError:
                 raw.sendall(out.read())
                 into.write(raw.recv(16384))
-
-        def is_full() -> bool:
-            tls.write(b"HELP\r\n" * 300)
-            raw.sendall(out.read())
-            return any(self.running.ask(lambda: [
-                one._plain_writer.transport.get_write_buffer_size()
-                + one._writer.transport.get_write_buffer_size()
-                for one in self.running.server._connections]))
-        wait_for(is_full)
+        self.fill(lambda: tls.write(b"HELP\r\n" * 300) and raw.sendall(out.read()))  # type: ignore
         with contextlib.suppress(ssl.SSLWantReadError):
             tls.unwrap()
         raw.sendall(out.read())
@@ -7807,19 +7726,6 @@ class ConnectionLimitTests(TlsCase):
         wait_for(lambda: self.running.ask(lambda: len(self.running.server._connections)) < 3)
         self.assertTrue(self.read_until(self.raw(), b"\r\n").startswith(b"220 "))
 
-    @unittest.skipUnless(sys.platform == "linux", "needs 127.0.0.2")
-    def test_connections_of_all(self) -> None:
-        for address in ("127.0.0.1", "127.0.0.2"):
-            for _ in range(3):
-                sock = socket.create_connection(("127.0.0.1", self.running.port), PATIENCE,
-                                                (address, 0))
-                self.addCleanup(sock.close)
-                self.read_until(sock, b"220 ")
-        sock = socket.create_connection(("127.0.0.1", self.running.port), PATIENCE,
-                                        ("127.0.0.3", 0))
-        self.addCleanup(sock.close)
-        self.assertTrue(self.read(sock).startswith(b"421 4.7.0 Too many connections;"))
-
     def test_a_network_of_ipv6_counts_as_one_client(self) -> None:
         writers = []
 
@@ -7842,43 +7748,47 @@ class ConnectionLimitTests(TlsCase):
 
 
 class LimitTests(TlsCase):
-    """Limits of time."""
+    """Limits of time, for a client that stops anywhere, or is slow."""
 
-    settings = {"CLIENT_TIMEOUT": "1", "REQUIRE_TLS": "false"}
+    settings = {"CLIENT_TIMEOUT": "1.5", "REQUIRE_TLS": "false"}
+    DATA = b"EHLO x\r\n*MAIL FROM:<a@x.y>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
+    # What is sent, where "*" is a login, and what is then sent again and again, slowly.
+    CASES = {
+        "after the greeting": (b"", b""), "in a command": (b"EHLO x\r\nNOO", b""),
+        "after EHLO": (b"EHLO x\r\n", b""), "in a login": (b"EHLO x\r\nAUTH LOGIN\r\n", b""),
+        "after a login": (b"EHLO x\r\n*", b""), "in an envelope": (DATA[:-6], b""),
+        "before a message": (DATA, b""), "in a message": (DATA + b"To: b\r\n.", b""),
+        "in BDAT, which there is not": (b"EHLO x\r\n*BDAT 9\r\nx", b""),
+        "a slow command": (b"", b"x"), "a slow message": (DATA, b"x\r\n")}
 
-    def test_an_idle_client(self) -> None:
-        client = self.connect()
-        self.assertReply(client.next_reply(), "421 4.4.2")
-        self.assertEqual(client.next_reply(), "")
-
-    def assertEndsSlow(self, sock: socket.socket, octets: bytes, begun: float) -> None:
-        """Send an octet at a time, each well within the time-out, which began after that."""
-        sock.settimeout(0.05)
-        said = b""
-        try:
-            for octet in itertools.cycle(split_octets(octets)):
-                sock.sendall(octet)
-                with contextlib.suppress(socket.timeout):
-                    said += sock.recv(1000)
-                if b"421 4.4.2" in said:
-                    break
-                self.assertLess(time.monotonic() - begun, PATIENCE, said)
-        except ConnectionError:
-            self.fail(f"no 421 in {said!r}")
-        self.assertGreaterEqual(time.monotonic() - begun, 0.9)
-
-    def test_a_client_that_sends_an_octet_at_a_time(self) -> None:
-        begun = time.monotonic()
-        self.assertEndsSlow(self.raw(), b"x", begun)
-
-    def test_a_client_that_sends_a_message_an_octet_at_a_time(self) -> None:
-        client = self.connect()
-        client.log_in(password=self.password)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
+    def test_each_silence_ends(self) -> None:
+        def play(sent: bytes, slow: bytes, is_tls: bool) -> tuple[bytes, float]:
             begun = time.monotonic()
-            client.docmd(line)
-        assert client.sock is not None
-        self.assertEndsSlow(client.sock, b"x\r\n", begun)
+            with contextlib.ExitStack() as stack:
+                sock = stack.enter_context(self.raw(smtps=is_tls))
+                if is_tls:
+                    sock = stack.enter_context(trusting().wrap_socket(
+                        sock, server_hostname="localhost"))
+                for line in sent.replace(b"*", login_line(password=self.password)
+                                         ).splitlines(keepends=True):
+                    sock.sendall(line)
+                said = self.read_until(sock, b"354 ") if slow and sent else b""
+                sock.settimeout(0.05 if slow else PATIENCE)
+                for octet in itertools.cycle(split_octets(slow)):
+                    sock.sendall(octet)
+                    with contextlib.suppress(socket.timeout):
+                        said += sock.recv(1000)
+                    if b"421 4.4.2" in said or time.monotonic() - begun > PATIENCE:
+                        break
+                return said + self.read(sock), time.monotonic() - begun
+        cases = {f"{name}{', TLS' * is_tls}": (*case, is_tls)
+                 for name, case in self.CASES.items() for is_tls in (False, True)}
+        self.logged_in()            # so that no login has to wait
+        for name, (said, seconds) in at_once(play, cases).items():
+            with self.subTest(name):
+                self.assertTrue(said.splitlines()[-1].startswith(b"421 4.4.2 "), said)
+                self.assertGreaterEqual(seconds, 1.5)
+                self.assertLess(seconds, PATIENCE)
 
     def test_each_command_has_its_own_time(self) -> None:
         client = self.connect()
@@ -7898,33 +7808,31 @@ class LimitTests(TlsCase):
         self.assertReply(busy.next_reply(), "421 4.7.0 Too long")
 
     def test_a_client_that_never_reads(self) -> None:
-        sock = self.deaf()
-        with self.assertRaises(ConnectionError):        # and no time-out of our own
-            while True:
-                sock.sendall(b"EHLO x\r\n" * 2_000)
-
-    def test_a_handshake_that_stops_holds_up_nobody(self) -> None:
-        sock = self.raw()
-        self.read_until(sock, b"220 ")
-        sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
-        self.read_until(sock, b"Ready")
-        sock.sendall(b"\x16\x03\x01\x02\x00\x01")
-        self.assertReply(self.connect().say("NOOP"), "250 2.0.0")
+        for smtps in (False, True):
+            sock = self.deaf(smtps=smtps)
+            if smtps:
+                sock = trusting().wrap_socket(sock, server_hostname="localhost")
+                self.addCleanup(sock.close)
+            with self.assertRaises((ConnectionError, ssl.SSLError)):    # no time-out of our own
+                while True:
+                    sock.sendall(b"EHLO x\r\n" * 2_000)
 
     def test_a_handshake_has_its_time(self) -> None:
+        """Silent or slow, and others are served meanwhile."""
         self.assertEqual(relay.HANDSHAKE_TIMEOUT, 30)
-        relay.HANDSHAKE_TIMEOUT = 0.2
-        try:
-            for smtps in (False, True):
-                with self.subTest(smtps=smtps):
-                    sock = self.raw(smtps=smtps)
-                    if not smtps:
-                        sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
-                        self.read_until(sock, b"Ready")
-                    sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+        with unittest.mock.patch.object(relay, "HANDSHAKE_TIMEOUT", 0.3):
+            for smtps, is_slow in itertools.product((False, True), repeat=2):
+                with self.subTest(smtps=smtps, is_slow=is_slow):
+                    begun = time.monotonic()
+                    sock = self.half_way(b"\x16\x03\x01\x3f\xff\x01\x00\x3f\xfb\x03\x03",
+                                         smtps=smtps)
+                    with contextlib.suppress(ConnectionError):
+                        while is_slow and time.monotonic() - begun < PATIENCE:
+                            sock.sendall(b"x")
+                            time.sleep(0.02)
+                    self.assertReply(self.connect().say("NOOP"), "250 2.0.0")
                     self.assertEqual(self.read(sock), b"")
-        finally:
-            relay.HANDSHAKE_TIMEOUT = 30
+                    self.assertGreaterEqual(time.monotonic() - begun, 0.3)
 
 
 class ShutdownTests(RelayCase):
@@ -7950,7 +7858,14 @@ class ShutdownTests(RelayCase):
         busy.send(b"one\r\n.\r\n")
         writing.send(b"half")
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        running.begin_stop()
+
+        def come() -> socket.socket:
+            """Connect so that the system accepts it, and the server hears of it too late."""
+            sock = socket.create_connection(("127.0.0.1", running.port), PATIENCE)
+            asyncio.get_running_loop().call_later(0, running._stop.set)     # in the same pass
+            return sock
+        with running.ask(come) as sock:
+            self.assertRegex(last_octets(sock), rb"\A220 .*\r\n421 4\.3\.2 .*\r\n\Z")
         self.assertReply(idle.next_reply(), "421 4.3.2")
         self.assertEqual(idle.next_reply(), "")
         with self.assertRaises(OSError):
@@ -7963,25 +7878,6 @@ class ShutdownTests(RelayCase):
         self.assertReply(busy.next_reply(), "421 4.3.2")
         running.wait()
         self.assertEqual(len(self.fake.delivered), 2)
-
-    def test_who_comes_at_the_moment_of_the_stop(self) -> None:
-        """The system has accepted the connection, and the server knows nothing of it yet."""
-        running = self.start()
-        self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        busy = self.begin(running)
-        busy.send(b"one\r\n.\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-
-        def come() -> socket.socket:
-            sock = socket.create_connection(("127.0.0.1", running.port), PATIENCE)
-            asyncio.get_running_loop().call_later(0, running._stop.set)     # in the same pass
-            return sock
-        with running.ask(come) as sock:
-            said = last_octets(sock)
-        self.assertRegex(said, rb"\A220 .*\r\n421 4\.3\.2 .*\r\n\Z")
-        self.fake.release.set()
-        self.assertReply(busy.next_reply(), "250 2.0.0")
-        running.wait()
 
     def test_who_has_no_message_does_not_hold_it_up(self) -> None:
         """A login under way, and a client that does not read its replies."""
@@ -7998,54 +7894,41 @@ class ShutdownTests(RelayCase):
         running.stop()
         self.assertReply(client.next_reply(), "421 4.3.2")
 
-    def test_what_takes_too_long_is_cut(self) -> None:
-        running = self.start(SHUTDOWN_TIMEOUT="0.2")
-        self.fake.will("send", self.fake.hang)
-        client = self.begin(running)
-        client.send(b"one\r\n.\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        with kept_log() as kept:
-            running.stop()
-        self.assertReply(client.next_reply(), "421 4.3.2")
-        ident = self.fake.asked("send")[0].headers["client-request-id"]
-        self.assertIn(f"{ident} cut ", kept.find("cut")[0][1] + kept.find("cut")[1][1])
+    def test_what_is_cut_at_the_moment_at_which_microsoft_accepts_it(self) -> None:
+        """The client hears of a message, else it would send it again. A piece is not the end."""
+        for kind, answer, message, reply, done in (
+                ("send", self.fake.accept, b"one\r\n", "250 2.0.0", (1, 0, 0)),
+                ("put", say(202), LARGE, "421 4.3.2", (0, 1, 1))):
+            self.fake.reset()
+            running = self.start()
+            client = self.begin(running)
+            self.fake.will(kind, self.fake.hang_then(answer))
+            client.send(message + b".\r\n")
+            self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+            running.ask(functools.partial(cut_when_done, running, self.fake.release))
+            self.assertReply(client.next_reply(), reply)
+            self.assertEqual((len(self.fake.delivered), len(self.fake.asked("put")),
+                              len(self.fake.deleted)), done)
 
-    def test_what_is_cut_at_the_moment_at_which_it_is_accepted(self) -> None:
-        """Microsoft has said so, and the client hears it: else it would send it again."""
-        running = self.start()
-        client = self.begin(running)
-        self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        client.send(b"one\r\n.\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        running.ask(functools.partial(cut_when_done, running, self.fake.release))
-        self.assertReply(client.next_reply(), "250 2.0.0")
-        self.assertEqual(len(self.fake.delivered), 1)
-
-    def test_what_is_cut_at_the_moment_at_which_a_piece_is_taken(self) -> None:
-        """That is a 202 too, but not the end."""
-        running = self.start()
-        client = self.begin(running)
-        self.fake.will("put", self.fake.hang_then(say(202)))
-        client.send(LARGE + b".\r\n")
-        self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        running.ask(functools.partial(cut_when_done, running, self.fake.release))
-        self.assertReply(client.next_reply(), "421 4.3.2")
-        self.assertEqual((len(self.fake.asked("put")), len(self.fake.deleted)), (1, 1))
-
-    def test_an_upload_that_is_cut_leaves_no_draft_or_the_log_says_so(self) -> None:
-        for action, deleted in ((self.fake.accept, 1), (self.fake.hang, 0)):
+    def test_what_takes_too_long_is_cut_and_leaves_no_draft_or_the_log_says_so(self) -> None:
+        for step, message, action, deleted, left in (
+                ("send", b"one\r\n", self.fake.accept, 0, 0),
+                ("put", LARGE, self.fake.accept, 1, 0), ("put", LARGE, self.fake.hang, 0, 1)):
             self.fake.reset()
             running = self.start(SHUTDOWN_TIMEOUT="0.2")
-            self.fake.will("put", self.fake.hang)
+            self.fake.will(step, self.fake.hang)
             self.fake.will("delete", action)
             client = self.begin(running)
-            client.sock.sendall(LARGE + b".\r\n")
+            client.sock.sendall(message + b".\r\n")
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
             with kept_log() as kept:
                 running.stop()
             self.assertReply(client.next_reply(), "421 4.3.2")
-            self.assertEqual(len(self.fake.deleted), deleted)
-            self.assertEqual(len(kept.find("draft-left")), 1 - deleted)
+            ident = self.fake.asked("send" if step == "send" else "draft")[0].headers[
+                "client-request-id"]
+            self.assertIn(f"{ident} cut ", str(kept.find("cut")))
+            self.assertEqual((len(self.fake.deleted), len(kept.find("draft-left"))),
+                             (deleted, left))
 
 
 class Watched:
@@ -8144,8 +8027,8 @@ class OverloadTests(unittest.TestCase):
     """
 
     MB = 1_000_000
-    DEVICES, SLOW, COMMANDS = 1200, 300, 25_000     # `soak` has FULL in their place
-    FULL: Any = {"DEVICES": 5000, "SLOW": 1000, "COMMANDS": 100_000}
+    DEVICES, COMMANDS = 1200, 25_000        # `soak` has FULL in their place
+    FULL: Any = {"DEVICES": 5000, "COMMANDS": 100_000}
     fake: FakeMicrosoft
 
     @classmethod
@@ -8225,19 +8108,14 @@ class OverloadTests(unittest.TestCase):
 
     @contextlib.contextmanager
     def crowd(self, watched: Watched, number: int, *, smtps: bool = False, say: bytes = b"",
-              hear: bytes = b"220 ", room: int = 0, sources: int = 1
-              ) -> Iterator[list[socket.socket]]:
-        """Connections from so many addresses, that say and hear something; `room` is for what
-        they do not read.
-        """
+              hear: bytes = b"220 ", sources: int = 1) -> Iterator[list[socket.socket]]:
+        """Connections from so many addresses, that say and hear something."""
         port = watched.smtps_port if smtps else watched.port
         with contextlib.ExitStack() as stack:
             socks: list[socket.socket] = []
             for _ in range(number):
                 sock = stack.enter_context(socket.socket())
                 sock.settimeout(PATIENCE)
-                if room:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
                 high, low = divmod(len(socks) % sources, 250)
                 sock.bind((f"127.2.{high}.{low + 1}", 0))
                 sock.connect(("127.0.0.1", port))
@@ -8258,15 +8136,13 @@ class OverloadTests(unittest.TestCase):
                 self.assertTrue(part, f"{said!r} ended before {what!r}")
                 said += part
 
-    # Too many.
-
     def test_more_connections_than_allowed(self) -> None:
         """Who is turned away leaves nothing behind, even if it never hangs up."""
         with self.watch(MAX_CONNECTIONS="21", MAX_CONNECTIONS_PER_CLIENT="20") as watched:
             with self.honest(watched) as client:
                 with self.crowd(watched, 20):
                     count = watched.descriptors()
-                    with self.crowd(watched, 300, hear=b"421 4.7.0 "), \
+                    with self.crowd(watched, 300, hear=b"421 4.7.0 Too many connections;"), \
                             self.crowd(watched, 300, smtps=True, hear=b"", sources=300):
                         self.assertServed(client)
                         wait_for(lambda: watched.events["turned-away"] == 600)
@@ -8324,15 +8200,7 @@ class OverloadTests(unittest.TestCase):
                 for _ in range(12):             # all of it is free again
                     self.assertRegex(client.post(octets * 9), "^250 ")
 
-    # What needs time, at once.
-
-    def test_no_descriptors_slow_clients_deaf_clients_and_half_handshakes(self) -> None:
-        """Each in a relay of its own; all are cut off in time."""
-        at_once(lambda play: play(), {play.__name__: (play,) for play in (
-            self.run_out_of_descriptors, self.send_by_octets_and_read_nothing,
-            self.stop_in_handshakes)})
-
-    def run_out_of_descriptors(self) -> None:
+    def test_no_descriptors(self) -> None:
         """It goes on with whom it has, waits without work, and accepts again later."""
         with self.watch(CLIENT_TIMEOUT="3", errors="out of system resource") as watched:
             with self.honest(watched) as client:
@@ -8359,40 +8227,10 @@ class OverloadTests(unittest.TestCase):
             for sock in socks:
                 sock.close()
 
-    def send_by_octets_and_read_nothing(self) -> None:
-        """Many and 2 clients; the relay holds for them what its buffers hold."""
-        with self.watch(change="r.MAX_COST = 1e9", CLIENT_TIMEOUT="3") as watched:
-            begun = watched.memory()
-            with self.crowd(watched, 2, room=4096) as deaf, contextlib.ExitStack() as stack:
-                for sock in deaf:               # at once, or they would time out as well
-                    sock.setblocking(False)
-                    with contextlib.suppress(BlockingIOError):
-                        while True:
-                            sock.send(b"HELP\r\n" * 100_000)
-                slow = stack.enter_context(self.crowd(watched, self.SLOW))
-                left, end = [*slow, *deaf], time.monotonic() + PATIENCE
-                while left:
-                    with self.honest(watched) as client:
-                        self.assertServed(client)
-                    left = [sock for sock in left
-                            if self.sends(sock, b"HELP\r\n" * 100_000 if sock in deaf else b"x")]
-                    self.assertLess(time.monotonic(), end, f"{len(left)} are not cut off")
-                self.assertMemory(watched, begun, 8 * self.MB)
-                for sock in slow:
-                    self.assertNotIn(b"250", last_octets(sock))
-            wait_for(lambda: watched.lines("timed out") >= self.SLOW)
-            self.assertEqual(watched.lines("timed out"), self.SLOW)
-
-    def sends(self, sock: socket.socket, octets: bytes) -> bool:
-        """Send as much as goes; False if the relay has hung up."""
-        with contextlib.suppress(ConnectionError):
-            with contextlib.suppress(BlockingIOError):
-                sock.send(octets)
-            return True
-        return False
-
-    def stop_in_handshakes(self) -> None:
-        """400 clients, on both ports, after some octets and after the whole ClientHello."""
+    def test_half_handshakes(self) -> None:
+        """400 clients, on both ports, after some octets and after the whole ClientHello. asyncio
+        by itself takes 300 kB for each.
+        """
         hello = client_hello()
         with self.watch(change="r.HANDSHAKE_TIMEOUT = 3") as watched:
             begun = watched.memory()
@@ -8407,9 +8245,7 @@ class OverloadTests(unittest.TestCase):
                     self.assertEqual(client.ehlo()[0], 250)
                 for sock in socks:
                     last_octets(sock)
-            self.assertMemory(watched, begun, 400 * 100_000)
-
-    # Much of it, and of no sense.
+            self.assertMemory(watched, begun, 400 * 120_000)
 
     def test_many_commands_in_one_packet(self) -> None:
         """They are not read to their end."""
@@ -8421,27 +8257,6 @@ class OverloadTests(unittest.TestCase):
                     pool.submit(sock.sendall, (command + b"\r\n") * self.COMMANDS + b"QUIT\r\n")
                     self.assertEqual(said.result().splitlines()[-1][:9], b"421 4.7.0")
             self.assertServed(client)
-
-    def test_random_octets(self) -> None:
-        """For commands, in the clear and within TLS, and for a handshake: all are cut off."""
-        pick = random.Random(5)
-        with self.watch() as watched, self.honest(watched) as client:
-            begun = watched.memory()
-            for number in range(40):
-                noise = b"\r\n".join(pick.randbytes(pick.randrange(100)) for _ in range(500))
-                with self.crowd(watched, 2) as socks, \
-                        self.crowd(watched, 2, smtps=True, hear=b"") as others, \
-                        trusting().wrap_socket(others[0], server_hostname="localhost") as safe:
-                    socks[0].sendall(b"EHLO x\r\nSTARTTLS\r\n")
-                    self.hear(socks[:1], b"Ready")
-                    self.hear([safe], b"220 ")
-                    for sock in (*socks, others[1], safe):
-                        with contextlib.suppress(ConnectionError, ssl.SSLError):
-                            sock.sendall(noise)
-                        last_octets(sock)
-                if number % 10 == 0:
-                    self.assertServed(client)
-            self.assertMemory(watched, begun, 10 * self.MB)
 
 
 class ResetTests(TlsCase):
@@ -8480,21 +8295,13 @@ class ResetTests(TlsCase):
                 self.read_until(sock, heard)
         return sock
 
-    def come_half_way(self, octets: bytes, *, smtps: bool = False) -> socket.socket:
-        """Say STARTTLS, if need be, and then some octets of a handshake."""
-        sock = self.raw(smtps=smtps)
-        if not smtps:
-            sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
-            self.read_until(sock, b"Ready")
-        sock.sendall(octets)
-        return sock
-
     def everyone(self) -> Iterator[socket.socket]:
         """A client in each state, but for those where something is under way."""
         for smtps in (False, True):
             yield self.raw(smtps=smtps)
-            for octets in (b"", client_hello()[:50], client_hello()):
-                yield self.come_half_way(octets, smtps=smtps)
+            for octets in (b"", client_hello()[:50], client_hello(), b"EHLO x\r\n",
+                           b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\0\2xx"):
+                yield self.half_way(octets, smtps=smtps)
             for state in ("greeted", "within a command", "EHLO", "AUTH", "half of AUTH", "login",
                           "MAIL", "RCPT", "DATA", "content", "QUIT", "QUIT answered"):
                 yield self.come(state, tls=smtps)
@@ -8513,15 +8320,15 @@ class ResetTests(TlsCase):
         self.doCleanups()
         before, count = self.what_is_left(), len(os.listdir("/proc/self/fd"))
         with kept_log() as kept:
-            for _ in range(10):
+            for number in range(10):
                 for sock in self.everyone():
-                    reset(sock)
+                    (reset if number % 2 else type(sock).close)(sock)
                 with self.logged_in() as client:
                     self.assertReply(client.post(), "250 2.0.0")
             self.assertEqual(self.what_is_left(), before)
         self.assertEqual([line for line in kept.lines if line[0] in ("WARNING", "ERROR")], [])
         self.assertEqual(len(kept.find("disconnected")), len(kept.find("connected")))
-        self.assertGreaterEqual(len(kept.find("connected")), 320)
+        self.assertGreaterEqual(len(kept.find("connected")), 380)
         self.doCleanups()
         gc.collect()                    # the clients are of this process
         # Not one for each; connections to Microsoft may be kept.
@@ -9202,65 +9009,6 @@ class SlowDiskTests(HangCase):
         running.stop()
 
 
-class SilentClientTests(TlsCase):
-    """CLIENT_TIMEOUT and the like, for a client that stops anywhere."""
-
-    settings = {"CLIENT_TIMEOUT": "1.5", "REQUIRE_TLS": "false"}
-    SILENCES = {            # what was sent before; the "*" is a login
-        "after the greeting": b"", "in a command": b"EHLO x\r\nNOO", "after EHLO": b"EHLO x\r\n",
-        "in a login": b"EHLO x\r\nAUTH LOGIN\r\n", "after a login": b"EHLO x\r\n*",
-        "in an envelope": b"EHLO x\r\n*MAIL FROM:<a@x.y>\r\nRCPT TO:<a@x.y>\r\n",
-        "before a message": b"EHLO x\r\n*MAIL FROM:<a@x.y>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n",
-        "in a message": b"EHLO x\r\n*MAIL FROM:<a@x.y>\r\nRCPT TO:<a@x.y>\r\nDATA\r\nTo: b\r\n.",
-        "in BDAT, which there is not": b"EHLO x\r\n*BDAT 9\r\nx"}
-
-    def test_each_silence_ends(self) -> None:
-        def play(sent: bytes, is_tls: bool) -> tuple[bytes, float]:
-            begun = time.monotonic()
-            with contextlib.ExitStack() as stack:
-                sock = stack.enter_context(self.raw(smtps=is_tls))
-                if is_tls:
-                    sock = stack.enter_context(trusting().wrap_socket(
-                        sock, server_hostname="localhost"))
-                for line in sent.replace(b"*", login_line(password=self.password)
-                                         ).splitlines(keepends=True):
-                    sock.sendall(line)
-                said = self.read(sock)
-                return said, time.monotonic() - begun
-        cases = {f"{name}{', TLS' * is_tls}": (sent, is_tls)
-                 for name, sent in self.SILENCES.items() for is_tls in (False, True)}
-        self.logged_in()            # so that no login has to wait
-        for name, (said, seconds) in at_once(play, cases).items():
-            with self.subTest(name):
-                self.assertTrue(said.splitlines()[-1].startswith(b"421 4.4.2 "), said)
-                self.assertGreaterEqual(seconds, 1.5)
-                self.assertLess(seconds, PATIENCE)
-
-    def test_a_client_that_never_reads_under_tls(self) -> None:
-        sock = trusting().wrap_socket(self.deaf(smtps=True), server_hostname="localhost")
-        self.addCleanup(sock.close)
-        with self.assertRaises((ConnectionError, ssl.SSLError)):    # no time-out of our own
-            while True:
-                sock.sendall(b"EHLO x\r\n" * 2_000)
-
-    def test_a_handshake_an_octet_at_a_time(self) -> None:
-        self.addCleanup(setattr, relay, "HANDSHAKE_TIMEOUT", relay.HANDSHAKE_TIMEOUT)
-        relay.HANDSHAKE_TIMEOUT = 0.3
-        pause, begun = threading.Event(), time.monotonic()
-        for smtps in (False, True):
-            sock = self.raw(smtps=smtps)
-            if not smtps:
-                sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
-                self.read_until(sock, b"Ready")
-            sock.sendall(b"\x16\x03\x01\x3f\xff\x01\x00\x3f\xfb\x03\x03")
-            with self.assertRaises(ConnectionError):
-                while time.monotonic() - begun < PATIENCE:
-                    sock.sendall(b"x")
-                    pause.wait(0.02)
-            self.assertReply(self.connect().say("NOOP"), "250 2.0.0")
-        self.assertGreaterEqual(time.monotonic() - begun, 2 * 0.3)
-
-
 # ---------------------------------------------------------------------------
 # §18  Demo, §19  Explain, §20  Command line: the program as a process
 # ---------------------------------------------------------------------------
@@ -9421,18 +9169,14 @@ login = required
     def test_accounts_of_an_address(self) -> None:
         path = FILES.write("matched.ini", f"{EXAMPLE}\n[guest]\nclient_secret = s\npassword =\n"
                                           "networks = 192.168.0.0/16\nlogin = optional\n")
-        for address, lines in (
-                ("192.168.7.9", ["192.168.7.9", "without login:    as [scan2]",
-                                 "require_tls:      false", "tls_min_version:  1.0",
-                                 "may log in as:    [scan2] [direct@example.com]"]),
-                ("192.168.8.9", ["192.168.8.9", "without login:    as [guest]",
-                                 "require_tls:      true", "tls_min_version:  1.2",
-                                 "may log in as:    [direct@example.com]"]),
-                ("10.0.0.1", ["10.0.0.1", "without login:    no",
-                                 "require_tls:      true", "tls_min_version:  1.2",
-                                 "may log in as:    [direct@example.com]"])):
-            status, out, _ = self.outcome("accounts", "--match", address, ACCOUNTS_FILE=path)
-            self.assertEqual((status, out.splitlines()), (0, lines))
+        for address, guest, tls, version, names in (
+                ("192.168.7.9", "as [scan2]", "false", "1.0", "[scan2] [direct@example.com]"),
+                ("192.168.8.9", "as [guest]", "true", "1.2", "[direct@example.com]"),
+                ("10.0.0.1", "no", "true", "1.2", "[direct@example.com]")):
+            self.assertEqual(
+                self.outcome("accounts", "--match", address, ACCOUNTS_FILE=path)[:2],
+                (0, f"{address}\nwithout login:    {guest}\nrequire_tls:      {tls}\n"
+                    f"tls_min_version:  {version}\nmay log in as:    {names}\n"))
         status, _, err = self.outcome("accounts", "--match", "printer", ACCOUNTS_FILE=path)
         self.assertEqual(status, 2)
         self.assertIn("'printer' is no IP address", err)
@@ -9454,25 +9198,21 @@ login = required
 
     @unittest.skipUnless(os.name == "posix", "needs modes")
     def test_a_file_that_all_may_read_is_warned_about(self) -> None:
-        for text, mode, warned in ((EXAMPLE, 0o644, True), (EXAMPLE, 0o640, False),
-                                   (f"[a]\n{APPLICATION}", 0o644, False),
-                                   (f"[a]\n{APPLICATION}client_secret = s\nlogin = optional\n"
-                                    "networks = 10.0.0.0/8", 0o604, True),
-                                   (f"[a]\ncredential = managed-identity\npassword = {HASH}",
-                                    0o604, True)):
+        secret = FILES.write("mode-secret", "hidden")
+        for text, mode, file in (
+                (EXAMPLE, 0o644, "modes.ini"), (EXAMPLE, 0o640, ""),
+                (f"[a]\n{APPLICATION}", 0o644, ""),
+                (f"[a]\n{APPLICATION}client_secret = s\nlogin = optional\n"
+                 "networks = 10.0.0.0/8", 0o604, "modes.ini"),
+                (f"[a]\ncredential = managed-identity\npassword = {HASH}", 0o604, "modes.ini"),
+                (f"[a]\n{APPLICATION}client_secret_file = {secret}\npassword = {HASH}\n", 0o600,
+                 "mode-secret")):
             path = FILES.write("modes.ini", text)
             os.chmod(path, mode)
             with kept_log() as kept:
                 relay.Relay(make_config(ACCOUNTS_FILE=path))
-            self.assertEqual(bool(kept.find("accounts")), warned)
-        secret = FILES.write("mode-secret", "hidden")
-        path = FILES.write("modes.ini", f"[a]\n{APPLICATION}client_secret_file = {secret}\n"
-                                        f"password = {HASH}\n")
-        os.chmod(path, 0o600)
-        with kept_log() as kept:
-            relay.Relay(make_config(ACCOUNTS_FILE=path))
-        line, = kept.find("accounts")
-        self.assertIn(f"file={secret}", line[1])
+            self.assertEqual([pathlib.Path(line.partition("file=")[2].split()[0]).name
+                              for _, line in kept.find("accounts")], [file] if file else [])
 
     @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
     def test_sighup_reads_the_accounts_again_at_once(self) -> None:
@@ -9620,6 +9360,16 @@ class ServeTests(unittest.TestCase):
         self.assertEqual({int(group) for group in groups[1].split()},
                          set(os.getgrouplist("nobody", nobody.pw_gid)))
 
+    def test_run_as_where_root_may_not_become_another_user(self) -> None:
+        refused = self.assertRaisesRegex(relay.StartError, "^RUN_AS=nobody: .*denied; start as")
+        for uid, caught in ((0, refused), (1000, kept_log())):
+            with unittest.mock.patch.multiple(
+                    os, geteuid=lambda uid=uid: uid, setgid=unittest.mock.Mock(
+                        side_effect=PermissionError(errno.EACCES, "denied")),
+                    initgroups=unittest.mock.Mock()), caught as kept:
+                relay.become("nobody")
+        self.assertEqual(len(kept.find("stays")), 1)
+
     def test_a_sender_reaches_microsoft_without_any_setting_but_the_endpoints(self) -> None:
         fake = FakeMicrosoft()
         self.addCleanup(fake.close)
@@ -9683,12 +9433,8 @@ class ExplainTests(unittest.TestCase):
         path = FILES.folder / "message.eml"
         path.write_bytes(message)
         arguments = arguments or ("--from", SENDER, "--to", "a@x.y", "--to", "h@x.y")
-        if "PYTHONIOENCODING" not in environ:
-            code, out, err = call_main("explain", str(path), *arguments, **environ)
-            return code, out + err
-        with start_program("explain", str(path), *arguments, **environ) as process:
-            out, err = process.communicate(timeout=PATIENCE)
-        return process.returncode, out + err
+        code, out, err = call_main("explain", str(path), *arguments, **environ)
+        return code, out + err
 
     def test_a_message_that_would_be_sent(self) -> None:
         message = (b"From x@y Thu Nov 24 18:22:48 2026\nFrom: <scanner@example.com>\n"
@@ -9707,24 +9453,23 @@ Edits:
 Path:     sendMail, 101 octets
 """))
 
-    def test_a_message_that_stays_as_it_is(self) -> None:
+    def test_a_message_that_stays_as_it_is_and_whom_it_reaches_beside_the_recipients(self) -> None:
         code, text = self.explain(crlf(NAMED + "\n.\n"), "--from", SENDER, "--to", "A@x.y")
         self.assertEqual((code, text.splitlines()[3:]),
                          (0, ["Edits:    none",
                               f"Path:     sendMail, {len(crlf(NAMED)) + 5} octets"]))
-
-    def test_whom_microsoft_would_reach_beside_the_recipients(self) -> None:
         _, text = self.explain(crlf(FROM + "To: o@x.y\n\n"), HEADER_RECIPIENTS="keep")
         self.assertIn("  o@x.y  (To, though no recipient)\n", text)
         self.assertNotIn("a@x.y  (Bcc, ", text)
 
     def test_a_dot_at_the_begin_and_addresses_beyond_ascii(self) -> None:
         for message, sender, size in ((b".\n", SENDER, 44), (b"..\n", "\u00fc@x.y", 32)):
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                self.assertTrue(relay.explain(make_config(), message, sender, ["a@x.y"]))
-            self.assertIn(f"sendMail, {size} octets", out.getvalue())
-        _, text = self.explain(b"To: \xc3\xbc <o@x.y>\n\n", PYTHONIOENCODING="ascii")
-        self.assertIn("  - To: \\xfc <o@x.y>\n", text)
+            _, text = self.explain(message, "--from", sender, "--to", "a@x.y")
+            self.assertIn(f"sendMail, {size} octets", text)
+        path = FILES.write("message.eml", "To: \u00fc <o@x.y>\n\n")
+        with start_program("explain", path, "--from", SENDER, "--to", "a@x.y",
+                           PYTHONIOENCODING="ascii") as process:
+            self.assertIn("  - To: \\xfc <o@x.y>\n", process.communicate(timeout=PATIENCE)[0])
 
     def test_many_lines_that_are_the_same_are_no_edits(self) -> None:
         same = b"X: y\r\n" * 300
@@ -9751,10 +9496,8 @@ Path:     sendMail, 101 octets
                 (b"Subject: " + b"x" * 1_048_560 + b"\r\n\r\n", SENDER, {}, "552 5.3.4"),
                 (LARGE.replace(b"mixed", b"signed"), SENDER, {}, "552 5.3.4")):
             with self.subTest(reply, environ=environ):
-                with contextlib.redirect_stdout(io.StringIO()) as out:
-                    self.assertFalse(relay.explain(make_config(**environ), message, sender,
-                                                   ["a@x.y"]))
-                self.assertTrue(out.getvalue().startswith(f"Refused: {reply} "), out.getvalue())
+                code, text = self.explain(message, "--from", sender, "--to", "a@x.y", **environ)
+                self.assertEqual((code, text[:18]), (1, f"Refused: {reply}"))
         self.assertEqual(self.explain(b"", "--from", SENDER, "--to", "a@x.y", "--to", "@"), (
             1, "Refused: 501 5.1.3 Syntax: TO:<address>, and the address must be complete as in "
                "user@example.com\n"))
