@@ -3344,6 +3344,18 @@ class HttpPool:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise NoAnswer(str(error) or type(error).__name__) from None
 
+    async def send_with_retries(
+            self, request: HttpRequest, deadline: float, pauses: Iterable[float],
+            *passing: int, timeout: float = math.inf) -> HttpResponse:
+        """Send a request; retry after each pause on 429, 5xx and the statuses `passing`."""
+        for pause in (*pauses, math.inf):
+            response = await self.send(request, min(deadline, time.monotonic() + timeout))
+            if ((response.status < 500 and response.status not in (429, *passing))
+                    or time.monotonic() + pause >= deadline):
+                break
+            await asyncio.sleep(pause)
+        return response
+
     async def _exchange(self, connection: http.client.HTTPConnection,
                         request: HttpRequest, deadline: float) -> HttpResponse:
         sock = connection.sock          # the connection may let go of it
@@ -3565,18 +3577,12 @@ class Tokens:
                             deadline: float) -> HttpResponse:
         """Ask for a token of a managed identity. Retry while it is not ready."""
         request = self._identity_request(client, resource)
-        for pause in (*IDENTITY_PAUSES, None):
-            try:
-                response = await self._pool.send(
-                    request, min(deadline, time.monotonic() + IDENTITY_TIMEOUT))
-            except NoAnswer as error:
-                error.facts["identity"] = request.url.partition("?")[0]
-                raise
-            if ((response.status not in (404, 410, 429) and response.status < 500)
-                    or pause is None or time.monotonic() + pause >= deadline):
-                return response
-            await asyncio.sleep(pause)
-        raise AssertionError("the last pause is None")
+        try:
+            return await self._pool.send_with_retries(
+                request, deadline, IDENTITY_PAUSES, 404, 410, timeout=IDENTITY_TIMEOUT)
+        except NoAnswer as error:
+            error.facts["identity"] = request.url.partition("?")[0]
+            raise
 
     def _identity_request(self, client: str, resource: str) -> HttpRequest:
         config, version, headers = self._config, "2018-02-01", {"Metadata": "true"}
@@ -3757,25 +3763,20 @@ class Azure:
 
         Raises TemporaryError.
         """
-        renewed, pauses = False, iter(AZURE_PAUSES)
         headers = {**headers, "User-Agent": USER_AGENT}
-        while True:
+        for _ in ("first", "renewed"):
             token = ""
             if resource:
                 token = await self._tokens.get(self._application, deadline, resource)
                 headers["Authorization"] = f"Bearer {token}"
-            response = await self._pool.send(HttpRequest("GET", url, headers), deadline)
+            response = await self._pool.send_with_retries(
+                HttpRequest("GET", url, headers), deadline, AZURE_PAUSES)
             is_stale = (response.status == 401 or response.headers.get("x-ms-error-code")
                         == "AuthenticationFailed")      # of Tables, with 403
-            if is_stale and token and not renewed:
-                renewed = True
-                self._tokens.forget(self._application, token, resource)
-                continue
-            is_passing = response.status in (429, 500, 502, 503, 504)
-            pause = next(pauses, None) if is_passing else None
-            if pause is None or time.monotonic() + pause >= deadline:
-                return response
-            await asyncio.sleep(pause)
+            if not (is_stale and token):
+                break
+            self._tokens.forget(self._application, token, resource)
+        return response
 
 
 class Table:
