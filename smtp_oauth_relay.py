@@ -377,20 +377,27 @@ def _tls_version(text: str) -> str:
     return version
 
 
+def split_url(url: str, near: str = "is_loopback") -> urllib.parse.SplitResult | None:
+    """Split a URL that secrets are sent to. Return None unless it is https, or http to an
+    address for which `near` is true, and there is nothing odd in it.
+    """
+    with contextlib.suppress(ValueError):       # of what is no URL, port or IP address
+        parts = urllib.parse.urlsplit(url)
+        host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+        if (host and parts.port != 0 and "@" not in parts.netloc
+                and re.fullmatch("[!\"$-~]+", url) and (parts.scheme == "https" or (
+                    parts.scheme == "http" and getattr(ipaddress.ip_address(host), near)))):
+            return parts
+    return None
+
+
 def _endpoint(text: str) -> str:
-    """Read the URL of a Microsoft service; secrets go there, so it must be https."""
-    try:
-        parts = urllib.parse.urlsplit(text if "://" in text else f"https://{text}")
-        port_is_good = parts.port != 0
-    except ValueError:
-        parts, port_is_good = urllib.parse.urlsplit(""), False
-    if not (port_is_good and re.fullmatch(r"[A-Za-z0-9.:-]+", parts.hostname or "")
-            and re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path)
-            and not (parts.query or parts.fragment or "@" in parts.netloc)
-            and (parts.scheme == "https"
-                 or (parts.scheme == "http" and is_loopback(parts.hostname or "")))):
+    """Read the URL of a Microsoft service."""
+    parts = split_url(text if "://" in text else f"https://{text}")
+    url = parts.geturl().rstrip("/") if parts else ""
+    if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?", url):
         raise ValueError("an https:// URL (http:// for this machine only, as 127.0.0.1)")
-    return parts.geturl().rstrip("/")
+    return url
 
 
 def _table_url(text: str) -> str:
@@ -407,30 +414,12 @@ def _table_url(text: str) -> str:
 
 
 def near_url(text: str) -> str:
-    """Read the URL of a managed identity; it is plain http, so it must be near.
-
-    Raises ValueError.
-    """
-    try:
-        parts = urllib.parse.urlsplit(text)
-        host = parts.hostname or ""
-        if (parts.scheme == "http" and parts.port != 0 and "@" not in parts.netloc
-                and re.fullmatch("[!\"$-~]+", text)
-                and (is_loopback(host) or ipaddress.ip_address(host).is_private)):
-            return text.rstrip("/") if parts.path == "/" else text
-    except ValueError:
-        pass
-    raise ValueError("an http:// URL of this machine, or of an address in its own network")
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether a host in a URL is this machine, without looking it up."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    """Read the URL of a managed identity; it is plain http. Raises ValueError."""
+    parts = split_url(text, "is_private")
+    if parts is None or parts.scheme != "http":
+        raise ValueError("an http:// URL of this machine, or of an address in its own "
+                         "network")
+    return text.rstrip("/") if parts.path == "/" else text
 
 
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.I)
@@ -2835,21 +2824,10 @@ def read_id(response: HttpResponse) -> str:
 
 
 def read_upload_url(response: HttpResponse, *, allow_http: bool) -> str:
-    """Read the URL of a new upload session, or "" if nothing may be sent there.
-
-    It holds a secret; plain http is for this machine only, as in _endpoint.
-    """
-    url = response.json().get("uploadUrl")
-    if not isinstance(url, str) or not re.fullmatch("[!-~]+", url):
-        return ""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, is_good = parts.hostname or "", parts.port != 0 and "@" not in parts.netloc
-    except ValueError:
-        return ""
-    is_safe = parts.scheme == "https" or (parts.scheme == "http" and allow_http
-                                          and is_loopback(host))
-    return url if host and is_good and is_safe else ""
+    """Read the URL of a new upload session, which holds a secret; "" if it is not safe."""
+    url = str(response.json().get("uploadUrl"))
+    parts = split_url(url)
+    return url if parts and (allow_http or parts.scheme == "https") else ""
 
 
 def next_range(response: HttpResponse) -> int | None:
