@@ -1733,7 +1733,8 @@ def prepared(message: bytes, *recipients: str, sender: str = SENDER, login: str 
     """What becomes of a message for these recipients."""
     envelope = relay.Envelope(sender, {relay.comparable(one): one for one in recipients},
                               bytearray(message))
-    outcome = relay.prepare(envelope, make_config(**settings), login)
+    options = relay.Account().message_options(make_config(**settings))
+    outcome = relay.prepare(envelope, options, login)
     return outcome.header + bytes(outcome.body)
 
 
@@ -1931,7 +1932,8 @@ def take_apart(message: bytes, *recipients: str, **settings: str) -> relay.Draft
     envelope = relay.Envelope(SENDER, {relay.comparable(one): one for one in recipients},
                               bytearray(crlf(message)))
     return relay.make_draft(envelope.message,
-                            relay.prepare(envelope, make_config(**settings), ""))
+                            relay.prepare(envelope, relay.Account().message_options(
+                                make_config(**settings)), ""))
 
 
 def octets_of(attachment: relay.Attachment) -> bytes:
