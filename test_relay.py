@@ -4154,9 +4154,9 @@ class IdentityTests(RelayCase):
         self.ask(AZURE_TENANT_ID=TENANT, AZURE_CLIENT_ID=CLIENT, AZURE_CLIENT_SECRET="s&",
                  AZURE_FEDERATED_TOKEN_FILE="/t", IDENTITY_ENDPOINT=f"{self.fake.url}/msi/token",
                  IDENTITY_HEADER="header", resource="https://vault.azure.net")
-        self.assertEqual(self.fake.asked("token")[-1].form, {"client_id": CLIENT, "client_secret": "s&",
-                                       "scope": "https://vault.azure.net/.default",
-                                       "grant_type": "client_credentials"})
+        self.assertEqual(self.fake.asked("token")[-1].form, {
+            "client_id": CLIENT, "client_secret": "s&", "grant_type": "client_credentials",
+            "scope": "https://vault.azure.net/.default"})
 
     def test_a_workload_identity(self) -> None:
         path = FILES.write("federated", "eyJ.assertion.1\n")
@@ -6121,7 +6121,8 @@ class SpoolCase(RelayCase):
 
     def age(self, path: pathlib.Path) -> None:
         """Let the lifetime of a message be over, while no relay runs."""
-        path.write_text(json.dumps({**json.loads(path.read_text()), "queued_at": 1.0}))
+        path.write_text(json.dumps({**json.loads(path.read_text()),
+                                    "queued_at": time.time() - 172_801}))
 
     def post(self, client: Client, subject: str = "s", **options: Any) -> str:
         return client.post(f"To: a@x.y\r\nSubject: {subject}\r\n\r\nText\r\n".encode(), **options)
@@ -7039,9 +7040,8 @@ login = optional
             wait_for(lambda: len(self.accepted) >= end or process.poll() is not None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(self.fate.random() / 20)
-            process.kill()
             dead.set()
-            self.look_at(process.communicate()[1])
+            self.end(process, signal.SIGKILL)
         for one in senders:
             one.join(PATIENCE)
 
@@ -7052,8 +7052,10 @@ login = optional
             return True
         return False
 
-    def look_at(self, log: str) -> None:
-        """Find errors in a log."""
+    def end(self, process: subprocess.Popen[str], number: int) -> None:
+        """End the relay; its log has errors only, and there must be none."""
+        process.send_signal(number)
+        log = process.communicate(timeout=PATIENCE)[1]
         if log:
             raise AssertionError(log)
 
@@ -7070,8 +7072,7 @@ login = optional
             wait_for(self.is_up)
             while left := len(list(queue.iterdir())):
                 wait_for_less(left)
-            process.send_signal(signal.SIGTERM)
-            self.look_at(process.communicate(timeout=PATIENCE)[1])
+            self.end(process, signal.SIGTERM)
         self.is_over.set()
         self.fake.close()
         return self.judge(times)
