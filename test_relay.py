@@ -9254,6 +9254,7 @@ class ServeTests(unittest.TestCase):
         self.addCleanup(fake.close)
         settings = {"AZURE_AUTHORITY_HOST": fake.url, "GRAPH_ENDPOINT": fake.url}
         for first, second in ((signal.SIGTERM, None), (signal.SIGINT, signal.SIGTERM)):
+            fake.reset()
             fake.will("send", fake.hang_then(fake.accept))
             with self.subTest(second), self.serve(TLS_SOURCE="off", REQUIRE_TLS="false",
                                                   **settings) as process:
@@ -9273,6 +9274,7 @@ class ServeTests(unittest.TestCase):
                     self.assertEqual(process.wait(PATIENCE), 128 + second)
                 fake.release.set()
                 self.assertEqual(process.wait(PATIENCE), 128 + second if second else 0)
+        fake.reset()
         fake.will("imds", fake.hang)            # before there is a loop for them
         with self.serve(TLS_SOURCE="keyvault", AZURE_KEY_VAULT_URL=fake.url,
                         AZURE_KEY_VAULT_CERT_NAME="relay",
