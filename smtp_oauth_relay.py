@@ -4721,12 +4721,10 @@ TLS_PROBLEMS: Mapping[str, str] = {
     "HTTP_REQUEST": "the client speaks HTTP",
     "WRONG_VERSION_NUMBER": "the client does not speak TLS here; on SMTPS_PORT it must be "
                             "set to TLS, not to STARTTLS or none",
-    "TLSV1_ALERT_UNKNOWN_CA": "the client does not trust the relay's certificate; import "
-                              "it there",
-    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "the client does not accept the relay's "
-                                       "certificate; import it there",
-    "SSLV3_ALERT_BAD_CERTIFICATE": "the client does not accept the relay's certificate; "
-                                   "import it there",
+    **dict.fromkeys(
+        ("TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+         "SSLV3_ALERT_BAD_CERTIFICATE"),
+        "the client does not trust the relay's certificate; import it there"),
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the relay's certificate has expired",
 }
 
@@ -5561,9 +5559,11 @@ def run(config: Config, announce: Callable[[int], None] | None = None,
 async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
                sockets: list[tuple[socket.socket, bool]]) -> None:
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(_log_loop_error)
+    # Such as that there are no more file descriptors.
+    loop.set_exception_handler(lambda _, context: log_event(
+        logging.ERROR, "-", "asyncio", problem=context.get("message"),
+        error=context.get("exception")))
     stop = asyncio.Event()
-
     try:
         await relay.start()
         soon, file = loop.call_soon_threadsafe, relay.directory.file
@@ -5572,12 +5572,6 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
     finally:
         relay.close()
     log_event(logging.INFO, "-", "stopped")
-
-
-def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what asyncio has to say, such as that there are no more file descriptors."""
-    log_event(logging.ERROR, "-", "asyncio", problem=context.get("message"),
-              error=context.get("exception"))
 
 
 # ---------------------------------------------------------------------------
