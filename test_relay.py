@@ -3641,6 +3641,11 @@ needs_loopbacks = unittest.skipUnless(sys.platform == "linux", "needs 127.0.0.2"
 needs_openssl = unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
 
 
+def hashed_passwords() -> Any:
+    """Count for a while how often a password is hashed."""
+    return unittest.mock.patch.object(relay.hashlib, "scrypt", wraps=relay.hashlib.scrypt)
+
+
 class AccountCase(RelayCase):
     """A relay with accounts."""
 
@@ -3654,24 +3659,21 @@ class AccountCase(RelayCase):
             settings["ACCOUNTS_FILE"] = FILES.write(f"{cls.__name__}.ini", cls.accounts)
         return super().config(AZURE_POD_IDENTITY_AUTHORITY_HOST=cls.fake.url, **settings)
 
-    def come_from(self, address: str, running: Running | None = None) -> Client:
-        """Connect from an address of this machine, and say EHLO."""
-        client = Client((running or self.running).port, source_address=(address, 0))
-        self.addCleanup(client.close)
-        client.ehlo()
+    def log_in(self, user: str = USER, password: str | None = PASSWORD,
+               running: Running | None = None) -> str:
+        """Log in on a new connection; returns the reply."""
+        return super().log_in(user, password, running)
+
+    def logged_in_as(self, user: str, password: str = PASSWORD,
+                     running: Running | None = None) -> Client:
+        """Connect and log in with an account."""
+        client = self.connect(running)
+        self.assertReply(client.log_in(user, password), "235 2.7.0")
         return client
 
-    def log_in(self, user: str, password: str = PASSWORD, running: Running | None = None) -> str:
-        """Log in on a new connection; returns the reply."""
-        return self.connect(running).log_in(user, password)
-
-    def another(self, accounts: str = "", **settings: str) -> Running:
-        """Another relay with other settings."""
-        if accounts:
-            settings["ACCOUNTS_FILE"] = FILES.write(f"{self.id()}.ini", accounts)
-        running = Running(self.config(**{**UNHURRIED, **settings}))
-        self.addCleanup(running.stop)
-        return running
+    def with_accounts(self, accounts: str, **settings: str) -> Running:
+        """Start another relay with other accounts."""
+        return self.another(ACCOUNTS_FILE=FILES.write(f"{self.id()}.ini", accounts), **settings)
 
 
 class AccountLoginTests(AccountCase):
@@ -3681,26 +3683,20 @@ class AccountLoginTests(AccountCase):
         running = self.another()
         for name in ("scan2", "SCAN2", "scan2@lookup", "Scan2@lookup.local"):
             with self.subTest(name):
-                client = self.connect(running)
-                self.assertReply(client.log_in(name, PASSWORD), "235 2.7.0")
-                self.assertReply(client.post(), "250 2.0.0")
-        request = self.fake.asked("token")[0]
-        form = dict(urllib.parse.parse_qsl(request.body.decode()))
-        self.assertEqual(form["client_secret"], "secret of the relay")
+                self.assertReply(self.logged_in_as(name, running=running).post(), "250 2.0.0")
+        request, = self.fake.asked("token")
+        self.assertEqual(request.form["client_secret"], "secret of the relay")
         self.assertEqual(request.path, f"/{TENANT}/oauth2/v2.0/token")
-        self.assertEqual(len(self.fake.asked("token")), 1)
         self.assertEqual({one.mailbox for one in self.fake.delivered}, {"scanner@example.com"})
 
     def test_the_password_may_be_the_secret(self) -> None:
-        client = self.connect()
-        self.assertReply(client.log_in("own.secret", self.password), "235 2.7.0")
-        form = dict(urllib.parse.parse_qsl(self.fake.asked("token")[0].body.decode()))
-        self.assertEqual(form["client_secret"], self.password)
+        client = self.logged_in_as("own.secret", self.password)
+        self.assertEqual(self.fake.asked("token")[0].form["client_secret"], self.password)
         self.assertReply(client.post(sender="a@b.c"), "550 5.7.1")
         self.assertReply(client.post(), "250 2.0.0")
-        self.assertReply(self.log_in("own.secret", ""), "535 5.7.8")
 
     def test_what_is_wrong_is_told_to_the_log_alone(self) -> None:
+        """And each login costs as much, whether there is such an account or not."""
         replies = set()
         for user, password, problem in (
                 ("scan2", "wrong", "wrong password"), ("scan2", "", "wrong password"),
@@ -3711,14 +3707,15 @@ class AccountLoginTests(AccountCase):
                 ("inside", "wrong", "not from its networks"),
                 ("secret.inside", "x", "not from its networks"),
                 ("own.secret", "", "the password is empty")):
-            with self.subTest(user, password=password), kept_log() as kept:
-                self.running.forget_failures()
+            with self.subTest(user, password=password), kept_log() as kept, \
+                    hashed_passwords() as scrypt:
                 replies.add(self.assertReply(self.log_in(user, password), "535 5.7.8"))
-                line, = kept.find("auth")
-                self.assertIn(problem, line[1])
-                self.assertNotIn("wrong ", line[1].replace("wrong password", ""))
-                self.assertEqual("nobody " in line[1], False)
-                self.assertEqual("user=nobody@lookup " in line[1], user == "nobody@lookup")
+                (_, line), = kept.find("auth")
+                self.assertIn(problem, line)
+                self.assertNotIn("wrong ", line.replace("wrong password", ""))
+                self.assertNotIn("nobody ", line)
+                self.assertEqual("user=nobody@lookup " in line, user == "nobody@lookup")
+                self.assertEqual(scrypt.call_count, 1)
         self.assertEqual(len(replies), 1)
         self.assertEqual(self.fake.requests, [])
 
@@ -3731,32 +3728,34 @@ class AccountLoginTests(AccountCase):
             wait_for(lambda: kept.find("sent"))
         for event in ("connected", "sent"):
             self.assertIn("account=guest", kept.find(event)[0][1])
-        self.assertReply(self.come_from("127.0.2.77").post(), "250 2.0.0")
-        self.assertReply(self.come_from("127.0.0.4").post(), "530 5.7.0")
-        self.assertReply(self.connect().post(), "530 5.7.0")
+        for address, reply in (("127.0.2.77", "250 2.0.0"), ("127.0.0.4", "530 5.7.0"),
+                               ("127.0.0.1", "530 5.7.0")):
+            self.assertReply(self.come_from(address).post(), reply)
         self.assertEqual(len(self.fake.delivered), 2)
 
     def test_it_sends_as_its_mailbox_and_keeps_the_name(self) -> None:
-        for running, senders in ((self.running, ("printer@localhost.localdomain", "",
-                                                 "scanner@example.com")),
-                                 (self.another(SENDER_FROM="header"), ("other@x.y",))):
-            client = self.connect(running)
-            client.log_in("scan2", PASSWORD)
-            for sender in senders:
-                with self.subTest(sender):
-                    message = b"From: Scan Room <%s>\r\nTo: a@x.y\r\n\r\nText\r\n" % (
-                        sender or "printer@x.y").encode()
-                    self.assertReply(client.post(message, sender=sender), "250 2.0.0")
-                    delivered = self.fake.delivered[-1]
-                    self.assertEqual(delivered.mailbox, "scanner@example.com")
-                    self.assertIn(b"From: Scan Room <scanner@example.com>\r\n",
-                                  delivered.message)
+        by_header = self.another(SENDER_FROM="header")
+        for running, sender in ((self.running, "printer@localhost.localdomain"),
+                                (self.running, ""), (self.running, "scanner@example.com"),
+                                (by_header, "other@x.y")):
+            with self.subTest(sender):
+                message = b"From: Scan Room <%s>\r\nTo: a@x.y\r\n\r\nText\r\n" % (
+                    sender or "printer@x.y").encode()
+                client = self.logged_in_as("scan2", running=running)
+                self.assertReply(client.post(message, sender=sender), "250 2.0.0")
+                delivered = self.fake.delivered[-1]
+                self.assertEqual(delivered.mailbox, "scanner@example.com")
+                self.assertIn(b"From: Scan Room <scanner@example.com>\r\n", delivered.message)
+        for running in (self.another(), by_header):     # the device does not know the mailbox
+            self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
+            reply = self.logged_in_as("scan2", running=running).post_octets(
+                LARGE, "other@x.y", ["a@x.y"])
+            self.assertIn("as scanner@example.com", self.assertReply(reply, "552 5.3.4"))
 
     def test_nobody_else_gets_it_even_if_the_header_says_so(self) -> None:
         running = self.another(HEADER_RECIPIENTS="keep")
         for user, whom in (("scan2", ["a@x.y"]), (USER, ["a@x.y", "o@evil.example"])):
-            client = self.connect(running)
-            client.log_in(user, PASSWORD)
+            client = self.logged_in_as(user, running=running)
             self.assertReply(client.post(recipients=("o@evil.example",), sender="any@b.c"),
                              "550 5.7.1" if user == "scan2" else "250 2.0.0")
             client.say("RSET")
@@ -3766,40 +3765,29 @@ class AccountLoginTests(AccountCase):
 
     def test_a_sender_that_only_the_header_names(self) -> None:
         """MAIL FROM:<> and SENDER_FROM=header must not go past allowed_senders."""
-        running = self.another(SENDER_FROM="header")
-        for relay_, sender in ((self.running, ""), (running, "a@example.com")):
-            client = self.connect(relay_)
-            client.log_in("own.secret", self.password)
-            message = b"From: boss@b.c\r\nTo: a@x.y\r\n\r\nText\r\n"
-            self.assertReply(client.post(message, sender=sender), "550 5.7.1")
-            self.assertReply(client.post(message.replace(b"boss@b.c", b"a@example.com"),
-                                         sender=sender), "250 2.0.0")
+        by_header = self.another(SENDER_FROM="header")
+        for running, sender in ((self.running, ""), (by_header, "a@example.com")):
+            client = self.logged_in_as("own.secret", self.password, running)
+            for name, reply in (("boss@b.c", "550 5.7.1"), ("a@example.com", "250 2.0.0")):
+                message = f"From: {name}\r\nTo: a@x.y\r\n\r\nText\r\n".encode()
+                self.assertReply(client.post(message, sender=sender), reply)
         self.assertEqual(len(self.fake.delivered), 2)
 
-    def test_large_messages_of_a_mailbox_that_the_device_does_not_know(self) -> None:
-        for running in (self.another(), self.another(SENDER_FROM="header")):
-            self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
-            client = self.connect(running)
-            client.log_in("scan2", PASSWORD)
-            reply = client.post_octets(LARGE, "other@x.y", ["a@x.y"])
-            self.assertIn("as scanner@example.com", self.assertReply(reply, "552 5.3.4"))
-
-    def test_an_allow_list(self) -> None:
-        running = self.another(ACCOUNTS_REQUIRED="true")
-        with kept_log() as kept:
-            self.assertReply(self.log_in(USER, "x", running), "535 5.7.8")
-        self.assertIn("Only accounts that the relay knows", kept.find("auth")[0][1])
-        self.assertReply(self.log_in("scan2", running=running), "235 2.7.0")
-        named = self.another(f"[{USER}]\n{APPLICATION}", ACCOUNTS_REQUIRED="true")
-        self.assertReply(self.log_in(USER, self.password, named), "235 2.7.0")
-
-    def test_allowed_tenants(self) -> None:
-        running = self.another(ALLOWED_TENANTS=f"contoso.com, {TENANT}")
-        self.assertReply(self.log_in(USER, "x", running), "235 2.7.0")
-        self.assertReply(self.log_in(f"Contoso.com@{CLIENT}", "x", running), "235 2.7.0")
-        reply = self.log_in(f"{CLIENT}@{CLIENT}", "x", running)
-        self.assertIn("ALLOWED_TENANTS", self.assertReply(reply, "535 5.7.8"))
-        self.assertReply(self.log_in("scan2", running=running), "235 2.7.0")
+    def test_allow_lists(self) -> None:
+        for running, wanted in (
+                (self.another(ACCOUNTS_REQUIRED="true"),
+                 {USER: "535 5.7.8", "scan2": "235 2.7.0"}),
+                (self.with_accounts(f"[{USER}]\n{APPLICATION}", ACCOUNTS_REQUIRED="true"),
+                 {USER: "235 2.7.0"}),
+                (self.another(ALLOWED_TENANTS=f"contoso.com, {TENANT}"),
+                 {USER: "235 2.7.0", f"Contoso.com@{CLIENT}": "235 2.7.0", "scan2": "235 2.7.0",
+                  f"{CLIENT}@{CLIENT}": "535 5.7.8 This tenant may not log in here, see ALLOWED"})):
+            for user, reply in wanted.items():
+                with self.subTest(user), kept_log() as kept:
+                    said = self.log_in(user, running=running)
+                    self.assertTrue(said.startswith(reply), said)
+                    self.assertEqual("Only accounts that the relay knows" in str(kept.lines),
+                                     reply == "535 5.7.8")
 
     @needs_loopbacks
     def test_the_relays_own_secret_is_no_fault_of_the_device(self) -> None:
@@ -3815,24 +3803,18 @@ class AccountLoginTests(AccountCase):
         self.assertReply(client.say("NOOP"), "250 2.0.0")       # it may go on
 
     def test_an_account_without_any_secret(self) -> None:
-        client = self.connect()
-        self.assertReply(client.log_in("cloud", PASSWORD), "235 2.7.0")
-        self.assertReply(client.post(), "250 2.0.0")
+        self.assertReply(self.logged_in_as("cloud").post(), "250 2.0.0")
         request, = self.fake.asked("imds")
         self.assertNotIn("client_id", request.path)
-        self.assertEqual(self.fake.asked("token"), [])
-        running = self.another(ACCOUNTS.replace("client_id =\n", f"client_id = {TENANT}\n"))
+        running = self.with_accounts(ACCOUNTS.replace("client_id =\n", f"client_id = {TENANT}\n"))
         self.assertReply(self.log_in("cloud", running=running), "235 2.7.0")
         self.assertTrue(self.fake.asked("imds")[-1].path.endswith(f"&client_id={TENANT}"))
-
-    def test_a_workload_identity_of_an_account(self) -> None:
-        running = self.another(f"[a]\n{APPLICATION}credential = workload-identity\n"
-                               f"password = {HASH}\n", AZURE_FEDERATED_TOKEN_FILE=FILES.write(
-                                   "assertion", "eyJ.of.account"))
-        client = self.connect(running)
-        self.assertReply(client.log_in("a", PASSWORD), "235 2.7.0")
-        self.assertReply(client.post(), "250 2.0.0")
-        form = dict(urllib.parse.parse_qsl(self.fake.asked("token")[0].body.decode()))
+        self.assertEqual(self.fake.asked("token"), [])
+        running = self.with_accounts(
+            f"[a]\n{APPLICATION}credential = workload-identity\npassword = {HASH}\n",
+            AZURE_FEDERATED_TOKEN_FILE=FILES.write("assertion", "eyJ.of.account"))
+        self.assertReply(self.logged_in_as("a", running=running).post(), "250 2.0.0")
+        form = self.fake.asked("token")[0].form
         self.assertEqual((form["client_id"], form["client_assertion"]),
                          (CLIENT, "eyJ.of.account"))
 
@@ -3842,40 +3824,17 @@ class AccountLoginTests(AccountCase):
             replies = list(pool.map(lambda _: self.log_in("scan2", running=running), range(12)))
         self.assertEqual({reply[:9] for reply in replies}, {"235 2.7.0"})
 
-    def count_scrypt(self) -> list[bytes]:
-        """List the passwords that are hashed from now on."""
-        hashed: list[bytes] = []
-        scrypt = relay.hashlib.scrypt
-        self.addCleanup(setattr, relay.hashlib, "scrypt", scrypt)
-
-        def count(password: bytes, **options: Any) -> Any:
-            hashed.append(password)
-            return scrypt(password, **options)
-        relay.hashlib.scrypt = count
-        return hashed
-
-    def test_a_name_that_is_not_there_costs_as_much(self) -> None:
-        asked = self.count_scrypt()
-        for user, password in (("scan2", "wrong"), ("none", "x"), ("none@lookup", "x"),
-                               ("guest", "x"), ("inside", "x"), ("secret.inside", "x"),
-                               ("own.secret", "")):
-            before = len(asked)
-            self.assertReply(self.log_in(user, password), "535 5.7.8")
-            self.assertEqual(len(asked) - before, 1, user)
-
     def test_without_scrypt_in_this_python(self) -> None:
-        def refuse(*arguments: Any, **options: Any) -> bytes:
-            raise ValueError("disabled for FIPS")
         self.addCleanup(relay.has_scrypt.cache_clear)
-        self.addCleanup(setattr, relay.hashlib, "scrypt", relay.hashlib.scrypt)
-        relay.hashlib.scrypt = refuse
         relay.has_scrypt.cache_clear()
-        _, faults = relay.parse_accounts(ACCOUNTS, make_config())
-        self.assertIn("[scan2] password = ***: must be empty, as this Python has no scrypt",
-                      faults)
-        running = self.another(f"[a]\n{APPLICATION}")
-        self.assertReply(self.log_in("none", "x", running), "535 5.7.8")
-        self.assertReply(self.log_in("a", self.password, running), "235 2.7.0")
+        with hashed_passwords() as scrypt:
+            scrypt.side_effect = ValueError("disabled for FIPS")
+            _, faults = relay.parse_accounts(ACCOUNTS, make_config())
+            self.assertIn("[scan2] password = ***: must be empty, as this Python has no scrypt",
+                          faults)
+            running = self.with_accounts(f"[a]\n{APPLICATION}")
+            self.assertReply(self.log_in("none", "x", running), "535 5.7.8")
+            self.assertReply(self.log_in("a", self.password, running), "235 2.7.0")
 
     @needs_loopbacks
     def test_a_login_where_none_is_needed(self) -> None:
@@ -3892,27 +3851,26 @@ class AccountLoginTests(AccountCase):
 
     @needs_loopbacks
     def test_what_is_allowed_without_login(self) -> None:
-        running = self.another(f"""[a]\n{APPLICATION}client_secret = s
+        client = self.connect(self.with_accounts(f"""[a]\n{APPLICATION}client_secret = s
 login = optional
 networks = 127.0.0.0/8
 from_email = scanner@b.c
 allowed_senders = example.com
 allowed_recipients = x.y
-""")
-        client = self.connect(running)
+"""))
         self.assertReply(client.post(sender="a@b.c"), "550 5.7.1")
         self.assertReply(client.post(recipients=("a@b.c",)), "550 5.7.1")
         client.say("RSET")
         self.assertReply(client.post(), "250 2.0.0")
         self.assertEqual(self.fake.delivered[0].mailbox, "scanner@b.c")
 
+    @needs_loopbacks
     def test_two_that_are_refused_by_one_answer_are_told_apart_in_the_log(self) -> None:
         self.fake.will("token", self.fake.hang_then(say(401, aadsts(7000215, "invalid_client"))))
         clients = [self.connect(), self.come_from("127.0.0.2")]
-        line = f"AUTH PLAIN {plain(USER, self.password).decode()}\r\n".encode()
         with kept_log() as kept:
             for client in clients:
-                client.sock.sendall(line)
+                client.putcmd(f"AUTH PLAIN {plain(USER, self.password).decode()}")
             self.fake.arrived.acquire()
             table = self.running.relay._tokens
             wait_for(lambda: self.running.ask(lambda: len(table._fetches)) == 1)
@@ -3924,25 +3882,26 @@ allowed_recipients = x.y
 
     def test_no_more_threads(self) -> None:
         directory = self.running.relay.directory
-        scrypt, directory._scrypt = directory._scrypt, concurrent.futures.ThreadPoolExecutor(1)
-        self.addCleanup(setattr, directory, "_scrypt", scrypt)
-        directory._scrypt.shutdown()            # it says RuntimeError too
-        self.assertReply(self.log_in("scan2"), "454 4.7.0")
+        with unittest.mock.patch.object(directory, "_scrypt",
+                                        concurrent.futures.ThreadPoolExecutor(1)):
+            directory._scrypt.shutdown()        # it says RuntimeError too
+            self.assertReply(self.log_in("scan2"), "454 4.7.0")
 
     def test_passwords_are_checked_by_two_threads(self) -> None:
         """While both are busy others wait, the loop goes on, and who gives up costs nothing."""
-        running, hold, hashed = self.another(UPSTREAM_TIMEOUT="1.5"), [], self.count_scrypt()
+        running, hold = self.another(UPSTREAM_TIMEOUT="1.5"), []
         pool = running.relay.directory._scrypt
-        for number, wanted in enumerate(("235 2.7.0", "235 2.7.0", "454 4.7.0")):
-            if number:
-                hold.append(threading.Event())
-                self.addCleanup(hold[-1].set)
-                pool.submit(hold[-1].wait, PATIENCE)
-            reply = self.assertReply(self.log_in("scan2", running=running), wanted)
-        self.assertIn("Too many logins at once", reply)
-        hold[0].set()
-        self.assertReply(self.log_in("scan2", running=running), "235 2.7.0")
-        self.assertEqual(len(hashed), 3)
+        with hashed_passwords() as scrypt:
+            for number, wanted in enumerate(("235 2.7.0", "235 2.7.0", "454 4.7.0")):
+                if number:
+                    hold.append(threading.Event())
+                    self.addCleanup(hold[-1].set)
+                    pool.submit(hold[-1].wait, PATIENCE)
+                reply = self.assertReply(self.log_in("scan2", running=running), wanted)
+            self.assertIn("Too many logins at once", reply)
+            hold[0].set()
+            self.assertReply(self.log_in("scan2", running=running), "235 2.7.0")
+            self.assertEqual(scrypt.call_count, 3)
         waiting = [pool.submit(hold[1].wait, PATIENCE) for _ in range(2)]
         running.ask(running.relay.directory.close)      # as when the relay stops
         self.assertTrue(waiting[1].cancelled())
@@ -3951,12 +3910,7 @@ allowed_recipients = x.y
 class FailureTests(AccountCase):
     """Who guesses passwords is slowed down, and shut out for a while."""
 
-    def setUp(self) -> None:
-        """Have the pause as it is."""
-        super().setUp()
-        relay.FAILURE_PAUSE = 0.5
-        self.addCleanup(setattr, relay, "FAILURE_PAUSE", 0.0)
-
+    @unittest.mock.patch.object(relay, "FAILURE_PAUSE", 0.5)
     def test_the_pauses_and_the_end(self) -> None:
         clock = Clock()
         failures = relay.Failures(clock)
@@ -3985,7 +3939,6 @@ class FailureTests(AccountCase):
     @needs_loopbacks
     def test_who_guesses_at_once_learns_nothing(self) -> None:
         """Ten guesses are judged; the right one behind them is answered as the wrong ones."""
-        relay.FAILURE_PAUSE = 0.0
         clients = [self.come_from("127.0.0.8") for _ in range(40)]
         lines = [f"AUTH PLAIN {plain('scan2', password).decode()}\r\n".encode()
                  for password in ["wrong"] * 39 + [PASSWORD]]
@@ -4011,9 +3964,9 @@ class FailureTests(AccountCase):
     @needs_loopbacks
     def test_too_many_failures(self) -> None:
         begun = time.monotonic()
-        self.assertReply(self.log_in("scan2", "wrong"), "535 5.7.8")
+        with unittest.mock.patch.object(relay, "FAILURE_PAUSE", 0.5):
+            self.assertReply(self.log_in("scan2", "wrong"), "535 5.7.8")
         self.assertGreater(time.monotonic() - begun, 0.5)
-        relay.FAILURE_PAUSE = 0.0
         for _ in range(10):
             self.assertReply(self.come_from("127.0.0.9").log_in("scan2", "wrong"), "535 5.7.8")
         for user in ("scan2", USER):
