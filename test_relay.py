@@ -3984,7 +3984,7 @@ class ReloadTests(AccountCase):
         """Have a file of one's own."""
         super().setUp()
         self.path = FILES.write(f"{self.id()}.ini", ACCOUNTS)
-        self.own = self.another(ACCOUNTS_FILE=self.path)
+        self.running = self.another(ACCOUNTS_FILE=self.path)
 
     def write(self, text: str, name: str = "") -> None:
         """Replace a file at one stroke."""
@@ -3992,44 +3992,46 @@ class ReloadTests(AccountCase):
         path.with_suffix(".new").write_text(text)
         os.replace(path.with_suffix(".new"), path)
 
+    def loaded(self) -> relay.AccountsFile:
+        """Read the file as a relay does, which looks at it only when asked to."""
+        file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
+        file.load()
+        return file
+
     def test_a_change_takes_effect_and_sessions_keep_their_account(self) -> None:
-        client = self.connect(self.own)
-        client.log_in("scan2", PASSWORD)
+        client = self.logged_in_as("scan2")
         with kept_log() as kept:
             self.write(ACCOUNTS.replace("[scan2]", "[scan3]").replace("x.y", "z.z"))
             wait_for(lambda: kept.find("loaded=6"))
-        self.assertReply(self.log_in("scan2", running=self.own), "535 5.7.8")
-        self.assertReply(self.log_in("scan3", running=self.own), "235 2.7.0")
+        self.assertReply(self.log_in("scan2"), "535 5.7.8")
+        self.assertReply(self.log_in("scan3"), "235 2.7.0")
         self.assertReply(client.post(), "250 2.0.0")
 
     def test_a_faulty_version_is_reported_once_and_the_old_one_stays(self) -> None:
-        def faults() -> list[str]:
-            return [text for level, text in kept.find("accounts")
-                    if level == "ERROR" and "form_email" in text]
         with kept_log() as kept:
             for number in (1, 2):               # once for each time
                 self.write(ACCOUNTS.replace("from_email", "form_email") + "[b]\nx = y\n")
                 wait_for(lambda: str(kept.lines).count("[b] x: is no key") == number)  # noqa: B023
                 self.write(ACCOUNTS.replace("[scan2]", f"[scan{number + 2}]"))
                 wait_for(lambda: len(kept.find("loaded=6")) == number)      # noqa: B023
-                self.assertEqual(len(faults()), number)
-        self.assertIn("[scan2] form_email: is no key", faults()[0])
-        self.assertReply(self.log_in("scan4", running=self.own), "235 2.7.0")
+                faults = [level for level, text in kept.find("accounts")
+                          if "[scan2] form_email: is no key" in text]
+                self.assertEqual(faults, ["ERROR"] * number)
+        self.assertReply(self.log_in("scan4"), "235 2.7.0")
 
     def test_what_cannot_be_read(self) -> None:
         with kept_log() as kept:
             os.unlink(self.path)
             wait_for(lambda: "No such file" in str(kept.lines))
-            watched = self.own.relay.directory.file
+            watched = self.running.relay.directory.file
             for _ in range(2):              # at the second look the first has ended
-                self.own.ask(watched.ask)
+                self.running.ask(watched.ask)
                 wait_for(lambda: not watched._wake.is_set())
             self.assertEqual(str(kept.lines).count("No such file"), 1)
-            pathlib.Path(self.path).write_bytes(b"[\xff]")
-            wait_for(lambda: "UTF-8" in str(kept.lines))
-            self.write("")
-            wait_for(lambda: "there is no account" in str(kept.lines))
-        self.assertReply(self.log_in("scan2", running=self.own), "235 2.7.0")
+            for octets, problem in ((b"[\xff]", "UTF-8"), (b"", "there is no account")):
+                pathlib.Path(self.path).write_bytes(octets)
+                wait_for(lambda: problem in str(kept.lines))    # noqa: B023
+        self.assertReply(self.log_in("scan2"), "235 2.7.0")
 
     def test_a_secret_in_a_file_of_its_own(self) -> None:
         secret = FILES.write("graph-secret", "first~secret\n")
@@ -4037,15 +4039,13 @@ class ReloadTests(AccountCase):
             self.write(ACCOUNTS.replace("client_secret = secret of the relay",
                                         f"client_secret_file = {secret}"))
             wait_for(lambda: kept.find("loaded=6"))
-        self.assertReply(self.log_in("scan2", running=self.own), "235 2.7.0")
-        with kept_log() as kept:
+            self.assertReply(self.log_in("scan2"), "235 2.7.0")
             self.write("second~secret\n", secret)
-            wait_for(lambda: kept.find("loaded=6"))
+            wait_for(lambda: len(kept.find("loaded=6")) == 2)
             os.unlink(secret)
             wait_for(lambda: "client_secret_file" in str(kept.lines))
-        self.assertReply(self.log_in("scan2", running=self.own), "235 2.7.0")
-        self.assertEqual([dict(urllib.parse.parse_qsl(one.body.decode()))["client_secret"]
-                          for one in self.fake.asked("token")],
+        self.assertReply(self.log_in("scan2"), "235 2.7.0")
+        self.assertEqual([one.form["client_secret"] for one in self.fake.asked("token")],
                          ["first~secret", "second~secret"])
 
     def test_faulty_files(self) -> None:
@@ -4070,10 +4070,8 @@ class ReloadTests(AccountCase):
         """Time, size and file, each alone; it is read at the second poll that sees it the
         same, whatever the clock says, and once.
         """
-        path = pathlib.Path(self.path)
+        path, file = pathlib.Path(self.path), self.loaded()
         self.assertLess(2.5 * READ_AGAIN, 10)       # seconds, says the README
-        file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
-        file.load()
         for change, is_same_time in (
                 (lambda: os.utime(path, (1, 1)), False),
                 (lambda: os.utime(path, (2 ** 32, 2 ** 32)), False),
@@ -4085,41 +4083,35 @@ class ReloadTests(AccountCase):
                 os.utime(path, ns=(before, before))
             self.assertEqual([file._poll(False) for _ in range(4)],
                              [False, True, False, False])
-        for text, is_loaded in ((ACCOUNTS[:300], False), (f"{ACCOUNTS}[new]\n", False),
-                                ("", True)):        # half of a file is not read
-            if text:
-                self.write(text)
-            self.assertEqual(file._poll(False), is_loaded)
+        for text in (ACCOUNTS[:300], f"{ACCOUNTS}[new]\n"):     # half of a file is not read
+            self.write(text)
+            self.assertFalse(file._poll(False))
+        self.assertTrue(file._poll(False))
         self.assertEqual(len(list(file.accounts)), 7)
         self.write(ACCOUNTS)
         self.assertTrue(file._poll(True))           # on SIGHUP at once
 
     def test_what_fails_for_a_moment_is_tried_again(self) -> None:
-        file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
-        file.load()
+        file = self.loaded()
         self.write(f"{ACCOUNTS}[new]\n")
         file._poll(False)
         limit = relay.resource.getrlimit(relay.resource.RLIMIT_NOFILE)
         relay.resource.setrlimit(relay.resource.RLIMIT_NOFILE, (0, limit[1]))
         try:
-            with self.assertRaises(relay.ConfigError) as caught:
+            with self.assertRaisesRegex(relay.ConfigError, "Too many open files"):
                 file._poll(False)
         finally:
             relay.resource.setrlimit(relay.resource.RLIMIT_NOFILE, limit)
-        self.assertIn("Too many open files", str(caught.exception))
         self.assertEqual([file._poll(False) for _ in range(2)], [True, False])
         self.assertEqual(len(list(file.accounts)), 7)
 
     def test_nothing_ends_the_watch(self) -> None:
         """Whatever goes wrong once, the next change is seen."""
-        watched = self.own.relay.directory.file
+        watched = self.running.relay.directory.file
         for trap in (MemoryError("hidden"), relay.TemporaryError("x"), ValueError("hidden")):
-            def fall(trap: Exception = trap) -> None:
-                del watched.load
-                raise trap
-            with kept_log() as kept:
-                watched.load = fall         # type: ignore[method-assign]
-                self.own.ask(watched.ask)
+            with kept_log() as kept, unittest.mock.patch.object(watched, "load",
+                                                                side_effect=trap):
+                self.running.ask(watched.ask)
                 wait_for(lambda: [one for one in kept.find("accounts") if one[0] == "ERROR"])
             self.assertNotIn("hidden", str(kept.lines))
         with kept_log() as kept:
@@ -4130,10 +4122,9 @@ class ReloadTests(AccountCase):
 class IdentityTests(RelayCase):
     """Who the relay is to Azure, facts 6; asked here for a token of Graph."""
 
-    def ask(self, **settings: Any) -> str:
+    def ask(self, *, resource: str = "", timeout: float = PATIENCE, **settings: str) -> str:
         """Ask for a token of `resource` as the relay; returns it."""
-        resource, timeout = settings.pop("resource", ""), settings.pop("timeout", PATIENCE)
-        config = self.config(**settings)
+        config = self.config(**{"AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url, **settings})
 
         async def get() -> str:
             pool = relay.HttpPool(config.endpoints)
@@ -4152,7 +4143,7 @@ class IdentityTests(RelayCase):
 
     def form(self) -> dict[str, str]:
         """The fields of the last request for a token."""
-        return dict(urllib.parse.parse_qsl(self.fake.asked("token")[-1].body.decode()))
+        return self.fake.asked("token")[-1].form
 
     def test_a_secret_comes_first(self) -> None:
         self.ask(AZURE_TENANT_ID=TENANT, AZURE_CLIENT_ID=CLIENT, AZURE_CLIENT_SECRET="s&",
@@ -4195,7 +4186,6 @@ class IdentityTests(RelayCase):
         self.assertEqual(first.path, "/msi/token?api-version=2019-08-01&resource="
                                      "https%3A%2F%2Fstorage.azure.com")
         self.assertTrue(second.path.endswith(f"&client_id={CLIENT}"))
-        self.assertEqual(first.headers["x-identity-header"], "header")
         self.assertNotIn("metadata", first.headers)
         for status in (400, 401):
             self.fake.will("app-service", say(status, {"error": "x", "error_description":
@@ -4208,47 +4198,43 @@ class IdentityTests(RelayCase):
         self.assertIn("IDENTITY_ENDPOINT must be an http:// URL", self.failure(**settings))
 
     def test_imds(self) -> None:
-        host = {"AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url}
         for alone in ({"IDENTITY_HEADER": "header"}, {"IDENTITY_ENDPOINT": "http://127.0.0.1:1"}):
-            self.fake.reset()
-            self.ask(AZURE_CLIENT_ID=CLIENT, **host, **alone)   # this is not App Service
-            request, = self.fake.asked("imds")
-            self.assertEqual(request.headers["metadata"], "true")
+            self.ask(AZURE_CLIENT_ID=CLIENT, **alone)       # this is not App Service
+            request = self.fake.asked("imds").pop()
             self.assertEqual(
                 request.path, "/metadata/identity/oauth2/token?api-version=2018-02-01"
                 f"&resource={urllib.parse.quote(self.fake.url, safe='')}&client_id={CLIENT}")
             self.assertNotIn("content-length", request.headers)
+        self.assertEqual([one.kind for one in self.fake.requests], ["imds"] * 2)
 
+    @unittest.mock.patch.object(relay, "IDENTITY_TIMEOUT", relay.IDENTITY_TIMEOUT)
+    @unittest.mock.patch.object(relay, "IDENTITY_PAUSES", (0.0,) * 5)
     def test_imds_that_fails(self) -> None:
-        host = {"AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url}
-        for name in ("IDENTITY_PAUSES", "IDENTITY_TIMEOUT"):
-            self.addCleanup(setattr, relay, name, getattr(relay, name))
-        relay.IDENTITY_PAUSES = (0.0, 0.0, 0.0, 0.0, 0.0)
         self.fake.will("imds", say(404), say(410), say(429), say(500, b"<html>"))
-        self.ask(**host)
+        self.ask()
         self.assertEqual(len(self.fake.asked("imds")), 5)
         relay.IDENTITY_PAUSES = (PATIENCE,) * 5     # but not if there is no time for it
         self.fake.will("imds", say(404))
-        self.assertIn("status=404", self.failure(timeout=PATIENCE - 0.1, **host))
+        self.assertIn("status=404", self.failure(timeout=PATIENCE - 0.1))
         for status in (400, 401):
             self.fake.will("imds", say(status, {"error": "invalid_request", "error_description":
                                                 "Identity not found"}))
-            self.assertIn("Identity not found", self.failure(**host))
+            self.assertIn("Identity not found", self.failure())
         for garbage in (b"[]", b"{\"access_token\": 5}", b"\xff", b""):
             self.fake.will("imds", say(200, garbage))
-            self.failure(**host)
+            self.failure()
         begun = time.monotonic()
         for timeout, relay.IDENTITY_TIMEOUT in ((0.2, PATIENCE), (PATIENCE, 0.2)):
             self.fake.will("imds", self.fake.hang)
             self.assertIn(f"identity={self.fake.url}/metadata/identity/oauth2/token",
-                          self.failure(timeout=timeout, **host))
+                          self.failure(timeout=timeout))
         self.assertLess(time.monotonic() - begun, PATIENCE / 2)
 
     def test_no_proxy_for_what_is_near(self) -> None:
         """Nothing listens at the proxy: who asks it gets no answer."""
         with at_environ(HTTP_PROXY="http://127.0.0.1:1", http_proxy="http://127.0.0.1:1",
                         HTTPS_PROXY="http://127.0.0.1:1", NO_PROXY=""):
-            self.ask(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
+            self.ask()
             self.ask(IDENTITY_ENDPOINT=f"{self.fake.url}/msi/token", IDENTITY_HEADER="header")
 
     def test_tokens_of_other_resources_are_apart(self) -> None:
@@ -4256,11 +4242,11 @@ class IdentityTests(RelayCase):
             config = self.config(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
             pool = relay.HttpPool(config.endpoints)
             tokens, deadline = relay.Tokens(config, pool), time.monotonic() + PATIENCE
-            who = relay.own_application(config)
+            who, vault = relay.own_application(config), "https://vault.azure.net"
             found = [await tokens.get(who, deadline, resource)
-                     for resource in ("", "https://vault.azure.net", "", "https://vault.azure.net")]
-            tokens.forget(who, found[1], "https://vault.azure.net")
-            found.append(await tokens.get(who, deadline, "https://vault.azure.net"))
+                     for resource in ("", vault, "", vault)]
+            tokens.forget(who, found[1], vault)
+            found.append(await tokens.get(who, deadline, vault))
             pool.close()
             return found
         one, two, again, same, new = asyncio.run(get())
@@ -4268,16 +4254,9 @@ class IdentityTests(RelayCase):
         self.assertEqual(len({one, two, new}), 3)
 
 
-@contextlib.contextmanager
-def at_environ(**variables: str) -> Iterator[None]:
+def at_environ(**variables: str) -> Any:
     """Set environment variables for a while."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return unittest.mock.patch.dict(os.environ, variables)
 
 
 class TableTests(RelayCase):
