@@ -6140,7 +6140,8 @@ class SpoolCase(RelayCase):
 
     def age(self, path: pathlib.Path) -> None:
         """Let the lifetime of a message be over, while no relay runs."""
-        path.write_text(json.dumps({**json.loads(path.read_text()), "queued_at": 1.0}))
+        path.write_text(json.dumps({**json.loads(path.read_text()),
+                                    "queued_at": time.time() - 172_801}))
 
     def post(self, client: Client, subject: str = "s", **options: Any) -> str:
         return client.post(f"To: a@x.y\r\nSubject: {subject}\r\n\r\nText\r\n".encode(), **options)
@@ -6424,7 +6425,9 @@ class SpoolTests(SpoolCase):
         self.fake.will("send", self.fake.hang_then(self.fake.accept))
         self.enqueue(client)
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
+        client.close()                          # so that nothing else is under way
         running.begin_stop()
+        wait_for(lambda: running.ask(lambda: running.relay.spool._is_stopping))
         self.fake.release.set()
         running.wait()
         self.assertEqual((len(self.fake.delivered), self.waiting()), (1, []))
@@ -6596,10 +6599,10 @@ class FullSpoolTests(SpoolCase):
     """A queue that cannot take a message: 452, and nothing is half there."""
 
     def assertTakesNothing(self, client: Client, word: str) -> None:
-        before = list(self.queue.glob("*"))
+        before = {path.stem for path in self.queue.glob("*")}
         with kept_log() as kept:
             self.assertReply(self.post(client, "refused"), "452 4.3.1")
-        self.assertEqual(list(self.queue.glob("*")), before)
+        self.assertEqual({path.stem for path in self.queue.glob("*")}, before)
         level, line = kept.find("refused")[0]
         self.assertEqual(level, "ERROR")
         for part in (word, "status=503", "452 4.3.1"):      # and why it was to be queued at all
@@ -7058,9 +7061,8 @@ login = optional
             wait_for(lambda: len(self.accepted) >= end or process.poll() is not None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(self.fate.random() / 20)
-            process.kill()
             dead.set()
-            self.look_at(process.communicate()[1])
+            self.end(process, signal.SIGKILL)
         for one in senders:
             one.join(PATIENCE)
 
@@ -7071,8 +7073,10 @@ login = optional
             return True
         return False
 
-    def look_at(self, log: str) -> None:
-        """Find errors in a log."""
+    def end(self, process: subprocess.Popen[str], number: int) -> None:
+        """End the relay; its log has errors only, and there must be none."""
+        process.send_signal(number)
+        log = process.communicate(timeout=PATIENCE)[1]
         if log:
             raise AssertionError(log)
 
@@ -7089,8 +7093,7 @@ login = optional
             wait_for(self.is_up)
             while left := len(list(queue.iterdir())):
                 wait_for_less(left)
-            process.send_signal(signal.SIGTERM)
-            self.look_at(process.communicate(timeout=PATIENCE)[1])
+            self.end(process, signal.SIGTERM)
         self.is_over.set()
         self.fake.close()
         return self.judge(times)
