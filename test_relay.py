@@ -291,18 +291,12 @@ def plain(user: str = USER, password: str = "secret", authorize: str = "") -> by
 class ReplyTests(unittest.TestCase):
     """A reply is what RFC 5321 section 4.2 and RFC 2034 want."""
 
-    def test_enhanced_status_stands_on_every_line(self) -> None:
-        self.assertEqual(bytes(relay.Reply(250, "2.0.0", "one\ntwo")),
-                         b"250-2.0.0 one\r\n250 2.0.0 two\r\n")
-
-    def test_no_status_where_none_is_wanted(self) -> None:
-        self.assertEqual(bytes(relay.Reply(334, "", "")), b"334 \r\n")
-
-    def test_control_characters_of_others_do_no_harm(self) -> None:
-        self.assertEqual(bytes(relay.Reply(550, "5.1.8", "no\r250 x\x1b[1m\x00\xe9")),
-                         b"550 5.1.8 no?250 x?[1m??\r\n")
-
-    def test_a_long_text_is_cut_below_512_octets(self) -> None:
+    def test_replies(self) -> None:
+        for reply, octets in (
+                ((250, "2.0.0", "one\ntwo"), b"250-2.0.0 one\r\n250 2.0.0 two\r\n"),
+                ((334, "", ""), b"334 \r\n"),                       # RFC 2034 wants none here
+                ((550, "5.1.8", "no\r250 x\x1b[1m\x00\xe9"), b"550 5.1.8 no?250 x?[1m??\r\n")):
+            self.assertEqual(bytes(relay.Reply(*reply)), octets)
         self.assertLess(len(bytes(relay.Reply(550, "5.1.8", "x" * 5000))), 512)
 
 
@@ -335,66 +329,71 @@ class SettingTests(unittest.TestCase):
                          list(names))
         return str(caught.exception)
 
-    def test_defaults_are_those_of_the_contract(self) -> None:
-        config = relay.Config.from_environ({})
-        self.assertEqual(dataclasses.asdict(config), {
-            "listen_address": "", "smtp_port": 8025, "smtps_port": 0, "server_name": "",
-            "server_greeting": "Microsoft Graph SMTP OAuth Relay", "run_as": "",
-            "log_level": "INFO", "tls_source": "file",
-            "tls_cert_filepath": "certs/cert.pem", "tls_key_filepath": "certs/key.pem",
-            "tls_min_version": "1.2", "tls_cipher_suite": "", "require_tls": True,
-            "username_delimiter": "@", "accounts_file": "", "accounts_required": False,
-            "allowed_tenants": (), "azure_cloud": "global",
-            "azure_authority_host": "https://login.microsoftonline.com",
-            "graph_endpoint": "https://graph.microsoft.com",
-            "azure_tables_url": "", "azure_tables_partition_key": "user",
-            "azure_tables_force_usage": False, "azure_key_vault_url": "",
-            "azure_key_vault_cert_name": "", "azure_tenant_id": "", "azure_client_id": "",
-            "azure_client_secret": "", "azure_federated_token_file": "",
-            "identity_endpoint": "", "identity_header": "",
-            "azure_pod_identity_authority_host": "http://169.254.169.254",
-            "sender_from": "envelope", "from_mismatch": "keep",
-            "header_recipients": "strip", "large_messages": "upload",
-            "spool_directory": "", "spool_lifetime": 172_800, "spool_max_bytes": 2 ** 30,
-            "duplicate_window": 900, "max_message_size": 36_700_160,
-            "max_memory_for_messages": 268_435_456,
-            "max_recipients": 500, "max_connections": 1000,
-            "max_connections_per_client": 100, "client_timeout": 300.0,
-            "upstream_timeout": 60.0, "shutdown_timeout": 25.0})
-
-    def test_case_and_white_space_are_forgiven(self) -> None:
-        config = relay.Config.from_environ({
-            "LOG_LEVEL": " debug ", "TLS_SOURCE": "OFF", "REQUIRE_TLS": "False\n",
-            "USERNAME_DELIMITER": " | ", "SMTP_PORT": " 2525 ", "SERVER_GREETING": " "})
-        self.assertEqual((config.log_level, config.tls_source, config.require_tls,
-                          config.username_delimiter, config.smtp_port),
-                         ("DEBUG", "off", False, "|", 2525))
-        self.assertEqual(config.server_greeting, "Microsoft Graph SMTP OAuth Relay")
-
-    def test_each_bad_value_is_a_fault(self) -> None:
-        for name, *values in (
-                ("LOG_LEVEL", "LOUD"), ("SERVER_GREETING", "a\tb", "gr\xfc\xdf"),
-                ("USERNAME_DELIMITER", "#", "@@"), ("TLS_SOURCE", "none"),
-                ("REQUIRE_TLS", "yes please"), ("SMTP_PORT", "x", "-1", "65536", "\u0663"),
-                ("SMTPS_PORT", "70000"), ("SERVER_NAME", "a b", "-a", "x" * 254),
-                ("LISTEN_ADDRESS", "printer", "1.2.3.4.5"),
-                ("TLS_MIN_VERSION", "1.4", "3"), ("TLS_CIPHER_SUITE", "A\tB"),
-                ("AZURE_AUTHORITY_HOST", "http://login.microsoftonline.com", "ftp://x",
-                 "https://", "https://u:p@x", "https://x:99999", "https://x/?q"),
-                ("GRAPH_ENDPOINT", "http://10.0.0.1", "http://localhost.evil.example"),
-                ("MAX_MESSAGE_SIZE", "10M", "0", "999", "157286401"), ("MAX_RECIPIENTS", "0"),
-                ("MAX_MEMORY_FOR_MESSAGES", "1G", "999"), ("SENDER_FROM", "mime"),
-                ("FROM_MISMATCH", "refuse"), ("HEADER_RECIPIENTS", "refuse"),
-                ("LARGE_MESSAGES", "true"),
-                ("MAX_CONNECTIONS", "-5"), ("MAX_CONNECTIONS_PER_CLIENT", "1.5"),
-                ("CLIENT_TIMEOUT", "0", "forever"), ("UPSTREAM_TIMEOUT", "nan"),
-                ("SHUTDOWN_TIMEOUT", "1e9"), ("RUN_AS", "a\tb", "a:b")):
-            for value in values:
-                with self.subTest(name, value=value):
-                    text = self.assertFaults({name: value}, name)
-                    shown = repr(value) if "u:p@" not in value and "?" not in value else ""
-                    self.assertIn(f"{name}={shown}", text)
-                    self.assertIn(": must be ", text)
+    def test_values(self) -> None:
+        sas = "sv=2020-12-06&ss=t&srt=o&sp=r&sig=a%2Fb%3D"
+        for name, good, bad in (
+                ("LOG_LEVEL", {" debug ": "DEBUG", "": "INFO"}, "LOUD"),
+                ("SERVER_GREETING", {" ": "Microsoft Graph SMTP OAuth Relay"}, "a\tb gr\xfc\xdf"),
+                ("USERNAME_DELIMITER", {" | ": "|", "": "@"}, "# @@"),
+                ("TLS_SOURCE", {}, "none"), ("REQUIRE_TLS", {"True\n": True}, "yes"),
+                ("SMTP_PORT", {" 2525 ": 2525, "": 8025}, "x -1 65536 \u0663"),
+                ("SMTPS_PORT", {"": 0}, "70000"),
+                ("SERVER_NAME", {"a.b": "a.b"}, "a_b -a " + "x" * 254),
+                ("LISTEN_ADDRESS", {"::1": "::1", "localhost": "localhost"}, "printer 1.2.3.4.5"),
+                ("TLS_MIN_VERSION", {"1.3": "1.3"}, "1.4 3"), ("TLS_CIPHER_SUITE", {}, "\xfc"),
+                ("AZURE_AUTHORITY_HOST", {},
+                 "http://login.microsoftonline.com ftp://x https:// https://u:p@x https://x:99999 "
+                 "https://x:0 https://x/?q https://[x"),
+                ("GRAPH_ENDPOINT", {
+                    "https://graph.microsoft.us/": "https://graph.microsoft.us",
+                    "graph.microsoft.us": "https://graph.microsoft.us",
+                    "http://127.0.0.1:8080": "http://127.0.0.1:8080",
+                    "http://localhost:1/graph/": "http://localhost:1/graph",
+                    "http://[::1]:80": "http://[::1]:80"},
+                 "http://10.0.0.1 http://localhost.evil.example"),
+                ("MAX_MESSAGE_SIZE", {"1000": 1000, "157286400": 157_286_400},
+                 "10M 0 999 157286401"),
+                ("MAX_RECIPIENTS", {"1": 1, "": 500}, "0"),
+                ("MAX_MEMORY_FOR_MESSAGES", {}, "1G 999"),
+                ("SENDER_FROM", {}, "mime"), ("FROM_MISMATCH", {}, "refuse"),
+                ("HEADER_RECIPIENTS", {}, "refuse"), ("LARGE_MESSAGES", {}, "true"),
+                ("MAX_CONNECTIONS", {}, "-5"), ("MAX_CONNECTIONS_PER_CLIENT", {}, "1.5"),
+                ("CLIENT_TIMEOUT", {"0.5": 0.5, "86400": 86400.0}, "0 forever 86400.1"),
+                ("UPSTREAM_TIMEOUT", {}, "nan"), ("SHUTDOWN_TIMEOUT", {}, "1e9"),
+                ("RUN_AS", {"a b": "a b"}, "a:b"),
+                ("AZURE_TABLES_URL", {url: url for url in (
+                    "https://x.table.core.windows.net/users", "http://127.0.0.1:1/account/users",
+                    f"https://x.table.core.windows.net/users?{sas}", f"https://x/{'a' * 63}")},
+                 "https://x.table.core.windows.net https://x/a/b/users https://x/us "
+                 "https://x/1users http://x.table.core.windows.net/users https://x/users?a\tb "
+                 "https://x/users?a#b https://u:p@x/users "
+                 f"https://x.table.cosmos.azure.com/users https://x/{'a' * 64}"),
+                ("AZURE_KEY_VAULT_URL", {"http://localhost:8": "http://localhost:8"},
+                 "http://v.vault.azure.net https://v?x"),
+                ("AZURE_KEY_VAULT_CERT_NAME", {"relay/0123456789abcdef": "relay/0123456789abcdef"},
+                 "a_b ../x x?y a/b/c"),
+                ("AZURE_POD_IDENTITY_AUTHORITY_HOST", {
+                    "http://127.0.0.1:2579": "http://127.0.0.1:2579",
+                    "http://169.254.131.5:8081/msi/": "http://169.254.131.5:8081/msi/",
+                    "http://localhost:4/token?x=y": "http://localhost:4/token?x=y",
+                    "http://[fd00::1]/": "http://[fd00::1]"},
+                 "https://x http://example.com/msi http://8.8.8.8/ x http://u:p@127.0.0.1/ "
+                 "http://127.0.0.1:0/ http://127.0.0.1/a\tb http://127.0.0.1/#x"),
+                ("IDENTITY_ENDPOINT", {"https://x:2377/metadata": "https://x:2377/metadata"}, ""),
+                ("AZURE_CLIENT_SECRET", {"x": "x"}, "\udcff"),
+                ("AZURE_TABLES_PARTITION_KEY", {"a'b \u00fc": "a'b \u00fc"}, "\udcff"),
+                ("ALLOWED_TENANTS", {f"{TENANT}, x.com": (TENANT, "x.com")}, "contoso ,"),
+                ("AZURE_TENANT_ID", {"Contoso.com": "contoso.com"}, "x"),
+                ("AZURE_CLIENT_ID", {CLIENT: CLIENT}, "x contoso.com")):
+            for text, value in good.items():
+                with self.subTest(name, good=text):
+                    config = relay.Config.from_environ({name: text})
+                    self.assertEqual(getattr(config, name.lower()), value)
+            for text in bad.split(" ") if bad else ():
+                with self.subTest(name, bad=text):
+                    shown = self.assertFaults({name: text}, name)
+                    self.assertIn(": must be ", shown)
+                    self.assertNotIn("u:p", shown)
 
     def test_what_this_system_does_not_know_is_a_fault_where_it_is_used(self) -> None:
         for wanted, use in (
@@ -405,146 +404,75 @@ class SettingTests(unittest.TestCase):
             with self.subTest(wanted), self.assertRaisesRegex(relay.ConfigError, f"^{wanted}"):
                 use()
 
-    def test_all_faults_are_reported_at_once_with_name_and_value(self) -> None:
-        text = self.assertFaults({"SMTP_PORT": "abc", "LOG_LEVEL": "LOUD",
-                                  "CLIENT_TIMEOUT": "-1"},
-                                 "SMTP_PORT", "LOG_LEVEL", "CLIENT_TIMEOUT")
-        self.assertIn("SMTP_PORT='abc': must be a whole number from 0 to 65535", text)
-
-    def test_a_password_in_a_url_is_not_shown(self) -> None:
-        for url in ("https://user:hidden@x", "user:hidden@x.y", "https://u:p@hidden/x@y.z",
+    def test_what_is_secret_is_not_shown(self) -> None:
+        for name, text in (
+                *(("GRAPH_ENDPOINT", url) for url in (
+                    "https://user:hidden@x", "user:hidden@x.y", "https://u:p@hidden/x@y.z",
                     "https://x.y/?sig=hidden", "https://x.y/#hidden", "https://[hidden@",
-                    "https://user:hidden\n@x.y"):
-            text = self.assertFaults({"GRAPH_ENDPOINT": url}, "GRAPH_ENDPOINT")
-            self.assertNotIn("hidden", text)
-            self.assertIn("must be an https:// URL", text)
-        text = self.assertFaults({"HTTPS_PROXY": "socks5://user:hidden@x",
-                                  "https_proxy": "https://u:hidden@x"},
-                                 "https_proxy", "HTTPS_PROXY")
-        self.assertNotIn("hidden", text)
-        self.assertIn("HTTPS_PROXY='socks5://***x'", text)
-        local = {"HTTPS_PROXY": "socks5://x", "GRAPH_ENDPOINT": "http://127.0.0.1",
-                 "AZURE_AUTHORITY_HOST": "http://127.0.0.1"}
-        make_config(**local)            # no proxy is needed
-        for more in ({"AZURE_KEY_VAULT_URL": "https://x"}, {"AZURE_TABLES_URL": "https://x/users"}):
-            self.assertFaults({**local, **more}, "HTTPS_PROXY")
+                    "https://user:hidden\n@x.y")),
+                ("AZURE_TABLES_URL", "https://x?sig=hidden"),
+                ("AZURE_TABLES_URL", "https://x/us?sv=1&sig=ab@hidden"),
+                ("AZURE_KEY_VAULT_URL", "https://u:hidden@x"), ("IDENTITY_HEADER", "hidden\n\x01"),
+                ("HTTPS_PROXY", "socks5://user:hidden@x"), ("https_proxy", "https://u:hidden@x")):
+            with self.subTest(name, text=text):
+                self.assertNotIn("hidden", self.assertFaults({name: text}, name))
+        hidden = "https://x.table.core.windows.net/users?sig=hidden"
+        self.assertNotIn("hidden", repr(relay.Config.from_environ({
+            "AZURE_TABLES_URL": hidden, "AZURE_CLIENT_SECRET": "hidden",
+            "IDENTITY_HEADER": "hidden", "IDENTITY_ENDPOINT": "http://localhost/?hidden"})))
 
-    def test_without_tls_nobody_could_log_in_and_both_ways_out_are_named(self) -> None:
-        text = self.assertFaults({"TLS_SOURCE": "off"}, "TLS_SOURCE")
-        self.assertIn("TLS_SOURCE=file", text)
-        self.assertIn("REQUIRE_TLS=false", text)
-        text = self.assertFaults({"TLS_SOURCE": "off", "REQUIRE_TLS": "false",
-                                  "SMTPS_PORT": "465"}, "TLS_SOURCE")
-        self.assertIn("SMTPS_PORT=0", text)
-        self.assertIn("TLS_SOURCE=file", text)
-        self.assertFaults({"TLS_SOURCE": "off", "SMTPS_PORT": "465"}, "TLS_SOURCE",
-                          "TLS_SOURCE")
-        # Settings are compared when all values are sound.
-        self.assertFaults({"TLS_SOURCE": "off", "LOG_LEVEL": "x"}, "LOG_LEVEL")
-
-    def test_one_port_for_two_things_is_a_fault(self) -> None:
-        self.assertFaults({"SMTP_PORT": "465", "SMTPS_PORT": "465"}, "SMTP_PORT")
-
-    def test_the_memory_holds_a_message_at_least(self) -> None:
-        make_config(MAX_MESSAGE_SIZE="1000", MAX_MEMORY_FOR_MESSAGES="1000")
-        make_config(MAX_MEMORY_FOR_MESSAGES="3145728", LARGE_MESSAGES="refuse")
-        for size, memory in (("", "36700159"), ("1001", "1000")):
-            self.assertFaults({"MAX_MESSAGE_SIZE": size, "MAX_MEMORY_FOR_MESSAGES": memory},
-                              "MAX_MEMORY_FOR_MESSAGES")
-
-    def test_what_is_needed_with_a_setting_is_named(self) -> None:
-        for environ, word in (
-                ({"ACCOUNTS_REQUIRED": "true"}, "ACCOUNTS_FILE"),
-                ({"TLS_SOURCE": "keyvault", "AZURE_KEY_VAULT_URL": "https://x.vault.azure.net"},
-                 "AZURE_KEY_VAULT_CERT_NAME"),
-                ({"TLS_SOURCE": "keyvault", "AZURE_KEY_VAULT_CERT_NAME": "x"},
-                 "AZURE_KEY_VAULT_URL")):
-            with self.subTest(word):
-                self.assertIn(word, self.assertFaults(environ, next(iter(environ))))
-        self.assertFaults({"AZURE_TABLES_FORCE_USAGE": "True"}, "ACCOUNTS_REQUIRED")
-        table = "https://x.table.core.windows.net/users"
-        for environ in ({"AZURE_TABLES_FORCE_USAGE": "true", "AZURE_TABLES_URL": table},
-                        {"ACCOUNTS_REQUIRED": "true", "AZURE_TABLES_URL": table},
-                        {"ACCOUNTS_REQUIRED": "true", "ACCOUNTS_FILE": "x"}):
-            relay.Config.from_environ(environ)
+    def test_settings_that_contradict_each_other(self) -> None:
+        """They are compared when all values are sound; the ways out are named."""
+        table, key_vault = "https://x.table.core.windows.net/users", {"TLS_SOURCE": "keyvault"}
+        local = {"GRAPH_ENDPOINT": "http://127.0.0.1", "AZURE_AUTHORITY_HOST": "http://127.0.0.1",
+                 "HTTPS_PROXY": "socks5://x"}
+        for environ, *wanted in (
+                ({"TLS_SOURCE": "off"}, "TLS_SOURCE=off with REQUIRE_TLS=true.*=file.*TLS=false"),
+                ({"TLS_SOURCE": "off", "SMTPS_PORT": "465"}, "TLS_SOURCE=off with REQUIRE_TLS",
+                 "TLS_SOURCE=off with SMTPS_PORT=465.*TLS_SOURCE=file.*SMTPS_PORT=0"),
+                ({"TLS_SOURCE": "off", "LOG_LEVEL": "x"}, "LOG_LEVEL='x'"),
+                ({"SMTP_PORT": "abc", "LOG_LEVEL": "LOUD", "CLIENT_TIMEOUT": "-1"},
+                 "SMTP_PORT='abc': must be a whole number from 0 to 65535", "LOG_LEVEL='LOUD'",
+                 "CLIENT_TIMEOUT='-1'"),
+                ({"SMTP_PORT": "465", "SMTPS_PORT": "465"}, "SMTP_PORT=465 and SMTPS_PORT=465"),
+                ({"MAX_MEMORY_FOR_MESSAGES": "36700159"}, "MAX_MEMORY_FOR_MESSAGES=36700159"),
+                ({"MAX_MESSAGE_SIZE": "1001", "MAX_MEMORY_FOR_MESSAGES": "1000"}, "MAX_MEMORY_"),
+                ({"MAX_MESSAGE_SIZE": "1000", "MAX_MEMORY_FOR_MESSAGES": "1000"},),
+                ({"MAX_MEMORY_FOR_MESSAGES": "3145728", "LARGE_MESSAGES": "refuse"},),
+                ({"ACCOUNTS_REQUIRED": "true"}, "ACCOUNTS_REQUIRED.*ACCOUNTS_FILE"),
+                ({"AZURE_TABLES_FORCE_USAGE": "True"}, "ACCOUNTS_REQUIRED"),
+                ({"AZURE_TABLES_FORCE_USAGE": "true", "AZURE_TABLES_URL": table},),
+                ({"ACCOUNTS_REQUIRED": "true", "ACCOUNTS_FILE": "x"},),
+                ({**key_vault, "AZURE_KEY_VAULT_URL": "https://x.y"}, ".*_VAULT_CERT_NAME"),
+                ({**key_vault, "AZURE_KEY_VAULT_CERT_NAME": "x"}, ".*AZURE_KEY_VAULT_URL"),
+                ({**local},), ({"HTTPS_PROXY": "http://u:p@[::1]:8080/", "https_proxy": "x:1"},),
+                ({**local, "AZURE_KEY_VAULT_URL": "https://x"}, r"HTTPS_PROXY='socks5://x'"),
+                ({**local, "AZURE_TABLES_URL": table}, "HTTPS_PROXY=.*: must be http://host:port")):
+            with self.subTest(environ):
+                try:
+                    relay.Config.from_environ(environ)
+                    lines = []
+                except relay.ConfigError as error:
+                    lines = str(error).splitlines()
+                self.assertEqual(len(lines), len(wanted), lines)
+                for line, pattern in zip(lines, wanted):
+                    self.assertRegex(line, f"^{pattern}")
 
     def test_clouds(self) -> None:
-        for cloud, login, graph in (
-                ("", "login.microsoftonline.com", "graph.microsoft.com"),
-                ("Global", "login.microsoftonline.com", "graph.microsoft.com"),
-                ("usgov", "login.microsoftonline.us", "graph.microsoft.us"),
-                ("usgov-dod", "login.microsoftonline.us", "dod-graph.microsoft.us"),
-                (" CHINA ", "login.partner.microsoftonline.cn",
-                 "microsoftgraph.chinacloudapi.cn")):
-            with self.subTest(cloud):
-                config = relay.Config.from_environ({"AZURE_CLOUD": cloud})
-                self.assertEqual((config.azure_authority_host, config.graph_endpoint),
-                                 (f"https://{login}", f"https://{graph}"))
-        config = relay.Config.from_environ({"AZURE_CLOUD": "china", "AZURE_AUTHORITY_HOST":
-                                            "https://login.chinacloudapi.cn"})
-        self.assertEqual((config.azure_authority_host, config.graph_endpoint),
-                         ("https://login.chinacloudapi.cn",
-                          "https://microsoftgraph.chinacloudapi.cn"))
+        for environ, login, graph in (
+                ({}, "login.microsoftonline.com", "graph.microsoft.com"),
+                ({"AZURE_CLOUD": "Global"}, "login.microsoftonline.com", "graph.microsoft.com"),
+                ({"AZURE_CLOUD": "usgov"}, "login.microsoftonline.us", "graph.microsoft.us"),
+                ({"AZURE_CLOUD": "usgov-dod"}, "login.microsoftonline.us",
+                 "dod-graph.microsoft.us"),
+                ({"AZURE_CLOUD": " CHINA "}, "login.partner.microsoftonline.cn",
+                 "microsoftgraph.chinacloudapi.cn"),
+                ({"AZURE_CLOUD": "china", "AZURE_AUTHORITY_HOST": "login.chinacloudapi.cn"},
+                 "login.chinacloudapi.cn", "microsoftgraph.chinacloudapi.cn")):
+            config = relay.Config.from_environ(environ)
+            self.assertEqual((config.azure_authority_host, config.graph_endpoint),
+                             (f"https://{login}", f"https://{graph}"))
         self.assertFaults({"AZURE_CLOUD": "germany"}, "AZURE_CLOUD")
-
-    def test_urls_of_azure(self) -> None:
-        sas = "sv=2020-12-06&ss=t&srt=o&sp=r&sig=a%2Fb%3D"
-        for name, good, bad in (
-                ("AZURE_TABLES_URL",
-                 ("https://x.table.core.windows.net/users", "http://127.0.0.1:1/account/users",
-                  f"https://x.table.core.windows.net/users?{sas}", f"https://x/{'a' * 63}"),
-                 ("https://x.table.core.windows.net", "https://x/a/b/users", "https://x/us",
-                  "http://x.table.core.windows.net/users", "https://x/users?a b",
-                  "https://x/users?a#b", "https://x/1users", "https://u:p@x/users",
-                  "https://x.table.cosmos.azure.com/users", f"https://x/{'a' * 64}")),
-                ("AZURE_KEY_VAULT_URL", ("https://v.vault.azure.net", "http://localhost:8"),
-                 ("http://v.vault.azure.net", "https://v?x")),
-                ("AZURE_KEY_VAULT_CERT_NAME", ("relay-1", "relay/0123456789abcdef"),
-                 ("a b", "../x", "x?y", "a/b/c")),
-                ("AZURE_POD_IDENTITY_AUTHORITY_HOST",
-                 ("http://127.0.0.1:2579", "http://169.254.131.5:8081/msi/token",
-                  "http://localhost:42356/msi/token?x=y", "http://[fd00::1]/"),
-                 ("https://x", "http://example.com/msi", "http://8.8.8.8/", "x",
-                  "http://u:p@127.0.0.1/", "http://127.0.0.1:0/", "http://127.0.0.1/a b",
-                  "http://127.0.0.1/#x")),
-                ("IDENTITY_ENDPOINT", ("https://x:2377/metadata",), ()),
-                ("AZURE_CLIENT_SECRET", ("x",), ("\udcff",)),
-                ("AZURE_TABLES_PARTITION_KEY", ("a'b \u00fc",), ("\udcff",)),
-                ("ALLOWED_TENANTS", (f"{TENANT}, contoso.com",), ("contoso", "x y")),
-                ("AZURE_TENANT_ID", (TENANT, "contoso.com"), ("x",)),
-                ("AZURE_CLIENT_ID", (CLIENT,), ("x", "contoso.com"))):
-            for text in good:
-                with self.subTest(name, good=text):
-                    relay.Config.from_environ({name: text})
-            for text in bad:
-                with self.subTest(name, bad=text):
-                    self.assertNotIn("u:p", self.assertFaults({name: text}, name))
-        for text, wanted in (("http://[fd00::1]/", "http://[fd00::1]"),
-                             ("http://127.0.0.1/msi/", "http://127.0.0.1/msi/")):
-            self.assertEqual(relay.near_url(text), wanted)
-        # A SAS, and what else is secret, is never shown.
-        hidden = "https://x.table.core.windows.net/users?sig=hidden"
-        config = relay.Config.from_environ({
-            "AZURE_TABLES_URL": hidden, "AZURE_CLIENT_SECRET": "hidden",
-            "IDENTITY_HEADER": "hidden", "IDENTITY_ENDPOINT": "http://localhost/?hidden"})
-        self.assertEqual(config.azure_tables_url, hidden)
-        self.assertNotIn("hidden", repr(config))
-        for environ in ({"AZURE_TABLES_URL": "https://x?sig=hidden"},
-                        {"AZURE_TABLES_URL": "https://x/us?sv=1&sig=ab@hidden"},
-                        {"AZURE_KEY_VAULT_URL": "https://u:hidden@x"},
-                        {"IDENTITY_HEADER": "hidden\n\x01"}):
-            self.assertNotIn("hidden", self.assertFaults(environ, *environ))
-
-    def test_endpoints(self) -> None:
-        for text, wanted in (("https://login.microsoftonline.us/",
-                              "https://login.microsoftonline.us"),
-                             ("login.microsoftonline.us", "https://login.microsoftonline.us"),
-                             ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
-                             ("http://localhost:1/graph/", "http://localhost:1/graph"),
-                             ("http://[::1]:80", "http://[::1]:80")):
-            with self.subTest(text):
-                config = relay.Config.from_environ({"GRAPH_ENDPOINT": text})
-                self.assertEqual(config.graph_endpoint, wanted)
 
     def test_every_setting_is_explained(self) -> None:
         for name, one in relay.settings().items():
@@ -1117,10 +1045,10 @@ MATRIX = """
 """
 
 
-class SequenceTests(SessionCase):
-    """Every command in every situation: RFC 5321 section 4.1.4, 3207, 4954."""
+class SessionTests(SessionCase):
+    """What a session answers and asks. FuzzTests compares far more with Model."""
 
-    def test_matrix(self) -> None:
+    def test_every_command_in_every_situation(self) -> None:
         titles, *rows = [re.split(r"  +", line.strip())
                          for line in MATRIX.strip("\n").splitlines()]
         for command, *wanted in rows:
@@ -1133,127 +1061,16 @@ class SequenceTests(SessionCase):
                                   else octets, octets.replace(b"\r\n", b" \r\n")):
                         self.assertSays(spelt, int(code), prelude=prelude, secure=secure)
 
-    def test_every_reply_but_three_kinds_has_an_enhanced_status_code(self) -> None:
-        octets = (b"NOPE\r\nNOOP\r\nRSET\r\nHELP\r\nVRFY x\r\nEXPN x\r\nMAIL FROM:<a@b.c>\r\n"
-                  b"RCPT TO:<x>\r\nRCPT TO:<a@b.c>\r\nDATA\r\nhi\r\n.\r\nQUIT\r\n")
-        for line in self.converse(octets).said.splitlines():
-            if not line.startswith(b"354"):
-                self.assertRegex(line, rb"^([245])\d\d[ -]\1\.\d\.\d+ ")
-
-    def test_ehlo_tells_what_there_is(self) -> None:
-        def extensions(**options: Any) -> list[str]:
-            return self.converse(b"EHLO x\r\n", **options).said.decode().splitlines()
-        always = ["250-relay.test", "250-SIZE 36700160", "250-PIPELINING", "250-8BITMIME",
-                  "250-SMTPUTF8", "250-ENHANCEDSTATUSCODES"]
-        self.assertEqual(extensions(prelude=b"", secure=False),
-                         [*always, "250-STARTTLS", "250 HELP"])
-        self.assertEqual(extensions(prelude=b"", secure=True),
-                         [*always, "250-AUTH PLAIN LOGIN", "250 HELP"])
-        self.assertEqual(extensions(prelude=b"", secure=False, REQUIRE_TLS="false"),
-                         [*always, "250-STARTTLS", "250-AUTH PLAIN LOGIN", "250 HELP"])
-        self.assertEqual(extensions(prelude=b"", secure=False, REQUIRE_TLS="false",
-                                    TLS_SOURCE="off", MAX_MESSAGE_SIZE="5000"),
-                         [always[0], "250-SIZE 5000", *always[2:], "250-AUTH PLAIN LOGIN",
-                          "250 HELP"])
-
-    def test_ehlo_takes_any_name_that_a_device_has(self) -> None:
-        for name in (b"my printer", b"scan_2", b"[192.168.1", b"B\xfcro-PC", b"-"):
-            with self.subTest(name):
-                self.assertSays(b"EHLO " + name + b"\r\n", 250)
-
-    def test_ehlo_ends_a_transaction(self) -> None:
-        self.assertSays(b"EHLO x\r\n" + RCPT, 250, 503, prelude=SITUATIONS["rcpt"][0])
-
-    def test_rset_forgets_the_recipients(self) -> None:
-        dialogue = self.converse(b"RSET\r\n" + MAIL + b"RCPT TO:<x@y.z>\r\nDATA\r\n.\r\n",
-                                 prelude=SITUATIONS["rcpt"][0])
-        self.assertEqual(list(dialogue.events[0].envelope.recipients.values()),
-                         ["x@y.z"])
-
     def test_the_greeting_names_the_domain_first(self) -> None:
         session = relay.Session(make_config(SERVER_GREETING="Hello there"), "relay.test")
         session.greet()
         self.assertEqual(session.output(), b"220 relay.test ESMTP Hello there\r\n")
 
-    def test_starttls_without_tls_is_no_command_here(self) -> None:
-        self.assertSays(b"STARTTLS\r\n", 502, prelude=b"EHLO x\r\n", secure=False,
-                        TLS_SOURCE="off", REQUIRE_TLS="false")
-
-
-class PipeliningTests(SessionCase):
-    """RFC 2920: replies to a group of commands leave together."""
-
     def test_a_group_is_answered_at_once_and_in_order(self) -> None:
-        dialogue = self.start(*SITUATIONS["login"][:1], secure=True)
+        dialogue = self.start(SITUATIONS["login"][0], secure=True)
         dialogue.session.receive(MAIL + RCPT + b"RCPT TO:<x>\r\nDATA\r\n")
         self.assertIsNone(dialogue.session.next_event())
         self.assertEqual(codes(dialogue.session.output()), [250, 250, 501, 354])
-
-    def test_commands_behind_a_message_wait_for_its_outcome(self) -> None:
-        dialogue = self.start(SITUATIONS["rcpt"][0], secure=True)
-        dialogue.answer = lambda session, event: None
-        self.assertEqual(codes(dialogue.feed(b"DATA\r\nhi\r\n.\r\nNOOP\r\nQUIT\r\n")), [354])
-        dialogue.session.delivered("id 1")
-        dialogue.work()
-        self.assertEqual(codes(dialogue.said[-200:].split(b"end it", 1)[1].split(
-            b"\r\n", 1)[1]), [250, 250, 221])
-
-
-class CommandLineInSessionTests(SessionCase):
-    """A command ends in CRLF and in nothing else, and is of bounded length."""
-
-    def test_lone_cr_and_lf_never_make_a_second_command(self) -> None:
-        for octets in (b"NOOP\nQUIT\r\n", b"NOOP\rQUIT\r\n", b"NOOP\n\r\n", b"NOOP\r\r\n",
-                       b"NOOP x\ny\r\n", b"\nNOOP\r\n", b"NO\0OP\r\n", b"NOOP \0\r\n",
-                       b"NOOP \x1b[1m\r\n", b"NOOP \x7f\r\n",
-                       "R\u017fET\r\n".encode()):         # which is RSET in capitals
-            with self.subTest(octets):
-                self.assertSays(octets, 500)
-
-    def test_a_recipient_cannot_smuggle_a_command(self) -> None:
-        dialogue = self.assertSays(b"RCPT TO:<a@b.c>\nRCPT TO:<evil@b.c>\r\n", 500,
-                                   prelude=SITUATIONS["mail"][0])
-        self.assertEqual(dialogue.events, [])
-
-    def test_lengths(self) -> None:
-        for octets, code in ((b"NOOP " + b"x" * 2041 + b"\r\n", 250),
-                             (b"NOOP " + b"x" * 2042 + b"\r\n", 500),
-                             (b"NOOP " + b"x" * 100_000 + b"\r\n", 500)):
-            with self.subTest(len(octets)):
-                self.assertSays(octets + b"RSET\r\n", code, 250)
-
-    def test_a_long_line_takes_no_memory(self) -> None:
-        dialogue = self.start(b"EHLO x\r\n")
-        for _ in range(100):
-            dialogue.feed(b"x" * 65536)
-            self.assertLess(len(dialogue.session._buffer), 70_000)
-        self.assertEqual(codes(dialogue.feed(b"\r")), [])
-        self.assertEqual(codes(dialogue.feed(b"\nNOOP\r\n")), [500, 250])
-        dialogue.feed(b"x" * 65536)
-        self.assertEqual(codes(dialogue.feed(b"\r\nNOOP\r\n")), [500, 250])
-
-    def test_lengths_of_auth(self) -> None:
-        prelude = SITUATIONS["tls"][0]
-        word = base64.b64encode(b"\0u\0" + b"p" * 9000)
-        self.assertSays(b"AUTH PLAIN " + word + b"\r\n", 235, prelude=prelude)
-        self.assertSays(b"AUTH PLAIN " + b"A" * 12300 + b"\r\nNOOP\r\n", 500, 250,
-                        prelude=prelude)
-        self.assertSays(b"AUTH PLAIN\r\n" + word + b"\r\n", 334, 235, prelude=prelude)
-        dialogue = self.assertSays(b"AUTH PLAIN\r\n" + b"A" * 12300 + b"\r\nNOOP\r\n",
-                                   334, 500, 250, prelude=prelude)
-        self.assertIn(b"500 5.5.6 ", dialogue.said)
-
-    def test_replies_do_not_repeat_what_the_client_said(self) -> None:
-        said = self.converse(b"MAIL FROM:<\x85\xff@b.c>\r\nNOSUCH x\r\n").said
-        self.assertTrue(said.isascii())
-        self.assertNotIn(b"NOSUCH", said)
-
-    def test_an_http_verb_closes_at_once(self) -> None:
-        for verb in (b"GET / HTTP/1.1", b"post /x HTTP/1.0", b"CONNECT x:25 HTTP/1.1",
-                     b"OPTIONS *"):
-            with self.subTest(verb):
-                dialogue = self.assertSays(verb + b"\r\nNOOP\r\n", 421, prelude=b"")
-                self.assertTrue(dialogue.closed)
 
     def test_a_client_hello_on_the_plain_port_is_recognised(self) -> None:
         dialogue = self.assertSays(b"\x16\x03\x01\x02\x00\x01\r\n", prelude=b"",
@@ -1281,95 +1098,18 @@ class CommandLineInSessionTests(SessionCase):
                 self.assertEqual(codes(said), wanted)
                 self.assertEqual(dialogue.closed, wanted[-1] == 421)
 
-    def test_end_of_file_in_every_situation_is_a_close(self) -> None:
-        for situation, (prelude, secure) in SITUATIONS.items():
-            for begun in (b"", b"NOO", b"AUTH LOGIN\r\n", b"DATA\r\nhalf a mess"):
-                with self.subTest(situation, begun=begun):
-                    dialogue = self.start(prelude, secure=secure)
-                    dialogue.feed(begun)
-                    dialogue.session.receive_eof()
-                    dialogue.work()
-                    self.assertTrue(dialogue.closed)
-                    self.assertEqual(dialogue.messages, [])
-
-
-class ParameterTests(SessionCase):
-    """The parameters of MAIL and RCPT."""
-
     def test_mail_parameters(self) -> None:
-        for parameters, code, status in (
-                ("SIZE=1000", 250, "2.1.0"), ("size=36700160", 250, "2.1.0"),
-                ("SIZE=0", 250, "2.1.0"), ("SIZE=36700161", 552, "5.3.4"),
-                ("SIZE=99999999999999999999", 552, "5.3.4"),
-                ("SIZE=999999999999999999999", 501, "5.5.4"),
-                ("SIZE=-1", 501, "5.5.4"), ("SIZE=+1", 501, "5.5.4"),
-                ("SIZE=1_0", 501, "5.5.4"), ("SIZE=\u0661", 501, "5.5.4"),
-                ("SIZE", 501, "5.5.4"), ("SIZE=1 SIZE=1", 501, "5.5.4"),
-                ("BODY=7BIT", 250, "2.1.0"), ("BODY=8bitmime", 250, "2.1.0"),
-                ("BODY=BINARYMIME", 501, "5.5.4"), ("BODY", 501, "5.5.4"),
-                ("SMTPUTF8", 250, "2.1.0"), ("SMTPUTF8=1", 501, "5.5.4"),
-                ("AUTH=a@b.c", 250, "2.1.0"), ("AUTH=+3C+3E", 250, "2.1.0"),
-                ("AUTH", 501, "5.5.4"), ("RET=HDRS", 555, "5.5.4"),
-                ("SIZE=1 BODY=8BITMIME SMTPUTF8 AUTH=x", 250, "2.1.0")):
-            with self.subTest(parameters):
-                dialogue = self.assertSays(f"MAIL FROM:<a@b.c> {parameters}\r\n".encode(),
-                                           code)
-                self.assertTrue(dialogue.said.startswith(f"{code} {status} ".encode()))
-
-    def test_rcpt_has_no_parameters(self) -> None:
-        self.assertSays(b"RCPT TO:<a@b.c> NOTIFY=NEVER\r\n", 555,
-                        prelude=SITUATIONS["mail"][0])
-
-    def test_addresses_beyond_ascii_need_smtputf8(self) -> None:
-        address = "<\u00fc@b.c>".encode()
-        self.assertSays(b"MAIL FROM:" + address + b"\r\n", 553)
-        dialogue = self.assertSays(b"MAIL FROM:" + address + b" SMTPUTF8\r\nRCPT TO:" + address
-                                   + b"\r\nDATA\r\n.\r\n", 250, 250, 354, 250)
-        self.assertEqual(dialogue.events[0].envelope.reverse_path, "\u00fc@b.c")
-        self.assertSays(MAIL + b"RCPT TO:" + address + b"\r\n", 250, 553)
-        self.assertSays(b"MAIL FROM:<\xfc@b.c> SMTPUTF8\r\n", 501)      # Latin-1
-
-    def test_the_null_recipient_does_not_exist(self) -> None:
-        self.assertSays(b"RCPT TO:<>\r\n", 501, prelude=SITUATIONS["mail"][0])
-
-    def test_too_many_recipients(self) -> None:
-        dialogue = self.assertSays(
-            MAIL + b"RCPT TO:<a@b.c>\r\nRCPT TO:<b@b.c>\r\nRCPT TO:<A@B.c>\r\n"
-            b"RCPT TO:<c@b.c>\r\nDATA\r\n.\r\n", 250, 250, 250, 250, 452, 354, 250,
-            MAX_RECIPIENTS="2")
-        self.assertIn(b"452 4.5.3 ", dialogue.said)
-        self.assertEqual(list(dialogue.events[0].envelope.recipients.values()),
-                         ["a@b.c", "b@b.c"])
-
-    def test_many_refused_recipients_do_not_end_the_session(self) -> None:
-        self.assertSays(MAIL + RCPT + b"".join(b"RCPT TO:<u%d@b.c>\r\n" % number
-                                               for number in range(20)) + b"DATA\r\n.\r\n",
-                        250, 250, *[452] * 20, 354, 250, MAX_RECIPIENTS="1")
-
-
-class DataTests(SessionCase):
-    """What becomes of the octets of a message."""
-
-    def receive(self, content: bytes, **settings: str) -> Dialogue:
-        options: dict[str, Any] = dict(settings)
-        return self.converse(b"DATA\r\n" + content, prelude=SITUATIONS["rcpt"][0], **options)
-
-    def test_content_is_kept_and_lines_end_in_crlf(self) -> None:
-        for content, message in (
-                (b".\r\n", b""),
-                (b"\r\n.\r\n", b"\r\n"),
-                (b"a\r\n.\r\n", b"a\r\n"),
-                (b"..\r\n.\r\n", b".\r\n"),                         # dot-stuffing
-                (b"...a\r\n..b\r\n.\r\n", b"..a\r\n.b\r\n"),
-                (b".a\r\n.\r\n", b"a\r\n"),                         # RFC 5321 4.5.2
-                (b"a\r\n\r\n.\r\n", b"a\r\n\r\n"),
-                (b"a\nb\rc\r\n.\r\n", b"a\r\nb\r\nc\r\n"),          # lone LF and CR
-                (b"a\r\r\nb\n\r\n.\r\n", b"a\r\n\r\nb\r\n\r\n"),
-                (b"a\0b\xff\r\n.\r\n", b"a\0b\xff\r\n"),            # NUL and 8 bit
-                (b"x" * 100_000 + b"\r\n.\r\n", b"x" * 100_000 + b"\r\n"),
-                (b"a.\r\nb.\r\n.\r\n", b"a.\r\nb.\r\n")):
-            with self.subTest(content[:40]):
-                self.assertEqual(self.receive(content).messages, [message])
+        for reply, *rows in (
+                ("250 2.1.0", "SIZE=1000", "size=36700160", "SIZE=0", "BODY=7BIT", "SMTPUTF8",
+                 "BODY=8bitmime", "AUTH=a@b.c", "SIZE=1 BODY=8BITMIME SMTPUTF8 AUTH=+3C+3E"),
+                ("501 5.5.4", "SIZE=999999999999999999999", "SIZE=-1", "SIZE=1_0", "SIZE=\u0661",
+                 "SIZE", "SIZE=1 SIZE=1", "BODY=BINARYMIME", "BODY", "SMTPUTF8=1", "AUTH"),
+                ("552 5.3.4", "SIZE=36700161", "SIZE=99999999999999999999"),
+                ("555 5.5.4", "RET=HDRS")):
+            for parameters in rows:
+                with self.subTest(parameters):
+                    octets = f"MAIL FROM:<a@b.c> {parameters}\r\n".encode()
+                    self.assertTrue(self.converse(octets).said.startswith(reply.encode()))
 
     def test_only_crlf_dot_crlf_ends_a_message(self) -> None:
         """SMTP smuggling: CVE-2023-51764, CVE-2024-27305 and their kin."""
@@ -1377,62 +1117,18 @@ class DataTests(SessionCase):
                     b"\n.\r", b"\r\n\0.\r\n", b"\r\n.\0\r\n", b"\r\r\n.\n", b"\r\n.\n\r\n",
                     b"\r\n.\r\r\n", b"\r\n .\r\n", b"\r\n. \r\n", b"\r\n.\r\n"[:4]):
             with self.subTest(end):
-                dialogue = self.receive(b"a" + end + b"MAIL FROM:<evil@b.c>\r\n.\r\n")
-                self.assertEqual(len(dialogue.messages), 1)
+                dialogue = self.assertSays(
+                    b"DATA\r\na" + end + b"MAIL FROM:<evil@b.c>\r\n.\r\n", 354, 250,
+                    prelude=SITUATIONS["rcpt"][0])
                 self.assertIn(b"evil", dialogue.messages[0])
-                self.assertEqual(codes(dialogue.said), [354, 250])
-
-    def test_every_cut_of_the_input_gives_the_same_message(self) -> None:
-        content = b"DATA\r\n.a\r\n..\r\n\r\n...b\r\r\n.\n.\r\n.\r\nNOOP\r\n"
-        outcomes = set()
-        for first in range(len(content)):
-            for second in range(first, len(content)):
-                dialogue = self.start(SITUATIONS["rcpt"][0], secure=True)
-                said = dialogue.feed(content[:first], content[first:second],
-                                     content[second:])
-                outcomes.add((said, *dialogue.messages))
-        self.assertEqual(len(outcomes), 1)
-        self.assertEqual(outcomes.pop()[1:], (b"a\r\n.\r\n\r\n..b\r\n\r\n\r\n.\r\n",))
-
-    def test_too_large_a_message_is_read_to_its_end_and_kept_nowhere(self) -> None:
-        dialogue = self.start(SITUATIONS["rcpt"][0], secure=True, MAX_MESSAGE_SIZE="5000")
-        dialogue.feed(b"DATA\r\n")
-        for _ in range(100):
-            dialogue.feed(b"x" * 98 + b"\r\n")
-        self.assertEqual(dialogue.session._content, b"")
-        self.assertEqual(dialogue.session._memory.free, 268_435_456)
-        self.assertLess(len(dialogue.session._buffer), 200)
-        said = dialogue.feed(b".\r\n" + MAIL + RCPT + b"DATA\r\nsmall\r\n.\r\n")
-        self.assertEqual(codes(said), [552, 250, 250, 354, 250])
-        self.assertIn(b"552 5.3.4 ", said)
-        self.assertEqual(dialogue.messages, [b"small\r\n"])
-        self.assertEqual([what.code for mark, what in dialogue.log if mark == "!"], [552])
 
     def test_the_limit_is_exact(self) -> None:
         for size, code in ((5000, 250), (5001, 552)):
             for content in (b"x" * (size - 2) + b"\r\n", b"..\r\n" + b"x" * (size - 5) + b"\r\n",
                             b"\n" + b"x" * (size - 4) + b"\r\n"):
                 with self.subTest(size, content=content[:5]):
-                    dialogue = self.receive(content + b".\r\n", MAX_MESSAGE_SIZE="5000")
-                    self.assertEqual(codes(dialogue.said), [354, code])
-
-    def test_a_message_after_a_refused_one_does_not_mix_with_it(self) -> None:
-        def refuse(session: relay.Session, event: relay.Event) -> None:
-            if isinstance(event, relay.Deliver) and event.envelope.reverse_path == "a@b.c":
-                session.refuse(relay.Reply(550, "5.7.1", "no"))
-            else:
-                accept(session, event)
-        dialogue = self.assertSays(
-            b"DATA\r\nfirst\r\n.\r\nDATA\r\nMAIL FROM:<x@b.c>\r\nRCPT TO:<y@b.c>\r\n"
-            b"DATA\r\nsecond\r\n.\r\n", 354, 550, 503, 250, 250, 354, 250,
-            prelude=SITUATIONS["rcpt"][0], answer=refuse)
-        envelope = dialogue.events[-1].envelope
-        self.assertEqual((envelope.reverse_path, list(envelope.recipients), envelope.message),
-                         ("x@b.c", ["y@b.c"], b"second\r\n"))
-
-
-class SizeTests(SessionCase):
-    """SIZE is honest, and messages share the memory that there is."""
+                    self.assertSays(b"DATA\r\n" + content + b".\r\n", 354, code,
+                                    prelude=SITUATIONS["rcpt"][0], MAX_MESSAGE_SIZE="5000")
 
     def test_what_is_advertised_and_what_is_taken(self) -> None:
         for size, large, limit in (
@@ -1476,39 +1172,15 @@ class SizeTests(SessionCase):
         self.assertEqual(codes(second.feed(MAIL + RCPT + b"DATA\r\n" + line + b".\r\n")),
                          [250, 250, 354, 250])
 
-    def test_memory_is_given_back_whatever_ends_a_message(self) -> None:
-        def refuse(session: relay.Session, event: relay.Event) -> None:
-            if isinstance(event, relay.Deliver):
-                session.refuse(relay.Reply(451, "4.3.0", "no"))
-            else:
-                accept(session, event)
-        for name, end in (("accepted", lambda one: one.feed(b".\r\n")),
-                          ("hung up", lambda one: (one.session.receive_eof(), one.work())),
-                          ("timed out", lambda one: one.session.end(
-                              relay.Reply(421, "4.4.2", "late"), "late")),
-                          ("aborted", lambda one: one.session.abandon()),
-                          ("too large", lambda one: one.feed(b"x" * 10_000))):
-            for answer in (accept, refuse):
-                memory = relay.Memory(100_000)
-                dialogue = Dialogue(tls_config(MAX_MESSAGE_SIZE="5000"), secure=True,
-                                    memory=memory, answer=answer)
-                dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + RCPT + b"DATA\r\nabc\r\ndef\r\n")
-                self.assertEqual(memory.free, 100_000 - 8)      # CRLF may begin the end
-                end(dialogue)
-                with self.subTest(name, answer=answer):
-                    self.assertEqual(memory.free, 100_000)
-        # It is taken until the answer to the message.
-        memory = relay.Memory(100_000)
+    def test_memory_is_taken_until_the_answer_to_the_message(self) -> None:
+        memory = relay.Memory(100)
         dialogue = Dialogue(tls_config(), secure=True, memory=memory,
-                            answer=lambda session, event: memory.check(100_000 - 5)
-                            if isinstance(event, relay.Deliver) and memory.free == 100_000 - 5
-                            else accept(session, event))
+                            answer=lambda session, event: accept(session, event)
+                            if not isinstance(event, relay.Deliver) else None)
         dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + RCPT + b"DATA\r\nabc\r\n.\r\n")
-        self.assertEqual(memory.free, 100_000 - 5)
-
-
-class StartTlsTests(SessionCase):
-    """RFC 3207 section 4.2: what was said in the clear is forgotten."""
+        self.assertEqual(memory.free, 95)
+        dialogue.session.delivered("id 1")
+        self.assertEqual(memory.free, 100)
 
     def test_octets_behind_starttls_are_never_obeyed(self) -> None:
         dialogue = self.start(b"EHLO x\r\n", answer=lambda session, event: None)
@@ -1521,83 +1193,6 @@ class StartTlsTests(SessionCase):
         self.assertEqual(dialogue.session.output(), b"")
         self.assertEqual(codes(dialogue.feed(b"MAIL FROM:<a@b.c>\r\nEHLO real\r\n")),
                          [530, 250])
-
-    def test_a_half_command_before_is_forgotten_too(self) -> None:
-        dialogue = self.start(b"EHLO x\r\n", answer=lambda session, event: None)
-        dialogue.feed(b"STARTTLS\r\n", b"x" * 3000)
-        dialogue.session.tls_started()
-        self.assertEqual(codes(dialogue.feed(b"EHLO real\r\n")), [250])
-
-    def test_ehlo_is_forgotten(self) -> None:
-        dialogue = self.start(b"EHLO x\r\nSTARTTLS\r\n")
-        self.assertEqual(codes(dialogue.feed(LOGIN + b"EHLO x\r\n" + LOGIN)), [503, 250, 235])
-
-    def test_login_and_transaction_are_forgotten(self) -> None:
-        dialogue = self.start(b"EHLO x\r\n" + LOGIN, REQUIRE_TLS="false")
-        self.assertTrue(dialogue.session.login)
-        dialogue.feed(b"STARTTLS\r\n")
-        self.assertFalse(dialogue.session.login)
-        self.assertEqual(codes(dialogue.feed(b"STARTTLS\r\nEHLO x\r\n" + MAIL)),
-                         [503, 250, 530])
-
-
-class AuthTests(SessionCase):
-    """RFC 4954 and 4616; LOGIN as devices know it."""
-
-    def login(self, octets: bytes, *wanted: int, **options: Any) -> Dialogue:
-        return self.assertSays(octets, *wanted, prelude=SITUATIONS["tls"][0], **options)
-
-    def test_every_way_to_log_in(self) -> None:
-        user, password = base64.b64encode(USER.encode()), base64.b64encode(b"p\xc3\xa4ss")
-        both = base64.b64encode(f"\0{USER}\0p\u00e4ss".encode())
-        same = base64.b64encode(f"{USER}\0{USER}\0p\u00e4ss".encode())
-        for octets, replies in (
-                (b"AUTH PLAIN " + both + b"\r\n", [235]),
-                (b"auth plain " + both + b"\r\n", [235]),
-                (b"AUTH PLAIN\r\n" + both + b"\r\n", [334, 235]),
-                (b"AUTH PLAIN " + same + b"\r\n", [235]),
-                (b"AUTH LOGIN\r\n" + user + b"\r\n" + password + b"\r\n", [334, 334, 235]),
-                (b"Auth Login " + user + b"\r\n" + password + b"\r\n", [334, 235])):
-            with self.subTest(octets[:12]):
-                dialogue = self.login(octets, *replies)
-                self.assertEqual(dialogue.events, [relay.Authenticate(USER, "p\u00e4ss")])
-
-    def test_challenges_are_what_devices_compare_with(self) -> None:
-        said = self.login(b"AUTH LOGIN\r\nQQ==\r\nQQ==\r\nQUIT\r\n", 334, 334, 235, 221).said
-        self.assertTrue(said.startswith(b"334 VXNlcm5hbWU6\r\n334 UGFzc3dvcmQ6\r\n235 2.7.0 "))
-        self.assertEqual(self.login(b"AUTH PLAIN\r\n", 334).said, b"334 \r\n")
-
-    def test_what_cannot_be_read(self) -> None:
-        for octets, *replies in (
-                (b"AUTH PLAIN *\r\n", 501), (b"AUTH PLAIN\r\n*\r\n", 334, 501),
-                (b"AUTH LOGIN\r\nQQ==\r\n*\r\n", 334, 334, 501),
-                (b"AUTH PLAIN QQ\r\n", 501), (b"AUTH PLAIN ====\r\n", 501),
-                (b"AUTH PLAIN Q!==\r\n", 501), (b"AUTH PLAIN =\r\n", 501),
-                (b"AUTH PLAIN\r\n\r\n", 334, 501), (b"AUTH PLAIN\r\n=\r\n", 334, 501),
-                (b"AUTH PLAIN " + base64.b64encode(b"\0a") + b"\r\n", 501),
-                (b"AUTH PLAIN " + base64.b64encode(b"\0a\0b\0c") + b"\r\n", 501),
-                (b"AUTH PLAIN " + base64.b64encode(b"\0\xff\0b") + b"\r\n", 501),
-                (b"AUTH PLAIN " + base64.b64encode(b"x\0a\0b") + b"\r\n", 501),
-                (b"AUTH PLAIN QQ== QQ==\r\n", 501), (b"AUTH LOGIN\r\nQQ\0==\r\n", 334, 500)):
-            with self.subTest(octets):
-                dialogue = self.login(octets + b"NOOP\r\n", *replies, 250)
-                self.assertEqual(dialogue.events, [])
-
-    def test_an_empty_initial_response(self) -> None:
-        dialogue = self.login(b"AUTH LOGIN =\r\nQQ==\r\n", 334, 235)
-        self.assertEqual(dialogue.events, [relay.Authenticate("", "A")])
-
-    def test_three_failed_logins_end_the_session(self) -> None:
-        def refuse(session: relay.Session, event: relay.Event) -> None:
-            if isinstance(event, relay.Authenticate):
-                session.refuse(relay.Reply(535, "5.7.8", "no"))
-        dialogue = self.login(LOGIN * 4, 535, 535, 535, 421, answer=refuse)
-        self.assertTrue(dialogue.closed)
-
-    def test_a_login_that_could_not_be_checked_does_not_count(self) -> None:
-        def refuse(session: relay.Session, event: relay.Event) -> None:
-            session.refuse(relay.Reply(454, "4.7.0", "later"))
-        self.login(LOGIN * 20, *[454] * 20, answer=refuse)
 
     def test_the_log_never_shows_what_belongs_to_auth(self) -> None:
         prelude = SITUATIONS["tls"][0]
@@ -1614,104 +1209,19 @@ class AuthTests(SessionCase):
                 for hidden in ("hidden", secret.decode(), word.decode()):
                     self.assertNotIn(hidden, shown)
 
-
-class PropertyTests(SessionCase):
-    """Whatever comes, the session stays a session."""
-
-    def test_random_dialogues(self) -> None:
-        """No exception, well-formed replies, and the same for every cut of the input."""
-        words = [b"EHLO x\r\n", LOGIN, MAIL, RCPT, b"DATA\r\n", b".\r\n", b"\r\n.\r\n", b"\r\n",
-                 b"..x\r\n", b"RSET\r\n", b"NOOP\r\n", b"AUTH LOGIN\r\n", b"QQ==\r\n", b"*\r\n",
-                 b"AUTH PLAIN\r\n", b"\n", b"\r", b"\0", b".", b"x" * 300, b"\xff", b"VRFY a\r\n",
-                 b"MAIL FROM:<> SIZE=9\r\n", b"RCPT TO:<\"a b\"@c>\r\n", b"HELP\r\n", b" "]
-        chance = random.Random(20261123)
-        for number in range(400):
-            octets = b"".join(chance.choices(words, k=chance.randrange(1, 40)))
-            cuts = sorted(chance.choices(range(len(octets) + 1), k=chance.randrange(8)))
-            pieces = [octets[begin:end] for begin, end in zip([0, *cuts],
-                                                              [*cuts, len(octets)])]
-            with self.subTest(number, octets=octets):
-                whole, cut = (self.start(secure=True) for _ in range(2))
-                whole.feed(octets)
-                cut.feed(*pieces)
-                self.assertEqual((whole.said, whole.events), (cut.said, cut.events))
-                codes(whole.said)
-                for message in whole.messages:
-                    self.assertNotRegex(message, rb"(?<!\r)\n|\r(?!\n)")
-
-
-class AccountSessionTests(SessionCase):
-    """What an account allows, in the dialogue."""
-
-    def begin(self, *, guest: bool = False, require_tls: bool = True, secure: bool = False,
-              **rules: Any) -> Dialogue:
-        login = relay.Login(relay.Account("scan2", **rules), relay.Application("", "", "s"),
-                            "" if guest else "scan2")
-
-        def answer(session: relay.Session, event: relay.Event) -> None:
-            if isinstance(event, relay.Authenticate):
-                session.authenticated(login)
-            else:
-                accept(session, event)
-        config = tls_config(REQUIRE_TLS=str(require_tls))
-        return Dialogue(config, secure=secure, answer=answer, guest=login if guest else None)
-
     def test_senders_and_recipients(self) -> None:
-        dialogue = self.begin(secure=True, allowed_senders=("a.b",),
-                              allowed_recipients=("d.e", "boss@f.g"))
-        said = dialogue.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<x@b.c>\r\nMAIL FROM:<x@A.B>\r\n"
+        login = relay.Login(relay.Account("scan2", allowed_senders=("a.b",),
+                                          allowed_recipients=("d.e", "boss@f.g")),
+                            relay.Application("", "", "s"), "scan2")
+        dialogue = Dialogue(tls_config(), secure=True, guest=login)
+        said = dialogue.feed(b"EHLO x\r\nMAIL FROM:<x@b.c>\r\nMAIL FROM:<x@A.B>\r\n"
                              b"RCPT TO:<x@y.z>\r\nRCPT TO:<x@d.e>\r\nRCPT TO:<Boss@f.g>\r\n"
                              b"RCPT TO:<other@f.g>\r\nDATA\r\nText\r\n.\r\n")
-        self.assertEqual(codes(said)[-9:], [235, 550, 250, 550, 250, 250, 550, 354, 250])
+        self.assertEqual(codes(said)[-8:], [550, 250, 550, 250, 250, 550, 354, 250])
         self.assertIn(b"550 5.7.1 This account may not send as x@b.c", said)
         self.assertIn(b"550 5.7.1 This account may not send to other@f.g", said)
-        envelope = next(event.envelope for event in dialogue.events
-                        if isinstance(event, relay.Deliver))
-        self.assertEqual(list(envelope.recipients.values()), ["x@d.e", "Boss@f.g"])
-
-    def test_the_null_reverse_path_is_judged_later(self) -> None:
-        dialogue = self.begin(secure=True, allowed_senders=("a.b",))
-        said = dialogue.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<>\r\n")
-        self.assertEqual(codes(said)[-1], 250)
-
-    def test_many_forbidden_recipients_do_not_end_the_session(self) -> None:
-        dialogue = self.begin(secure=True, allowed_recipients=("d.e",))
-        said = dialogue.feed(b"EHLO x\r\n" + LOGIN + MAIL + b"RCPT TO:<x@y.z>\r\n" * 50
-                             + b"RCPT TO:<x@d.e>\r\n")
-        self.assertEqual(codes(said)[-51:], [550] * 50 + [250])
-
-    def test_without_login(self) -> None:
-        dialogue = self.begin(guest=True, require_tls=False)
-        said = dialogue.feed(b"EHLO x\r\n" + MAIL + RCPT + b"DATA\r\nText\r\n.\r\n")
-        self.assertEqual(codes(said)[-4:], [250, 250, 354, 250])
-        self.assertIn(b"AUTH PLAIN LOGIN", said)
-
-    def test_without_login_but_with_tls(self) -> None:
-        dialogue = self.begin(guest=True)
-        said = dialogue.feed(b"EHLO x\r\n" + MAIL)
-        self.assertIn(b"530 5.7.0 Say STARTTLS first", said)
-        said = dialogue.feed(b"STARTTLS\r\n") + dialogue.feed(b"EHLO x\r\n" + MAIL + RCPT)
-        self.assertEqual(codes(said)[-2:], [250, 250])
-
-    def test_who_may_send_without_login_may_log_in_too(self) -> None:
-        dialogue = self.begin(guest=True, secure=True)
-        said = dialogue.feed(b"EHLO x\r\n" + LOGIN)
-        self.assertEqual(codes(said)[-1], 235)
-        other = Dialogue(tls_config(), secure=True, guest=self.begin(
-            guest=True).session._guest)
-        other.feed(b"EHLO x\r\n" + LOGIN)
-        assert other.session.login is not None
-        self.assertEqual(other.session.login.username, "test")
-        self.assertEqual(codes(other.feed(LOGIN))[-1], 503)
-
-    def test_tls_is_as_the_network_has_it(self) -> None:
-        for require_tls, secure, login in ((True, False, 530), (False, False, 235),
-                                           (True, True, 235)):
-            with self.subTest(require_tls=require_tls, secure=secure):
-                dialogue = self.begin(require_tls=require_tls, secure=secure)
-                said = dialogue.feed(b"EHLO x\r\n" + LOGIN)
-                self.assertEqual(codes(said)[-1], login)
-                self.assertEqual(b"AUTH PLAIN" in said, login == 235)
+        self.assertEqual(list(dialogue.events[0].envelope.recipients.values()),
+                         ["x@d.e", "Boss@f.g"])
 
 
 # ---------------------------------------------------------------------------
@@ -3705,9 +3215,9 @@ class AccountLoginTests(AccountCase):
             self.assertEqual(sorted(self.fake.delivered[-1].recipients), whom)
 
     def test_a_sender_that_only_the_header_names(self) -> None:
-        """MAIL FROM:<> and SENDER_FROM=header must not go past allowed_senders."""
+        """With MAIL FROM:<> and SENDER_FROM=header allowed_senders are about From alone."""
         by_header = self.another(SENDER_FROM="header")
-        for running, sender in ((self.running, ""), (by_header, "a@example.com")):
+        for running, sender in ((self.running, ""), (by_header, "root@printer.local")):
             client = self.logged_in_as("own.secret", self.password, running)
             for name, reply in (("boss@b.c", "550 5.7.1"), ("a@example.com", "250 2.0.0")):
                 message = f"From: {name}\r\nTo: a@x.y\r\n\r\nText\r\n".encode()
@@ -9959,7 +9469,8 @@ LOGINS = (LOGIN, LOGIN, b"AUTH PLAIN\r\n" + plain() + b"\r\n", b"auth login\r\nQ
           b"AUTH PLAIN =\r\n", b"AUTH PLAIN QQ\r\n", b"AUTH PLAIN\r\nA===\r\n", b"AUTH X\r\n",
           b"AUTH PLAIN " + plain(authorize=USER) + b"\r\n", b"AUTH PLAIN AAAA\r\n",
           b"AUTH PLAIN " + plain(authorize="x") + b"\r\n", b"AUTH LOGIN\r\n/w==\r\n/w==\r\n",
-          b"AUTH PLAIN " + plain(password="p" * 8000) + b"\r\n", b"AUTH\r\n",
+          b"AUTH PLAIN " + plain(password="p\u00e4" * 2700) + b"\r\n", b"AUTH\r\n",
+          b"AUTH PLAIN\r\n" + plain(authorize="x\0y") + b"\r\n", b"AUTH PLAIN\r\n*\r\n",
           b"AUTH PLAIN " + plain(password="p" * 10_000) + b"\r\n",
           b"AUTH LOGIN\r\nQQ==\r\nRSET\r\n", b"AUTH LOGIN QQ== QQ==\r\n")
 ODDITIES = (b"NOOP\r\n", b"noop x\r\n", b"HELP\r\n", b"VRFY a\r\n", b"VRFY\r\n", b"EXPN\r\n",
@@ -9967,6 +9478,8 @@ ODDITIES = (b"NOOP\r\n", b"noop x\r\n", b"HELP\r\n", b"VRFY a\r\n", b"VRFY\r\n",
             b"QUIT\r\n", b"QUIT x\r\n", b"NOOP" + b" x" * 1021 + b"\r\n", b"X" * 2047 + b"\r\n",
             b"NOOP " + b"y" * 2041 + b"\r\n", b"NOOP " + b"y" * 2042 + b"\r\n", b"HELO\r\n",
             b"x" * 13_000 + b"\r\n", b"GET / HTTP/1.1\r\n", b"MAIL\r\n", b"RCPT\r\n",
+            b"post /x HTTP/1.0\r\n", b"CONNECT x:25 HTTP/1.1\r\n", b"HELO B\xfcro 1\r\n",
+            b"AUTH LOGIN\r\n" + b"A" * 12_287 + b"\r\n",
             b"HELO x\r\n", b"EHLO  [::1] \t\r\n", b"DATA\r\n", b"NOOP\nNOOP\r\n", b".\r\n",
             b"NO\0OP\r\n", b"\xff\r\n", b"STARTTLS\r\n", b"EHLO x\r\n", "R\u017fET\r\n".encode(),
             "QU\u0131T\r\n".encode())
