@@ -5245,11 +5245,12 @@ class MemoryTests(unittest.TestCase):
 
 def wait_for(condition: Callable[[], Any], patience: float = PATIENCE) -> None:
     """Wait until something is so, that no socket tells."""
-    pause, end = threading.Event(), time.monotonic() + patience
+    pause, end = 0.002, time.monotonic() + patience
     while not condition():
         if time.monotonic() > end:
             raise AssertionError("it never came")
-        pause.wait(0.005)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.05)
 
 
 @contextlib.contextmanager
@@ -6697,6 +6698,18 @@ class ShellTests(TlsCase):
                 wait_for(functools.partial(kept.find, "disconnected"))
                 self.assertIn(word, kept.find("disconnected")[0][1])
 
+    def test_a_defect_ends_the_session_and_is_logged_with_its_traceback(self) -> None:
+        handler = logging.Handler()
+        handler.emit = lambda record: 1 / ("NOOP d" not in record.getMessage())  # type: ignore
+        relay.log.addHandler(handler)
+        self.addCleanup(relay.log.removeHandler, handler)
+        with kept_log() as kept:
+            self.assertReply(self.connect().say("NOOP defect"), "421 4.3.0")
+            wait_for(lambda: kept.find("disconnected"))
+        self.assertEqual([level for level, line in kept.lines if " broken" in line],
+                         ["ERROR"])
+        self.assertIn('reason="a defect of the relay"', kept.find("disconnected")[0][1])
+
     def test_replies_leave_at_once(self) -> None:
         """Without TCP_NODELAY the second of two would wait for 40 ms."""
         self.read_until(self.raw(), b"\r\n")
@@ -7369,7 +7382,6 @@ class Watched:
 
     def left(self) -> int:
         """How many descriptors it has, and threads; but connections to Microsoft may be kept."""
-        time.sleep(0.05)        # it is asked again and again, and the table may be long
         links = []
         for path in pathlib.Path(f"/proc/{self.process.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):        # closed meanwhile
