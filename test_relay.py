@@ -4641,12 +4641,14 @@ class VaultTests(RelayCase):
         for octets in map(base64.b64decode, (OLD_PFX, NEW_PFX)):
             self.assertEqual(blocks(relay.pfx_to_pem(octets).decode()), blocks(VAULT_PEM))
         good = base64.b64decode(NEW_PFX)
-        only_a_certificate = subprocess.run(
-            ["openssl", "pkcs12", "-export", "-nokeys", "-passout", "pass:"],
-            input=ROOT_CERT.encode(), check=True, capture_output=True).stdout
-        for octets, word in ((b"", "openssl"), (b"garbage", "openssl"), (good[:-1], "openssl"),
-                             (good[:600] + b"\0" * 500, "openssl"),
-                             (only_a_certificate, "no private key")):
+        halves = [subprocess.run(
+            ["openssl", "pkcs12", "-export", option, "-inkey", FILES["key.pem"], "-passout",
+             "pass:"], input=ROOT_CERT.encode(), check=True, capture_output=True).stdout
+            for option in ("-nokeys", "-nocerts")]
+        reason = "^the openssl command: .+"
+        for octets, word in ((b"", reason), (b"garbage", reason), (good[:-1], reason),
+                             (good[:600] + b"\0" * 500, reason),
+                             *((half, "^no private key with its") for half in halves)):
             with self.subTest(octets[:10]), self.assertRaisesRegex(ValueError, word):
                 relay.pfx_to_pem(octets)
 
@@ -7345,8 +7347,11 @@ login = optional
         for cert, key, years in ((FILES["expired.pem"], FILES["key.pem"], (2020, 2020)),
                                  (FILES["cert.pem"], FILES["key.pem"], (2026, 2126)),
                                  (chain, chain, (2020, 2120))):
-            for context in relay.make_tls_contexts(tls_config(
-                    TLS_CERT_FILEPATH=cert, TLS_KEY_FILEPATH=key)).values():
+            with kept_log() as kept:
+                contexts = relay.make_tls_contexts(tls_config(
+                    TLS_CERT_FILEPATH=cert, TLS_KEY_FILEPATH=key))
+            self.assertEqual("has expired" in str(kept.lines), years == (2020, 2020))
+            for context in contexts.values():
                 dates = relay.certificate_dates(context, cert)
                 self.assertEqual(tuple(time.gmtime(date).tm_year for date in dates), years)
 
@@ -9450,7 +9455,8 @@ class DemoTests(unittest.TestCase):
 
     def test_a_scan_a_malformed_user_name_and_an_outbox_that_is_gone(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
-        with start_program("demo", folder=folder, SMTP_PORT="0") as process:
+        with start_program("demo", folder=folder, SMTP_PORT="0",
+                           RUN_AS="nobody") as process:
             found = re.search(r"port (\d+)", process.stdout.readline())
             with Client(int(found[1])) as client:
                 client.ehlo()
