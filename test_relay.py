@@ -7258,8 +7258,7 @@ class OldTlsTests(TlsCase):
         for least, refused, fine in (("1.2", "1.1", "1.2"), ("1.3", "1.2", "1.3"),
                                      ("1.1", "1.0", "1.1")):
             with self.subTest(least):
-                running = Running(self.config(TLS_MIN_VERSION=least))
-                self.addCleanup(running.stop)
+                running = self.another(TLS_MIN_VERSION=least)
                 with kept_log() as kept:
                     with self.assertRaises(OSError):
                         self.greet(running, refused)
@@ -7273,9 +7272,7 @@ class OldTlsTests(TlsCase):
         subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:1024", "-nodes", "-sha1",
                         "-subj", "/CN=localhost", "-days", "9", "-keyout", key, "-out", cert],
                        check=True, capture_output=True)
-        running = Running(self.config(TLS_MIN_VERSION="1.0", TLS_CERT_FILEPATH=cert,
-                                      TLS_KEY_FILEPATH=key))
-        self.addCleanup(running.stop)
+        running = self.another(TLS_CERT_FILEPATH=cert, TLS_KEY_FILEPATH=key)
         begin, end = relay.certificate_dates(running._contexts["1.0"], cert)
         self.assertEqual((end - begin) / 86400, 9)
         context = self.old_client("1.0")
@@ -7284,8 +7281,7 @@ class OldTlsTests(TlsCase):
             client.starttls(context=context)
 
     def test_ciphers(self) -> None:
-        running = Running(self.config(TLS_CIPHER_SUITE="ECDHE-ECDSA-AES128-GCM-SHA256"))
-        self.addCleanup(running.stop)
+        running = self.another(TLS_CIPHER_SUITE="ECDHE-ECDSA-AES128-GCM-SHA256")
         with Client(running.port) as client:
             client.starttls(context=self.old_client("1.2"))
             assert isinstance(client.sock, ssl.SSLSocket)
@@ -7318,12 +7314,6 @@ tls_min_version = 1.3
 login = optional
 """
         return super().config(ACCOUNTS_FILE=FILES.write("networks.ini", accounts), **settings)
-
-    def come_from(self, address: str, *, port: int = 0) -> Client:
-        client = Client(port or self.running.port, source_address=(address, 0))
-        self.addCleanup(client.close)
-        client.ehlo()
-        return client
 
     def version(self, address: str, version: str, *, smtps: bool) -> str:
         """Do a handshake of one version; returns it, or "" if it fails."""
@@ -7554,8 +7544,7 @@ class DeafTests(TlsCase):
     def test_one_that_reads_all_in_the_end(self) -> None:
         """The connection is not closed before the last word has left."""
         for stops in (False, True):
-            self.running = Running(self.config(CLIENT_TIMEOUT="300"))
-            self.addCleanup(self.running.stop)
+            self.running = self.another(CLIENT_TIMEOUT="300")
             # However late this thread comes to read.
             with self.subTest(stops=stops), kept_log() as kept, \
                     unittest.mock.patch.object(relay, "LINGER", PATIENCE):
@@ -7740,11 +7729,6 @@ class LimitTests(TlsCase):
 class ShutdownTests(RelayCase):
     """SIGTERM: messages in flight end, idle clients hear 421."""
 
-    def start(self, **settings: str) -> Running:
-        running = Running(self.config(**settings))
-        self.addCleanup(running.stop)
-        return running
-
     def begin(self, running: Running) -> Client:
         """A client whose message is in flight."""
         client = self.connect(running)
@@ -7754,7 +7738,7 @@ class ShutdownTests(RelayCase):
         return client
 
     def test_a_message_in_flight_ends_and_idle_clients_hear_421(self) -> None:
-        running = self.start()
+        running = self.another()
         self.fake.will("send", self.fake.hang_then(self.fake.accept))
         idle, busy, writing = self.connect(running), self.begin(running), self.begin(running)
         busy.send(b"one\r\n.\r\n")
@@ -7783,7 +7767,7 @@ class ShutdownTests(RelayCase):
 
     def test_who_has_no_message_does_not_hold_it_up(self) -> None:
         """A login under way, and a client that does not read its replies."""
-        running = self.start(SHUTDOWN_TIMEOUT="60")
+        running = self.another(SHUTDOWN_TIMEOUT="60")
         self.fake.will("token", self.fake.hang)
         client, deaf = self.connect(running), self.connect(running)
         client.putcmd(f"AUTH PLAIN {plain(USER, self.password).decode()}")
@@ -7802,7 +7786,7 @@ class ShutdownTests(RelayCase):
                 ("send", self.fake.accept, b"one\r\n", "250 2.0.0", (1, 0, 0)),
                 ("put", say(202), LARGE, "421 4.3.2", (0, 1, 1))):
             self.fake.reset()
-            running = self.start()
+            running = self.another()
             client = self.begin(running)
             self.fake.will(kind, self.fake.hang_then(answer))
             client.send(message + b".\r\n")
@@ -7817,7 +7801,7 @@ class ShutdownTests(RelayCase):
                 ("send", b"one\r\n", self.fake.accept, 0, 0),
                 ("put", LARGE, self.fake.accept, 1, 0), ("put", LARGE, self.fake.hang, 0, 1)):
             self.fake.reset()
-            running = self.start(SHUTDOWN_TIMEOUT="0.2")
+            running = self.another(SHUTDOWN_TIMEOUT="0.2")
             self.fake.will(step, self.fake.hang)
             self.fake.will("delete", action)
             client = self.begin(running)
