@@ -4872,11 +4872,11 @@ def pfx_to_pem(pfx: bytes) -> bytes:
             raise ValueError("the openssl command: timed out") from None
         failed = [part for part in parts if part.returncode]
         if not failed:
-            if b" KEY-----" not in parts[0].stdout or b" CERT" not in parts[1].stdout:
+            if not parts[0].stdout or not parts[1].stdout:
                 raise ValueError("no private key with its certificate in it")
             return b"".join(part.stdout for part in parts)
-    reason = failed[0].stderr.decode(errors="replace").partition("\n")[0].strip()
-    raise ValueError(f"the openssl command: {reason[:120]}")
+    reason = failed[0].stderr.decode(errors="replace").partition("\n")[0].strip()[:120]
+    raise ValueError(f"the openssl command: {reason or 'cannot read it'}")
 
 
 async def fetch_certificate(config: Config, name: str) -> bytes:
@@ -4933,8 +4933,7 @@ def _private_file(octets: bytes) -> Iterator[str]:
 # §17  Server
 # ---------------------------------------------------------------------------
 
-READ_COMMANDS = 4096            # octets worked on before others have their turn
-READ_CONTENT = 16384            # octets; commands may stand behind the message
+READ_SIZE = 16384               # octets; a TLS record has no more
 SMALL_MESSAGE = 65_536          # octets; it is edited without a thread
 SMALL_HEADER = 2048             # octets; hostile headers of this size took up to 9 ms
 HANDSHAKE_TIMEOUT = 30.0        # seconds
@@ -5285,10 +5284,8 @@ class Connection:
 
     async def _read(self) -> None:
         """Give the session what the client sends, unless it takes too long."""
-        size = READ_CONTENT if self._session.is_in_content else READ_COMMANDS
-        await asyncio.sleep(0)          # what came already would be read without a pause
         try:
-            octets = await asyncio.wait_for(self._reader.read(size),
+            octets = await asyncio.wait_for(self._reader.read(READ_SIZE),
                                             self._deadline - time.monotonic())
         except asyncio.TimeoutError:
             self._session.end(_TIMED_OUT, "timed out")
