@@ -3537,10 +3537,10 @@ class CacheTests(RelayCase):
         self.addCleanup(pool.close)
         return relay.Tokens(self.config(), pool, clock), clock
 
-    def get(self, tokens: relay.Tokens, secret: str) -> str:
+    def get(self, tokens: relay.Tokens, secret: str, resource: str = "") -> str:
         async def get() -> str:
             return await tokens.get(relay.Application(TENANT, CLIENT, secret),
-                                    time.monotonic() + PATIENCE)
+                                    time.monotonic() + PATIENCE, resource)
         return asyncio.run(get())
 
     def test_how_long_answers_are_kept(self) -> None:
@@ -3575,11 +3575,14 @@ class CacheTests(RelayCase):
         self.assertEqual(len(self.fake.asked("token")), 2)
 
     def test_only_the_token_that_was_refused_is_dropped(self) -> None:
-        tokens, _ = self.tokens()
-        token = self.get(tokens, "s")
-        for refused, is_kept in (("another", True), (token, False)):
-            tokens.forget(relay.Application(TENANT, CLIENT, "s"), refused)
-            self.assertEqual(self.get(tokens, "s") == token, is_kept)
+        (tokens, _), vault = self.tokens(), "https://vault.azure.net"
+        token, other = self.get(tokens, "s"), self.get(tokens, "s", vault)
+        self.assertNotEqual(token, other)
+        for refused, resource, left in (("another", "", {token, other}), (token, vault, {
+                token, other}), (other, vault, {token}), (token, "", set())):
+            tokens.forget(relay.Application(TENANT, CLIENT, "s"), refused, resource)
+            found = {self.get(tokens, "s"), self.get(tokens, "s", vault)}
+            self.assertEqual(found & {token, other}, left)
 
     def test_the_hash_of_a_secret_is_keyed(self) -> None:
         (tokens, _), (others, _) = self.tokens(), self.tokens()
@@ -3817,12 +3820,6 @@ class AccountLoginTests(AccountCase):
         form = self.fake.asked("token")[0].form
         self.assertEqual((form["client_id"], form["client_assertion"]),
                          (CLIENT, "eyJ.of.account"))
-
-    def test_many_logins_at_once(self) -> None:
-        running = self.another(UPSTREAM_TIMEOUT="60")
-        with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            replies = list(pool.map(lambda _: self.log_in("scan2", running=running), range(12)))
-        self.assertEqual({reply[:9] for reply in replies}, {"235 2.7.0"})
 
     def test_without_scrypt_in_this_python(self) -> None:
         self.addCleanup(relay.has_scrypt.cache_clear)
@@ -4122,7 +4119,7 @@ class ReloadTests(AccountCase):
 class IdentityTests(RelayCase):
     """Who the relay is to Azure, facts 6; asked here for a token of Graph."""
 
-    def ask(self, *, resource: str = "", timeout: float = PATIENCE, **settings: str) -> str:
+    def ask(self, resource: Any = "", timeout: Any = PATIENCE, **settings: str) -> str:
         """Ask for a token of `resource` as the relay; returns it."""
         config = self.config(**{"AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url, **settings})
 
@@ -4237,22 +4234,6 @@ class IdentityTests(RelayCase):
             self.ask()
             self.ask(IDENTITY_ENDPOINT=f"{self.fake.url}/msi/token", IDENTITY_HEADER="header")
 
-    def test_tokens_of_other_resources_are_apart(self) -> None:
-        async def get() -> list[str]:
-            config = self.config(AZURE_POD_IDENTITY_AUTHORITY_HOST=self.fake.url)
-            pool = relay.HttpPool(config.endpoints)
-            tokens, deadline = relay.Tokens(config, pool), time.monotonic() + PATIENCE
-            who, vault = relay.own_application(config), "https://vault.azure.net"
-            found = [await tokens.get(who, deadline, resource)
-                     for resource in ("", vault, "", vault)]
-            tokens.forget(who, found[1], vault)
-            found.append(await tokens.get(who, deadline, vault))
-            pool.close()
-            return found
-        one, two, again, same, new = asyncio.run(get())
-        self.assertEqual((one, two), (again, same))
-        self.assertEqual(len({one, two, new}), 3)
-
 
 def at_environ(**variables: str) -> Any:
     """Set environment variables for a while."""
@@ -4261,6 +4242,8 @@ def at_environ(**variables: str) -> Any:
 
 class TableTests(RelayCase):
     """Accounts in an Azure table, facts 7."""
+
+    settings = UNHURRIED
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
@@ -4275,25 +4258,12 @@ class TableTests(RelayCase):
         entry = {"tenant_id": TENANT, "client_id": CLIENT}
         self.fake.entities = dict.fromkeys(ODD_NAMES, entry)
         self.fake.entities["app1"] = {**entry, "from_email": "app1@example.com"}
-        self.own = self.another()
+        self.running = self.another()
         self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
         relay.AZURE_PAUSES = (0.0, 0.0)
 
-    def another(self, **settings: str) -> Running:
-        """Another relay with other settings."""
-        running = Running(self.config(**{**UNHURRIED, **settings}))
-        self.addCleanup(running.stop)
-        return running
-
-    def log_in(self, user: str, running: Running | None = None) -> str:
-        """Log in on a new connection; returns the reply."""
-        (running or self.own).forget_failures()
-        client = self.connect(running or self.own)
-        client.command_encoding = "utf-8"
-        return client.log_in(user, self.password)
-
     def test_a_name_of_the_table(self) -> None:
-        client = self.connect(self.own)
+        client = self.connect()
         with kept_log() as kept:
             self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
         self.assertIn(" account=app1", kept.find("auth")[0][1])
@@ -4311,57 +4281,48 @@ class TableTests(RelayCase):
         self.assertIn("resource=https%3A%2F%2Fstorage.azure.com", self.fake.asked("imds")[0].path)
 
     def test_odd_names_are_data(self) -> None:
-        for name in ODD_NAMES:
-            with self.subTest(name):
-                self.assertReply(self.log_in(f"{name}@lookup"), "235 2.7.0")
-        for name in ("a/b", "a\\b", "a#b", "a?b", "x" * 513, "\u0085"):
-            with self.subTest(name):
-                before = len(self.fake.asked("table"))
-                self.assertReply(self.log_in(f"{name}@lookup"), "535 5.7.8")
-                self.assertEqual(len(self.fake.asked("table")), before)
-        for name in ("none", "' or 'a' eq 'a", "APP1"):
-            self.assertReply(self.log_in(f"{name}@lookup"), "535 5.7.8")
+        for names, reply, requests in (
+                (ODD_NAMES, "235 2.7.0", 1), (("none", "' or 'a' eq 'a", "APP1"), "535 5.7.8", 1),
+                (("a/b", "a\\b", "a#b", "a?b", "x" * 513, "\u0085"), "535 5.7.8", 0)):
+            for name in names:
+                with self.subTest(name):
+                    before = len(self.fake.asked("table"))
+                    self.assertReply(self.log_in(f"{name}@lookup"), reply)
+                    self.assertEqual(len(self.fake.asked("table")) - before, requests)
 
     def test_answers_are_remembered_for_a_minute(self) -> None:
-        clock = Clock()
-        self.own.relay.directory.table._found._clock = clock
-        for _ in range(3):
+        self.running.relay.directory.table._found._clock = clock = Clock()
+        for pause, requests in ((0, 2), (0, 2), (59, 2), (2, 4)):
+            clock.now += pause
             self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
             self.assertReply(self.log_in("none@lookup"), "535 5.7.8")
-        self.assertEqual(len(self.fake.asked("table")), 2)
-        clock.now += 61
-        self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
-        self.assertReply(self.log_in("none@lookup"), "535 5.7.8")
-        self.assertEqual(len(self.fake.asked("table")), 4)
+            self.assertEqual(len(self.fake.asked("table")), requests)
 
     def test_a_table_that_cannot_be_read_is_no_wrong_password(self) -> None:
         xml = b"<?xml version=\"1.0\"?><Error><Code>AuthenticationFailed</Code></Error>"
-        for name, actions, word in (
-                ("missing", [say(404, {"odata.error": {"code": "TableNotFound"}},
-                                 x_ms_error_code="TableNotFound")], "AZURE_TABLES_URL"),
-                ("other 404", [say(404, b"<html>")], "status=404"),
-                ("no 404", [say(403, {}, x_ms_error_code="ResourceNotFound")], "status=403"),
-                ("role", [say(403, {}, x_ms_error_code="AuthorizationPermissionMismatch")],
-                 "Storage Table Data Reader"),
-                ("xml", [say(403, xml, x_ms_error_code="AuthenticationFailed")] * 2,
-                 "status=403"),
-                ("unauthorized", [say(401, xml)] * 2, "status=401"),
-                ("busy", [say(503, b"")] * 3, "status=503"),
-                ("throttled", [say(429, b"")] * 3, "status=429"),
-                ("garbage", [say(200, b"<html>")], "status=200"),
-                ("list", [say(200, {"value": 5})], "status=200"),
-                ("entity", [say(200, {"value": [5]})], "status=200"),
-                ("empty", [say(200, b"{}")], "status=200"),
-                ("first page", [say(200, {"value": []}, x_ms_continuation_NextPartitionKey="1")],
-                 "log in as NAME@lookup"),
-                ("closed", [utter(b"")], "problem="),
-                ("tenant", [say(200, {"tenant_id": "x", "client_id": CLIENT})], "tenant_id must"),
-                ("client", [say(200, {"tenant_id": TENANT})], "client_id must be set"),
-                ("mailbox", [say(200, {"tenant_id": TENANT, "client_id": CLIENT,
-                                       "from_email": "x"})], "from_email must be an address")):
-            with self.subTest(name), kept_log() as kept:
+        entry = {"tenant_id": TENANT, "client_id": CLIENT}
+        actions: list[Any]
+        for number, (word, *actions) in enumerate((
+                ("AZURE_TABLES_URL", say(404, {"odata.error": {"code": "TableNotFound"}},
+                                         x_ms_error_code="TableNotFound")),
+                ("status=404", say(404, b"<html>")),
+                ("status=403", say(403, {}, x_ms_error_code="ResourceNotFound")),
+                ("Storage Table Data Reader",
+                 say(403, {}, x_ms_error_code="AuthorizationPermissionMismatch")),
+                ("status=403", *[say(403, xml, x_ms_error_code="AuthenticationFailed")] * 2),
+                ("status=401", *[say(401, xml)] * 2),
+                ("status=503", *[say(503)] * 3), ("status=429", *[say(429)] * 3),
+                ("status=200", say(200, b"<html>")), ("status=200", say(200, {"value": 5})),
+                ("status=200", say(200, {"value": [5]})), ("status=200", say(200, {})),
+                ("log in as NAME@lookup",
+                 say(200, {"value": []}, x_ms_continuation_NextPartitionKey="1")),
+                ("problem=", utter(b"")),
+                ("tenant_id must", say(200, {**entry, "tenant_id": "x"})),
+                ("client_id must be set", say(200, {"tenant_id": TENANT})),
+                ("from_email must be an address", say(200, {**entry, "from_email": "x"})))):
+            with self.subTest(number, word=word), kept_log() as kept:
                 self.fake.will("table", *actions)
-                self.assertReply(self.log_in(f"{name.replace(' ', '-')}@lookup"), "454 4.7.0")
+                self.assertReply(self.log_in(f"{number}@lookup"), "454 4.7.0")
                 self.assertIn(word, kept.find("auth")[0][1])
                 self.assertNotEqual(kept.find("auth")[0][0], "INFO")
 
@@ -4388,9 +4349,9 @@ class TableTests(RelayCase):
                        say(403, {}, x_ms_error_code="AuthenticationFailed"),
                        utter(b"garbage\r\n\r\n"))
         with kept_log() as kept:
-            reply = self.assertReply(self.log_in("app1@lookup", own), "454 4.7.0")
+            reply = self.assertReply(self.log_in("app1@lookup", running=own), "454 4.7.0")
             for name, wanted in (("app1", "235 2.7.0"), ("2", "454 4.7.0"), ("3", "454 4.7.0")):
-                self.assertReply(self.log_in(f"{name}@lookup", by_sas), wanted)
+                self.assertReply(self.log_in(f"{name}@lookup", running=by_sas), wanted)
         self.assertIn("own credential is refused", reply)
         self.assertNotIn("hid", str(kept.lines))
         request = self.fake.asked("table")[0]
@@ -4399,29 +4360,31 @@ class TableTests(RelayCase):
         self.assertEqual(self.fake.asked("imds"), [])
 
     def test_an_allow_list(self) -> None:
+        # Without it a direct login goes on beside the table, and does not ask it.
+        self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}"), "235 2.7.0")
+        self.assertEqual(self.fake.asked("table"), [])
+        self.fake.entities = {"x": self.fake.entities["app1"]}
         for setting in ("AZURE_TABLES_FORCE_USAGE", "ACCOUNTS_REQUIRED"):
-            with self.subTest(setting):
+            with self.subTest(setting), kept_log() as kept:
                 own = self.another(**{setting: "true"})
                 self.fake.reset()
                 client = self.connect(own)
                 self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
+                self.assertNotIn("account=", str(kept.lines))       # it has no name
                 self.assertReply(client.post(), "250 2.0.0")
+                self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
                 for user in (f"{CLIENT}@{CLIENT}", f"o'brien.example@{CLIENT}"):
-                    self.assertReply(self.log_in(user, own), "535 5.7.8")
+                    self.assertReply(self.log_in(user, running=own), "535 5.7.8")
         path = urllib.parse.unquote(self.fake.asked("table")[0].path)
         self.assertTrue(path.startswith(
             f"/account/users()?$filter=(PartitionKey eq 'user') and (tenant_id eq '{TENANT}' or "
             f"tenant_id eq '{SHORT_TENANT}') and (client_id eq '{CLIENT}' or "
             f"client_id eq '{SHORT_CLIENT}')&$top=1&$select="), path)
-        # Without it a direct login goes on beside the table, and does not ask it.
-        before = len(self.fake.asked("table"))
-        self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}"), "235 2.7.0")
-        self.assertEqual(len(self.fake.asked("table")), before)
         own = self.another(ACCOUNTS_REQUIRED="true", ALLOWED_TENANTS="contoso.com",
                            AZURE_TABLES_PARTITION_KEY="o'p q")
         self.fake.reset()
         for user in (USER, f"contoso.com@{CLIENT}", "app1@lookup"):
-            self.assertReply(self.log_in(user, own), "535 5.7.8")
+            self.assertReply(self.log_in(user, running=own), "535 5.7.8")
         by_filter, by_key = (urllib.parse.unquote(one.path) for one in self.fake.asked("table"))
         self.assertIn("(PartitionKey='o''p q',RowKey='app1')", by_key)
         self.assertIn("(PartitionKey eq 'o''p q') and ", by_filter)
@@ -4434,39 +4397,25 @@ class TableTests(RelayCase):
         self.assertReply(client.post(), "250 2.0.0")
         self.assertEqual(self.fake.delivered[0].mailbox, "file@example.com")
         self.assertEqual(self.fake.asked("table"), [])
-        self.assertReply(self.log_in("a.b@lookup", own), "235 2.7.0")
+        self.assertReply(self.log_in("a.b@lookup", running=own), "235 2.7.0")
 
     def test_ids_in_the_table_may_be_written_as_devices_may(self) -> None:
         tenant = "aaaaaaaa-1111-4111-8111-111111111111"
         own = self.another(ACCOUNTS_REQUIRED="true")
-        for number, form in enumerate((tenant, tenant.upper(), relay.encode_uuid(tenant))):
-            client = CLIENT[:-1] + str(number)
+        for form, user in ((tenant, ""), (tenant.upper(), ""), (relay.encode_uuid(tenant), ""),
+                           (f" {tenant}\n", "x@lookup")):
+            client = CLIENT[:-1] + str(len(self.fake.asked("table")))
             self.fake.entities = {"x": {"tenant_id": form, "client_id": client}}
-            self.assertReply(self.log_in(f"{tenant}@{client}", own), "235 2.7.0")
-        self.fake.entities = {"x": {"tenant_id": f" {tenant}\n", "client_id": f"{CLIENT} "}}
-        self.assertReply(self.log_in("x@lookup", own), "235 2.7.0")
+            self.assertReply(self.log_in(user or f"{tenant}@{client}", running=own), "235 2.7.0")
 
     def test_table_and_entra_share_the_time_of_a_login(self) -> None:
-        own, deadlines = self.another(AZURE_TABLES_URL=f"{self.fake.url}/account/users?sig=x"), []
-        send = own.relay._pool.send
-
-        async def noted(request: relay.HttpRequest, deadline: float) -> relay.HttpResponse:
-            deadlines.append(deadline)
-            return await send(request, deadline)
-        own.relay._pool.send = noted        # type: ignore[method-assign]
-        self.assertReply(self.log_in("app1@lookup", own), "235 2.7.0")
+        own = self.another(AZURE_TABLES_URL=f"{self.fake.url}/account/users?sig=x")
+        pool = own.relay._pool
+        with unittest.mock.patch.object(pool, "send", wraps=pool.send) as send:
+            self.assertReply(self.log_in("app1@lookup", running=own), "235 2.7.0")
         self.assertEqual([one.kind for one in self.fake.requests], ["table", "token"])
-        self.assertEqual((len(deadlines), len(set(deadlines))), (2, 1))
-
-    def test_a_mailbox_of_the_table_is_for_direct_logins_too(self) -> None:
-        self.fake.entities = {"x": {"tenant_id": TENANT, "client_id": CLIENT,
-                                    "from_email": "app1@example.com"}}
-        client = self.connect(self.another(AZURE_TABLES_FORCE_USAGE="true"))
-        with kept_log() as kept:
-            client.log_in(USER, self.password)
-        self.assertNotIn("account=", str(kept.lines))       # it has no name
-        client.post()
-        self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
+        first, second = send.call_args_list
+        self.assertEqual(first.args[1], second.args[1])
 
     def test_the_start_tries_the_table(self) -> None:
         async def start() -> None:
@@ -4568,13 +4517,17 @@ class Azurite:
 class AzuriteTests(RelayCase):
     """The real thing, as far as it can be had without Azure."""
 
+    settings = UNHURRIED
+
     @classmethod
     def setUpClass(cls) -> None:
         """Start all, and fill the table."""
-        with at_environ(SSL_CERT_FILE=FILES["ca.pem"], NO_PROXY="127.0.0.1,localhost"):
-            cls.azurite = Azurite(find_azurite() or "")
-            cls.addClassCleanup(cls.azurite.close)
-            super().setUpClass()
+        environ = at_environ(SSL_CERT_FILE=FILES["ca.pem"], NO_PROXY="127.0.0.1,localhost")
+        environ.start()
+        cls.addClassCleanup(environ.stop)
+        cls.azurite = Azurite(find_azurite() or "")
+        cls.addClassCleanup(cls.azurite.close)
+        super().setUpClass()
         entry = {"tenant_id": TENANT, "client_id": CLIENT}
         for name in ODD_NAMES:
             cls.azurite.insert(name, **entry)
@@ -4588,126 +4541,97 @@ class AzuriteTests(RelayCase):
             "AZURE_TABLES_URL": cls.azurite.url, "AZURE_TENANT_ID": TENANT,
             "AZURE_CLIENT_ID": CLIENT, "AZURE_CLIENT_SECRET": "s", **settings})
 
-    def start(self, *tokens: str, **settings: str) -> Running:
-        """Start a relay that gets these tokens for the table."""
-        with at_environ(SSL_CERT_FILE=FILES["ca.pem"], NO_PROXY="127.0.0.1,localhost"):
-            self.fake.will("token", *(say(200, {"access_token": token, "expires_in": 3599})
-                                      for token in tokens))
-            running = Running(self.config(**UNHURRIED, **settings))
-        self.addCleanup(running.stop)
-        return running
-
-    def log_in(self, running: Running, user: str) -> str:
-        """Log in on a new connection; returns the reply."""
-        running.forget_failures()
-        client = self.connect(running)
-        return client.log_in(user, self.password)
-
     def test_names(self) -> None:
-        running = self.start(storage_token())
-        client = self.connect(running)
-        self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
+        self.fake.will("token", say(200, {"access_token": storage_token(), "expires_in": 3599}))
+        for names, reply in ((("app1", *ODD_NAMES), "235 2.7.0"), (("broken",), "454 4.7.0"),
+                             (("none", "APP1", "o''brien", "x' or 'a' eq 'a"), "535 5.7.8")):
+            for name in names:
+                with self.subTest(name):
+                    self.assertReply(self.log_in(f"{name}@lookup"), reply)
+        client = self.connect()
+        client.log_in("app1@lookup", self.password)
         self.assertReply(client.post(), "250 2.0.0")
         self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
-        for name in ODD_NAMES:
-            with self.subTest(name):
-                self.assertReply(self.log_in(running, f"{name}@lookup"), "235 2.7.0")
-        for name in ("none", "APP1", "o''brien", "x' or 'a' eq 'a"):
-            with self.subTest(name):
-                self.assertReply(self.log_in(running, f"{name}@lookup"), "535 5.7.8")
-        self.assertReply(self.log_in(running, "broken@lookup"), "454 4.7.0")
 
-    def test_an_allow_list(self) -> None:
-        running = self.start(storage_token(), AZURE_TABLES_FORCE_USAGE="true")
-        self.assertReply(self.log_in(running, USER), "235 2.7.0")
-        self.assertReply(self.log_in(running, f"{CLIENT}@{CLIENT}"), "535 5.7.8")
-
-    def test_what_is_not_allowed_is_no_wrong_password(self) -> None:
-        for tokens, settings in (((storage_token(-60),), {}), (("garbage",), {}),
-                                 ((storage_token(),), {"AZURE_TABLES_URL":
-                                                       f"{self.azurite.account}/others"})):
-            running = self.start(*tokens, **settings)
-            self.assertReply(self.log_in(running, "app1@lookup"), "454 4.7.0")
-
-    def test_a_sas(self) -> None:
-        for permissions, reply in (("r", "235 2.7.0"), ("a", "454 4.7.0")):
-            running = self.start(AZURE_TABLES_URL=f"{self.azurite.url}?{account_sas(permissions)}")
-            self.assertReply(self.log_in(running, "app1@lookup"), reply)
-        running = self.start(AZURE_TABLES_URL=f"{self.azurite.url}?{account_sas('r')}",
-                             ACCOUNTS_REQUIRED="true")
-        self.assertReply(self.log_in(running, USER), "235 2.7.0")
+    def test_what_is_allowed(self) -> None:
+        """What the table does not allow the relay is no wrong password."""
+        good, url = storage_token(), self.azurite.url
+        force, others = {"ACCOUNTS_REQUIRED": "true"}, {"AZURE_TABLES_URL": f"{url}2"}
+        read, add = ({"AZURE_TABLES_URL": f"{url}?{account_sas(letter)}"} for letter in "ra")
+        for token, settings, user, reply in (
+                (good, force, USER, "235 2.7.0"),
+                (good, force, f"{CLIENT}@{CLIENT}", "535 5.7.8"),
+                (storage_token(-60), {}, "app1@lookup", "454 4.7.0"),
+                ("garbage", {}, "app1@lookup", "454 4.7.0"),
+                (good, others, "app1@lookup", "454 4.7.0"),
+                ("", read, "app1@lookup", "235 2.7.0"),
+                ("", add, "app1@lookup", "454 4.7.0"),
+                ("", {**read, **force}, USER, "235 2.7.0")):
+            with self.subTest(user, token=token, **settings):
+                self.fake.reset()
+                if token:
+                    self.fake.will("token", say(200, {"access_token": token,
+                                                      "expires_in": 3599}))
+                self.assertReply(self.log_in(user, running=self.another(**settings)), reply)
 
 
 class VaultTests(RelayCase):
     """A certificate in Key Vault, facts 8."""
 
-    def settings_of(self, **settings: str) -> relay.Config:
-        return self.config(**{
-            "TLS_SOURCE": "keyvault", "AZURE_KEY_VAULT_URL": self.fake.url,
-            "AZURE_KEY_VAULT_CERT_NAME": "relay", "REQUIRE_TLS": "true",
-            "AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url, **settings})
+    def vault(self, **settings: str) -> dict[str, str]:
+        """Settings with the vault."""
+        return {"TLS_SOURCE": "keyvault", "AZURE_KEY_VAULT_URL": self.fake.url,
+                "AZURE_KEY_VAULT_CERT_NAME": "relay", "REQUIRE_TLS": "true",
+                "AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url, **settings}
 
     def give(self, value: str, kind: str = "application/x-pkcs12") -> None:
         """Have a secret in the vault."""
         self.fake.secret = {"value": value, "contentType": kind, "attributes": {"enabled": True},
                             "id": f"{self.fake.url}/secrets/relay/1"}
 
-    def assertServes(self, running: Running) -> None:
-        """The relay's chain leads to the root alone: the intermediate one is sent too."""
-        context = ssl.create_default_context(cadata=ROOT_CERT)
-        with Client(running.port) as client:
-            client._host = "localhost"
-            client.starttls(context=context)
-            client.ehlo()
-            self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
-
     def test_the_key_is_nobodys_else_and_soon_gone(self) -> None:
+        """In memory; in a file where there is no memfd_create, or no /proc."""
         folder = tempfile.mkdtemp(dir=FILES.folder)
-        self.addCleanup(setattr, tempfile, "tempdir", tempfile.tempdir)
-        tempfile.tempdir = folder
-        with relay._private_file(b"key") as path:
-            self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
-            if hasattr(os, "memfd_create"):
-                self.assertEqual(os.listdir(folder), [])
-        self.assertFalse(os.path.exists(path))
-        if hasattr(os, "memfd_create"):
-            def refuse(name: str) -> int:
-                raise OSError(errno.ENOSYS, "as of an old kernel")
-            self.addCleanup(setattr, os, "memfd_create", os.memfd_create)
-            # As where /proc is missing.
-            os.memfd_create = lambda name: 10 ** 6      # type: ignore[assignment, misc]
-            with relay._private_file(b"key") as path:
-                self.assertEqual(os.listdir(folder), [os.path.basename(path)])
-            os.memfd_create = refuse            # type: ignore[assignment]
-        with self.assertRaises(relay.StartError), relay._private_file(b"key") as path:
-            self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
-            if os.name == "posix":
-                self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
-            raise relay.StartError("while it is there")
-        self.assertEqual(os.listdir(folder), [])
+        refuse = unittest.mock.Mock(side_effect=OSError(errno.ENOSYS, "as of an old kernel"))
+        for make, is_file in ((getattr(os, "memfd_create", refuse),
+                               not hasattr(os, "memfd_create")),
+                              (lambda name: 10 ** 6, True), (refuse, True)):
+            with self.subTest(make), unittest.mock.patch.object(tempfile, "tempdir", folder), \
+                    unittest.mock.patch.object(os, "memfd_create", make, create=True), \
+                    self.assertRaises(relay.StartError), relay._private_file(b"key") as path:
+                self.assertEqual(pathlib.Path(path).read_bytes(), b"key")
+                self.assertEqual(os.listdir(folder), [os.path.basename(path)] * is_file)
+                if is_file and os.name == "posix":
+                    self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+                raise relay.StartError("while it is there")
+            self.assertFalse(os.path.exists(path))
+            self.assertEqual(os.listdir(folder), [])
 
     @needs_openssl
     def test_each_kind(self) -> None:
-        for name, value, kind in (("old", OLD_PFX, "application/x-pkcs12"),
-                                  ("new", NEW_PFX, "application/x-pkcs12"),
-                                  ("lines", OLD_PFX, "application/x-pkcs12"),
-                                  ("pem", VAULT_PEM, "application/x-pem-file"),
-                                  ("no type", VAULT_PEM, "")):
-            with self.subTest(name):
-                self.give(value if name in ("pem", "lines", "no type") else
-                          value.replace("\n", ""), kind)
-                running = Running(self.settings_of())
-                self.addCleanup(running.stop)
-                self.assertServes(running)
+        """The chain leads to the root alone: the intermediate one is sent too."""
+        for value, kind in ((OLD_PFX.replace("\n", ""), "application/x-pkcs12"),
+                            (NEW_PFX, "application/x-pkcs12"),
+                            (VAULT_PEM, "application/x-pem-file"), (VAULT_PEM, "")):
+            with self.subTest(value[:20], kind=kind):
+                self.give(value, kind)
+                with Client(self.another(**self.vault()).port) as client:
+                    client._host = "localhost"
+                    client.starttls(context=ssl.create_default_context(cadata=ROOT_CERT))
+                    client.ehlo()
+                    self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
         request = self.fake.asked("vault")[0]
         self.assertEqual(request.path, "/secrets/relay?api-version=7.4")
         self.assertIn("resource=https%3A%2F%2Fvault.azure.net", self.fake.asked("imds")[0].path)
 
     @needs_openssl
     def test_pkcs12_is_converted_in_order_or_the_problem_is_named(self) -> None:
-        for octets in map(base64.b64decode, (OLD_PFX, NEW_PFX)):
+        def blocks(pem: str) -> list[str]:
+            return [re.sub(r"\s", "", one) for one in
+                    re.findall("-----BEGIN.*?-----END [A-Z ]+-----", pem, re.S)]
+        old, good = map(base64.b64decode, (OLD_PFX, NEW_PFX))
+        for octets in (old, good):
             self.assertEqual(blocks(relay.pfx_to_pem(octets).decode()), blocks(VAULT_PEM))
-        good = base64.b64decode(NEW_PFX)
         only_a_certificate = subprocess.run(
             ["openssl", "pkcs12", "-export", "-nokeys", "-passout", "pass:"],
             input=ROOT_CERT.encode(), check=True, capture_output=True).stdout
@@ -4718,48 +4642,46 @@ class VaultTests(RelayCase):
                 relay.pfx_to_pem(octets)
 
     @unittest.skipUnless(os.name == "posix", "needs a script as a command")
+    @unittest.mock.patch.object(relay, "COMMAND_SECONDS", 0.1)
     def test_an_openssl_command_that_is_missing_or_hangs(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
-        self.addCleanup(setattr, relay, "COMMAND_SECONDS", relay.COMMAND_SECONDS)
-        relay.COMMAND_SECONDS = 0.1
         self.give(NEW_PFX)
         for script, word in (("", "No such file"), ("#!/bin/sh\nexec /bin/sleep 60", "timed out")):
             if script:
                 command = pathlib.Path(folder) / "openssl"
                 command.write_text(script)
                 command.chmod(0o700)
-            with self.subTest(word), unittest.mock.patch.dict(os.environ, PATH=folder):
-                with self.assertRaisesRegex(relay.StartError, f"openssl.*{word}.* to PEM, "):
-                    relay.make_tls_contexts(self.settings_of())
+            with self.subTest(word), at_environ(PATH=folder), self.assertRaisesRegex(
+                    relay.StartError, f"openssl.*{word}.* to PEM, "):
+                relay.make_tls_contexts(self.config(**self.vault()))
 
+    @unittest.mock.patch.object(relay, "AZURE_PAUSES", (0.0, 0.0))
     def test_each_failure_is_one_clear_line(self) -> None:
-        self.addCleanup(setattr, relay, "AZURE_PAUSES", relay.AZURE_PAUSES)
-        relay.AZURE_PAUSES = (0.0, 0.0)
         forbidden = {"error": {"code": "Forbidden", "message": "hidden", "innererror":
                                {"code": "ForbiddenByRbac"}}}
         pem = {"value": "-----BEGIN hidden", "contentType": "application/x-pem-file"}
-        for actions, word in (
-                ([say(403, forbidden)], "403 Forbidden/ForbiddenByRbac: give the relay's "
-                 "identity the role Key Vault Secrets User"),
-                ([say(404, {"error": {"code": "SecretNotFound"}})],
-                 "404 SecretNotFound: there is no such certificate"),
-                ([say(401, b"")] * 2, "401 : the relay's identity is of another tenant"),
-                ([say(429, b"")] * 3, "429 : try again later"),
-                ([say(200, b"garbage")], "Key Vault answers 200"),
-                ([say(404, pem)], "Key Vault answers 404"),
-                ([say(200, {"value": 5})], "Key Vault answers 200"),
-                ([say(200, {"value": "hid den", "contentType": "application/x-pkcs12"})],
-                 "set the content type in the certificate's issuance policy to PEM"),
-                ([say(200, {"value": "aGlkZGVu", "contentType": "application/x-pkcs12"})],
-                 "set the content type in the certificate's issuance policy to PEM"),
-                ([say(200, pem)], "holds no PEM certificate"),
-                ([say(200, {**pem, "value": ROOT_CERT})], "holds no PEM key"),
-                ([say(200, {"value": "-----BEGIN\ud800"})], "cannot be turned into PEM"),
-                ([utter(b"")], "No answer from Microsoft")):
+        to_pem = "set the content type in the certificate's issuance policy to PEM"
+        actions: list[Any]
+        for word, *actions in (
+                ("403 Forbidden/ForbiddenByRbac: give the relay's identity the role Key Vault "
+                 "Secrets User", say(403, forbidden)),
+                ("404 SecretNotFound: there is no such certificate",
+                 say(404, {"error": {"code": "SecretNotFound"}})),
+                ("401 : the relay's identity is of another tenant", *[say(401)] * 2),
+                ("429 : try again later", *[say(429)] * 3),
+                ("Key Vault answers 200", say(200, b"garbage")),
+                ("Key Vault answers 404", say(404, pem)),
+                ("Key Vault answers 200", say(200, {"value": 5})),
+                *((to_pem, say(200, {"value": value, "contentType": "application/x-pkcs12"}))
+                  for value in ("hid den", "aGlkZGVu")),
+                ("holds no PEM certificate", say(200, pem)),
+                ("holds no PEM key", say(200, {**pem, "value": ROOT_CERT})),
+                ("cannot be turned into PEM", say(200, {"value": "-----BEGIN\ud800"})),
+                ("No answer from Microsoft", utter(b""))):
             with self.subTest(word):
                 self.fake.will("vault", *actions)
                 with self.assertRaises(relay.StartError) as caught:
-                    relay.make_tls_contexts(self.settings_of())
+                    relay.make_tls_contexts(self.config(**self.vault()))
                 self.assertIn(word, str(caught.exception))
                 self.assertIn("AZURE_KEY_VAULT_CERT_NAME='relay'", str(caught.exception))
                 self.assertNotIn("hid", str(caught.exception))
@@ -4768,14 +4690,8 @@ class VaultTests(RelayCase):
         self.give(VAULT_PEM, "application/x-pem-file")
         for cloud, scope in (("china", "vault.azure.cn"), ("usgov", "vault.usgovcloudapi.net"),
                              ("usgov-dod", "vault.usgovcloudapi.net")):
-            relay.make_tls_contexts(self.settings_of(AZURE_CLOUD=cloud))
+            relay.make_tls_contexts(self.config(**self.vault(AZURE_CLOUD=cloud)))
             self.assertTrue(self.fake.asked("imds")[-1].path.endswith(f"%2F%2F{scope}"))
-
-
-def blocks(pem: str) -> list[str]:
-    """The PEM blocks of a text, without their line ends."""
-    return [re.sub(r"\s", "", one) for one in
-            re.findall("-----BEGIN.*?-----END [A-Z ]+-----", pem, re.S)]
 
 
 # ---------------------------------------------------------------------------
