@@ -3319,16 +3319,17 @@ class RelayCase(unittest.TestCase):
         (running or self.running).forget_failures()
         return self.connect(running).log_in(user, self.password if password is None else password)
 
-    def logged_in(self) -> Client:
+    def logged_in(self, user: str = USER, password: str | None = None,
+                  running: Running | None = None) -> Client:
         """Connect and log in."""
-        client = self.connect()
-        self.assertIn("235 2.7.0", client.log_in(password=self.password))
+        client = self.connect(running)
+        self.assertReply(client.log_in(user, self.password if password is None else password),
+                         "235 2.7.0")
         return client
 
     def begun(self, running: Running | None = None) -> Client:
         """Connect, log in, and begin a message."""
-        client = self.connect(running)
-        self.assertIn("235 2.7.0", client.log_in(password=self.password))
+        client = self.logged_in(running=running)
         for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
             client.docmd(line)
         return client
@@ -3361,29 +3362,25 @@ class SignInTests(RelayCase):
 
     def test_a_domain_and_the_tenants_id_are_one_tenant(self) -> None:
         """Once a token has said so; what says nothing does no harm."""
-        def log_in(tenant: str, token: str) -> str:
-            self.fake.will("token", say(200, {"access_token": token, "expires_in": 3599}))
-            call = asyncio.run_coroutine_threadsafe(self.running.relay.log_in(
-                relay.Authenticate(f"{tenant}@{CLIENT}", self.password), None, "x"),
-                self.running._loop)
-            application: relay.Application = call.result(PATIENCE).application
-            return application.tenant
-
         def jwt(claims: Any) -> str:
             payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode()
             return f"e30.{payload.rstrip('=')}.signature"
-        self.assertEqual(log_in("one.example", jwt({"tid": TENANT.upper()})), TENANT)
-        self.assertEqual(log_in(TENANT, "unused"), TENANT)
-        self.assertEqual(log_in("one.example", "unused"), TENANT)
-        self.assertEqual(len(self.fake.asked("token")), 1)
-        for number, token in enumerate((
-                "opaque", "a.b.c", f"a.{'W1tb' * 10_000}.c",
-                jwt({}), jwt([]), jwt({"tid": 5}), jwt({"tid": "x"}), jwt("tid"))):
-            with self.subTest(token[:40]):
+        good = jwt({"tid": TENANT.upper()})
+        for tenant, token, wanted, requests in (
+                ("one.example", good, TENANT, 1), (TENANT, "", TENANT, 0),
+                ("one.example", "", TENANT, 0), (CLIENT, good, CLIENT, 1),    # never for an ID
+                *((f"d{number}.example", token, f"d{number}.example", 1)
+                  for number, token in enumerate((
+                      "opaque", "a.b.c", f"a.{'W1tb' * 10_000}.c", jwt({}), jwt([]),
+                      jwt({"tid": 5}), jwt({"tid": "x"}), jwt("tid"))))):
+            with self.subTest(tenant, token=token[:40]):
                 self.fake.reset()
-                self.assertEqual(log_in(f"d{number}.example", token), f"d{number}.example")
-        self.fake.reset()
-        self.assertEqual(log_in(CLIENT, jwt({"tid": TENANT})), CLIENT)      # never for an ID
+                self.fake.will("token", say(200, {"access_token": token, "expires_in": 3599}))
+                login = asyncio.run_coroutine_threadsafe(self.running.relay.log_in(
+                    relay.Authenticate(f"{tenant}@{CLIENT}", self.password), None, "x"),
+                    self.running._loop).result(PATIENCE)
+                self.assertEqual(login.application.tenant, wanted)
+                self.assertEqual(len(self.fake.asked("token")), requests)
 
     def test_a_malformed_name_is_refused_without_asking(self) -> None:
         for user, password, has_hint in (("scanner", "x", True), ("", "x", True),
@@ -3639,9 +3636,7 @@ class AccountCase(RelayCase):
     def logged_in_as(self, user: str, password: str = PASSWORD,
                      running: Running | None = None) -> Client:
         """Connect and log in with an account."""
-        client = self.connect(running)
-        self.assertReply(client.log_in(user, password), "235 2.7.0")
-        return client
+        return self.logged_in(user, password, running)
 
     def with_accounts(self, accounts: str, **settings: str) -> Running:
         """Start another relay with other accounts."""
@@ -4232,9 +4227,8 @@ class TableTests(RelayCase):
         relay.AZURE_PAUSES = (0.0, 0.0)
 
     def test_a_name_of_the_table(self) -> None:
-        client = self.connect()
         with kept_log() as kept:
-            self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
+            client = self.logged_in("app1@lookup")
         self.assertIn(" account=app1", kept.find("auth")[0][1])
         self.assertReply(client.post(b"From: X <other@b.c>\r\nTo: a@x.y\r\n\r\nText\r\n",
                                      sender="printer@x.y"), "250 2.0.0")
@@ -4336,8 +4330,7 @@ class TableTests(RelayCase):
             with self.subTest(setting), kept_log() as kept:
                 own = self.another(**{setting: "true"})
                 self.fake.reset()
-                client = self.connect(own)
-                self.assertReply(client.log_in(USER, self.password), "235 2.7.0")
+                client = self.logged_in(running=own)
                 self.assertNotIn("account=", str(kept.lines))       # it has no name
                 self.assertReply(client.post(), "250 2.0.0")
                 self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
@@ -4360,9 +4353,7 @@ class TableTests(RelayCase):
     def test_the_file_is_asked_first(self) -> None:
         path = FILES.write("first.ini", f"[App1]\n{APPLICATION}from_email = file@example.com\n")
         own = self.another(ACCOUNTS_FILE=path)
-        client = self.connect(own)
-        self.assertReply(client.log_in("app1@lookup", self.password), "235 2.7.0")
-        self.assertReply(client.post(), "250 2.0.0")
+        self.assertReply(self.logged_in("app1@lookup", running=own).post(), "250 2.0.0")
         self.assertEqual(self.fake.delivered[0].mailbox, "file@example.com")
         self.assertEqual(self.fake.asked("table"), [])
         self.assertReply(self.log_in("a.b@lookup", running=own), "235 2.7.0")
@@ -4516,9 +4507,7 @@ class AzuriteTests(RelayCase):
             for name in names:
                 with self.subTest(name):
                     self.assertReply(self.log_in(f"{name}@lookup"), reply)
-        client = self.connect()
-        client.log_in("app1@lookup", self.password)
-        self.assertReply(client.post(), "250 2.0.0")
+        self.assertReply(self.logged_in("app1@lookup").post(), "250 2.0.0")
         self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
 
     def test_what_is_allowed(self) -> None:
@@ -7449,8 +7438,7 @@ class DuplicateTests(RelayCase):
                 for change in ({}, other):
                     values: dict[str, Any] = {"user": USER, "message": message, "sender": SENDER,
                                               "recipients": ("a@x.y", "b@x.y"), **change}
-                    client = self.connect()
-                    client.log_in(values.pop("user"), self.password)
+                    client = self.logged_in(values.pop("user"))
                     self.assertReply(client.post(**values), "250 2.0.0")
                 self.assertEqual(len(self.fake.delivered), 1 if is_same else 2)
 
