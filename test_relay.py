@@ -3872,50 +3872,6 @@ def account_sas(permissions: str) -> str:
         "spr": "https", "sig": base64.b64encode(digest).decode()})
 
 
-class Azurite:
-    """A real Azurite with a table."""
-
-    def __init__(self, command: str) -> None:
-        self.port = free_port()
-        self.account = f"https://127.0.0.1:{self.port}/{AZURITE_ACCOUNT}"
-        self.url = f"{self.account}/users"
-        self._process = subprocess.Popen(
-            [command, "--silent", "--inMemoryPersistence", "--disableTelemetry", "--tableHost",
-             "127.0.0.1", "--tablePort", str(self.port), "--oauth", "basic", "--cert",
-             FILES["cert.pem"], "--key", FILES["key.pem"]], cwd=FILES.folder,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_for(self._answers, 6 * PATIENCE)       # it takes its time to start
-            self._post("Tables", TableName="users")
-        except BaseException:
-            self.close()
-            raise
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, "Azurite does not start"
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-            return True
-        return False
-
-    def insert(self, name: str, **properties: str) -> None:
-        """Put in an entity."""
-        self._post("users", PartitionKey="user", RowKey=name, **properties)
-
-    def _post(self, path: str, **body: str) -> None:
-        request = urllib.request.Request(f"{self.account}/{path}", json.dumps(body).encode(), {
-            "Authorization": f"Bearer {storage_token()}", "x-ms-version": "2020-12-06",
-            "Accept": "application/json;odata=nometadata", "Content-Type": "application/json"})
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
-                                             urllib.request.HTTPSHandler(context=trusting()))
-        opener.open(request, timeout=PATIENCE).close()
-
-    def close(self) -> None:
-        """Stop it."""
-        self._process.kill()
-        self._process.wait()
-
-
 @unittest.skipUnless(find_azurite(), "needs Azurite (npm install azurite, AZURITE=its command)")
 class AzuriteTests(RelayCase):
     """The real thing, as far as it can be had without Azure."""
@@ -3928,20 +3884,40 @@ class AzuriteTests(RelayCase):
         environ = at_environ(SSL_CERT_FILE=FILES["ca.pem"], NO_PROXY="127.0.0.1,localhost")
         environ.start()
         cls.addClassCleanup(environ.stop)
-        cls.azurite = Azurite(find_azurite() or "")
-        cls.addClassCleanup(cls.azurite.close)
+        port = free_port()
+        cls.account = f"https://127.0.0.1:{port}/{AZURITE_ACCOUNT}"
+        azurite = subprocess.Popen(
+            [find_azurite() or "", "--silent", "--inMemoryPersistence", "--disableTelemetry",
+             "--tableHost", "127.0.0.1", "--tablePort", str(port), "--oauth", "basic", "--cert",
+             FILES["cert.pem"], "--key", FILES["key.pem"]], cwd=FILES.folder,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        cls.addClassCleanup(azurite.wait)
+        cls.addClassCleanup(azurite.kill)
+        wait_for(lambda: cls.post("Tables", TableName="users"), 6 * PATIENCE)
         super().setUpClass()
         entry = {"tenant_id": TENANT, "client_id": CLIENT}
-        for name in ODD_NAMES:
-            cls.azurite.insert(name, **entry)
-        cls.azurite.insert("app1", **entry, from_email="app1@example.com", description="x")
-        cls.azurite.insert("broken", tenant_id=TENANT)
+        for name, properties in (
+                *((name, entry) for name in ODD_NAMES), ("broken", {"tenant_id": TENANT}),
+                ("app1", {**entry, "from_email": "app1@example.com", "description": "x"})):
+            assert cls.post("users", PartitionKey="user", RowKey=name, **properties)
+
+    @classmethod
+    def post(cls, path: str, **body: str) -> bool:
+        """Make a table or an entity; returns whether that went well."""
+        request = urllib.request.Request(f"{cls.account}/{path}", json.dumps(body).encode(), {
+            "Authorization": f"Bearer {storage_token()}", "x-ms-version": "2020-12-06",
+            "Accept": "application/json;odata=nometadata", "Content-Type": "application/json"})
+        opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=trusting()))
+        with contextlib.suppress(OSError):
+            opener.open(request, timeout=PATIENCE).close()
+            return True
+        return False
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
         """Settings with the table."""
         return super().config(**{
-            "AZURE_TABLES_URL": cls.azurite.url, "AZURE_TENANT_ID": TENANT,
+            "AZURE_TABLES_URL": f"{cls.account}/users", "AZURE_TENANT_ID": TENANT,
             "AZURE_CLIENT_ID": CLIENT, "AZURE_CLIENT_SECRET": "s", **settings})
 
     def test_names(self) -> None:
@@ -3956,7 +3932,7 @@ class AzuriteTests(RelayCase):
 
     def test_what_is_allowed(self) -> None:
         """What the table does not allow the relay is no wrong password."""
-        good, url = storage_token(), self.azurite.url
+        good, url = storage_token(), f"{self.account}/users"
         force, others = {"ACCOUNTS_REQUIRED": "true"}, {"AZURE_TABLES_URL": f"{url}2"}
         read, add = ({"AZURE_TABLES_URL": f"{url}?{account_sas(letter)}"} for letter in "ra")
         for token, settings, user, reply in (
