@@ -5564,6 +5564,9 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
     try:
         await relay.start()
         soon, file = loop.call_soon_threadsafe, relay.directory.file
+        with contextlib.suppress(NotImplementedError):      # of Windows
+            # This has any signal wake the loop, also one that comes just before it sleeps.
+            loop.add_signal_handler(signal.SIGTERM, stop.set)
         handle_signals(lambda: soon(stop.set), lambda: soon(file.ask))
         await Server(relay, contexts).run(sockets, stop)
     finally:

@@ -8182,6 +8182,23 @@ class ServeTests(unittest.TestCase):
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(PATIENCE), 0)
 
+    def test_a_signal_that_another_thread_gets(self) -> None:
+        """It wakes the loop, as one does that comes just before the loop sleeps."""
+        code = """if True:
+            import logging, signal, threading, time, smtp_oauth_relay as relay
+            def send():
+                time.sleep(0.2)
+                signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+                time.sleep(60)
+            handler = logging.Handler()
+            handler.emit = lambda record: "listening" in record.getMessage() and (
+                threading.Thread(target=send, daemon=True).start())
+            relay.log.addHandler(handler)
+            raise SystemExit(relay.main([]))"""
+        with start_python("-c", code, SMTP_PORT="0", TLS_SOURCE="off",
+                          REQUIRE_TLS="false") as process:
+            self.assertEqual(process.wait(PATIENCE), 0)
+
     @unittest.skipUnless(relay.resource, "needs limits of open files")
     def test_more_connections_than_open_files(self) -> None:
         """The soft limit is raised. At the hard one clients are refused, and those inside all
