@@ -484,11 +484,12 @@ class SettingTests(unittest.TestCase):
     @unittest.skipUnless((HERE / "README.md").exists(), "there is no README.md here")
     def test_the_readme_has_the_table_of_settings(self) -> None:
         readme = (HERE / "README.md").read_text(encoding="utf-8")
-        for table in (relay.table_of("Variable", relay.settings()),
-                      relay.table_of("Key", relay.declared(relay.Account))):
-            for line in table.splitlines():
+        for what, rows in (("Variable", relay.settings()), ("Key", relay.declared(relay.Account))):
+            table = [f"| {what} | Default | Meaning |", "| --- | --- | --- |", *(
+                f"| `{name}` | {f'`{one.default}`' if one.default else ''} | {one.help} |"
+                for name, one in rows.items())]
+            for line in (*table, "\n".join(table)):
                 self.assertTrue(f"\n{line}\n" in readme, line)
-            self.assertTrue(f"\n{table}\n" in readme, "the order")
 
 
 # ---------------------------------------------------------------------------
@@ -1189,8 +1190,8 @@ class SessionTests(SessionCase):
         dialogue = Dialogue(tls_config(), secure=True, guest=login)
         said = dialogue.feed(b"EHLO x\r\nMAIL FROM:<x@b.c>\r\nMAIL FROM:<x@A.B>\r\n"
                              b"RCPT TO:<x@y.z>\r\nRCPT TO:<x@d.e>\r\nRCPT TO:<Boss@f.g>\r\n"
-                             b"RCPT TO:<other@f.g>\r\nDATA\r\nText\r\n.\r\n")
-        self.assertEqual(codes(said)[-8:], [550, 250, 550, 250, 250, 550, 354, 250])
+                             + b"RCPT TO:<other@f.g>\r\n" * 150 + b"DATA\r\nText\r\n.\r\n")
+        self.assertEqual(codes(said)[1:], [550, 250, 550, 250, 250, *[550] * 150, 354, 250])
         self.assertIn(b"550 5.7.1 This account may not send as x@b.c", said)
         self.assertIn(b"550 5.7.1 This account may not send to other@f.g", said)
         self.assertEqual(list(dialogue.events[0].envelope.recipients.values()),
