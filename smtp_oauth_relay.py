@@ -313,18 +313,13 @@ def _like(pattern: str, accepted: str) -> Callable[[str], str]:
 
 
 _text = _like("[ -~]*", "printable ASCII text")
+_utf8 = _like("[^\ud800-\udfff]*", "text in UTF-8")
 _host_name = _like("[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?",
                    "a host name such as relay.example.com")
 _user = _like("[ -9;-~]+", "the name of a user of this system, or nothing")
 _ciphers = _like("[ -~]+", "an OpenSSL cipher list that names a known cipher")
 _vault_name = _like("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
                     "the name of a certificate: letters, digits and hyphens")
-
-
-def _utf8(text: str) -> str:
-    if text != text.encode(errors="ignore").decode():
-        raise ValueError("text in UTF-8")
-    return text
 
 
 def _boolean(text: str) -> bool:
@@ -809,10 +804,10 @@ def own_application(config: Config) -> Application:
     DefaultAzureCredential.
     """
     tenant, client = config.azure_tenant_id, config.azure_client_id
-    if tenant and client and config.azure_client_secret:
-        return Application(tenant, client, config.azure_client_secret, is_ours=True)
-    if tenant and client and config.azure_federated_token_file:
-        return Application(tenant, client, "", "workload-identity", is_ours=True)
+    secret = config.azure_client_secret
+    if tenant and client and (secret or config.azure_federated_token_file):
+        return Application(tenant, client, secret,
+                           "secret" if secret else "workload-identity", is_ours=True)
     return Application("", client, "", "managed-identity", is_ours=True)
 
 
@@ -1625,7 +1620,9 @@ class Session:
     def _command(self, line: str) -> Reply | None:
         verb, _, argument = line.rstrip(" \t").partition(" ")
         verb = verb.upper() if verb.isascii() else verb     # U+017F would become an S
-        self._trace("<", _traced(verb, line))
+        # A client may send its password at the wrong time.
+        self._trace("<", "AUTH ***" if verb == "AUTH" else line if verb in COMMANDS else
+                    f"*** ({len(line)} characters, no command)")
         if verb in HTTP_VERBS:
             self.end(Reply(421, "4.7.0", "This is SMTP, not HTTP"), "HTTP")
             return None
@@ -1724,13 +1721,6 @@ def _above_limit(config: Config) -> DeliveryError:
     more = "" if limit == config.max_message_size else ", as LARGE_MESSAGES=refuse"
     return DeliveryError(f"The message is too large: {limit} octets are the most{more}",
                          552, "5.3.4")
-
-
-def _traced(verb: str, line: str) -> str:
-    """Show a command in the log; a client may send its password at the wrong time."""
-    if verb == "AUTH":
-        return "AUTH ***"
-    return line if verb in COMMANDS else f"*** ({len(line)} characters, no command)"
 
 
 class Command(NamedTuple):

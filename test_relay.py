@@ -678,9 +678,9 @@ class AccountTests(unittest.TestCase):
         env = {"AZURE_FEDERATED_TOKEN_FILE": "/t", "AZURE_TENANT_ID": CLIENT,
                "AZURE_CLIENT_ID": TENANT}
         default = f"[DEFAULT]\n{APPLICATION}client_secret = s\n"
-        for text, *wanted in (
-                (f"{default}[a]\nclient_secret_file = /x", TENANT, CLIENT),
-                (f"{default}[a]\nclient_secret = %~%(x)s:", TENANT, CLIENT, "%~%(x)s:"),
+        for text, tenant, client, secret, credential in (
+                (f"{default}[a]\nclient_secret_file = /x", TENANT, CLIENT, "", "secret"),
+                (f"{default}[a]\nclient_secret = %~%(x)s:", TENANT, CLIENT, "%~%(x)s:", "secret"),
                 (f"{default}[a]\ncredential = Managed-Identity", TENANT, CLIENT, "",
                  "managed-identity"),
                 ("[a]\ncredential = Managed-Identity", "", "", "", "managed-identity"),
@@ -691,7 +691,7 @@ class AccountTests(unittest.TestCase):
             with self.subTest(text):
                 account, = parse(f"{text}\npassword = {HASH}\n", **env)
                 self.assertEqual(account.as_application("typed"),
-                                 relay.Application(*wanted, is_ours=True))
+                                 relay.Application(tenant, client, secret, credential, True))
 
     def test_each_fault_names_section_and_key(self) -> None:
         parts = {"app": APPLICATION, "own": f"{APPLICATION}client_secret = hidden\n",
@@ -1071,6 +1071,12 @@ class SessionTests(SessionCase):
                 said = dialogue.feed(octets)
                 self.assertEqual(codes(said), wanted)
                 self.assertEqual(dialogue.closed, wanted[-1] == 421)
+                # The log has each reply, and a mistake that is made again and again once.
+                logged = [(mark, what.code) for mark, what in dialogue.log if mark != "<"]
+                self.assertEqual([code for mark, code in logged if mark == ">"],
+                                 [250, 235, *wanted])
+                self.assertLessEqual(logged.count(("!", 500)), 1)
+                self.assertEqual(("!", 500) in logged, 500 in wanted)
 
     def test_mail_parameters(self) -> None:
         for reply, *rows in (
@@ -1136,7 +1142,9 @@ class SessionTests(SessionCase):
         self.assertIn(b"452 4.3.1 ", said)
         second.feed(line * 5)
         self.assertEqual(memory.free, 4002)             # nothing is kept of it
+        progress = second.session.progress
         second.feed(line * 100)
+        self.assertEqual(second.session.progress, progress + 1)     # 64 KiB
         self.assertIn(b"452 4.3.1 ", second.feed(b".\r\n"))
         first.feed(b"y" * 3998 + b"\r\n")
         self.assertEqual(memory.free, 2)
