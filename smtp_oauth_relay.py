@@ -148,19 +148,13 @@ class Reply:
     close: bool = False
 
     def __bytes__(self) -> bytes:
-        lines = self.text.split("\n")
-        last = len(lines) - 1
-        return b"".join(b"%d%s%s\r\n" % (self.code, b" " if number == last else b"-",
-                                         self._line(line))
-                        for number, line in enumerate(lines))
+        lines = [harmless(f"{self.status} {line}" if self.status else line).encode()
+                 for line in self.text.split("\n")]
+        return b"".join(b"%d%s%s\r\n" % (self.code, mark, line[:MAX_REPLY_TEXT])
+                        for mark, line in zip([*[b"-"] * (len(lines) - 1), b" "], lines))
 
     def __str__(self) -> str:
         return f"{self.code} {self.status} {self.text}".replace("  ", " ")
-
-    def _line(self, text: str) -> bytes:
-        if self.status:
-            text = f"{self.status} {text}"
-        return harmless(text).encode("ascii")[:MAX_REPLY_TEXT]
 
 
 def harmless(text: str) -> str:
@@ -319,18 +313,13 @@ def _like(pattern: str, accepted: str) -> Callable[[str], str]:
 
 
 _text = _like("[ -~]*", "printable ASCII text")
+_utf8 = _like("[^\ud800-\udfff]*", "text in UTF-8")
 _host_name = _like("[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?",
                    "a host name such as relay.example.com")
 _user = _like("[ -9;-~]+", "the name of a user of this system, or nothing")
 _ciphers = _like("[ -~]+", "an OpenSSL cipher list that names a known cipher")
 _vault_name = _like("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
                     "the name of a certificate: letters, digits and hyphens")
-
-
-def _utf8(text: str) -> str:
-    if text != text.encode(errors="ignore").decode():
-        raise ValueError("text in UTF-8")
-    return text
 
 
 def _boolean(text: str) -> bool:
@@ -423,7 +412,7 @@ def near_url(text: str) -> str:
 
 
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.I)
-_SHORT_UUID = re.compile("([A-Za-z0-9_-]{22})(?:==)?")
+_SHORT_UUID = re.compile("[A-Za-z0-9_-]{22}(?:==)?")
 _DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*",
                           re.I | re.A)
 
@@ -432,10 +421,9 @@ def decode_uuid(text: str) -> str | None:
     """Bring a UUID, or its base64url form, into lower case; None if it is neither."""
     if _UUID.fullmatch(text):
         return text.lower()
-    short = _SHORT_UUID.fullmatch(text)
-    if short is None:
-        return None
-    return str(uuid.UUID(bytes=base64.urlsafe_b64decode(short[1] + "==")))
+    if _SHORT_UUID.fullmatch(text):
+        return str(uuid.UUID(bytes=base64.urlsafe_b64decode(text[:22] + "==")))
+    return None
 
 
 def encode_uuid(text: str) -> str:
@@ -677,17 +665,8 @@ def settings() -> dict[str, Setting]:
 
 def settings_help() -> str:
     """Show the settings for --help."""
-    lines = []
-    for name, one in settings().items():
-        lines += [f"  {name} (default: {one.default or 'empty'})", f"      {one.help}"]
-    return "\n".join(lines)
-
-
-def table_of(what: str, rows: Mapping[str, Setting]) -> str:
-    """Show settings as a table of the README's."""
-    lines = [f"| `{name}` | {f'`{one.default}`' if one.default else ''} | {one.help} |"
-             for name, one in rows.items()]
-    return "\n".join([f"| {what} | Default | Meaning |", "| --- | --- | --- |", *lines])
+    return "\n".join(f"  {name} (default: {one.default or 'empty'})\n      {one.help}"
+                     for name, one in settings().items())
 
 
 # ---------------------------------------------------------------------------
@@ -825,10 +804,10 @@ def own_application(config: Config) -> Application:
     DefaultAzureCredential.
     """
     tenant, client = config.azure_tenant_id, config.azure_client_id
-    if tenant and client and config.azure_client_secret:
-        return Application(tenant, client, config.azure_client_secret, is_ours=True)
-    if tenant and client and config.azure_federated_token_file:
-        return Application(tenant, client, "", "workload-identity", is_ours=True)
+    secret = config.azure_client_secret
+    if tenant and client and (secret or config.azure_federated_token_file):
+        return Application(tenant, client, secret,
+                           "secret" if secret else "workload-identity", is_ours=True)
     return Application("", client, "", "managed-identity", is_ours=True)
 
 
@@ -872,16 +851,12 @@ class MessageOptions(NamedTuple):
     from_email: str
 
     def sender(self, reverse_path: str, authors: list[str] | None = None) -> str:
-        """Return the mailbox that sends a message, or "" if there is none.
-
-        `authors` are the mailboxes of From. None: it is not known yet, and "" is returned
-        if it decides.
+        """Return the mailbox that sends. `authors` are those of From; if From decides and
+        they are not known yet, return "".
         """
-        if self.from_email:
-            return self.from_email
-        if reverse_path and (self.sender_from == "envelope" or authors == []):
-            return reverse_path
-        return authors[0] if authors else ""
+        if self.from_email or (reverse_path and self.sender_from == "envelope"):
+            return self.from_email or reverse_path
+        return "" if authors is None else [*authors, reverse_path][0]
 
 
 @dataclass(frozen=True)
@@ -950,24 +925,25 @@ class Account:
 
     def check_sender(self, mailbox: str) -> None:
         """Raise DeliveryError if a mailbox may not send."""
-        if not _is_among(mailbox, self.allowed_senders):
-            raise DeliveryError(f"This account may not send as {mailbox}, see its "
-                                "allowed_senders", 550, "5.7.1")
+        self._check(mailbox, "send as", "allowed_senders")
 
     def check_recipient(self, mailbox: str) -> None:
         """Raise DeliveryError if a mailbox may get no mail."""
-        if not _is_among(mailbox, self.allowed_recipients):
-            raise DeliveryError(f"This account may not send to {mailbox}, see its "
-                                "allowed_recipients", 550, "5.7.1")
+        self._check(mailbox, "send to", "allowed_recipients")
+
+    def _check(self, mailbox: str, action: str, key: str) -> None:
+        allowed, name = getattr(self, key), comparable(mailbox)
+        if allowed and name not in allowed and name.rpartition("@")[2] not in allowed:
+            raise DeliveryError(f"This account may not {action} {mailbox}, see its {key}",
+                                550, "5.7.1")
 
     def message_options(self, config: Config) -> MessageOptions:
         """Return the settings for its messages, as its keys change them."""
-        recipients = config.header_recipients
-        if self.allowed_recipients and recipients == "keep":
-            recipients = "strip"        # else anybody in To gets the message
         return MessageOptions(
             config.sender_from, "rewrite" if self.from_email else config.from_mismatch,
-            recipients, self.from_email)
+            # With "keep" anybody in To would get the message.
+            "strip" if self.allowed_recipients else config.header_recipients,
+            self.from_email)
 
     def contradictions(self, config: Config) -> Iterator[str]:
         """Find keys that contradict each other."""
@@ -991,18 +967,12 @@ class Account:
                 yield "login: optional needs networks"
             for network in self.networks:
                 if network.prefixlen < WIDEST_NETWORK[network.version]:
-                    yield (f"networks: {network} without login is an open relay: the "
-                           "whole Internet could send mail as you; name the network of the "
-                           "devices")
+                    yield (f"networks: {network} without login is an open relay: anybody "
+                           "could send mail as you; name the network of the devices")
         for name in () if self.networks else self.network_settings:
             yield f"{name}: needs networks, for which it is"
         if self.require_tls and config.tls_source == "off":
             yield "require_tls: true needs a certificate, see TLS_SOURCE"
-
-
-def _is_among(mailbox: str, allowed: tuple[str, ...]) -> bool:
-    key = comparable(mailbox)
-    return not allowed or key in allowed or key.rpartition("@")[2] in allowed
 
 
 class Login(NamedTuple):
@@ -1035,16 +1005,17 @@ class Accounts:
 
     def at(self, address: IpAddress | None, config: Config) -> tuple[Login | None, Config]:
         """Find who a client is without login, and the settings for where it is."""
-        found = sorted((one for one in self.by_network if address and address in one),
-                       key=lambda one: one.prefixlen)
-        guest = next((one for one in self.by_network[found[-1]]
-                      if one.login == "optional"), None) if found else None
+        networks = [one for one in self.by_network if address and address in one]
+        guest: Account | None = None
         changes: dict[str, Any] = {}
-        for network in found:           # the most specific one is last, and prevails
-            for one in self.by_network[network]:
-                changes.update(one.network_settings)
+        for network in sorted(networks, key=lambda one: one.prefixlen):
+            # The most specific one is the last, and prevails.
+            accounts = self.by_network[network]
+            guest = next((one for one in accounts if one.login == "optional"), None)
+            for account in accounts:
+                changes.update(account.network_settings)
         return (Login(guest, guest.as_application()) if guest else None,
-                dataclasses.replace(config, **changes) if changes else config)
+                dataclasses.replace(config, **changes))
 
 
 def read_address(text: str) -> IpAddress | None:
@@ -1418,7 +1389,8 @@ class Session:
         return False
 
     def _read_command(self) -> bool:
-        if self._is_client_hello():
+        if (not self.secure and not self._commands and not self._overlong
+                and self._buffer.startswith(_CLIENT_HELLO)):
             self._close("the client speaks TLS from the first octet: set it to STARTTLS, "
                         "or to the port that SMTPS_PORT opens")
             return False
@@ -1462,14 +1434,13 @@ class Session:
         if self._eof:
             self._close("the client hung up")
 
-    def _is_client_hello(self) -> bool:
-        return (not self.secure and not self._commands and not self._overlong
-                and self._buffer.startswith(_CLIENT_HELLO))
-
     def _read_content(self) -> bool:
         """Take what there is of a message; only CRLF . CRLF ends it."""
         end = self._buffer.find(_END_OF_DATA)
-        cut = end + 2 if end >= 0 else len(self._buffer) - self._unsure_octets()
+        # What may begin the end waits; a CR is among it, so no CRLF is parted.
+        unsure = (size for size in (4, 3, 2, 1)
+                  if self._buffer.endswith(_END_OF_DATA[:size]))
+        cut = end + 2 if end >= 0 else len(self._buffer) - next(unsure, 0)
         # A dot at the start of a line was added by the client, RFC 5321 section 4.5.2.
         part = self._buffer[:cut].replace(b"\r\n.", b"\r\n")
         del self._buffer[:cut]
@@ -1484,14 +1455,6 @@ class Session:
         if self._eof:
             self._close("the client hung up within a message")
         return False
-
-    def _unsure_octets(self) -> int:
-        """How many octets at the end may be the beginning of the end of the content.
-
-        A CR is among them, so no CRLF is ever parted.
-        """
-        return next((length for length in (4, 3, 2, 1)
-                     if self._buffer.endswith(_END_OF_DATA[:length])), 0)
 
     def _keep_content(self, part: bytearray) -> None:
         try:
@@ -1520,18 +1483,12 @@ class Session:
     def _ehlo(self, argument: str) -> Reply:
         # The argument is not checked: devices say anything, and it may not matter,
         # RFC 5321 section 4.1.4. The reply has no enhanced status code, RFC 2034.
-        self._reset()
-        self._phase = Phase.READY
-        return Reply(250, "", "\n".join([self._name, *self._extensions()]))
-
-    def _extensions(self) -> Iterator[str]:
-        yield f"SIZE {self._config.size_limit}"
-        yield from ("PIPELINING", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES")
-        if self._offers_tls():
-            yield "STARTTLS"
-        if self._may_log_in():
-            yield "AUTH PLAIN LOGIN"
-        yield "HELP"
+        self._helo(argument)
+        log_in = self.secure or not self._config.require_tls
+        return Reply(250, "", "\n".join([
+            self._name, f"SIZE {self._config.size_limit}", "PIPELINING", "8BITMIME",
+            "SMTPUTF8", "ENHANCEDSTATUSCODES", *["STARTTLS"] * self._offers_tls(),
+            *["AUTH PLAIN LOGIN"] * log_in, "HELP"]))
 
     def _helo(self, argument: str) -> Reply:
         self._reset()
@@ -1663,7 +1620,9 @@ class Session:
     def _command(self, line: str) -> Reply | None:
         verb, _, argument = line.rstrip(" \t").partition(" ")
         verb = verb.upper() if verb.isascii() else verb     # U+017F would become an S
-        self._trace("<", _traced(verb, line))
+        # A client may send its password at the wrong time.
+        self._trace("<", "AUTH ***" if verb == "AUTH" else line if verb in COMMANDS else
+                    f"*** ({len(line)} characters, no command)")
         if verb in HTTP_VERBS:
             self.end(Reply(421, "4.7.0", "This is SMTP, not HTTP"), "HTTP")
             return None
@@ -1687,9 +1646,6 @@ class Session:
 
     def _offers_tls(self) -> bool:
         return not self.secure and self._config.tls_source != "off"
-
-    def _may_log_in(self) -> bool:
-        return self.secure or not self._config.require_tls
 
     def _send(self, reply: Reply) -> None:
         self._trace(">", reply)
@@ -1765,13 +1721,6 @@ def _above_limit(config: Config) -> DeliveryError:
     more = "" if limit == config.max_message_size else ", as LARGE_MESSAGES=refuse"
     return DeliveryError(f"The message is too large: {limit} octets are the most{more}",
                          552, "5.3.4")
-
-
-def _traced(verb: str, line: str) -> str:
-    """Show a command in the log; a client may send its password at the wrong time."""
-    if verb == "AUTH":
-        return "AUTH ***"
-    return line if verb in COMMANDS else f"*** ({len(line)} characters, no command)"
 
 
 class Command(NamedTuple):
