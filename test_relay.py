@@ -7737,9 +7737,10 @@ class ShutdownTests(RelayCase):
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         assert deaf.sock is not None
         deaf.sock.settimeout(0.3)
+        deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)     # it is soon full
         with contextlib.suppress(OSError):
             while True:
-                deaf.sock.sendall(b"HELP\r\n" * 10_000)
+                deaf.sock.sendall(b"HELP\r\n" * 1_000)
         running.stop()
         self.assertReply(client.next_reply(), "421 4.3.2")
 
