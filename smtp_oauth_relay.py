@@ -5327,7 +5327,7 @@ class Server:
         limit = raise_open_files(2 * relay.config.max_connections + 2 * SPARE_FILES)
         self._client_files = limit - min(SPARE_FILES, limit / 2)
 
-    async def run(self, sockets: Iterable[tuple[socket.socket, bool]],
+    async def run(self, sockets: list[tuple[socket.socket, bool]],
                   stop: asyncio.Event) -> None:
         """Serve until `stop` on bound sockets, each with whether it is for implicit TLS."""
         servers = []
@@ -5343,6 +5343,11 @@ class Server:
         await stop.wait()
         self._is_stopping = True
         log_event(logging.INFO, "-", "stopping", connections=len(self._connections))
+        with contextlib.suppress(NotImplementedError):      # of Windows
+            for sock, _ in sockets:
+                asyncio.get_running_loop().remove_reader(sock)
+        for _ in range(3):              # turns that asyncio needs to begin a connection
+            await asyncio.sleep(0)      # which it has accepted; after close() it fails
         for server in servers:
             server.close()
         await self._drain()

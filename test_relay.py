@@ -7700,6 +7700,18 @@ class ShutdownTests(RelayCase):
             client.docmd(line)
         return client
 
+    def test_a_client_that_is_accepted_as_the_ports_close_hears_421(self) -> None:
+        running, clients = self.another(), list[socket.socket]()
+
+        def connect_and_stop() -> None:
+            clients.append(socket.create_connection(("127.0.0.1", running.port)))
+            running._loop.call_soon(running._stop.set)      # as asyncio accepts it
+        running._loop.call_soon_threadsafe(connect_and_stop)
+        running.wait()
+        with clients[0] as client:
+            client.settimeout(PATIENCE)
+            self.assertIn(b"\r\n421 4.3.2 ", client.makefile("rb").read())
+
     def test_a_message_in_flight_ends_and_idle_clients_hear_421(self) -> None:
         running = self.another()
         self.fake.will("send", self.fake.hang_then(self.fake.accept))
