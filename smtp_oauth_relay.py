@@ -12,15 +12,13 @@ Microsoft has accepted the message, or when it is safe in SPOOL_DIRECTORY, if th
     python3 smtp_oauth_relay.py spool     see what waits
     python3 smtp_oauth_relay.py --help    the variables
 
-What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS files, and
-connects to AZURE_AUTHORITY_HOST and GRAPH_ENDPOINT, and with large messages to the host
-that Graph names for the upload, all through HTTPS_PROXY if that is set. Only where they
-are set: ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL,
-AZURE_KEY_VAULT_URL, and the token file or the managed identity of the machine, which is
-asked directly. It writes its log, to standard error, and messages that must wait to
-SPOOL_DIRECTORY, if that is set; only the demo writes other files (outbox/), and a key from
-Key Vault is for a moment in a file of mode 0600 where the system has no file in memory. It
-may run `openssl` to read such a key.
+What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS files, writes
+its log to standard error, and connects to AZURE_AUTHORITY_HOST, GRAPH_ENDPOINT and the host
+that Graph names for the upload of a large message, through HTTPS_PROXY if that is set. Only
+if they are set: ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL,
+SPOOL_DIRECTORY, the token file or the managed identity of the machine (asked directly), and
+AZURE_KEY_VAULT_URL. `openssl` may be run to read a key from there, which is for a moment in
+a file of mode 0600 if the system has no files in memory. The demo writes to outbox/.
 
     device --SMTP--> Connection --bytes--> Session       the protocol, without I/O
                          |  Authenticate, Deliver        its events
@@ -62,7 +60,6 @@ import base64
 import binascii
 import codecs
 import collections
-import concurrent.futures
 import configparser
 import contextlib
 import dataclasses
@@ -100,7 +97,6 @@ import sys
 import tempfile
 import threading
 import time
-import typing
 import urllib.parse
 import urllib.request
 import uuid
@@ -108,7 +104,7 @@ import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar, Union
+from typing import IO, Any, Generic, NamedTuple, TypeVar, Union, cast
 
 try:
     import fcntl
@@ -126,7 +122,6 @@ T = TypeVar("T")
 
 # ---------------------------------------------------------------------------
 # §1  Replies and errors
-# ---------------------------------------------------------------------------
 #
 # Every error that a client hears of is a RelayError, raised where the fact is known and
 # with the final text. It is turned into bytes in one place, Reply.__bytes__.
@@ -134,8 +129,7 @@ T = TypeVar("T")
 MAX_REPLY_TEXT = 480        # octets; a line has 512 at most, RFC 5321 section 4.5.3.1.5
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """A reply to a client; lines of `text` are separated by LF.
 
     `status` is the enhanced status code (RFC 3463), or "" where RFC 2034 wants none.
@@ -166,12 +160,6 @@ class RelayError(Exception):
     """Something a client must be told; `.reply` says it.
 
     `.facts` and `.level` are for the log. Level INFO is a mistake of the client's.
-
-        RelayError
-        +-- ProtocolError     the client broke RFC 5321                      501 5.5.4
-        +-- AuthError         the credentials are wrong                      535 5.7.8
-        +-- TemporaryError    ours or Microsoft's fault; try again later     451 4.3.0
-        +-- DeliveryError     this message will never be accepted            554 5.6.0
     """
 
     code = 451
@@ -224,7 +212,6 @@ class StartError(Exception):
 
 # ---------------------------------------------------------------------------
 # §2  Configuration
-# ---------------------------------------------------------------------------
 #
 # The fields of Config are the only list of settings. --help, the README's table and the
 # checks are made from it. Defaults are text, so they are parsed like any other value.
@@ -312,6 +299,15 @@ def _like(pattern: str, accepted: str) -> Callable[[str], str]:
     return parse
 
 
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high:
+            return int(text)
+        raise ValueError(f"a whole number from {low} to {high}")
+    return parse
+
+
+_count = _whole(1, 1_000_000)
 _text = _like("[ -~]*", "printable ASCII text")
 _utf8 = _like("[^\ud800-\udfff]*", "text in UTF-8")
 _host_name = _like("[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?",
@@ -332,14 +328,6 @@ def _choice(*accepted: str) -> Callable[[str], str]:
             if text.lower() == value.lower():
                 return value
         raise ValueError("one of " + " ".join(accepted))
-    return parse
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high:
-            return int(text)
-        raise ValueError(f"a whole number from {low} to {high}")
     return parse
 
 
@@ -367,9 +355,7 @@ def _tls_version(text: str) -> str:
 
 
 def split_url(url: str, near: str = "is_loopback") -> urllib.parse.SplitResult | None:
-    """Split a URL that secrets are sent to. Return None unless it is https, or http to an
-    address for which `near` is true, and there is nothing odd in it.
-    """
+    """Split a URL for secrets; None unless https, or http to an address that is `near`."""
     with contextlib.suppress(ValueError):       # of what is no URL, port or IP address
         parts = urllib.parse.urlsplit(url)
         host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
@@ -447,9 +433,6 @@ def read_client(text: str) -> str:
     return client
 
 
-_count = _whole(1, 1_000_000)
-
-
 @dataclass(frozen=True)
 class Config:
     """The settings. Times are in seconds, sizes in octets."""
@@ -524,8 +507,7 @@ class Config:
         _optional(read_tenant), "", "Tenant of the relay itself, for Tables and Key Vault.")
     azure_client_id: str = setting(
         _optional(read_client), "", "Application, or user-assigned identity, of the relay.")
-    azure_client_secret: str = setting(
-        _utf8, "", "Secret of that application.", _hidden)
+    azure_client_secret: str = setting(_utf8, "", "Secret of that application.", _hidden)
     azure_federated_token_file: str = setting(
         str, "", "Token of a workload identity. Kubernetes sets it.")
     identity_endpoint: str = setting(
@@ -574,10 +556,8 @@ class Config:
     max_memory_for_messages: int = setting(
         _whole(1000, 10 ** 12 - 1), "268435456",
         "Most octets of all messages in flight together.")
-    max_recipients: int = setting(
-        _count, "500", "Most recipients of one message.")
-    max_connections: int = setting(
-        _count, "1000", "Most connections at once.")
+    max_recipients: int = setting(_count, "500", "Most recipients of one message.")
+    max_connections: int = setting(_count, "1000", "Most connections at once.")
     max_connections_per_client: int = setting(
         _count, "100", "Most connections at once from one address, or one /64 of IPv6.")
     client_timeout: float = setting(
@@ -592,9 +572,8 @@ class Config:
     @property
     def size_limit(self) -> int:
         """The largest message that can be sent, in octets."""
-        if self.large_messages == "refuse":
-            return min(self.max_message_size, GRAPH_MESSAGE_LIMIT)
-        return self.max_message_size
+        limit = GRAPH_MESSAGE_LIMIT if self.large_messages == "refuse" else EXCHANGE_LIMIT
+        return min(self.max_message_size, limit)
 
     @property
     def must_have_account(self) -> bool:
@@ -609,9 +588,7 @@ class Config:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
-        """Read the settings. Raises ConfigError with all faulty values, or if there are
-        none with all contradictions, a line each.
-        """
+        """Read the settings. Raises ConfigError: all faulty values, else contradictions."""
         values, faults = {}, []
         cloud = CLOUDS.get(environ.get("AZURE_CLOUD", "").strip().lower(), CLOUDS["global"])
         defaults = {"AZURE_AUTHORITY_HOST": cloud.authority, "GRAPH_ENDPOINT": cloud.graph}
@@ -671,7 +648,6 @@ def settings_help() -> str:
 
 # ---------------------------------------------------------------------------
 # §3  SMTP grammar
-# ---------------------------------------------------------------------------
 #
 # RFC 5321 section 4.1.2, with the UTF-8 of RFC 6531 section 3.3. Departures, as devices
 # make these mistakes and every server forgives them: white space may follow "FROM:" and
@@ -709,29 +685,14 @@ def parse_path(argument: str, keyword: str) -> tuple[str, dict[str, str | None]]
     if match is None:
         raise ProtocolError(f"Syntax: {keyword}<address>, and the address must be "
                             "complete as in user@example.com", 501, status)
-    mailbox = match["mailbox"] or match["bare"] or ""
-    if mailbox.endswith("]"):
-        _check_literal(mailbox.rpartition("@[")[2][:-1], status)
-    return mailbox, _parse_parameters(match["parameters"] or "")
-
-
-def _check_literal(literal: str, status: str) -> None:
-    """Check an address literal, RFC 5321 section 4.1.3."""
-    try:
-        if literal[:5].upper() == "IPV6:" and "%" not in literal:
-            ipaddress.IPv6Address(literal[5:])
-        else:
-            ipaddress.IPv4Address(literal)
-    except ValueError:
-        raise ProtocolError("The address literal is not an IP address", 501,
-                            status) from None
+    return (match["mailbox"] or match["bare"] or "",
+            _parse_parameters(match["parameters"] or ""))
 
 
 def comparable(mailbox: str) -> str:
     """Bring a mailbox into the form in which two that are the same are equal.
 
-    Case does not matter; nor do quotes that a local part does not need, RFC 5321
-    section 4.1.2.
+    Case does not matter, nor do needless quotes, RFC 5321 section 4.1.2.
     """
     local_part, _, domain = mailbox.rpartition("@")
     if local_part.startswith('"'):
@@ -743,17 +704,13 @@ def comparable(mailbox: str) -> str:
 
 def _parse_parameters(text: str) -> dict[str, str | None]:
     """Read the parameters of MAIL or RCPT, RFC 5321 section 4.1.2."""
-    parameters: dict[str, str | None] = {}
-    for word in text.split(" "):
-        if not word:
-            continue
-        match = _PARAMETER.fullmatch(word)
-        if match is None:
-            raise ProtocolError("A parameter is malformed")
-        name = match[1].upper()
-        if name in parameters:
-            raise ProtocolError("A parameter is given twice")
-        parameters[name] = match[2]
+    words = list(filter(None, text.split(" ")))
+    matches = [match for match in map(_PARAMETER.fullmatch, words) if match]
+    parameters = {match[1].upper(): match[2] for match in matches}
+    if len(matches) < len(words):
+        raise ProtocolError("A parameter is malformed")
+    if len(parameters) < len(words):
+        raise ProtocolError("A parameter is given twice")
     return parameters
 
 
@@ -766,7 +723,6 @@ def decode_base64(text: str) -> bytes:
 
 # ---------------------------------------------------------------------------
 # §4  Accounts
-# ---------------------------------------------------------------------------
 #
 # Who a client is. It logs in as
 #
@@ -778,11 +734,13 @@ def decode_base64(text: str) -> bytes:
 # hold its address the most specific one decides that; and require_tls, tls_min_version
 # the most specific one for which they are set.
 
+SCRYPT_COST = 2 ** 15               # N of RFC 7914; tests lower it
 WIDEST_NETWORK = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
 SECRET_KEYS = {"client_secret", "client_secret_file", "credential"}
 LIST_KEYS = {"allowed_recipients", "allowed_senders", "networks"}
 NETWORK_KEYS = ("require_tls", "tls_min_version")       # what settings `networks` replace
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
+_mailbox = _like(_MAILBOX, "an address such as scanner@example.com")
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 IpAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -800,9 +758,7 @@ class Application:
 
 
 def own_application(config: Config) -> Application:
-    """Find who the relay is to Azure; in the order of azure-identity's
-    DefaultAzureCredential.
-    """
+    """Find who the relay is to Azure, in the order of DefaultAzureCredential."""
     tenant, client = config.azure_tenant_id, config.azure_client_id
     secret = config.azure_client_secret
     if tenant and client and (secret or config.azure_federated_token_file):
@@ -818,9 +774,6 @@ def _hash(text: str) -> str:
     if not has_scrypt():
         raise ValueError("empty, as this Python has no scrypt")
     return text
-
-
-_mailbox = _like(_MAILBOX, "an address such as scanner@example.com")
 
 
 def _whom(text: str) -> str:
@@ -851,9 +804,7 @@ class MessageOptions(NamedTuple):
     from_email: str
 
     def sender(self, reverse_path: str, authors: list[str] | None = None) -> str:
-        """Return the mailbox that sends. `authors` are those of From; if From decides and
-        they are not known yet, return "".
-        """
+        """Return the mailbox that sends, or "" while From decides and is not read yet."""
         if self.from_email or (reverse_path and self.sender_from == "envelope"):
             return self.from_email or reverse_path
         return "" if authors is None else [*authors, reverse_path][0]
@@ -861,9 +812,7 @@ class MessageOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class Account:
-    """What a client may do, and as which application. The fields that are settings are
-    the keys of ACCOUNTS_FILE.
-    """
+    """What a client may do, as which application; its settings are keys of the file."""
 
     name: str = ""                  # "" for TENANT@CLIENT
     tenant_id: str = setting(
@@ -871,10 +820,8 @@ class Account:
     client_id: str = setting(
         _optional(read_client), "", "The application; or, with `managed-identity`, the "
         "user-assigned identity, and empty for the system-assigned one.")
-    client_secret: str = setting(
-        str, "", "The application's secret.", _hidden)
-    client_secret_file: str = setting(
-        str, "", "The file that holds it.")
+    client_secret: str = setting(str, "", "The application's secret.", _hidden)
+    client_secret_file: str = setting(str, "", "The file that holds it.")
     credential: str = setting(
         _optional(_choice("managed-identity", "workload-identity")), "",
         "`managed-identity` or `workload-identity` instead of a secret.")
@@ -901,9 +848,7 @@ class Account:
 
     @property
     def has_credential(self) -> bool:
-        """Whether the relay can prove who the application is; if not, the device does: its
-        password is the secret.
-        """
+        """Whether the relay has a credential; else the device's password is the secret."""
         return bool(self.client_secret or self.client_secret_file or self.credential)
 
     def as_application(self, password: str = "") -> Application:
@@ -923,17 +868,11 @@ class Account:
         return not self.networks or (
             address is not None and any(address in one for one in self.networks))
 
-    def check_sender(self, mailbox: str) -> None:
-        """Raise DeliveryError if a mailbox may not send."""
-        self._check(mailbox, "send as", "allowed_senders")
-
-    def check_recipient(self, mailbox: str) -> None:
-        """Raise DeliveryError if a mailbox may get no mail."""
-        self._check(mailbox, "send to", "allowed_recipients")
-
-    def _check(self, mailbox: str, action: str, key: str) -> None:
+    def check(self, mailbox: str, key: str) -> None:
+        """Raise DeliveryError if `key`, as allowed_senders, does not allow a mailbox."""
         allowed, name = getattr(self, key), comparable(mailbox)
         if allowed and name not in allowed and name.rpartition("@")[2] not in allowed:
+            action = "send as" if key == "allowed_senders" else "send to"
             raise DeliveryError(f"This account may not {action} {mailbox}, see its {key}",
                                 550, "5.7.1")
 
@@ -1028,9 +967,7 @@ def read_address(text: str) -> IpAddress | None:
 
 
 def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]:
-    """Read an accounts file; returns its accounts, and its faulty values, or if there are
-    none its contradictions.
-    """
+    """Read an accounts file; returns accounts and faulty values, or else contradictions."""
     # DEFAULT is read as a section like others, so that a fault in it is told once.
     parser = configparser.ConfigParser(default_section="", delimiters=("=",),
                                        inline_comment_prefixes=(";", "#"),
@@ -1123,9 +1060,6 @@ def has_scrypt() -> bool:
         return False
 
 
-SCRYPT_COST = 2 ** 15       # N of RFC 7914; tests lower it
-
-
 def hash_password(password: str, salt: bytes) -> str:
     """Hash a password with 16 octets of salt: scrypt, RFC 7914, r=8, p=1."""
     digest = hashlib.scrypt(password.encode(), salt=salt, n=SCRYPT_COST, r=8, p=1,
@@ -1166,7 +1100,6 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 
 # ---------------------------------------------------------------------------
 # §5  SMTP session
-# ---------------------------------------------------------------------------
 #
 # Session is the protocol and nothing else: no socket, no clock, no task. Its caller
 #
@@ -1185,7 +1118,6 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 
 MAX_COMMAND = 2048              # octets with CRLF; RFC 5321 section 4.5.3.1.4 wants 512
 MAX_AUTH = 12288                # octets with CRLF, RFC 4954 section 4
-TOO_LONG = {MAX_COMMAND: "5.5.2", MAX_AUTH: "5.5.6"}    # the enhanced status code
 MAX_COST = 100                  # of commands since a login or a message was accepted
 PROGRESS = 65536                # octets of a message that count as one command
 
@@ -1214,8 +1146,7 @@ class Envelope:
     message: bytes | bytearray = field(default=b"", repr=False)
 
 
-@dataclass(frozen=True)
-class StartTls:
+class StartTls(NamedTuple):
     """Send the output, then do the handshake."""
 
 
@@ -1227,15 +1158,13 @@ class Authenticate:
     password: str = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Deliver:
+class Deliver(NamedTuple):
     """Hand a message on; lines end in CRLF, dot-stuffing is undone."""
 
     envelope: Envelope
 
 
-@dataclass(frozen=True)
-class Close:
+class Close(NamedTuple):
     """Send the output and close; `reason` is for the log."""
 
     reason: str
@@ -1245,22 +1174,18 @@ Event = Union[StartTls, Authenticate, Deliver, Close]
 
 
 class Memory:
-    """Counts the octets of all messages in flight, MAX_MEMORY_FOR_MESSAGES."""
+    """What is `free` for messages in flight, of MAX_MEMORY_FOR_MESSAGES, in octets."""
 
     def __init__(self, limit: int) -> None:
         self.free = limit
 
     def take(self, octets: int) -> None:
-        """Count octets in. Raises TemporaryError if they are too many."""
+        """Take octets, or raise TemporaryError if so many are not free."""
         self.check(octets)
         self.free -= octets
 
-    def give_back(self, octets: int) -> None:
-        """Count octets out."""
-        self.free += octets
-
     def check(self, octets: int) -> None:
-        """Raise TemporaryError if so many octets cannot be taken now."""
+        """Raise TemporaryError if so many octets are not free."""
         if octets > self.free:
             raise TemporaryError("Too much mail at once for the relay's memory; try again "
                                  "later", 452, "4.3.1")
@@ -1289,8 +1214,6 @@ class Session:
         self._read = self._read_command
         self._event: Event | None = None
         self._buffer = bytearray()      # received, not yet worked on
-        self._scanned = 0               # octets of it known to hold no end of line
-        self._overlong = ""             # status if the line at its start lost octets
         self._eof = False
         self._output: list[bytes] = []
         self._commands = 0
@@ -1338,24 +1261,24 @@ class Session:
         return self._commands + self._octets // PROGRESS
 
     @property
-    def is_in_content(self) -> bool:
-        """Whether a message is being received."""
-        return self._read == self._read_content
-
-    @property
     def holds_message(self) -> bool:
         """Whether a message is being received, or waits for an answer."""
-        is_waiting = self._phase is Phase.RCPT and self._read == self._wait
-        return self.is_in_content or is_waiting
+        return self._read == self._read_content or (
+            self._read == self._wait and self._phase is Phase.RCPT)
 
     def end(self, reply: Reply, reason: str) -> None:
         """Let a reply be the last word, whatever the client was doing."""
         self._send(reply)
         self._close(reason)
 
-    def abandon(self) -> None:
-        """Let go of a message; the connection is gone."""
-        self._reset()
+    def reset(self) -> None:
+        """Forget the message that is on its way in."""
+        self._memory.free += len(self._content)
+        self._content = bytearray()
+        self._envelope = Envelope("")
+        self._allow_utf8 = False
+        if self._phase is not Phase.CONNECTED:
+            self._phase = Phase.READY
 
     # The caller's answers to events.
 
@@ -1365,7 +1288,6 @@ class Session:
         self.login = self._guest
         self._phase = Phase.CONNECTED
         self._buffer.clear()
-        self._scanned, self._overlong = 0, ""
         self._resume()
 
     def authenticated(self, login: Login) -> None:
@@ -1389,12 +1311,12 @@ class Session:
         return False
 
     def _read_command(self) -> bool:
-        if (not self.secure and not self._commands and not self._overlong
+        if (not self.secure and not self._commands
                 and self._buffer.startswith(_CLIENT_HELLO)):
             self._close("the client speaks TLS from the first octet: set it to STARTTLS, "
                         "or to the port that SMTPS_PORT opens")
             return False
-        is_auth = not self._overlong and bytes(self._buffer[:5]).upper() == b"AUTH "
+        is_auth = self._buffer[:5].upper() == b"AUTH "
         return self._read_line(self._command, MAX_AUTH if is_auth else MAX_COMMAND)
 
     def _read_auth(self) -> bool:
@@ -1402,20 +1324,20 @@ class Session:
 
     def _read_line(self, obey: Callable[[str], Reply | None], limit: int) -> bool:
         """Obey one line; it ends in CRLF and in nothing else."""
-        end = self._buffer.find(b"\r\n", self._scanned)
+        end = self._buffer.find(b"\r\n")
+        if end + 2 > limit or (end < 0 and len(self._buffer) > limit):
+            # What follows may be the rest of it, and is no command.
+            status = "5.5.6" if limit == MAX_AUTH else "5.5.2"
+            self.end(Reply(500, status, "The line is too long"), "a line is too long")
+            return False
         if end < 0:
-            self._miss_end_of_line(limit)
+            if self._eof:
+                self._close("the client hung up")
             return False
         line = bytes(self._buffer[:end])
         del self._buffer[:end + 2]
-        overlong, self._overlong = self._overlong, ""
-        if end + 2 > limit:
-            overlong = overlong or TOO_LONG[limit]
-        self._scanned = 0
         self._commands += 1
         try:
-            if overlong:
-                raise ProtocolError("The line is too long", 500, overlong)
             reply = obey(_decode_line(line))
         except RelayError as error:
             self._read = self._read_command         # an error ends AUTH
@@ -1424,15 +1346,6 @@ class Session:
         if reply:
             self._answer(reply)
         return True
-
-    def _miss_end_of_line(self, limit: int) -> None:
-        self._scanned = max(0, len(self._buffer) - 1)       # the last may be a CR
-        if len(self._buffer) > limit:
-            self._overlong = self._overlong or TOO_LONG[limit]
-            del self._buffer[:-1]
-            self._scanned = 0
-        if self._eof:
-            self._close("the client hung up")
 
     def _read_content(self) -> bool:
         """Take what there is of a message; only CRLF . CRLF ends it."""
@@ -1463,12 +1376,9 @@ class Session:
             self._memory.take(len(part))
             self._content += part
         except RelayError as error:
-            self._drop_content()
+            self._memory.free += len(self._content)
+            self._content = bytearray()
             self._refusal = error
-
-    def _drop_content(self) -> None:
-        self._memory.give_back(len(self._content))
-        self._content = bytearray()
 
     def _end_content(self) -> None:
         if self._refusal:
@@ -1491,7 +1401,7 @@ class Session:
             *["AUTH PLAIN LOGIN"] * log_in, "HELP"]))
 
     def _helo(self, argument: str) -> Reply:
-        self._reset()
+        self.reset()
         self._phase = Phase.READY
         return Reply(250, "", self._name)
 
@@ -1506,7 +1416,7 @@ class Session:
         self._check_ascii(mailbox, "SMTPUTF8" in parameters)
         account = self.login.account
         if mailbox and account.message_options(self._config).sender(mailbox):
-            account.check_sender(mailbox)   # else after DATA: From decides
+            account.check(mailbox, "allowed_senders")   # else after DATA: From decides
         size = int(parameters.get("SIZE") or 0)
         if size > self._config.size_limit:
             raise _above_limit(self._config)
@@ -1528,7 +1438,7 @@ class Session:
             raise ProtocolError("A recipient must have an address", 501, "5.1.3")
         self._check_ascii(mailbox, self._allow_utf8)
         assert self.login is not None       # MAIL wants a login
-        self.login.account.check_recipient(mailbox)
+        self.login.account.check(mailbox, "allowed_recipients")
         recipients = self._envelope.recipients
         key = comparable(mailbox)
         if key not in recipients and len(recipients) >= self._config.max_recipients:
@@ -1547,20 +1457,11 @@ class Session:
         return Reply(354, "", "Send the message; end it with a dot on a line of its own")
 
     def _rset(self, argument: str) -> Reply:
-        self._reset()
+        self.reset()
         return Reply(250, "2.0.0", "Ok")
-
-    def _vrfy(self, argument: str) -> Reply:
-        return Reply(252, "2.5.0", "Send some mail; Microsoft 365 knows who is there")
-
-    def _expn(self, argument: str) -> Reply:
-        raise ProtocolError("EXPN is not available", 502, "5.5.1")
 
     def _help(self, argument: str) -> Reply:
         return Reply(214, "2.0.0", "Commands: " + " ".join(COMMANDS))
-
-    def _noop(self, argument: str) -> Reply:
-        return Reply(250, "2.0.0", "Ok")
 
     def _quit(self, argument: str) -> None:
         self.end(Reply(221, "2.0.0", "Bye"), "quit")
@@ -1630,7 +1531,8 @@ class Session:
             raise ProtocolError("No such command", 500, "5.5.1")
         command = COMMANDS[verb]
         self._check(command, argument)
-        return command.obey(self, argument)
+        obey = command.obey
+        return obey if isinstance(obey, Reply) else obey(self, argument)
 
     def _check(self, command: Command, argument: str) -> None:
         """Refuse a command that is out of order; the only place that does."""
@@ -1673,26 +1575,18 @@ class Session:
 
     def _resume(self, reply: Reply | None = None) -> None:
         self._read = self._read_command
-        self._reset()
+        self.reset()
         if reply:
             self._answer(reply)
 
     def _close(self, reason: str) -> None:
-        self._reset()
+        self.reset()
         self._ask(Close(reason))
-
-    def _reset(self) -> None:
-        self._drop_content()
-        self._envelope = Envelope("")
-        self._allow_utf8 = False
-        if self._phase is not Phase.CONNECTED:
-            self._phase = Phase.READY
 
 
 def cost_of(reply: Reply) -> int:
     """Weigh a reply by MAX_COST: the third failed login ends a session, the tenth error,
-    the hundredth command. What leads to a message is free: of many recipients many may be
-    refused.
+    the hundredth command. What leads to a message is free, refused recipients too.
     """
     if reply.code in (334, 354, 452, 550) or reply.status == "2.1.5":
         return 0
@@ -1726,7 +1620,7 @@ def _above_limit(config: Config) -> DeliveryError:
 class Command(NamedTuple):
     """A row of the table of commands; `argument` None is: as the client likes."""
 
-    obey: Callable[[Session, str], Reply | None]
+    obey: Callable[[Session, str], Reply | None] | Reply
     phases: frozenset[Phase] = frozenset(Phase)
     argument: bool | None = None
     secure: bool = False        # only under TLS, while REQUIRE_TLS is true
@@ -1744,10 +1638,11 @@ COMMANDS: Mapping[str, Command] = {
     "RCPT":     Command(Session._rcpt, frozenset({Phase.MAIL, Phase.RCPT}), argument=True),
     "DATA":     Command(Session._data, frozenset({Phase.RCPT}), argument=False),
     "RSET":     Command(Session._rset, argument=False),
-    "VRFY":     Command(Session._vrfy, argument=True),
-    "EXPN":     Command(Session._expn),
+    "VRFY":     Command(Reply(252, "2.5.0", "Send some mail; Microsoft 365 knows who is "
+                                            "there"), argument=True),
+    "EXPN":     Command(Reply(502, "5.5.1", "EXPN is not available")),
     "HELP":     Command(Session._help),
-    "NOOP":     Command(Session._noop),
+    "NOOP":     Command(Reply(250, "2.0.0", "Ok")),
     "QUIT":     Command(Session._quit, argument=False),
 }
 
@@ -1766,7 +1661,6 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 
 # ---------------------------------------------------------------------------
 # §6  Messages
-# ---------------------------------------------------------------------------
 #
 # Graph has no envelope: it mails whoever stands in To, Cc and Bcc. So these are made to
 # name the envelope's recipients and nobody else (HEADER_RECIPIENTS=strip):
@@ -1957,10 +1851,7 @@ def _address_field(name: bytes, texts: list[str]) -> bytes:
 
 
 def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
-    """Make To, Cc and Bcc name these recipients, by comparable form, and nobody else.
-
-    `policy` is HEADER_RECIPIENTS.
-    """
+    """Make To, Cc and Bcc name just these recipients; `policy` is HEADER_RECIPIENTS."""
     for one in header.find(b"resent-bcc"):      # hidden recipients, RFC 5322 section 3.6.6
         one.edited = b""
     read = [(one, _read_field(one)) for one in header.find(*_ADDRESS_FIELDS)]
@@ -1982,8 +1873,7 @@ def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) 
     header.top.append(_address_field(b"Bcc", hidden + missing))
 
 
-def _without_others(one: Field, found: AddressList,
-                    recipients: Mapping[str, str]) -> bytes:
+def _without_others(one: Field, found: AddressList, recipients: Mapping[str, str]) -> bytes:
     """Take out of a field whom the envelope does not name, as the table above says."""
     if found.is_ambiguous:
         return b"" if one.name == b"bcc" else b"X-Original-" + one.octets
@@ -2012,10 +1902,9 @@ def _read_from(field: Field) -> list[Address]:
     name = re.sub(f"[{_WHITE}]+", " ", _NO_TEXT.sub("", name)).strip()
     if not re.fullmatch(_QUOTED, name):
         name = _quoted(name)
-    before = f"{name} <".lstrip()
     if not re.fullmatch(_MAILBOX, mailbox):
-        return [Address("", "", before, ">")]
-    return [Address(comparable(mailbox), mailbox, before, ">")]
+        mailbox = ""
+    return [Address(mailbox and comparable(mailbox), mailbox, f"{name} <".lstrip(), ">")]
 
 
 def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
@@ -2067,26 +1956,6 @@ def _quoted(name: str) -> str:
                     for number, word in enumerate(map(str.strip, words)) if word)
 
 
-ENCODE_AT_ONCE = 58_368         # octets, a multiple of 3
-
-
-class Base64:
-    """Octets in base64, made anew whenever they are sent; never all at once."""
-
-    def __init__(self, first: bytes, rest: memoryview) -> None:
-        self._first, self._rest = first, rest
-
-    def __len__(self) -> int:
-        return (len(self._first) + len(self._rest) + 2) // 3 * 4
-
-    def __iter__(self) -> Iterator[bytes]:
-        # A small message at once; of a large one so much that the rest is in threes.
-        borrowed = max(ENCODE_AT_ONCE - len(self._first), -len(self._first) % 3)
-        yield base64.b64encode(self._first + bytes(self._rest[:borrowed]))
-        for start in range(borrowed, len(self._rest), ENCODE_AT_ONCE):
-            yield base64.b64encode(self._rest[start:start + ENCODE_AT_ONCE])
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A message as it is to go out, sent by `mailbox`."""
@@ -2101,10 +1970,9 @@ class Prepared:
         """Octets."""
         return len(self.header) + len(self.body)
 
-    @property
-    def encoded(self) -> Base64:
-        """The message in base64, as sendMail wants it."""
-        return Base64(self.header, self.body)
+    def as_base64(self) -> bytes:
+        """Encode the message, as sendMail wants it."""
+        return base64.b64encode(b"".join([self.header, self.body]))
 
 
 def prepare(envelope: Envelope, options: MessageOptions, login: str) -> Prepared:
@@ -2130,7 +1998,6 @@ def prepare(envelope: Envelope, options: MessageOptions, login: str) -> Prepared
 
 # ---------------------------------------------------------------------------
 # §7  Large messages
-# ---------------------------------------------------------------------------
 #
 # What is too large for one request goes as a draft: its text as JSON, its attachments one
 # by one (Microsoft, "Attach large files to Outlook messages or events"). That has no place
@@ -2159,7 +2026,6 @@ MAX_PARAMETERS = 100            # of its parameters: the standard library is slo
 MAX_ENCODED_WORDS = 500         # in one field: the standard library is slow with more
 MAX_X_FIELDS = 5                # of a draft, Graph's own limit
 MAX_FILE_NAME = 255             # characters
-MAX_CIDS = 1000                 # references to images in one text
 
 _NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
                                           b"abcdefghijklmnopqrstuvwxyz0123456789+/="))
@@ -2167,8 +2033,6 @@ _PART_FIELDS = frozenset({b"content-type", b"content-disposition", b"content-id"
                           b"content-transfer-encoding"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MEDIA_TYPE = re.compile(r"\s*([\w.+-]{1,127})\s*/\s*([\w.+-]{1,127})", re.A)
-_DELIMITER_END = re.compile(rb"(--)?[ \t]*(?=\r\n|\Z)")
-_CID = re.compile(r"[cC][iI][dD]:([^\"'<>&]{1,500})")
 _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset=[\"']?([\w-]{1,40})", re.I)
 _ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.I)
 _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
@@ -2336,7 +2200,7 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     files = [one for one in leaves if one is not text]
     body = _read_text(text) if text else ""
     is_html = text is not None and text.media_type == "text/html"
-    shown = _shown_images(body, files) if is_html else []
+    html = body.lower() if is_html else ""
     # Separately: a text with one emoji has four bytes for each character until encoded.
     content, properties = (
         json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
@@ -2350,9 +2214,12 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
     attachments = []
     for number, part in enumerate(files, 1):
         suffix = types.guess_extension(part.media_type) or ".bin"
+        # To the end of the reference; of one without quotes that is a space or a ")".
+        reference = rf"cid:{re.escape(part.content_id.lower())}(?:[\"'<>&\s)]|$)"
+        is_shown = part.content_id and re.search(reference, html)
         attachments.append(Attachment(
             part.file_name or f"ATT{number:05}{suffix}", part,  # as Exchange names it
-            part.content_id if part in shown else "", sum(map(len, part.pieces()))))
+            part.content_id if is_shown else "", sum(map(len, part.pieces()))))
     return Draft(content, attachments)
 
 
@@ -2441,20 +2308,15 @@ def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
     boundary = part.parameters.get("boundary", "").encode("utf-8", "replace")
     if not boundary:
         return
-    delimiter = b"\r\n--" + boundary
+    # The CRLF after a delimiter may be the one before the next.
+    delimiter = re.compile(rb"\r\n--%b(--)?[ \t]*(?=\r\n|\Z)" % re.escape(boundary))
     begin = part.end + 1                # nothing began yet
-    start = part.message.find(delimiter, max(0, part.begin - 2), part.end)
-    while start >= 0:
-        stop = start + len(delimiter)
-        match = _DELIMITER_END.match(part.message, stop, part.end)
-        if match:
-            if begin <= part.end:
-                yield begin, start
-            if match[1]:
-                return
-            begin = match.end() + 2
-            stop = match.end()          # its CRLF may be that before the next
-        start = part.message.find(delimiter, stop, part.end)
+    for match in delimiter.finditer(part.message, max(0, part.begin - 2), part.end):
+        if begin <= part.end:
+            yield begin, match.start()
+        if match[1]:
+            return
+        begin = match.end() + 2
     if begin <= part.end:               # the last delimiter is missing
         yield begin, part.end
 
@@ -2471,15 +2333,6 @@ def _read_text(part: Part) -> str:
         match = _META_CHARSET.search(octets, 0, 1024)
         charset = match[1].decode() if match else ""
     return decode_text(octets, charset)
-
-
-def _shown_images(text: str, files: list[Part]) -> list[Part]:
-    """Find the files that an HTML text shows by their Content-ID."""
-    shown = set()
-    for match in itertools.islice(_CID.finditer(text), MAX_CIDS):
-        # To the next quote, or without quotes to the next space or parenthesis.
-        shown |= {match[1].lower(), re.split(r"[\s)]", match[1].lower(), maxsplit=1)[0]}
-    return [part for part in files if part.content_id.lower() in shown - {""}]
 
 
 def decode_text(octets: bytes | bytearray, charset: str = "") -> str:
@@ -2535,24 +2388,19 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
             first.setdefault(one.name, one)
     values = {name: _one_line(_unfolded(one)) for name, one in first.items()}
     authors = people.get(b"from") or [{"emailAddress": {"address": mailbox}}]
+    importance = (IMPORTANCE.get(_word(values.get(name, ""))) for name in (
+        b"importance", b"x-priority", b"priority", b"x-msmail-priority"))
     properties = {
         "subject": values.get(b"subject"), "from": authors[0],
         "toRecipients": people.get(b"to"), "ccRecipients": people.get(b"cc"),
         "bccRecipients": people.get(b"bcc"), "replyTo": people.get(b"reply-to"),
-        "importance": _importance(values), "internetMessageId": values.get(b"message-id"),
+        "importance": next(filter(None, importance), None),
+        "internetMessageId": values.get(b"message-id"),
         "internetMessageHeaders": [
             {"name": first[name].label.decode(), "value": value}
             for name, value in values.items() if value and _X_FIELD.fullmatch(name)
         ][:MAX_X_FIELDS]}
     return {name: value for name, value in properties.items() if value}
-
-
-def _importance(values: Mapping[bytes, str]) -> str | None:
-    for name in (b"importance", b"x-priority", b"priority", b"x-msmail-priority"):
-        word = _word(values.get(name, ""))
-        if word in IMPORTANCE:
-            return IMPORTANCE[word]
-    return None
 
 
 def _person(address: Address) -> dict[str, Any]:
@@ -2566,7 +2414,6 @@ def _person(address: Address) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------
 # §8  Microsoft's answers
-# ---------------------------------------------------------------------------
 #
 # Anything may come: every reading here has a defined outcome for garbage.
 
@@ -2612,9 +2459,7 @@ class HttpResponse:
         return value if isinstance(value, dict) else {}
 
     def retry_after(self, now: float) -> float | None:
-        """Seconds to wait, or None; a fraction, a whole number or a date (RFC 9110
-        section 10.2.3, and Graph's fractions). `now` is Unix time.
-        """
+        """Seconds to wait after `now`, Unix time, or None; RFC 9110 section 10.2.3."""
         text = self.headers.get("retry-after", "").strip()
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
             return float(text)
@@ -2639,8 +2484,10 @@ def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, fl
         life = (_number(answer.get("expires_in"))       # App Service has only the other
                 or _number(answer.get("expires_on")) - now) - EXPIRES_EARLY
         return token, min(max(life, 0.0), MAX_TOKEN_LIFE)
-    codes, error, text = _entra_error(answer)
-    code = codes[0] if codes else 0
+    error, text = (value if isinstance(value, str) else ""
+                   for value in (answer.get("error"), answer.get("error_description")))
+    match = re.match("AADSTS([0-9]{1,9})", text)
+    code = int(match[1]) if match else 0
     if response.status >= 400 and not error:    # in others there may be half of a token
         text = response.body.decode("utf-8", "replace")
     for form in filter(None, (secret, urllib.parse.quote_plus(secret))):
@@ -2648,8 +2495,7 @@ def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, fl
     facts = {"status": response.status, "aadsts": code or None, "error": error or None,
              "said": text or None}
     if (400 <= response.status < 500 and response.status != 429 and error
-            and error not in TRANSIENT_ENTRA_ERRORS
-            and TRANSIENT_AADSTS.isdisjoint(codes)):
+            and error not in TRANSIENT_ENTRA_ERRORS and code not in TRANSIENT_AADSTS):
         remedy = AADSTS_REMEDIES.get(code, "Entra refuses this application; see the log")
         raise AuthError(f"AADSTS{code}: {remedy}" if code else f"{error}: {remedy}",
                         facts=facts, level=logging.WARNING)
@@ -2658,9 +2504,8 @@ def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, fl
 
 
 def read_tenant_id(token: str) -> str:
-    """Return the tenant's ID (tid) in an access token, or "" if it cannot be read.
-
-    Microsoft does not promise the format, so the result is good for keys only.
+    """Return the tenant's ID (tid) in an access token, or "". It is good for keys only,
+    because Microsoft does not promise the format.
     """
     try:
         claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
@@ -2678,27 +2523,14 @@ def _number(value: object) -> float:
     return number if math.isfinite(number) else 0.0
 
 
-def _entra_error(answer: Mapping[str, Any]) -> tuple[list[int], str, str]:
-    """Find AADSTS numbers, error and text in Entra's answer; empty if missing."""
-    error, text = answer.get("error"), answer.get("error_description")
-    error = error if isinstance(error, str) else ""
-    text = text if isinstance(text, str) else ""
-    codes = answer.get("error_codes")
-    found = [code for code in codes if type(code) is int and 0 < code < 10 ** 9] \
-        if isinstance(codes, list) else []
-    match = re.match("AADSTS([0-9]{1,9})", text)
-    return found or [int(match[1])] if match else found, error, text
-
-
 # {mailbox} is filled in.
 _NO_RIGHT = Reply(550, "5.7.1", "The application may not send as {mailbox}: it needs the "
                                   "right Mail.Send for this mailbox (a new right takes up "
                                   "to 2 hours)")
 _NO_MAILBOX = Reply(550, "5.1.8", "Microsoft 365 has no mailbox {mailbox} to send from")
-_NO_UPLOAD_RIGHT = Reply(552, "5.3.4", "The message is larger than 3 MB, and to send such "
-                                       "as {mailbox} the application needs the right "
-                                       "Mail.ReadWrite too (a new right takes up to 2 "
-                                       "hours)")
+_NO_UPLOAD_RIGHT = Reply(
+    552, "5.3.4", "The message is larger than 3 MB, and to send such as {mailbox} the "
+    "application needs the right Mail.ReadWrite too (a new right takes up to 2 hours)")
 _TOO_LARGE = Reply(552, "5.3.4", "Microsoft 365 says that the message is too large")
 _FULL = Reply(452, "4.2.2", "The mailbox {mailbox} is full")
 _FAILING = Reply(451, "4.3.0", "Microsoft 365 has a problem; try again later")
@@ -2709,10 +2541,9 @@ _BUSY = Reply(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try a
 # those above too; then the status.
 GRAPH_CODES: Mapping[str, Reply] = {
     "erroraccessdenied": _NO_RIGHT,
-    "errorsendasdenied": Reply(550, "5.7.60", "The From field names a mailbox that "
-                                              "{mailbox} may not send as; make both the "
-                                              "same in the device, or set "
-                                              "FROM_MISMATCH=rewrite"),
+    "errorsendasdenied": Reply(
+        550, "5.7.60", "The From field names a mailbox that {mailbox} may not send as; "
+        "make both the same in the device, or set FROM_MISMATCH=rewrite"),
     "errorinvaliduser": _NO_MAILBOX,
     "resourcenotfound": _NO_MAILBOX,
     "errornonexistentmailbox": _NO_MAILBOX,
@@ -2741,20 +2572,14 @@ _NOT_SENT = Reply(554, "5.3.0", "Microsoft 365 gave an unknown answer; the messa
 
 
 class Step(enum.Enum):
-    """What Graph is asked to do."""
+    """What Graph is asked to do, and the statuses that mean success."""
 
-    SEND = "send a message"
-    CREATE = "make a draft"             # this needs Mail.ReadWrite
-    ATTACH = "change the draft"         # so does this
-    UPLOAD = "take a piece of a file"   # this needs no token
-    SEND_DRAFT = "send the draft"
-    DELETE = "delete the draft"         # this needs Mail.ReadWrite too
-
-
-SUCCESS: Mapping[Step, tuple[int, ...]] = {
-    Step.SEND: (202,), Step.CREATE: (200, 201), Step.ATTACH: (200, 201, 204),
-    Step.UPLOAD: (200, 201, 202), Step.SEND_DRAFT: (202,),
-    Step.DELETE: (200, 204, 404)}
+    SEND = "send a message", 202
+    CREATE = "make a draft", 200, 201               # this needs Mail.ReadWrite
+    ATTACH = "change the draft", 200, 201, 204      # so does this
+    UPLOAD = "take a piece of a file", 200, 201, 202        # this needs no token
+    SEND_DRAFT = "send the draft", 202
+    DELETE = "delete the draft", 200, 204, 404      # this needs Mail.ReadWrite too
 
 
 class NoAccess(DeliveryError):
@@ -2823,10 +2648,7 @@ _NO_TABLE = "The relay cannot ask its table of accounts now; try again later"
 
 
 def read_entity(response: HttpResponse) -> dict[str, Any] | None:
-    """Read the first entity of an answer of Azure Tables; None: there is none.
-
-    Raises TemporaryError.
-    """
+    """Read the first entity in an answer of Azure Tables. Raises TemporaryError."""
     answer, code = response.json(), response.headers.get("x-ms-error-code", "")
     if response.status == 404 and code == "ResourceNotFound":
         return None
@@ -2865,7 +2687,6 @@ def _graph_code(response: HttpResponse) -> str:
 
 # ---------------------------------------------------------------------------
 # §9  Queued messages
-# ---------------------------------------------------------------------------
 #
 # The queue has two files for each message: ID.eml, the message exactly as it goes out, and
 # ID.json, a QueuedMessage. Neither holds a secret: the name of an account, or tenant and
@@ -2953,7 +2774,6 @@ def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id:
 
 # ---------------------------------------------------------------------------
 # §10  Log
-# ---------------------------------------------------------------------------
 #
 # One line for an event: time, level, the id of the session or the message, the event,
 # key=value. What an admin must mend is WARNING or ERROR; a client's mistake is INFO.
@@ -3033,7 +2853,6 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------
 # §11  HTTP
-# ---------------------------------------------------------------------------
 #
 # http.client in worker threads. Opening a connection and using it are two calls, because a
 # DNS look-up can hang for longer than a client waits, and must not hold a message. The
@@ -3064,13 +2883,13 @@ class NotSent(ConnectionError):
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A request; the URL may hold a secret. `most` octets of the answer are read."""
+    """A request; `body` may be a function that its thread calls, for each attempt."""
 
     method: str
-    url: str = field(repr=False)
+    url: str = field(repr=False)        # may hold a secret
     headers: Mapping[str, str] = field(repr=False)
-    body: bytes | Base64 = field(default=b"", repr=False)
-    most: int = MAX_ANSWER
+    body: bytes | Callable[[], bytes] = field(default=b"", repr=False)
+    most: int = MAX_ANSWER              # octets of the answer that are read
 
 
 def time_left(deadline: float) -> float:
@@ -3107,7 +2926,7 @@ class _Reader(io.RawIOBase):
 def _set_deadline(connection: http.client.HTTPConnection, deadline: float) -> None:
     connection.timeout = time_left(deadline)        # of connect(), and of the handshake
     connection.response_class = lambda sock, **options: (       # type: ignore[assignment]
-        http.client.HTTPResponse(typing.cast(Any, _Reader(sock, deadline)), **options))
+        http.client.HTTPResponse(cast(Any, _Reader(sock, deadline)), **options))
 
 
 def connect(url: str, context: ssl.SSLContext | None,
@@ -3202,14 +3021,6 @@ def _settle(future: asyncio.Future[Any], settle: Callable[[], None]) -> None:
         settle()
 
 
-async def worked_out(deadline: float, call: Callable[[], T]) -> T:
-    """Do something in a thread. Raises NoAnswer if time is up."""
-    try:
-        return await in_time(deadline, in_thread(call))
-    except TimeoutError as error:
-        raise NoAnswer(error) from None
-
-
 def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
              deadline: float) -> HttpResponse:
     """Send a request and read the response; close a connection that is of no more use.
@@ -3221,7 +3032,7 @@ def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
     with sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
         on_failure.callback(connection.close)
         response = _ask(connection, request, deadline)
-        reader, body = typing.cast(_Reader, response.fp.raw), b""
+        reader, body = cast(_Reader, response.fp.raw), b""
         reader.is_lenient = True        # the status counts, whatever becomes of the body
         if response.status == 202:
             reader.deadline = min(deadline, time.monotonic() + REST_OF_202)
@@ -3235,21 +3046,13 @@ def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
 
 def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
          deadline: float) -> http.client.HTTPResponse:
-    sock = connection.sock
-
-    def pieces() -> Iterator[bytes]:
-        for piece in [request.body] if isinstance(request.body, bytes) else request.body:
-            sock.settimeout(time_left(deadline))
-            yield piece
-
-    length = {} if request.method == "GET" else {"Content-Length": str(len(request.body))}
-    sock.settimeout(time_left(deadline))
+    body = request.body() if callable(request.body) else request.body
+    connection.sock.settimeout(time_left(deadline))
     _set_deadline(connection, deadline)
     problem = ""
     try:
-        connection.request(
-            request.method, request.url[len(_base(request.url)):],
-            pieces() if request.body else None, {**request.headers, **length})
+        connection.request(request.method, request.url[len(_base(request.url)):],
+                           body or None, request.headers)
     except OSError as error:
         problem = str(error) or type(error).__name__
     try:                                # an error such as 413 may come before the end
@@ -3272,9 +3075,8 @@ class HttpPool:
         # Reading the system's certificates takes a while: not where nobody asks for them.
         self._context = (ssl.create_default_context()
                          if any(url.startswith("https:") for url in urls) else None)
-        self._kept: dict[
-            str, list[tuple[http.client.HTTPConnection, asyncio.TimerHandle]]]
-        self._kept = collections.defaultdict(list)
+        self._kept: dict[str, list[tuple[http.client.HTTPConnection, asyncio.TimerHandle]]
+                         ] = collections.defaultdict(list)
 
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
         """Send a request. Raises NoAnswer.
@@ -3367,7 +3169,6 @@ def _base(url: str) -> str:
 
 # ---------------------------------------------------------------------------
 # §12  Tokens
-# ---------------------------------------------------------------------------
 #
 # A secret or the token of a workload identity is traded at Entra ID; a managed identity
 # is asked for at an address near by, never through a proxy. Microsoft, "How to use
@@ -3378,7 +3179,6 @@ LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a try to 
 MAX_CACHED = 1000               # of anything
 IDENTITY_TIMEOUT = 10.0         # seconds for an answer of a managed identity
 IDENTITY_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)        # before it is asked again
-
 Key = tuple[str, str, str, str, bytes]  # tenant, client, credential, resource, keyed hash
 
 
@@ -3400,12 +3200,6 @@ class Cache(Generic[K, T]):
         self._values[key] = value, self._clock() + seconds
         if len(self._values) > MAX_CACHED:
             del self._values[next(iter(self._values))]
-
-    def pop(self, key: K) -> T | None:
-        """Return the value as get() does, and remove it."""
-        value = self.get(key)
-        self._values.pop(key, None)
-        return value
 
 
 def read_secret(path: str) -> str:
@@ -3433,14 +3227,11 @@ class Tokens:
         self._hash_key = secrets.token_bytes(32)
         self._answers: Cache[Key, str | AuthError] = Cache(clock)
         self._tenants: Cache[str, str] = Cache(clock)       # ID by domain
-        self._fetches: dict[Key, tuple[asyncio.Task[str], float]] = {}   # and its deadline
+        self._fetches: dict[Key, asyncio.Task[str]] = {}        # under way
 
     async def get(self, application: Application, deadline: float,
                   resource: str = "") -> str:
-        """Return a token that lasts a while; for Graph, or for another resource.
-
-        Raises AuthError and TemporaryError: this if our own credential is refused.
-        """
+        """Return a token, by default for Graph. Raises AuthError and TemporaryError."""
         try:
             return await self._get(application, deadline,
                                    resource or self._config.graph_endpoint)
@@ -3458,28 +3249,23 @@ class Tokens:
             raise _fresh(answer)
         if answer:
             return answer
-        latest = deadline - LEAST_TIME * self._config.upstream_timeout
-        while True:
-            if key not in self._fetches:
-                fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
-                self._fetches[key] = fetch, deadline
-                fetch.add_done_callback(functools.partial(self._fetched, key))
-            fetch, ends_at = self._fetches[key]
+        fetch = self._fetches.get(key)      # it has the deadline of who came first
+        if not fetch:
+            fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
+            self._fetches[key] = fetch
+            fetch.add_done_callback(functools.partial(self._fetched, key))
+        try:
             if not await done_by(deadline + GRACE, fetch):
                 raise NoAnswer("time is up")
-            try:
-                return fetch.result()
-            except NoAnswer:            # in the time of who came first; there may be more
-                if not ends_at <= time.monotonic() < latest:
-                    raise
-            finally:
-                del fetch               # see _work
+            return fetch.result()
+        finally:
+            del fetch                   # see _work
 
     def forget(self, application: Application, token: str, resource: str = "") -> None:
         """Drop a token that is not accepted, unless there is another already."""
         key = self._key(application, resource or self._config.graph_endpoint)
         if self._answers.get(key) == token:
-            self._answers.pop(key)
+            self._answers.put(key, token, 0.0)
 
     def resolve(self, application: Application) -> Application:
         """Replace a domain of the tenant with the tenant's ID, if a token has named it."""
@@ -3545,9 +3331,8 @@ class Tokens:
                     "The relay has no identity that it can ask for",
                     facts={"problem": f"IDENTITY_ENDPOINT must be {error}"}) from None
             headers = {"X-IDENTITY-HEADER": config.identity_header}
-        query = {"api-version": version, "resource": resource}
-        if client:
-            query["client_id"] = client
+        query = {"api-version": version, "resource": resource,
+                 **({"client_id": client} if client else {})}
         mark = "&" if "?" in url else "?"
         return HttpRequest("GET", f"{url}{mark}{urllib.parse.urlencode(query)}",
                            {**headers, "User-Agent": USER_AGENT})
@@ -3580,7 +3365,6 @@ def _fresh(error: AuthError) -> AuthError:
 
 # ---------------------------------------------------------------------------
 # §13  Directory
-# ---------------------------------------------------------------------------
 #
 # Where accounts are found: in ACCOUNTS_FILE, in the Azure table, or in a user name itself.
 
@@ -3679,9 +3463,7 @@ class AccountsFile:
             logged = problem
 
     def _poll(self, is_asked: bool) -> bool:
-        """Load the files if they have changed and two polls have seen them the same, or if
-        `is_asked`. Returns whether they were loaded.
-        """
+        """Load the files if asked, or if two polls saw the same change; say whether."""
         look = {path: _look(path) for path in self._loaded}
         is_settled, self._seen = look == self._seen, look
         if not is_asked and (look == self._loaded or not is_settled):
@@ -3709,10 +3491,7 @@ class Azure:
 
     async def get(self, url: str, resource: str, headers: Mapping[str, str],
                   deadline: float) -> HttpResponse:
-        """Get what is there, with a token for a resource unless that is "".
-
-        Raises TemporaryError.
-        """
+        """Get an answer, with a token for `resource` if given. Raises TemporaryError."""
         headers = {**headers, "User-Agent": USER_AGENT}
         for _ in ("first", "renewed"):
             token = ""
@@ -3800,10 +3579,6 @@ def _forms(value: str) -> Iterable[str]:
 class TooManyFailures(TemporaryError):
     """Too many logins from one address have failed; no more passwords are checked."""
 
-    def __init__(self) -> None:
-        super().__init__("Too many failed logins from your address; try again later", 421,
-                         "4.7.0", close=True)
-
 
 class Failures:
     """Counts refused logins, by a client's address."""
@@ -3815,7 +3590,8 @@ class Failures:
     def check(self, address: IpAddress | None) -> None:
         """Raise TooManyFailures for an address that failed too often."""
         if len(self._recent(address)) >= MAX_FAILURES:
-            raise TooManyFailures
+            raise TooManyFailures("Too many failed logins from your address; try again "
+                                  "later", 421, "4.7.0", close=True)
 
     def add(self, address: IpAddress | None) -> float:
         """Count a failure; returns the seconds to wait before it is told."""
@@ -3843,12 +3619,7 @@ class Directory:
         self.table = Table(config, azure) if config.azure_tables_url else None
         self.failures = Failures()
         self._config = config
-        # Two at once, as each takes 32 MiB.
-        self._scrypt = concurrent.futures.ThreadPoolExecutor(2, "relay-scrypt")
-
-    def close(self) -> None:
-        """Check no more passwords."""
-        self._scrypt.shutdown(wait=False, cancel_futures=True)
+        self._scrypt = threading.Semaphore(2)       # at once, as each takes 32 MiB
 
     def shown(self, username: str) -> str:
         """Show a user name for the log; what is none may be a password."""
@@ -3913,24 +3684,19 @@ class Directory:
     async def _is_password(self, password: str, hashed: str, address: IpAddress | None,
                            deadline: float) -> bool:
         def check() -> bool:
-            self.failures.check(address)        # others may have failed meanwhile
-            return is_password(password, hashed)
+            with self._scrypt:
+                time_left(deadline)                 # nobody waits any more?
+                self.failures.check(address)        # others may have failed meanwhile
+                return is_password(password, hashed)
 
         try:
-            call = asyncio.get_running_loop().run_in_executor(self._scrypt, check)
-        except RuntimeError as error:                   # the system has no more threads
-            raise TemporaryError(f"The relay is too busy: {error}") from None
-        try:
-            return await in_time(deadline, call)
+            return await in_time(deadline, in_thread(check))
         except TimeoutError:
             raise TemporaryError("Too many logins at once; try again later") from None
-        finally:
-            del call                    # see _work
 
 
 # ---------------------------------------------------------------------------
 # §14  Graph
-# ---------------------------------------------------------------------------
 #
 # What is tried again within UPSTREAM_TIMEOUT, as it cannot send a message twice:
 #
@@ -3949,8 +3715,6 @@ MOST_PAUSE = 86400.0            # seconds; what is longer is garbage
 THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
 DRAFT_DELAYS = (0.5, 1.0, 2.0, 4.0)     # seconds between attempts if a draft is not found
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
-
-
 MailboxKey = tuple[str, str, str]       # tenant, client, mailbox: Graph limits these
 
 
@@ -3991,8 +3755,7 @@ class MailboxLimiter:
             self.in_use += 1
 
 
-@dataclass(frozen=True)
-class Errand:
+class Errand(NamedTuple):
     """On whose behalf Graph is asked, and until when (time.monotonic)."""
 
     application: Application
@@ -4021,20 +3784,20 @@ class Graph:
 
     async def send(self, application: Application, message: Outgoing, ident: str,
                    deadline: float, *, is_live: bool = False) -> HttpResponse:
-        """Send a message; returns the 202. Raises RelayError for anything else.
-
-        `is_live`: a client waits for it. Messages from the queue come after these.
-        """
+        """Send a message, `is_live` ones first; returns the 202. Raises RelayError."""
         mailbox = message.prepared.mailbox
         # A request that is soon cut off may have been obeyed, and nobody would know.
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
         errand = Errand(application, mailbox, ident, deadline, latest)
         limiter = self._limiters.setdefault(errand.key, MailboxLimiter())
         async with limiter.slot(latest, is_live=is_live):
-            if message.draft:
-                return await self._send_draft(errand, message.draft)
-            return await self._ask(errand, Step.SEND, self._request(
-                errand, "sendMail", message.prepared.encoded))
+            try:
+                if message.draft:
+                    return await self._send_draft(errand, message.draft)
+                return await self._ask(errand, Step.SEND, self._request(
+                    errand, "sendMail", message.prepared.as_base64, kind="text/plain"))
+            except TimeoutError as error:       # of a thread that decodes a file
+                raise NoAnswer(error) from None
 
     def held_for(self, key: MailboxKey) -> float:
         """Return for how many seconds Microsoft wants no request for a mailbox."""
@@ -4062,8 +3825,8 @@ class Graph:
 
     async def _attach(self, errand: Errand, path: str, attachment: Attachment) -> None:
         if not attachment.is_large:
-            content = await worked_out(errand.deadline, attachment.as_json)
-            await self._ask(errand, Step.ATTACH, self._request(errand, path, content))
+            await self._ask(errand, Step.ATTACH,
+                            self._request(errand, path, attachment.as_json))
             return
         item = {"attachmentType": "file", "size": attachment.size,
                 **attachment.properties()}
@@ -4080,7 +3843,8 @@ class Graph:
         """Send a file in pieces, to the host that Graph named, and without the token."""
         pieces, begin = filter(None, attachment.part.pieces()), 0
         while begin < attachment.size:
-            piece = await worked_out(errand.deadline, functools.partial(next, pieces, b""))
+            piece = await in_time(errand.deadline, in_thread(
+                functools.partial(next, pieces, b"")))
             end = begin + len(piece)
             response = await self._ask(errand, Step.UPLOAD, HttpRequest("PUT", url, {
                 "Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
@@ -4092,7 +3856,7 @@ class Graph:
     async def _discard(self, errand: Errand, path: str) -> None:
         """Delete a draft that is not sent; if that fails it stays, and the log says so."""
         deadline = time.monotonic() + DISCARD_TIMEOUT
-        errand = dataclasses.replace(errand, deadline=deadline, latest=deadline)
+        errand = errand._replace(deadline=deadline, latest=deadline)
         facts: dict[str, object] = {"problem": "the relay stops"}
         try:
             await self._ask(errand, Step.DELETE,
@@ -4107,10 +3871,10 @@ class Graph:
 
     # Requests.
 
-    def _request(self, errand: Errand, path: str, body: bytes | Base64 = b"", *,
-                 method: str = "POST", most: int = MAX_ANSWER) -> HttpRequest:
+    def _request(self, errand: Errand, path: str,
+                 body: bytes | Callable[[], bytes] = b"", *, method: str = "POST",
+                 kind: str = "application/json", most: int = MAX_ANSWER) -> HttpRequest:
         mailbox = urllib.parse.quote(errand.mailbox, safe="")
-        kind = "text/plain" if isinstance(body, Base64) else "application/json"
         return HttpRequest(
             method, f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",
             {**({"Content-Type": kind} if body else {}), "Accept": "application/json",
@@ -4134,7 +3898,7 @@ class Graph:
                 raise NoAnswer("no time is left")
             response = await self._pool.send(dataclasses.replace(request, headers=headers),
                                              errand.deadline)
-            if response.status in SUCCESS[step]:
+            if response.status in step.value:
                 return response
             if response.status == 401 and token and not renewed:
                 renewed = True
@@ -4162,7 +3926,6 @@ def _pause(response: HttpResponse) -> float:
 
 # ---------------------------------------------------------------------------
 # §15  Queue
-# ---------------------------------------------------------------------------
 #
 #     lock                      locked by the relay that uses the folder; the command line
 #                               appends the IDs of messages that it has changed
@@ -4192,7 +3955,7 @@ class QueueFiles:
         self._path = pathlib.Path(config.spool_directory)
         self._max_bytes = config.spool_max_bytes
         self.queue, self.failed = self._path / "queue", self._path / "failed"
-        self._lock: typing.IO[str] | None = None
+        self._lock: IO[str] | None = None
         self._deadlines: set[float] = set()     # of messages that are being written
 
     def open(self) -> list[QueuedMessage]:
@@ -4467,9 +4230,7 @@ class QueueManager:
             self._applications.setdefault(message.key[:2], application)
 
     def _admit(self, message: QueuedMessage, pause: float = 0.0) -> MailboxQueue:
-        """Have a message that is on the disk sent; if it is the first of its mailbox,
-        after a pause. Returns the queue of its mailbox.
-        """
+        """Have a stored message sent; if it is the first of its mailbox, after a pause."""
         mailbox = self._mailboxes.get(message.key)
         if not mailbox:
             mailbox = self._mailboxes[message.key] = MailboxQueue(pause)
@@ -4567,7 +4328,7 @@ class QueueManager:
                 self._files.content(message), message)))
             response = await self._graph.send(application, outgoing, message.id, deadline)
         finally:
-            self._memory.give_back(message.size)
+            self._memory.free += message.size
         message.is_sent, mailbox.failures = True, 0
         log_event(logging.INFO, message.id, "sent", sender=message.mailbox,
                   recipients=len(message.recipients), size=message.size,
@@ -4656,7 +4417,6 @@ class QueueManager:
 
 # ---------------------------------------------------------------------------
 # §16  TLS
-# ---------------------------------------------------------------------------
 
 TLS_VERSIONS: Mapping[str, ssl.TLSVersion] = {
     "1.0": ssl.TLSVersion.TLSv1, "1.1": ssl.TLSVersion.TLSv1_1,
@@ -4695,12 +4455,6 @@ if hasattr(_protocol, "max_size"):
     _protocol.max_size = 16384
 
 
-def describe_failure(error: OSError) -> str:
-    """Say in words why a connection failed."""
-    known = TLS_PROBLEMS.get(getattr(error, "reason", None) or "")
-    return known or str(error) or type(error).__name__
-
-
 def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
     """Read the relay's certificate and key; returns a context for each TLS_MIN_VERSION
     that a network may have, as the key cannot be read again after RUN_AS.
@@ -4721,23 +4475,18 @@ def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
 
 def _make_contexts(config: Config, cert_path: str, key_path: str, cert_name: str,
                    key_name: str) -> dict[str, ssl.SSLContext]:
-    for name, path in ((cert_name, cert_path), (key_name, key_path)):
-        try:
-            with open(path, "rb") as file:
-                file.read(1)
-        except OSError as error:
-            raise StartError(f"{name}: cannot be read: {error.strerror}") from None
-    try:
+    def ask_password() -> str:
+        raise StartError(f"{key_name}: the key is encrypted; give it without a passphrase")
+
+    with _pem_problems(cert_name, "certificate"):
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert_path)
-    except ssl.SSLError as error:
-        raise StartError(f"{cert_name}: holds no PEM certificate that can be used: "
-                         f"{error.reason or error}") from None
     contexts = {config.tls_min_version: _make_context(config, config.tls_min_version)}
     for version in TLS_VERSIONS:        # but what this OpenSSL does not have
         with contextlib.suppress(ssl.SSLError, ValueError):
             contexts.setdefault(version, _make_context(config, version))
     for context in contexts.values():
-        _load_certificate(context, cert_path, key_path, key_name)
+        with _pem_problems(key_name, "key"):
+            context.load_cert_chain(cert_path, key_path, ask_password)
     if certificate_dates(contexts[config.tls_min_version], cert_path)[1] < time.time():
         log_event(logging.WARNING, "-", "tls", problem="the certificate has expired; "
                   "devices may refuse it", certificate=cert_name)
@@ -4764,25 +4513,24 @@ def _make_context(config: Config, least: str) -> ssl.SSLContext:
     return context
 
 
-def _load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str,
-                      key_name: str) -> None:
-    def ask_password() -> str:
-        raise StartError(f"{key_name}: the key is encrypted; give it without a passphrase")
-
+@contextlib.contextmanager
+def _pem_problems(name: str, kind: str) -> Iterator[None]:
+    """Raise StartError for what is wrong with a file."""
     try:
-        context.load_cert_chain(cert_path, key_path, ask_password)
+        yield
     except ssl.SSLError as error:
         problem = ("does not belong to the certificate"
                    if error.reason == "KEY_VALUES_MISMATCH"
-                   else f"holds no PEM key that can be used: {error.reason or error}")
-        raise StartError(f"{key_name}: {problem}") from None
+                   else f"holds no PEM {kind} that can be used: {error.reason or error}")
+        raise StartError(f"{name}: {problem}") from None
+    except OSError as error:
+        raise StartError(f"{name}: cannot be read: {error.strerror}") from None
 
 
 def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, float]:
-    """Return when the validity of a server's certificate begins and ends, in Unix time;
-    (0, inf) if no client accepts the certificate.
+    """Return when the validity of a server's certificate begins and ends, in Unix time.
 
-    The ssl module reads a certificate's dates in no other public way than by a handshake.
+    The ssl module tells it only after a handshake; if that fails, this is (0, inf).
     """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
@@ -4880,7 +4628,6 @@ def _private_file(octets: bytes) -> Iterator[str]:
 
 # ---------------------------------------------------------------------------
 # §17  Server
-# ---------------------------------------------------------------------------
 
 READ_SIZE = 16384               # octets; a TLS record has no more
 SMALL_MESSAGE = 65_536          # octets; it is edited without a thread
@@ -4890,16 +4637,11 @@ MAX_IDLE = 3600.0               # seconds without a login or a message that was 
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that no client gets, so that Microsoft can be reached
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 # The fields of RFC 5322 that identify a message, if they are not empty.
 _IDENTITY = re.compile(rb"^(Message-ID|Date)[ \t]*:(?:(?:\r\n)?[ \t])*[^\s]", re.I | re.M)
 
-_TIMED_OUT = Reply(421, "4.4.2", "Waited too long for you; goodbye")
-_IDLE = Reply(421, "4.7.0", "Too long without an accepted login or message")
 _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
-_BROKEN = Reply(421, "4.3.0", "The relay has a problem; try again later")
 
 
 def _own_name() -> str:
@@ -4962,10 +4704,7 @@ class Relay:
     """What a login and a message mean: the sections above, joined."""
 
     def __init__(self, config: Config, microsoft: Any = None) -> None:
-        """Join them. `microsoft` takes the place of Tokens and of Graph.
-
-        Raises ConfigError if ACCOUNTS_FILE cannot be used.
-        """
+        """Join them; `microsoft` replaces Tokens and Graph. Raises ConfigError."""
         pool = HttpPool(config.endpoints)
         self.config = config
         self._pool = pool
@@ -4982,9 +4721,7 @@ class Relay:
             self.directory.file.load()
 
     async def start(self) -> None:
-        """Begin to watch ACCOUNTS_FILE, and to send what is in the spool. Raises StartError
-        if the spool cannot be used, or a table that is needed cannot be read.
-        """
+        """Begin to watch ACCOUNTS_FILE, and to send what is queued. Raises StartError."""
         if self.config.must_have_account and self.directory.table:
             try:
                 await self.directory.table.check(self._deadline())
@@ -5001,7 +4738,6 @@ class Relay:
         """Close what is open to Microsoft, and end what is under way."""
         if self._watcher:
             self._watcher.cancel()
-        self.directory.close()
         self._pool.close()
         if self.spool:
             self.spool.close()
@@ -5030,8 +4766,7 @@ class Relay:
                   account=login.account.name or None)
         return login
 
-    async def _check_login(self, request: Authenticate,
-                           address: IpAddress | None) -> Login:
+    async def _check_login(self, request: Authenticate, address: IpAddress | None) -> Login:
         failures, deadline = self.directory.failures, self._deadline()
         failures.check(address)
         try:
@@ -5060,7 +4795,7 @@ class Relay:
             message, digest = await self._prepare(login, envelope, deadline)
             facts.update(sender=message.prepared.mailbox, size=message.prepared.size)
             if not account.message_options(self.config).sender(envelope.reverse_path):
-                account.check_sender(message.prepared.mailbox)      # From has decided
+                account.check(message.prepared.mailbox, "allowed_senders")
             if message.draft:
                 facts["attachments"] = len(message.draft.attachments)
             async with self._duplicates.claim(digest, deadline) as first:
@@ -5076,8 +4811,7 @@ class Relay:
                 **facts, "problem": "the relay stops; it may have been sent"})
             raise
         except RelayError as error:
-            error.reply = dataclasses.replace(error.reply,
-                                              text=f"{error.reply.text}, id {ident}")
+            error.reply = error.reply._replace(text=f"{error.reply.text}, id {ident}")
             log_event(error.level, ident, "refused",
                       **{**facts, **error.facts, "reply": error.reply},
                       seconds=time.monotonic() - started)
@@ -5103,9 +4837,7 @@ class Relay:
 
     async def _send(self, login: Login, envelope: Envelope, message: Outgoing, ident: str,
                     deadline: float, facts: dict[str, object]) -> tuple[int, str, str]:
-        """Send a message, or queue it if Microsoft does not take it now. Returns the level
-        and event to log, and the text of the reply. Raises RelayError.
-        """
+        """Send or queue a message; returns level and event to log, and the reply's text."""
         application = login.application
         try:
             response = await self._graph.send(application, message, ident, deadline,
@@ -5144,11 +4876,12 @@ class Relay:
 class Connection:
     """A client's connection: the shell around a Session."""
 
-    def __init__(self, relay: Relay, contexts: Mapping[str, ssl.SSLContext], name: str,
+    def __init__(self, relay: Relay, contexts: Mapping[str, ssl.SSLContext],
                  address: IpAddress | None, reader: asyncio.StreamReader,
-                 writer: asyncio.StreamWriter) -> None:
+                 writer: asyncio.StreamWriter, *, implicit_tls: bool) -> None:
+        """Begin to serve the client, in `task`."""
         self.ident = secrets.token_hex(4)
-        self.task: asyncio.Task[None] | None = None
+        self.site = _site(address)
         self.is_running = False
         self.is_stopping = False
         self._relay = relay
@@ -5158,13 +4891,14 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._plain_writer = writer     # asyncio closes its transport when it is collected
-        self._session = Session(config, name, self._trace, relay.memory, self.guest)
+        self._session = Session(config, relay.name, self._trace, relay.memory, self.guest)
         self._timeout = relay.config.client_timeout
-        self._progress = 0
+        self._progress = -1             # of the session, when this began:
         self._deadline = 0.0            # for the command under way
         self._accepted_at = time.monotonic()        # the last login or message
+        self.task = asyncio.ensure_future(self._run(implicit_tls))
 
-    async def run(self, *, implicit_tls: bool) -> None:
+    async def _run(self, implicit_tls: bool) -> None:
         """Serve the client until one of us leaves."""
         self.is_running = True
         reason = "the relay stops"
@@ -5174,14 +4908,16 @@ class Connection:
             self._session.greet()
             reason = await self._converse()
         except OSError as error:
-            reason = describe_failure(error)
+            reason = (TLS_PROBLEMS.get(getattr(error, "reason", None) or "")
+                      or str(error) or type(error).__name__)
         except asyncio.CancelledError:
             self._writer.write(bytes(_STOPPING))
         except Exception:
             log.error("%s broken", self.ident, exc_info=True)
             reason = "a defect of the relay"
-            self._writer.write(bytes(_BROKEN))
-        self._session.abandon()
+            self._writer.write(bytes(Reply(421, "4.3.0", "The relay has a problem; try "
+                                                         "again later")))
+        self._session.reset()
         self.is_running = False         # what follows ends soon, and is not to be cut off
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
         await self._hang_up()
@@ -5190,23 +4926,25 @@ class Connection:
         """Leave as soon as no message is lost by it."""
         self.is_stopping = True
         # A task that has not begun would not begin, and so not close the connection.
-        if self.task and self.is_running and not self._session.holds_message:
+        if self.is_running and not self._session.holds_message:
             self.task.cancel()
 
     async def _converse(self) -> str:
         """Do what the session asks for; returns the reason of its end."""
-        self._renew_deadline()
         while True:
-            if self.is_stopping and not self._session.holds_message:
+            if self._session.holds_message:
+                pass                    # the client must hear what becomes of it
+            elif self.is_stopping:
                 self._session.end(_STOPPING, "the relay stops")
-            elif (time.monotonic() > self._accepted_at + MAX_IDLE
-                  and not self._session.holds_message):
-                self._session.end(_IDLE, "no progress")
+            elif time.monotonic() > self._accepted_at + MAX_IDLE:
+                self._session.end(Reply(421, "4.7.0", "Too long without an accepted login "
+                                                      "or message"), "no progress")
             event = self._session.next_event()
             if isinstance(event, StartTls):
                 # What comes behind the 220 is for the handshake.
                 self._writer.transport.pause_reading()      # type: ignore[attr-defined]
-            await self._flush()
+            if replies := self._session.output():
+                await self._send(replies)
             if isinstance(event, Close):
                 return event.reason
             if event is None:
@@ -5229,47 +4967,42 @@ class Connection:
             self._session.refuse(error.reply)
         else:
             self._accepted_at = time.monotonic()
-        self._renew_deadline()
+        self._progress = -1             # the client was not waited for
+
+    async def _send(self, replies: bytes) -> None:
+        """Send replies; a client that does not read is cut off."""
+        self._writer.write(replies)
+        # wait_for() could lose the cancellation by which stop() ends a connection.
+        timer = asyncio.get_running_loop().call_later(
+            self._timeout, self._writer.transport.abort)
+        try:
+            await self._writer.drain()
+        finally:
+            timer.cancel()
 
     async def _read(self) -> None:
         """Give the session what the client sends, unless it takes too long."""
+        if self._progress != self._session.progress:
+            self._progress = self._session.progress
+            self._deadline = time.monotonic() + self._timeout
         try:
             octets = await asyncio.wait_for(self._reader.read(READ_SIZE),
                                             self._deadline - time.monotonic())
         except asyncio.TimeoutError:
-            self._session.end(_TIMED_OUT, "timed out")
+            self._session.end(Reply(421, "4.4.2", "Waited too long for you; goodbye"),
+                              "timed out")
             return
         if octets:
             self._session.receive(octets)
         else:
             self._session.receive_eof()
 
-    def _renew_deadline(self) -> None:
-        self._deadline = time.monotonic() + self._timeout
-
-    async def _flush(self) -> None:
-        """Send what the session says; a client that does not read is cut off."""
-        if self._session.progress != self._progress:
-            self._progress = self._session.progress
-            self._renew_deadline()
-        replies = self._session.output()
-        if not replies:
-            return
-        self._writer.write(replies)
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._timeout, self._writer.transport.abort)
-        try:
-            await self._writer.drain()
-        finally:
-            timer.cancel()
-
     async def _start_tls(self) -> None:
         """Do the handshake. Raises OSError.
 
-        StreamWriter.start_tls() would keep the reader, and with it what came in the clear
-        (CVE-2011-0411). This is safe: the new reader has seen nothing. asyncio reads
-        nothing for the old one between pause_reading(), or the start of the task that
-        serves a new connection, and the first await in here.
+        StreamWriter.start_tls() would keep what came in the clear (CVE-2011-0411). Here the
+        new reader has seen nothing, and asyncio reads nothing for the old one between
+        pause_reading(), or the start of a new connection's task, and the first await.
         """
         assert self._context is not None
         loop = asyncio.get_running_loop()
@@ -5321,7 +5054,6 @@ class Server:
         self._relay = relay
         self._contexts = contexts
         self._connections: set[Connection] = set()
-        self._clients: collections.Counter[object] = collections.Counter()     # by site
         self._is_stopping = False
         # A connection needs a file, and may need a second one to reach Microsoft.
         limit = raise_open_files(2 * relay.config.max_connections + 2 * SPARE_FILES)
@@ -5356,7 +5088,7 @@ class Server:
         """Let messages in flight end, then cut what is left."""
         for connection in list(self._connections):
             connection.stop()
-        tasks = {one.task for one in self._connections if one.task}
+        tasks = {connection.task for connection in self._connections}
         if self._relay.spool:
             tasks |= self._relay.spool.stop()
         if tasks:
@@ -5376,25 +5108,24 @@ class Server:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = writer.get_extra_info("peername")
         address = read_address(peer[0]) if peer else None
-        client, site = str(address or "unknown"), _site(address)
-        problem = self._find_problem(site, sock.fileno())
+        client = str(address or "unknown")
+        problem = self._find_problem(_site(address), sock.fileno())
         if problem:
             if not implicit_tls:
                 writer.write(bytes(Reply(421, "4.7.0", f"{problem}; try again later")))
             writer.close()
             log_event(logging.WARNING, "-", "turned-away", client=client, reason=problem)
             return
-        connection = Connection(self._relay, self._contexts, self._relay.name, address,
-                                reader, writer)
+        connection = Connection(self._relay, self._contexts, address, reader, writer,
+                                implicit_tls=implicit_tls)
         connection.is_stopping = self._is_stopping      # asyncio had accepted it already
         self._connections.add(connection)
-        self._clients[site] += 1
+        connection.task.add_done_callback(
+            lambda task: self._connections.discard(connection))
         guest = connection.guest
         log_event(logging.INFO, connection.ident, "connected", client=client,
                   port=writer.get_extra_info("sockname")[1],
                   account=guest.account.name if guest else None)
-        connection.task = asyncio.ensure_future(connection.run(implicit_tls=implicit_tls))
-        connection.task.add_done_callback(functools.partial(self._left, connection, site))
 
     def _find_problem(self, site: object, file: int) -> str:
         config = self._relay.config
@@ -5402,15 +5133,10 @@ class Server:
             return "Too many connections for the limit of open files"
         if len(self._connections) >= config.max_connections:
             return "Too many connections"
-        if self._clients[site] >= config.max_connections_per_client:
+        neighbours = sum(connection.site == site for connection in self._connections)
+        if neighbours >= config.max_connections_per_client:
             return "Too many connections from your address"
         return ""
-
-    def _left(self, connection: Connection, site: object, task: asyncio.Task[None]) -> None:
-        self._connections.discard(connection)
-        self._clients[site] -= 1
-        if not self._clients[site]:
-            del self._clients[site]
 
 
 def bind(config: Config) -> list[tuple[socket.socket, bool]]:
@@ -5459,9 +5185,7 @@ def become(user: str) -> None:
 
 
 def raise_open_files(wanted: int) -> float:
-    """Raise the soft limit of open files to `wanted`, or as far as the system allows.
-    Returns the limit.
-    """
+    """Raise the soft limit of open files to `wanted` if possible; returns the limit."""
     if resource is None:
         return math.inf
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -5474,8 +5198,7 @@ def raise_open_files(wanted: int) -> float:
 
 
 def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> None:
-    """Call `stop` at SIGTERM or SIGINT, and `reload` at SIGHUP. A second SIGTERM or SIGINT
-    ends the process at once.
+    """Call `stop` at SIGTERM or SIGINT, `reload` at SIGHUP; a second stop ends at once.
 
     All three are always handled: the relay as PID 1 of a container has no default action,
     and SIGHUP would end it elsewhere. Windows lacks the loop's add_signal_handler().
@@ -5493,9 +5216,7 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
 
 def run(config: Config, announce: Callable[[int], None] | None = None,
         microsoft: Any = None) -> None:
-    """Serve until SIGTERM or SIGINT; `announce` gets the port. Raises ConfigError,
-    StartError.
-    """
+    """Serve until a signal; `announce` gets the port. Raises ConfigError, StartError."""
     handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
     contexts = make_tls_contexts(config)
     relay = Relay(config, microsoft)
@@ -5530,7 +5251,6 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
 
 # ---------------------------------------------------------------------------
 # §18  Demo
-# ---------------------------------------------------------------------------
 
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
 
@@ -5564,7 +5284,7 @@ class Outbox:
         return HttpResponse(202, {}, b"")
 
 
-def demo(environ: Mapping[str, str]) -> None:
+def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Run with an outbox in place of Microsoft. Raises ConfigError, StartError."""
     try:
         Outbox.folder.mkdir(exist_ok=True)
@@ -5607,7 +5327,6 @@ Stop with Ctrl-C.
 
 # ---------------------------------------------------------------------------
 # §19  Explain
-# ---------------------------------------------------------------------------
 #
 # What would become of a message, told without any network by the code that would do it.
 
@@ -5681,9 +5400,8 @@ def visible(text: str) -> str:
 
 # ---------------------------------------------------------------------------
 # §20  Command line
-# ---------------------------------------------------------------------------
 
-def serve(environ: Mapping[str, str]) -> None:
+def serve(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Run the relay. Raises ConfigError, StartError."""
     config = Config.from_environ(environ)
     with logging_to_stderr(config.log_level):
@@ -5704,7 +5422,7 @@ def run_explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> in
     return 0 if explain(config, message, arguments.sender, arguments.recipients) else 1
 
 
-def print_hash() -> None:
+def print_hash(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Ask for a password, or read it from a pipe; print its hash. Raises ConfigError."""
     if sys.stdin.isatty():
         password = getpass.getpass()
@@ -5784,10 +5502,11 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
             if action == "drop":
                 files.remove(path)
                 files.report(path.stem)
-            elif action == "show":
-                print_message(path, message)
-            elif action == "list":
+            elif action in ("list", "show"):
                 print(describe_message(path, message))
+                if action == "show":
+                    text = decode_text(path.with_suffix(".eml").read_bytes())
+                    print(*map(visible, text.splitlines()), sep="\n")
             elif message and (wanted or path.parent == files.queue):
                 if path.parent == files.failed:
                     files.retry(message)
@@ -5816,13 +5535,6 @@ def describe_message(path: pathlib.Path, message: QueuedMessage | None) -> str:
         if is_waiting and message.next_attempt_at > time.time() else None})
 
 
-def print_message(path: pathlib.Path, message: QueuedMessage | None) -> None:
-    """Print the state of a message, and its text."""
-    print(describe_message(path, message))
-    for line in decode_text(path.with_suffix(".eml").read_bytes()).splitlines():
-        print(visible(line))
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
@@ -5832,48 +5544,42 @@ def build_parser() -> argparse.ArgumentParser:
                f"{settings_help()}\n\nHTTPS_PROXY, NO_PROXY and SSL_CERT_FILE work as in "
                "other programs.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.set_defaults(run=lambda environ, arguments: serve(environ))
-    commands = parser.add_subparsers(metavar="command")
-    commands.add_parser("serve", help="run the relay; this is the default")
-    trying = commands.add_parser("demo", help="try the relay without an account, in front "
-                                              "of a stand-in for Microsoft")
-    trying.set_defaults(run=lambda environ, arguments: demo(environ))
-    explaining = commands.add_parser(
-        "explain", help="show what would become of a message, without any network",
-        description="Show what would become of a message, without any network. Exit "
-                    "status: 0: it would be sent, 1: refused, 2: it cannot be told.")
+    parser.set_defaults(run=serve)
+    _add_commands(parser.add_subparsers(metavar="command"))
+    return parser
+
+
+def _add_commands(commands: Any) -> None:
+    def add(name: str, run: Callable[..., object], text: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        return command
+
+    add("serve", serve, "run the relay; this is the default")
+    add("demo", demo, "try the relay without an account, in front of a stand-in for "
+        "Microsoft")
+    explaining = add("explain", run_explain, "show what would become of a message, without "
+                     "any network; exit status 0: it would be sent, 1: refused, 2: it "
+                     "cannot be told")
     explaining.add_argument("file", metavar="FILE.eml")
     explaining.add_argument("--from", dest="sender", metavar="ADDRESS", required=True,
                             help="the sender, as in MAIL FROM; may be empty")
     explaining.add_argument("--to", dest="recipients", metavar="ADDRESS", required=True,
                             action="append", help="a recipient, as in RCPT TO; repeatable")
-    explaining.set_defaults(run=run_explain)
-    _add_account_commands(commands)
-    spooling = commands.add_parser(
-        "spool", help="show, retry or drop messages that wait in SPOOL_DIRECTORY",
-        description="Show messages that wait in SPOOL_DIRECTORY or were given up, try them "
-                    "again at once (without ID: all that wait), or delete one. A running "
-                    "relay follows within seconds.")
+    encoding = add("encode", print_user_name, "print the short user name of an application")
+    encoding.add_argument("tenant", metavar="TENANT", help="its ID, or a domain")
+    encoding.add_argument("client", metavar="CLIENT", help="the application's ID")
+    add("hash-password", print_hash, "print the hash of a password for ACCOUNTS_FILE")
+    listing = add("accounts", print_accounts, "show ACCOUNTS_FILE as it is understood")
+    listing.add_argument("--match", metavar="ADDRESS",
+                         help="show what a client with this IP address may do")
+    spooling = add("spool", run_spool, "show messages that wait in SPOOL_DIRECTORY or were "
+                   "given up, try them again at once (without ID: all that wait), or "
+                   "delete one; a running relay follows within seconds")
     spooling.add_argument("action", nargs="?", default="list",
                           choices=("list", "show", "retry", "drop"))
     spooling.add_argument("ident", nargs="?", metavar="ID")
-    spooling.set_defaults(run=run_spool)
-    return parser
-
-
-def _add_account_commands(commands: Any) -> None:
-    encoding = commands.add_parser("encode", help="print the short user name of an "
-                                                  "application")
-    encoding.add_argument("tenant", metavar="TENANT", help="its ID, or a domain")
-    encoding.add_argument("client", metavar="CLIENT", help="the application's ID")
-    encoding.set_defaults(run=print_user_name)
-    hashing = commands.add_parser("hash-password", help="print the hash of a password for "
-                                                        "ACCOUNTS_FILE")
-    hashing.set_defaults(run=lambda environ, arguments: print_hash())
-    listing = commands.add_parser("accounts", help="show ACCOUNTS_FILE as it is understood")
-    listing.add_argument("--match", metavar="ADDRESS",
-                         help="show what a client with this IP address may do")
-    listing.set_defaults(run=print_accounts)
 
 
 def main(argv: list[str] | None = None) -> int:

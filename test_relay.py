@@ -9,7 +9,7 @@ Helpers come first, then the tests in the order of the program's sections:
 
     §1 to §4    ReplyTests SecretTests SettingTests PathTests AccountTests UsernameTests
     §5          SessionTests
-    §6, §7      RecipientTests CorpusTests FidelityTests DraftTests Base64Tests MemoryTests
+    §6, §7      RecipientTests CorpusTests FidelityTests DraftTests MemoryTests
     §8 to §10   EntraAnswerTests GraphAnswerTests QueuedMessageTests LogTests
     §11         ThreadTests HttpsTests HangTests SlowWorkTests LookUpTests
     §12, §13    SignInTests CacheTests IdentityTests AccountLoginTests FailureTests
@@ -486,7 +486,7 @@ RCPT_ARGUMENTS = {
                                                                "h@[192.0.2.1]"),
     "TO:<\u00fc@ok.example>": (553, "\u00fc@ok.example", "\u00fc@ok.example"),
     "TO:<>": (501, "", ""), "TO:<d>": (501, "", ""), "FROM:<d@e.f>": (501, "", ""),
-    "TO:<d@[e]>": (501, "", ""), "TO:<d@e.f> NOTIFY=NEVER": (555, "", "")}
+    "TO:<d@[]>": (501, "", ""), "TO:<d@e.f> NOTIFY=NEVER": (555, "", "")}
 
 MOST_RECIPIENTS = 3
 
@@ -1459,7 +1459,6 @@ class RelayCase(unittest.TestCase):
         cls.fake.close()
         assert not cls.running.loop_errors, cls.running.loop_errors
         assert not cls.running.server._connections, "connections are left"
-        assert not cls.running.server._clients, "clients are left"
 
     def setUp(self) -> None:
         """Begin with a clean fake, and without the clients of other tests."""
@@ -2415,10 +2414,8 @@ class PathTests(unittest.TestCase):
                      "FROM:<a@b_c.d>", "FROM:<a@b.c.>", "FROM:<a@b@c>", 'FROM:<"a@b.c>',
                      'FROM:<a"b"@c.d>', "FROM:<a,b@c.d>", "FROM:<(x)a@b.c>",
                      "FROM:<boss@t.com/sendMail?x=>", "FROM:<guest#EXT#@t@x>",
-                     "FROM:<a@[300.1.1.1]>", "FROM:<a@[IPv6:fe80::1%eth0]>",
-                     "FROM:<a\u0085@b.c>", "FROM:<a@b\u2028.c>",
-                     "FROM:<a@[IPv6:12345::]>", "FROM:<a@[]>",
-                     "FROM:<a@[x:y]>", "FROM:<a@[1.2.3.4>", "FROM:<a@b.c>SIZE=1",
+                     "FROM:<a\u0085@b.c>", "FROM:<a@b\u2028.c>", "FROM:<a@[]>",
+                     "FROM:<a@[1.2.3.4>", "FROM:<a@[x]y]>", "FROM:<a@b.c>SIZE=1",
                      "FROM:<a@b.c> SIZE=1 SIZE=1", "FROM:<a@b.c> size=1 SIZE=2",
                      "FROM:<a@b.c> SIZE=", "FROM:<a@b.c> =1", "FROM:<a@b.c> A==B",
                      "FROM:<a@b.c> \u00fc=1", "FROM:<a\udcff@b.c>"):
@@ -2620,14 +2617,14 @@ require_tls = true
             "allowed_recipients"].parse("Example.com, boss@Partner.example \"ab\"@x.y"))
         for mailbox in ("a@example.com", "A@EXAMPLE.COM", "BOSS@partner.example", "AB@x.y",
                         '"a@b"@example.com'):
-            account.check_recipient(mailbox)
+            account.check(mailbox, "allowed_recipients")
         for mailbox in ("a@sub.example.com", "a@example.com.evil.example", "a@xexample.com",
                         "other@partner.example", '"a@example.com"@evil.example',
                         "example.com@evil.example"):
             with self.subTest(mailbox), self.assertRaises(relay.DeliveryError) as caught:
-                account.check_recipient(mailbox)
+                account.check(mailbox, "allowed_recipients")
             self.assertTrue(str(caught.exception.reply).startswith("550 5.7.1 "))
-        relay.Account("a").check_sender("anybody@x.y")
+        relay.Account("a").check("anybody@x.y", "allowed_senders")
 
     def test_where_a_device_must_be(self) -> None:
         account = relay.Account("a", networks=relay.declared(relay.Account)["networks"].parse(
@@ -3312,9 +3309,7 @@ class DraftTests(unittest.TestCase):
                 ("url(&quot;cid:a&quot;)", "a", True), ("url(cid:a)", "a", True),
                 ("<img src=cid:a alt=b>", "a", True), ("'cid:B\u00dcRO@x'", "b\u00dcro@x", True),
                 ("cid:ab", "a", False), ("cid:a@x.y", "a", False), ("cid:b", "a", False),
-                ("cid:" + "a" * 500, "a" * 500, True), ("cid:" + "a" * 501, "a" * 501, False),
-                ("'cid:x'" * 999 + "cid:a", "a", True), ("'cid:x'" * 1000 + "cid:a", "a", False),
-                ("the cid: a", "a", False), ("cid:", "", False)):
+                ("cid:ab cid:a", "a", True), ("the cid: a", "a", False), ("cid:", "", False)):
             with self.subTest(text, content_id=content_id):
                 message = multipart("related", f"Content-Type: text/html\n\n{text}\n",
                                     f"Content-Type: image/png\nContent-ID: <{content_id}>\n\nx\n")
@@ -3596,20 +3591,6 @@ class DraftTests(unittest.TestCase):
                     octets_of(attachment)
                     json.loads(attachment.as_json())
         self.assertGreater(drafts, 700)
-
-
-class Base64Tests(unittest.TestCase):
-    """Base64 that is made while it is sent."""
-
-    def test_it_is_the_base64_of_the_whole(self) -> None:
-        for first in (b"", b"a", b"ab", b"abc", b"x" * 1000):
-            for size in (0, 1, 2, 3, 58_367, 58_368, 58_369, 200_000):
-                rest = os.urandom(size)
-                encoded = relay.Base64(first, memoryview(rest))
-                for _ in range(2):              # it can be sent again
-                    text = b"".join(encoded)
-                    self.assertEqual(text, base64.b64encode(first + rest))
-                    self.assertEqual(len(text), len(encoded))
 
 
 @unittest.skipUnless(pathlib.Path("/proc/self/status").exists(), "needs /proc")
@@ -4192,7 +4173,7 @@ class LookUpTests(HangCase):
             look_ups.wait(2)
             for one in waiting:
                 self.assertTimely(one, "451 4.4.1")
-            held = (relay.HttpRequest, relay.Base64, relay.Draft, relay.Attachment)
+            held = (relay.HttpRequest, relay.Prepared, relay.Draft, relay.Attachment)
             wait_for(lambda: not any(isinstance(one, held) for one in gc.get_objects()))
             wait_for(lambda: calls_under_way() == 2)
         wait_for(lambda: not calls_under_way())
@@ -4254,7 +4235,6 @@ TRANSIENT = (
     response(500, b"<html>Internal Server Error</html>"),
     response(502), response(504, aadsts(7000215, "invalid_client")),
     response(400, aadsts(50196, "invalid_grant")), response(400, aadsts(90055, "x")),
-    response(400, {**aadsts(53003, "invalid_grant"), "error_codes": [53003, 90033]}),
     response(400, aadsts(1, "server_error")), response(401, b""), response(401, b"<html>"),
     response(400, b'{"error":"invalid_cl'), response(400, {"error": {"code": "x"}}),
     response(400, {"error": None}), response(400, []), response(403, b"null"),
@@ -4433,20 +4413,6 @@ class CacheTests(RelayCase):
         self.assertTrue(self.get(tokens, "t"))
         self.assertEqual(len(self.fake.asked("token")), 4)
 
-    def test_who_joins_a_request_has_a_time_of_its_own(self) -> None:
-        """That of the first may be nearly over."""
-        async def play() -> list[Any]:
-            tokens, _ = self.tokens()
-            begun = time.monotonic()
-            return await asyncio.gather(*[
-                tokens.get(relay.Application(TENANT, CLIENT, "s"), begun + seconds)
-                for seconds in (1.0, PATIENCE, PATIENCE, 1.0)], return_exceptions=True)
-        self.fake.will("token", self.fake.hang)
-        found = asyncio.run(play())
-        self.assertEqual([type(one) for one in found], [relay.NoAnswer, str, str, relay.NoAnswer])
-        self.assertEqual(found[1], found[2])
-        self.assertEqual(len(self.fake.asked("token")), 2)
-
     def test_only_the_token_that_was_refused_is_dropped(self) -> None:
         (tokens, _), vault = self.tokens(), "https://vault.azure.net"
         token, other = self.get(tokens, "s"), self.get(tokens, "s", vault)
@@ -4468,11 +4434,9 @@ class CacheTests(RelayCase):
         clock = Clock()
         cache: relay.Cache[int, str] = relay.Cache(clock)
         cache.put(1, "a", 10.0)
-        self.assertEqual((cache.get(1), cache.get(2), cache.pop(2)), ("a", None, None))
+        self.assertEqual((cache.get(1), cache.get(2)), ("a", None))
         clock.now += 10.0
-        self.assertEqual((cache.get(1), cache.pop(1)), (None, None))
-        cache.put(1, "b", 10.0)
-        self.assertEqual((cache.pop(1), cache.get(1)), ("b", None))
+        self.assertIsNone(cache.get(1))
         for number in (*range(relay.MAX_CACHED + 10), 10, 2000):    # what is put again is new
             cache.put(number, str(number), 10.0)
         self.assertEqual([cache.get(number) for number in (9, 10, 11, 12, 2000)],
@@ -4792,31 +4756,19 @@ class AccountLoginTests(AccountCase):
         for _, text in kept.find("auth"):
             self.assertEqual("no login is needed" in text, "client=127.0.0.2" in text)
 
-    def test_no_more_threads(self) -> None:
-        directory = self.running.relay.directory
-        with unittest.mock.patch.object(directory, "_scrypt",
-                                        concurrent.futures.ThreadPoolExecutor(1)):
-            directory._scrypt.shutdown()        # it says RuntimeError too
-            self.assertReply(self.log_in("scan2"), "454 4.7.0")
-
-    def test_passwords_are_checked_by_two_threads(self) -> None:
+    def test_passwords_are_checked_two_at_once(self) -> None:
         """While both are busy others wait, the loop goes on, and who gives up costs nothing."""
-        running, hold = self.another(UPSTREAM_TIMEOUT="1.5"), []
-        pool = running.relay.directory._scrypt
+        running = self.another(UPSTREAM_TIMEOUT="1.5")
+        places = running.relay.directory._scrypt
         with hashed_passwords() as scrypt:
             for number, wanted in enumerate(("235 2.7.0", "235 2.7.0", "454 4.7.0")):
                 if number:
-                    hold.append(threading.Event())
-                    self.addCleanup(hold[-1].set)
-                    pool.submit(hold[-1].wait, PATIENCE)
+                    places.acquire()
                 reply = self.assertReply(self.log_in("scan2", running=running), wanted)
             self.assertIn("Too many logins at once", reply)
-            hold[0].set()
+            places.release()
             self.assertReply(self.log_in("scan2", running=running), "235 2.7.0")
             self.assertEqual(scrypt.call_count, 3)
-        waiting = [pool.submit(hold[1].wait, PATIENCE) for _ in range(2)]
-        running.ask(running.relay.directory.close)      # as when the relay stops
-        self.assertTrue(waiting[1].cancelled())
 
 
 class FailureTests(AccountCase):
@@ -5791,7 +5743,7 @@ class LargeMessageTests(RelayCase):
     def test_too_little_memory_is_a_warning_and_a_mistake_of_the_client_is_not(self) -> None:
         client, memory = self.logged_in(), self.running.server._relay.memory
         self.running.ask(lambda: memory.take(268_435_456))
-        self.addCleanup(self.running.ask, lambda: memory.give_back(268_435_456))
+        self.addCleanup(self.running.ask, lambda: memory.take(-268_435_456))
         with kept_log() as kept:
             self.assertReply(client.say(f"MAIL FROM:<{SENDER}> SIZE=1"), "452 4.3.1")
             self.assertReply(client.say("MAIL FROM:<a>"), "501 5.1.7")
@@ -6399,7 +6351,7 @@ class SpoolTests(SpoolCase):
                 asked = len(self.fake.asked("send"))
                 wait_for(lambda: "452 4.3.1" in str(kept.lines))
                 self.assertEqual(len(self.fake.asked("send")), asked)
-                running.ask(lambda: memory.give_back(1))        # noqa: B023
+                running.ask(lambda: memory.take(-1))        # noqa: B023
                 self.wait_until_empty()
                 self.assertEqual(running.ask(lambda: memory.free), left + 1)    # noqa: B023
                 running.stop()
@@ -9032,9 +8984,15 @@ class Model:
                 self.close()
                 break
             end = self.octets.find(b"\r\n", self.pos)
+            line = self.octets[self.pos:end] if end >= 0 else self.octets[self.pos:]
+            is_auth = self.step == self.auth_answer or line[:5].upper() == b"AUTH "
+            if len(line) + 2 * (end >= 0) > (12288 if is_auth else 2048):
+                self.take(line[:50], 500)
+                self.close()
+                break
             if end < 0:
                 break
-            line, self.pos = self.octets[self.pos:end], end + 2
+            self.pos = end + 2
             self.lines += 1
             self.step(line)
         if not self.closed and self.eof:
@@ -9077,8 +9035,7 @@ class Model:
     # Lines.
 
     def command(self, line: bytes) -> None:
-        limit = 12288 if line[:5].upper() == b"AUTH " else 2048
-        if len(line) + 2 > limit or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
+        if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
             self.reply(500, what=line[:50])
             return
         verb, _, argument = line.rstrip(b" \t").partition(b" ")
@@ -9173,7 +9130,7 @@ class Model:
 
     def auth_answer(self, line: bytes) -> None:
         self.step = self.command
-        if len(line) + 2 > 12288 or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
+        if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
             self.reply(500, what=line[:50])
             return
         # Of those within AUTH the line with the verb was checked.
@@ -9471,11 +9428,11 @@ class Play:
                 self.dialogue.work()
                 answer()
         else:
-            session.abandon()
+            session.reset()
 
     def check_memory(self) -> None:
         """Whatever ended the dialogue, no octet is counted any more."""
-        self.dialogue.session.abandon()
+        self.dialogue.session.reset()
         if self.memory.free != self.scene.memory:
             raise Violation(f"{self.scene.memory - self.memory.free} octets of memory are "
                             "not given back")
@@ -10087,7 +10044,6 @@ def what_is_left(running: Running) -> list[str]:
     def look() -> list[str]:
         joined = running.relay
         held = {"connections": len(running.server._connections),
-                "clients": len(running.server._clients),
                 # This one, the server's, and that of the spool.
                 "tasks": len(asyncio.all_tasks()) - 2 - (joined.spool is not None),
                 "memory": joined.config.max_memory_for_messages - joined.memory.free,
