@@ -495,7 +495,7 @@ HALF = b"HTTP/1.1 503 Busy\r\nContent-Length: 100\r\nRetry-After: 0\r\n"
 
 def split_octets(octets: bytes) -> list[bytes]:
     """Single octets, as a slow client sends them."""
-    return [octets[index:index + 1] for index in range(len(octets))]
+    return [bytes([octet]) for octet in octets]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -598,7 +598,6 @@ LISTS = ("failures", "errors", "skipped", "collectedDurations")      # of a resu
 
 # ---------------------------------------------------------------------------
 # Helpers
-# ---------------------------------------------------------------------------
 
 CA_CERT = pem("CERTIFICATE", """\
 MIIBizCCATGgAwIBAgIUepMSlR3LL23PUrYmc8sDe2sTZzcwCgYIKoZIzj0EAwIwEjEQMA4GA1UEAwwHVGVzdCBDQTAg
@@ -632,11 +631,6 @@ MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgXeCohDPY3Sc2Ns4Mqlzh7PQ5BJnOIAAL
 RANCAAQqkPPocq5vwWcFMdhumWpYbsQg0MlS/yHXIAmGLEmWAw0RxjVyFOEiqGANUyJDhPOy49CK/1O7i2wM5Efn3xFc
 """)
 
-OTHER_KEY = pem("PRIVATE KEY", """\
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQggJw0buhhKXZG5Uffl38iGS2aNdvG5DGLn6Nuutb9fpOh
-RANCAAQZTk1BrlwOnEwX7UXj20eaOX+zjebpKxklAPfNTsoGzpvpvC/QIr8H8ga6v4Ep7g8h7idxS83OoWPRQt/9tQhj
-""")
-
 ENCRYPTED_KEY = pem("ENCRYPTED PRIVATE KEY", """\
 MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiSPxydPHotLAICCAAwDAYIKoZIhvcNAgkFADAdBglghkgB
 ZQMEASoEEBEnR4g7T+b1xlGGRwXv+ZsEgZAkvU1lnyIag3k9ApwwTPKdLMuURetSmH2M4BBCaM9rGuz7KdPge4vgSURW
@@ -652,7 +646,7 @@ class Files:
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="relay-test-"))
         for name, text in (("ca.pem", CA_CERT), ("cert.pem", SERVER_CERT),
                            ("expired.pem", EXPIRED_CERT), ("key.pem", SERVER_KEY),
-                           ("other.pem", OTHER_KEY), ("encrypted.pem", ENCRYPTED_KEY)):
+                           ("other.pem", VAULT_PEM), ("encrypted.pem", ENCRYPTED_KEY)):
             self.write(name, text)
 
     def write(self, name: str, text: str) -> str:
@@ -822,8 +816,7 @@ class SessionCase(unittest.TestCase):
 def named_by(message: bytes) -> collections.Counter[str]:
     """Whom a message names in To, Cc and Bcc, as the standard library reads them."""
     header = email.message_from_bytes(message)
-    values = [str(value) for name in ("to", "cc", "bcc")
-              for value in header.get_all(name, [])]
+    values = [str(value) for name in ("to", "cc", "bcc") for value in header.get_all(name, [])]
     lenient = {"strict": False} if getattr(email.utils, "supports_strict_parsing", 0) else {}
     return collections.Counter(
         address.lower() for _, address in email.utils.getaddresses(values, **lenient) if address)
@@ -839,8 +832,7 @@ def prepared(message: bytes, *recipients: str, sender: str = SENDER, login: str 
     return outcome.header + bytes(outcome.body)
 
 
-def deliver_to(header: str, *recipients: str, body: str = "\r\nText\r\n",
-               **settings: str) -> str:
+def deliver_to(header: str, *recipients: str, body: str = "\r\nText\r\n", **settings: str) -> str:
     """What becomes of a message for these recipients, but for the From that it lacks."""
     message = (header + body).encode("utf-8", "surrogateescape")
     outcome = prepared(message, *recipients, **settings)
@@ -1390,8 +1382,8 @@ class Client(smtplib.SMTP):
         """Say AUTH PLAIN; returns the reply."""
         return self.say(f"AUTH PLAIN {plain(user, password).decode()}")
 
-    def post(self, message: bytes = b"To: a@x.y\r\nSubject: s\r\n\r\nText\r\n",
-             sender: str = SENDER, recipients: tuple[str, ...] = ("a@x.y",)) -> str:
+    def post(self, message: bytes = SIMPLE, sender: str = SENDER,
+             recipients: tuple[str, ...] = ("a@x.y",)) -> str:
         """Send a message; returns the reply to its end, or to what was refused before."""
         for line in (f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{one}>" for one in recipients)):
             reply = self.say(line)
@@ -1409,8 +1401,7 @@ class Client(smtplib.SMTP):
             reply = self.say(line)
             if reply[0] not in "23":
                 return reply
-        stuffed = (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
-        self.sock.sendall(stuffed + b".\r\n")
+        self.sock.sendall(stuffed(message) + b".\r\n")
         code, text = self.getreply()
         return f"{code} {text.decode()}"
 
@@ -1477,10 +1468,7 @@ class RelayCase(unittest.TestCase):
 
     def connect(self, running: Running | None = None) -> Client:
         """Connect and say EHLO."""
-        client = Client((running or self.running).port)
-        self.addCleanup(client.close)
-        client.ehlo()
-        return client
+        return self.come_from("127.0.0.1", running)
 
     def come_from(self, address: str, running: Running | None = None) -> Client:
         """Connect from an address of this machine, and say EHLO."""
@@ -1802,8 +1790,7 @@ class SpoolCase(RelayCase):
 
     def subjects(self) -> list[bytes]:
         """What was delivered, in its order."""
-        return [re.search(rb"(?m)^Subject: (.*)\r$", one.message)[1]
-                for one in self.fake.delivered]
+        return [re.search(rb"(?m)^Subject: (.*)\r$", one.message)[1] for one in self.fake.delivered]
 
     def age(self, path: pathlib.Path) -> None:
         """Let the lifetime of a message be over, while no relay runs."""
@@ -1855,8 +1842,7 @@ class TlsCase(RelayCase):
         sock.settimeout(PATIENCE)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
-        sock.connect(("127.0.0.1", self.running._config.smtps_port if smtps
-                      else self.running.port))
+        sock.connect(("127.0.0.1", self.running._config.smtps_port if smtps else self.running.port))
         return sock
 
     def half_way(self, octets: bytes, *, smtps: bool = False) -> socket.socket:
@@ -2180,7 +2166,6 @@ def stuck_look_ups() -> Stuck:
 
 # ---------------------------------------------------------------------------
 # Tests, in the order of the program
-# ---------------------------------------------------------------------------
 
 class ReplyTests(unittest.TestCase):
     """A reply is what RFC 5321 section 4.2 and RFC 2034 want."""
