@@ -1592,7 +1592,7 @@ def cost_of(reply: Reply) -> int:
         return 0
     if reply.code == 535:
         return 34
-    return 10 if 500 <= reply.code < 550 else 1
+    return 10 if 500 <= reply.code < 550 or reply.code in (553, 555) else 1
 
 
 def _decode_line(line: bytes) -> str:
@@ -4535,11 +4535,11 @@ def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, f
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= _ANY_CERTIFICATE
-    client.set_ciphers("ALL:@SECLEVEL=0")       # for a key that is as old as a printer
     client.load_verify_locations(cert_path)
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = (client.wrap_bio(back, there), context.wrap_bio(there, back, True))
     try:
+        client.set_ciphers("ALL:@SECLEVEL=0")       # for a key that is as old as a printer
+        sides = (client.wrap_bio(back, there), context.wrap_bio(there, back, True))
         for side in sides * 3:
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()

@@ -2768,6 +2768,7 @@ class SessionTests(SessionCase):
         cases: Any = (
                 (b"NOOP\r\n" * 100_000, *[250] * 99, 421),
                 (b"NOPE\r\n" * 11, *[500] * 10, 421),
+                (b"MAIL FROM:<a@b.c> FOO=1\r\n" * 11, *[555] * 10, 421),
                 (b"NOPE\r\nNOOP\r\n" * 6 + b"NOPE\r\n" * 9, *[500, 250] * 6, *[500] * 4, 421),
                 (message * 2, *([250] * 101 + [452] * 50 + [354, 250]) * 2),
                 ((b"NOOP\r\n" * 90 + message) * 2,
@@ -5522,7 +5523,9 @@ class SendTests(RelayCase):
     def test_a_connection_that_is_closed_while_a_request_is_written(self) -> None:
         """Nothing can have happened: so it is sent again, if the connection was a kept one."""
         client = self.logged_in()
-        for times, wanted in ((1, "250 2.0.0"), (2, "451 4.4.1")):
+        for times, wanted in ((2, "451 4.4.1"), (1, "250 2.0.0")):
+            # So that one is kept, for which the system does not take 4 MB at once yet.
+            self.assertReply(client.post(), "250 2.0.0")
             self.fake.requests.clear()
             self.fake.will("send", *[BeforeBody(utter(b"", reset=True))] * times)
             self.assertReply(client.post(BULKY + b"%d" % times), wanted)
@@ -8693,7 +8696,7 @@ class LayoutTests(unittest.TestCase):
     def test_the_map_of_the_tests(self) -> None:
         """Helpers, tests in the order of the docstring, long looks; banners part them."""
         text = (HERE / "test_relay.py").read_text(encoding="utf-8")
-        parts = re.split(r"(?m)^# -{70,}\n# .*\n# -{70,}\n", text)
+        parts = re.split(r"(?m)^# -{70,}\n# .*\n", text)
         self.assertEqual(len(parts), 4)
         classes = re.compile(r"(?m)^class (\w+Tests)\b")
         self.assertEqual([classes.findall(part) for part in parts],
@@ -8738,7 +8741,6 @@ class FuzzTests(unittest.TestCase):
 
 # ---------------------------------------------------------------------------
 # Long looks: fuzz, soak, kill, and running the tests
-# ---------------------------------------------------------------------------
 
 class Kills:
     """Kills a relay again and again while mail flows, and counts what arrives.
@@ -8991,7 +8993,7 @@ class Model:
         """Take a reply; a session that gets nowhere is told so in one more."""
         code, lines = self.take(what, *wanted)
         if code not in (334, 354, 421, 452, 550) and not lines[0].startswith("2.1.5 "):
-            self.cost += 34 if code == 535 else 10 if 500 <= code < 550 else 1
+            self.cost += 34 if code == 535 else 10 if 500 <= code < 550 or code in (553, 555) else 1
         if self.cost >= 100:
             self.take("no progress", 421)
             self.close()
