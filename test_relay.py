@@ -2200,8 +2200,7 @@ class SettingTests(unittest.TestCase):
         with self.assertRaises(relay.ConfigError) as caught:
             relay.Config.from_environ(environ)
         lines = str(caught.exception).splitlines()
-        self.assertEqual([re.match("[A-Za-z_]+", line)[0] for line in lines],
-                         list(names))
+        self.assertEqual([re.match("[A-Za-z_]+", line)[0] for line in lines], list(names))
         return str(caught.exception)
 
     def test_values(self) -> None:
@@ -2592,8 +2591,7 @@ require_tls = true
             with self.subTest(address):
                 login, config = accounts.at(relay.read_address(address), tls_config())
                 self.assertEqual(login and login.account.name, guest)
-                self.assertEqual((config.require_tls, config.tls_min_version),
-                                 (require_tls, least))
+                self.assertEqual((config.require_tls, config.tls_min_version), (require_tls, least))
                 if login:
                     self.assertEqual(login.application.secret, "s")
 
@@ -2730,8 +2728,7 @@ class SessionTests(SessionCase):
     """What a session answers and asks. FuzzTests compares far more with Model."""
 
     def test_every_command_in_every_situation(self) -> None:
-        titles, *rows = [re.split(r"  +", line.strip())
-                         for line in MATRIX.strip("\n").splitlines()]
+        titles, *rows = [re.split(r"  +", line.strip()) for line in MATRIX.strip("\n").splitlines()]
         for command, *wanted in rows:
             command = command.format(plain=plain().decode(), empty="")
             for situation, code in zip(titles, wanted):
@@ -2754,8 +2751,7 @@ class SessionTests(SessionCase):
         self.assertEqual(codes(dialogue.session.output()), [250, 250, 501, 354])
 
     def test_a_client_hello_on_the_plain_port_is_recognised(self) -> None:
-        dialogue = self.assertSays(b"\x16\x03\x01\x02\x00\x01\r\n", prelude=b"",
-                                   secure=False)
+        dialogue = self.assertSays(b"\x16\x03\x01\x02\x00\x01\r\n", prelude=b"", secure=False)
         self.assertTrue(dialogue.closed)
         self.assertIn("SMTPS_PORT", dialogue.events[-1].reason)
         self.assertSays(b"NOOP\r\n\x16\x03\x01\r\n", 250, 500, prelude=b"", secure=False)
@@ -2881,8 +2877,7 @@ class SessionTests(SessionCase):
         dialogue.session.tls_started()
         self.assertIsNone(dialogue.session.next_event())
         self.assertEqual(dialogue.session.output(), b"")
-        self.assertEqual(codes(dialogue.feed(b"MAIL FROM:<a@b.c>\r\nEHLO real\r\n")),
-                         [530, 250])
+        self.assertEqual(codes(dialogue.feed(b"MAIL FROM:<a@b.c>\r\nEHLO real\r\n")), [530, 250])
 
     def test_the_log_never_shows_what_belongs_to_auth(self) -> None:
         prelude = SITUATIONS["tls"][0]
@@ -3125,8 +3120,7 @@ class FidelityTests(RelayCase):
             self.assertReply(client.log_in(login), "235 2.7.0")
             message = crlf(f"From: S <{login.lower()}>\nTo: a@x.y\n\n")
             self.assertReply(client.post_octets(message, SENDER, ["a@x.y"]), "250 2.0.0")
-            self.assertEqual(fake.delivered[0].message,
-                             crlf(f"From: S <{SENDER}>\nTo: a@x.y\n\n"))
+            self.assertEqual(fake.delivered[0].message, crlf(f"From: S <{SENDER}>\nTo: a@x.y\n\n"))
 
     @unittest.skipUnless(shutil.which("openssl"), "there is no openssl here")
     def test_a_signature_stays_good(self) -> None:
@@ -3459,8 +3453,7 @@ class DraftTests(unittest.TestCase):
                 ("\nContent-Transfer-Encoding: \"base64\"", b"QQ==", "A")):
             with self.subTest(head, text=text):
                 message = f"Content-Type: text/plain{head}\n\n".encode() + text
-                self.assertEqual(json.loads(take_apart(message).content)["body"]["content"],
-                                 wanted)
+                self.assertEqual(json.loads(take_apart(message).content)["body"]["content"], wanted)
         # A field counts more than <meta>, and what stands further down is text.
         meta, cyrillic = b"<meta charset=windows-1251>", "\u041f"
         for head, text, wanted in (
@@ -3570,8 +3563,7 @@ class DraftTests(unittest.TestCase):
                     continue
                 drafts += 1
                 content = json.loads(draft.content)
-                self.assertEqual(content["bccRecipients"],
-                                 [{"emailAddress": {"address": "a@x.y"}}])
+                self.assertEqual(content["bccRecipients"], [{"emailAddress": {"address": "a@x.y"}}])
                 self.assertNotIn("toRecipients", content)
                 for attachment in draft.attachments:
                     octets_of(attachment)
@@ -4488,8 +4480,7 @@ class IdentityTests(RelayCase):
         self.assertIn(f"{path}: time is up", self.failure(timeout=0.2, **settings))
 
     def test_app_service_and_container_apps(self) -> None:
-        settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token",
-                    "IDENTITY_HEADER": "header"}
+        settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token", "IDENTITY_HEADER": "header"}
         self.ask(resource="https://storage.azure.com", **settings)
         self.ask(AZURE_CLIENT_ID=CLIENT, **settings)
         first, second = self.fake.asked("app-service")
@@ -4631,8 +4622,7 @@ class AccountLoginTests(AccountCase):
             client = self.logged_in_as(user, running=running)
             self.assertReply(client.post(recipients=("o@evil.example",), sender="any@b.c"), reply)
             client.say("RSET")
-            self.assertReply(client.post(b"To: a@x.y, o@evil.example\r\n\r\nText\r\n"),
-                             "250 2.0.0")
+            self.assertReply(client.post(b"To: a@x.y, o@evil.example\r\n\r\nText\r\n"), "250 2.0.0")
             self.assertEqual(sorted(self.fake.delivered[-1].recipients), whom)
 
     def test_a_sender_that_only_the_header_names(self) -> None:
@@ -4687,8 +4677,7 @@ class AccountLoginTests(AccountCase):
             AZURE_FEDERATED_TOKEN_FILE=FILES.write("assertion", "eyJ.of.account"))
         self.assertReply(self.logged_in_as("a", running=running).post(), "250 2.0.0")
         form = self.fake.asked("token")[0].form
-        self.assertEqual((form["client_id"], form["client_assertion"]),
-                         (CLIENT, "eyJ.of.account"))
+        self.assertEqual((form["client_id"], form["client_assertion"]), (CLIENT, "eyJ.of.account"))
 
     def test_without_scrypt_in_this_python(self) -> None:
         self.addCleanup(relay.has_scrypt.cache_clear)
@@ -4933,8 +4922,7 @@ class ReloadTests(AccountCase):
             change()
             if is_same_time:
                 os.utime(path, ns=(before, before))
-            self.assertEqual([file._poll(False) for _ in range(4)],
-                             [False, True, False, False])
+            self.assertEqual([file._poll(False) for _ in range(4)], [False, True, False, False])
         for text in (ACCOUNTS[:300], f"{ACCOUNTS}[new]\n"):     # half of a file is not read
             self.write(text)
             self.assertFalse(file._poll(False))
@@ -4961,8 +4949,7 @@ class ReloadTests(AccountCase):
         """Whatever goes wrong once, the next change is seen."""
         watched = self.running.relay.directory.file
         for trap in (MemoryError("hidden"), relay.TemporaryError("x"), ValueError("hidden")):
-            with kept_log() as kept, unittest.mock.patch.object(watched, "load",
-                                                                side_effect=trap):
+            with kept_log() as kept, unittest.mock.patch.object(watched, "load", side_effect=trap):
                 self.running.ask(watched.ask)
                 wait_for(lambda: [one for one in kept.find("accounts") if one[0] == "ERROR"])
             self.assertNotIn("hidden", str(kept.lines))
@@ -5155,8 +5142,7 @@ class TableTests(RelayCase):
                                     "cannot be read: .*Storage Table Data Reader"):
             asyncio.run(start())
         asyncio.run(start())
-        self.assertIn("PartitionKey%20eq%20%27user%27%29&$top=1",
-                      self.fake.asked("table")[-1].path)
+        self.assertIn("PartitionKey%20eq%20%27user%27%29&$top=1", self.fake.asked("table")[-1].path)
 
 
 @unittest.skipUnless(find_azurite(), "needs Azurite (npm install azurite, AZURITE=its command)")
@@ -5234,8 +5220,7 @@ class AzuriteTests(RelayCase):
             with self.subTest(user, token=token, **settings):
                 self.fake.reset()
                 if token:
-                    self.fake.will("token", say(200, {"access_token": token,
-                                                      "expires_in": 3599}))
+                    self.fake.will("token", say(200, {"access_token": token, "expires_in": 3599}))
                 self.assertReply(self.log_in(user, running=self.another(**settings)), reply)
 
 
@@ -5279,8 +5264,7 @@ class SendTests(RelayCase):
                              ('"a b"@x.y', "%22a%20b%22%40x.y"), ("$a@x.y", "%24a%40x.y")):
             with self.subTest(sender):
                 self.assertReply(client.post(sender=sender), "250 2.0.0")
-                self.assertEqual(self.fake.asked("send")[-1].path,
-                                 f"/v1.0/users/{path}/sendMail")
+                self.assertEqual(self.fake.asked("send")[-1].path, f"/v1.0/users/{path}/sendMail")
 
     def test_the_null_reverse_path(self) -> None:
         client = self.logged_in()
@@ -5453,8 +5437,7 @@ class SendTests(RelayCase):
         go.set()
         wait_for(lambda: not self.running.waiting())
         self.fake.release.set()
-        self.assertEqual(sorted(client.getreply()[0] for client in clients),
-                         [250] * 3 + [451] * 4)
+        self.assertEqual(sorted(client.getreply()[0] for client in clients), [250] * 3 + [451] * 4)
         for _ in range(3):
             self.assertReply(self.logged_in().post(), "451 4.4.5")
         self.assertEqual(len(self.fake.asked("send")), 4)
@@ -5708,8 +5691,7 @@ class LargeMessageTests(RelayCase):
             self.fake.reset()
             message = crlf(NAMED + "Content-Type: text/html\n\n" + text + "\n")
             self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
-            self.assertTrue(self.fake.sent_drafts[0].properties["body"]["content"]
-                            == text + "\r\n")
+            self.assertTrue(self.fake.sent_drafts[0].properties["body"]["content"] == text + "\r\n")
 
     def test_what_cannot_be_said_is_refused_and_nothing_is_asked(self) -> None:
         client = self.logged_in()
@@ -7078,8 +7060,7 @@ class OldTlsTests(TlsCase):
         subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:1024", "-nodes", "-sha1",
                         "-subj", "/CN=localhost", "-days", "9", "-keyout", key, "-out", cert],
                        check=True, capture_output=True)
-        running = self.another(TLS_MIN_VERSION="1.0", TLS_CERT_FILEPATH=cert,
-                               TLS_KEY_FILEPATH=key)
+        running = self.another(TLS_MIN_VERSION="1.0", TLS_CERT_FILEPATH=cert, TLS_KEY_FILEPATH=key)
         begin, end = relay.certificate_dates(running._contexts["1.0"], cert)
         self.assertEqual((end - begin) / 86400, 9)
         context = self.old_client("1.0")
@@ -7289,8 +7270,7 @@ class DuplicateTests(RelayCase):
 
     def test_the_window(self) -> None:
         clock = self.running.relay._duplicates._accepted._clock = Clock()
-        self.addCleanup(setattr, self.running.relay._duplicates._accepted, "_clock",
-                        time.monotonic)
+        self.addCleanup(setattr, self.running.relay._duplicates._accepted, "_clock", time.monotonic)
         for pause, number in ((0, 1), (899, 1), (2, 2)):    # a repetition adds no time
             clock.now += pause
             self.assertReply(self.sends().next_reply(), "250 2.0.0")
@@ -7390,8 +7370,7 @@ class ShellTests(TlsCase):
         with kept_log() as kept:
             self.assertReply(self.connect().say("NOOP defect"), "421 4.3.0")
             wait_for(lambda: kept.find("disconnected"))
-        self.assertEqual([level for level, line in kept.lines if " broken" in line],
-                         ["ERROR"])
+        self.assertEqual([level for level, line in kept.lines if " broken" in line], ["ERROR"])
         self.assertIn('reason="a defect of the relay"', kept.find("disconnected")[0][1])
 
     def test_replies_leave_at_once(self) -> None:
@@ -7416,8 +7395,7 @@ class ShellTests(TlsCase):
         client.send(MAIL + RCPT + RCPT + b"DATA\r\n")
         self.assertEqual([client.getreply()[0] for _ in range(4)], [250, 250, 250, 354])
         client.send(b"one\r\n.\r\n" + MAIL + RCPT + b"DATA\r\ntwo\r\n.\r\nQUIT\r\n")
-        self.assertEqual([client.getreply()[0] for _ in range(6)],
-                         [250, 250, 250, 354, 250, 221])
+        self.assertEqual([client.getreply()[0] for _ in range(6)], [250, 250, 250, 354, 250, 221])
         self.assertEqual(len(self.fake.delivered), 2)
 
     def test_the_log_of_a_session(self) -> None:
@@ -7512,8 +7490,7 @@ class DeafTests(TlsCase):
 class ConnectionLimitTests(TlsCase):
     """Limits of connections, whose clients are not cut off meanwhile."""
 
-    settings = {"MAX_CONNECTIONS": "6", "MAX_CONNECTIONS_PER_CLIENT": "3",
-                "REQUIRE_TLS": "false"}
+    settings = {"MAX_CONNECTIONS": "6", "MAX_CONNECTIONS_PER_CLIENT": "3", "REQUIRE_TLS": "false"}
 
     def tearDown(self) -> None:
         """Wait until the connections of a test are gone."""
@@ -7751,8 +7728,7 @@ class OverloadTests(unittest.TestCase):
         cls.addClassCleanup(cls.fake.close)
         soft, hard = relay.resource.getrlimit(relay.resource.RLIMIT_NOFILE)
         relay.resource.setrlimit(relay.resource.RLIMIT_NOFILE, (hard, hard))
-        cls.addClassCleanup(relay.resource.setrlimit, relay.resource.RLIMIT_NOFILE,
-                            (soft, hard))
+        cls.addClassCleanup(relay.resource.setrlimit, relay.resource.RLIMIT_NOFILE, (soft, hard))
         cls.descriptors = hard
 
     def setUp(self) -> None:
@@ -7760,8 +7736,7 @@ class OverloadTests(unittest.TestCase):
         self.fake.reset()
 
     @contextlib.contextmanager
-    def watch(self, *, change: str = "", errors: str = "", **settings: str
-              ) -> Iterator[Watched]:
+    def watch(self, *, change: str = "", errors: str = "", **settings: str) -> Iterator[Watched]:
         """A relay; in the end it must be as it was at first, and log no errors but those
         that are allowed. `change` is done before it starts.
         """
@@ -7895,8 +7870,7 @@ class OverloadTests(unittest.TestCase):
         octets = (b"x" * 78 + b"\r\n") * 625
         head = (f"EHLO x\r\nAUTH PLAIN {plain().decode()}\r\nMAIL FROM:<{SENDER}>\r\n"
                 "RCPT TO:<a@x.y>\r\nDATA\r\n").encode()
-        with self.watch(MAX_MEMORY_FOR_MESSAGES="5000000",
-                        MAX_MESSAGE_SIZE="2000000") as watched:
+        with self.watch(MAX_MEMORY_FOR_MESSAGES="5000000", MAX_MESSAGE_SIZE="2000000") as watched:
             begun = watched.memory()
             with self.crowd(watched, 40, say=head, hear=b"354 ") as socks, \
                     self.honest(watched) as client:
@@ -7907,8 +7881,7 @@ class OverloadTests(unittest.TestCase):
                 for sock in socks:
                     sock.sendall(b".\r\nQUIT\r\n")
                 replies = [last_octets(sock)[:9] for sock in socks]
-                self.assertEqual(collections.Counter(replies), {
-                    b"250 2.0.0": 11, b"452 4.3.1": 29})
+                self.assertEqual(collections.Counter(replies), {b"250 2.0.0": 11, b"452 4.3.1": 29})
                 self.assertMemory(watched, begun, 30 * self.MB)
                 for _ in range(12):             # all of it is free again
                     self.assertRegex(client.post(octets * 9), "^250 ")
@@ -8254,8 +8227,7 @@ class DemoTests(unittest.TestCase):
 
     def test_a_scan_a_malformed_user_name_and_an_outbox_that_is_gone(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
-        with start_program("demo", folder=folder, SMTP_PORT="0",
-                           RUN_AS="nobody") as process:
+        with start_program("demo", folder=folder, SMTP_PORT="0", RUN_AS="nobody") as process:
             found = re.search(r"port (\d+)", process.stdout.readline())
             with Client(int(found[1])) as client:
                 client.ehlo()
@@ -8627,8 +8599,7 @@ class DockerfileTests(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as other:     # somebody who is no relay
             port = str(other.getsockname()[1])
             threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
-            with start_python(*arguments, SMTP_PORT=port,
-                              LISTEN_ADDRESS="127.0.0.1") as process:
+            with start_python(*arguments, SMTP_PORT=port, LISTEN_ADDRESS="127.0.0.1") as process:
                 self.assertNotEqual(process.wait(PATIENCE), 0)
 
 
@@ -8647,8 +8618,7 @@ class LayoutTests(unittest.TestCase):
                       for number in [match[1]]}
 
     def section(self, line: int) -> int:
-        return max((number for number, start in self.starts.items() if start <= line),
-                   default=0)
+        return max((number for number, start in self.starts.items() if start <= line), default=0)
 
     def test_the_contents_are_the_banners(self) -> None:
         banners = re.findall(r"(?m)^# §(\d+)  (.*)$", self.text)
@@ -9171,8 +9141,7 @@ class Model:
             self.phase, self.utf8 = "mail", b"SMTPUTF8" in line.upper()
 
     def do_rcpt(self, argument: bytes, line: bytes) -> None:
-        code, mailbox, key = RCPT_ARGUMENTS.get(argument.decode("utf-8", "replace"),
-                                                (0, "", ""))
+        code, mailbox, key = RCPT_ARGUMENTS.get(argument.decode("utf-8", "replace"), (0, "", ""))
         # A sender that the tables lack may have come with SMTPUTF8 or without.
         is_loose = not code or (code == 553 and isinstance(self.sender, bytes))
         if code == 553 and self.utf8:
@@ -9379,8 +9348,7 @@ GUEST_OF_TESTS = relay.Login(relay.Account("guest", allowed_senders=("a@b.c",),
 class Play:
     """A dialogue that is played to a session of its own."""
 
-    def __init__(self, scene: Scene, chance: random.Random, octets: bytes,
-                 cuts: list[int]) -> None:
+    def __init__(self, scene: Scene, chance: random.Random, octets: bytes, cuts: list[int]) -> None:
         self.scene, self.octets = scene, octets
         self.ends = [*cuts, len(octets)]
         self.memory = relay.Memory(scene.memory)
@@ -9583,8 +9551,7 @@ class Law:
 
         Its time is for the whole of a message; what is sent later has a time of its own.
         """
-        begun = arrived if self.at_least_once and not story.began else min(
-            story.began, default=0.0)
+        begun = arrived if self.at_least_once and not story.began else min(story.began, default=0.0)
         return time.monotonic() - min(begun, arrived) > timeout / 2
 
     def most(self, is_accepted: bool, unknown: int) -> int:
@@ -9769,8 +9736,7 @@ class Traffic:
         """Let so many visitors come at once, and wait until they have gone."""
         visitors = [Visitor(self, one) for one in range(number)]
         with concurrent.futures.ThreadPoolExecutor(number) as pool:
-            visits = [pool.submit(self.visit, one) for one in visitors
-                      if one.way != "idle"]
+            visits = [pool.submit(self.visit, one) for one in visitors if one.way != "idle"]
             idle = [pool.submit(self.visit, one) for one in visitors if one.way == "idle"]
             concurrent.futures.wait(visits)     # each wait within has its end
             self.ending.set()
