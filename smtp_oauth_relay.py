@@ -310,8 +310,8 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 _count = _whole(1, 1_000_000)
 _text = _like("[ -~]*", "printable ASCII text")
 _utf8 = _like("[^\ud800-\udfff]*", "text in UTF-8")
-_host_name = _like("[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?",
-                   "a host name such as relay.example.com")
+_HOST_NAME = "[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
+_host_name = _like(_HOST_NAME, "a host name such as relay.example.com")
 _user = _like("[ -9;-~]+", "the name of a user of this system, or nothing")
 _ciphers = _like("[ -~]+", "an OpenSSL cipher list that names a known cipher")
 _vault_name = _like("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
@@ -1103,9 +1103,9 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 #
 # Session is the protocol and nothing else: no socket, no clock, no task. Its caller
 #
-#     receive(octets), receive_eof()    gives it what comes from the network
-#     next_event()                      asks what to do now; None is: read more
-#     output()                          takes the replies that are ready
+#     receive(octets)     gives it what comes from the network, b"" at the end
+#     next_event()        asks what to do now; None is: read more
+#     output()            takes the replies that are ready
 #
 # and answers each event but Close: StartTls by tls_started(), Authenticate by
 # authenticated() or refuse(), Deliver by delivered() or refuse(). Until the answer the
@@ -1235,12 +1235,9 @@ class Session:
         self._send(Reply(220, "", f"{self._name} ESMTP {self._config.server_greeting}"))
 
     def receive(self, octets: bytes) -> None:
-        """Take octets from the client."""
+        """Take octets from the client; none if it will send no more."""
         self._buffer += octets
-
-    def receive_eof(self) -> None:
-        """Take notice that the client will send no more."""
-        self._eof = True
+        self._eof = not octets
 
     def next_event(self) -> Event | None:
         """Work on what was received; return what to do now, or None: read more."""
@@ -2620,11 +2617,10 @@ def read_id(response: HttpResponse) -> str:
     return ident if isinstance(ident, str) and re.fullmatch("[!-~]{1,2000}", ident) else ""
 
 
-def read_upload_url(response: HttpResponse, *, allow_http: bool) -> str:
+def read_upload_url(response: HttpResponse) -> str:
     """Read the URL of a new upload session, which holds a secret; "" if it is not safe."""
     url = str(response.json().get("uploadUrl"))
-    parts = split_url(url)
-    return url if parts and (allow_http or parts.scheme == "https") else ""
+    return url if split_url(url) else ""
 
 
 def next_range(response: HttpResponse) -> int | None:
@@ -2943,10 +2939,11 @@ def connect(url: str, context: ssl.SSLContext | None,
         proxy = urllib.request.getproxies().get("https", "").strip()
     if proxy and not urllib.request.proxy_bypass(f"{connection.host}:{connection.port}"):
         via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        credentials = urllib.parse.unquote(via.netloc.rpartition("@")[0]).encode()
+        user, _, password = via.netloc.rpartition("@")[0].partition(":")
+        credentials = urllib.parse.unquote(f"{user}:{password}").encode()
         connection.set_tunnel(connection.host, connection.port, {
             "Proxy-Authorization": f"Basic {base64.b64encode(credentials).decode()}"}
-            if credentials else None)
+            if user else None)
         connection.host, connection.port = via.hostname or "", via.port or 80
     _set_deadline(connection, deadline)
     with contextlib.ExitStack() as on_failure:
@@ -3183,10 +3180,11 @@ Key = tuple[str, str, str, str, bytes]  # tenant, client, credential, resource, 
 
 
 class Cache(Generic[K, T]):
-    """Values that expire. Of more than MAX_CACHED the oldest goes."""
+    """Values that expire. Of more than `most` the oldest goes."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic,
+                 most: int = MAX_CACHED) -> None:
+        self._clock, self._most = clock, most
         self._values: dict[K, tuple[T, float]] = {}     # and when it expires
 
     def get(self, key: K) -> T | None:
@@ -3198,7 +3196,7 @@ class Cache(Generic[K, T]):
         """Keep a value for so many seconds."""
         self._values.pop(key, None)
         self._values[key] = value, self._clock() + seconds
-        if len(self._values) > MAX_CACHED:
+        if len(self._values) > self._most:
             del self._values[next(iter(self._values))]
 
 
@@ -3267,10 +3265,9 @@ class Tokens:
         if self._answers.get(key) == token:
             self._answers.put(key, token, 0.0)
 
-    def resolve(self, application: Application) -> Application:
-        """Replace a domain of the tenant with the tenant's ID, if a token has named it."""
-        tenant = self._tenants.get(application.tenant) or application.tenant
-        return dataclasses.replace(application, tenant=tenant)
+    def resolve(self, tenant: str) -> str:
+        """Replace a domain of a tenant with the tenant's ID, if a token has named it."""
+        return self._tenants.get(tenant) or tenant
 
     async def _fetch(self, key: Key, application: Application, deadline: float) -> str:
         resource, secret = key[3], application.secret
@@ -3344,7 +3341,7 @@ class Tokens:
 
     def _key(self, application: Application, resource: str) -> Key:
         digest = hmac.digest(self._hash_key, application.secret.encode(), "sha256")
-        return (self.resolve(application).tenant, application.client,
+        return (self.resolve(application.tenant), application.client,
                 application.credential, resource, digest)
 
 
@@ -3376,7 +3373,6 @@ MAX_FAILURE_PAUSE = 5.0
 TABLE_LASTS = 60.0              # seconds that an answer of the table is remembered
 AZURE_PAUSES = (1.0, 3.0)       # seconds before Azure is asked again
 STORAGE = "https://storage.azure.com"
-Look = Union[tuple[int, ...], None]
 _NOBODY = f"scrypt${'A' * 22}${'A' * 43}"       # a hash that no password has
 _NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")
 
@@ -3387,8 +3383,9 @@ class AccountsFile:
     def __init__(self, config: Config) -> None:
         self.accounts = Accounts()
         self._config = config
-        self._loaded: dict[str, Look] = {}      # by path, _look() at the last load,
-        self._seen: dict[str, Look] = {}        # and at the last poll
+        # By path, _look() at the last load and at the last poll.
+        self._loaded: dict[str, tuple[int, ...] | None] = {}
+        self._seen: dict[str, tuple[int, ...] | None] = {}
         self._wake: asyncio.Event | None = None     # to read it at once
 
     def load(self) -> None:
@@ -3472,7 +3469,7 @@ class AccountsFile:
         return True
 
 
-def _look(path: str) -> Look:
+def _look(path: str) -> tuple[int, ...] | None:
     """Return what changes when a file does, or None if there is no such file."""
     try:
         found = os.stat(path)
@@ -3755,7 +3752,8 @@ class MailboxLimiter:
             self.in_use += 1
 
 
-class Errand(NamedTuple):
+@dataclass(frozen=True)
+class Errand:
     """On whose behalf Graph is asked, and until when (time.monotonic)."""
 
     application: Application
@@ -3763,11 +3761,7 @@ class Errand(NamedTuple):
     ident: str
     deadline: float
     latest: float           # to begin a request, as it must have time to be answered
-
-    @property
-    def key(self) -> MailboxKey:
-        """Whose limits it is under."""
-        return self.application.tenant, self.application.client, self.mailbox.lower()
+    key: MailboxKey         # whose limits it is under
 
 
 class Graph:
@@ -3788,7 +3782,8 @@ class Graph:
         mailbox = message.prepared.mailbox
         # A request that is soon cut off may have been obeyed, and nobody would know.
         latest = deadline - LEAST_TIME * self._config.upstream_timeout
-        errand = Errand(application, mailbox, ident, deadline, latest)
+        errand = Errand(application, mailbox, ident, deadline, latest, self._key((
+            application.tenant, application.client, mailbox.lower())))
         limiter = self._limiters.setdefault(errand.key, MailboxLimiter())
         async with limiter.slot(latest, is_live=is_live):
             try:
@@ -3801,7 +3796,10 @@ class Graph:
 
     def held_for(self, key: MailboxKey) -> float:
         """Return for how many seconds Microsoft wants no request for a mailbox."""
-        return max(0.0, (self._resume_at.get(key) or 0.0) - time.monotonic())
+        return max(0.0, (self._resume_at.get(self._key(key)) or 0.0) - time.monotonic())
+
+    def _key(self, key: MailboxKey) -> MailboxKey:
+        return self._tokens.resolve(key[0]), key[1], key[2]
 
     # Large messages.
 
@@ -3833,9 +3831,8 @@ class Graph:
         response = await self._ask(errand, Step.ATTACH, self._request(
             errand, f"{path}/createUploadSession",
             json.dumps({"AttachmentItem": item}).encode()))
-        url = read_upload_url(
-            response, allow_http=self._config.graph_endpoint.startswith("http:"))
-        if not url:
+        url = read_upload_url(response)
+        if url[:5] != self._config.graph_endpoint[:5]:      # http: is for tests alone
             raise NoAnswer("an upload session without a URL that can be used")
         await self._upload(errand, url, attachment)
 
@@ -3856,7 +3853,7 @@ class Graph:
     async def _discard(self, errand: Errand, path: str) -> None:
         """Delete a draft that is not sent; if that fails it stays, and the log says so."""
         deadline = time.monotonic() + DISCARD_TIMEOUT
-        errand = errand._replace(deadline=deadline, latest=deadline)
+        errand = dataclasses.replace(errand, deadline=deadline, latest=deadline)
         facts: dict[str, object] = {"problem": "the relay stops"}
         try:
             await self._ask(errand, Step.DELETE,
@@ -3943,6 +3940,7 @@ MIN_BACKOFF = 60.0              # seconds before a mailbox is tried again; doubl
 MAX_BACKOFF = 1800.0
 MIN_FREE_DISK = 67_108_864      # bytes of the disk that stay free
 DISK_TIMEOUT = 10.0             # seconds for one action of the disk
+COUNT_AGAIN = 5.0               # seconds until a full folder is counted again
 MAX_CONCURRENT_DELIVERIES = 20  # messages of the queue on their way at once
 QUEUE_POLL_INTERVAL = 2.0       # seconds until a command is noticed
 MAX_SLEEP = 30.0                # seconds until a change of ACCOUNTS_FILE is noticed
@@ -3957,6 +3955,9 @@ class QueueFiles:
         self.queue, self.failed = self._path / "queue", self._path / "failed"
         self._lock: IO[str] | None = None
         self._deadlines: set[float] = set()     # of messages that are being written
+        self._names: list[str] = []             # that the command line has reported
+        self._counting = threading.Lock()       # a thread for each message would be slow
+        self._used, self._count_at = math.inf, -math.inf
 
     def open(self) -> list[QueuedMessage]:
         """Take the folder for this process; returns what waits. Raises StartError."""
@@ -4001,8 +4002,10 @@ class QueueFiles:
                 with contextlib.suppress(FileNotFoundError):
                     _move(source, self.failed)
         for path in self.queue.iterdir():
-            if path.suffix == ".tmp" or (path.suffix == ".eml" and
-                                         not path.with_suffix(".json").exists()):
+            is_orphan = path.suffix == ".eml" and not path.with_suffix(".json").exists()
+            if is_orphan and (self.failed / f"{path.stem}.json").exists():
+                _move(path, self.failed)        # `spool retry` while a relay started
+            elif is_orphan or path.suffix == ".tmp":
                 log_event(logging.WARNING, path.stem, "removed", file=path,
                           problem="the relay ended while it wrote or deleted it")
                 path.unlink()
@@ -4017,7 +4020,7 @@ class QueueFiles:
                 yield path, message if message.id == path.stem else None        # a copy
             except FileNotFoundError:
                 pass                    # it was sent just now
-            except (ValueError, OSError):
+            except (ValueError, IsADirectoryError):
                 yield path, None
 
     def path(self, message: QueuedMessage) -> pathlib.Path:
@@ -4030,7 +4033,7 @@ class QueueFiles:
             return file.read(limit)
 
     def add(self, message: QueuedMessage, parts: list[bytes | memoryview],
-            deadline: float) -> None:
+            deadline: float, is_given_up: Callable[[], bool]) -> None:
         """Store a message, so that a crash does not lose it, but not after the deadline."""
         if min(self._deadlines, default=deadline) < time.monotonic():
             raise OSError(errno.EBUSY, "the disk does not answer")  # or memory fills up
@@ -4039,7 +4042,7 @@ class QueueFiles:
             self._check_space(message)
             _write(self.path(message).with_suffix(".eml"), parts)
             self.note(self.path(message), message)
-            if time.monotonic() > deadline:     # its client was told otherwise
+            if time.monotonic() > deadline or is_given_up():    # its client knows of it
                 raise TimeoutError("time is up")
         except OSError:
             with contextlib.suppress(OSError):
@@ -4049,14 +4052,19 @@ class QueueFiles:
             self._deadlines.discard(deadline)
 
     def _check_space(self, message: QueuedMessage) -> None:
-        disk, used = os.statvfs(self.queue), message.size
+        disk = os.statvfs(self.queue)
         if disk.f_bavail * disk.f_frsize - message.size < MIN_FREE_DISK:
             raise OSError(errno.ENOSPC, f"less than {MIN_FREE_DISK} bytes would be free")
-        for path in () if message.is_bounce else self._path.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):        # it was sent just now
-                used += path.stat().st_size
-        if used > self._max_bytes:
-            raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
+        with self._counting:
+            is_full = self._used + message.size > self._max_bytes
+            if is_full and time.monotonic() >= self._count_at:
+                self._used, self._count_at = 0, time.monotonic() + COUNT_AGAIN
+                for path in self._path.glob("*/*"):
+                    with contextlib.suppress(FileNotFoundError):    # it was sent just now
+                        self._used += path.stat().st_size
+            if self._used + message.size > self._max_bytes and not message.is_bounce:
+                raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
+            self._used += message.size
 
     def note(self, path: pathlib.Path, message: QueuedMessage) -> None:
         """Write down the state of a message. Raises FileNotFoundError if it was deleted."""
@@ -4101,8 +4109,9 @@ class QueueFiles:
 
     def changes(self) -> dict[str, QueuedMessage | None]:
         """Return what the command line has changed, by ID; None: it is not in queue/."""
-        names = self._lock.read().split() if self._lock else []     # since the last time
-        found = dict(self.read_all(self.queue)) if names else {}
+        self._names += self._lock.read().split() if self._lock else []  # since last time
+        found = dict(self.read_all(self.queue)) if self._names else {}
+        names, self._names = self._names, []        # not before they could be read
         return {name: found.get(self.queue / f"{name}.json") for name in names}
 
 
@@ -4171,7 +4180,6 @@ class QueueManager:
         self._mailboxes: dict[tuple[str, str, str], MailboxQueue] = {}
         # Secrets that devices gave, by tenant and client, while any message needs them.
         self._applications: dict[tuple[str, str], Application] = {}
-        self._watcher: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     async def start(self) -> None:
@@ -4187,8 +4195,7 @@ class QueueManager:
     def stop(self) -> set[asyncio.Task[None]]:
         """Begin nothing more; returns what is under way."""
         self._is_stopping = True
-        if self._watcher:
-            self._watcher.cancel()
+        self._watcher.cancel()
         for mailbox in self._mailboxes.values():
             if not mailbox.is_sending:
                 mailbox.task.cancel()
@@ -4219,8 +4226,9 @@ class QueueManager:
             message.next_attempt_at = time.time() + pause
         deadline = time.monotonic() + DISK_TIMEOUT      # add() keeps it, unless it hangs
         try:
-            await in_time(deadline + GRACE, in_thread(
-                functools.partial(self._files.add, message, parts, deadline)))
+            stored = in_thread(lambda: self._files.add(message, parts, deadline,
+                                                       lambda: stored.cancelled()))
+            await in_time(deadline + GRACE, stored)
         except OSError as error:
             raise TemporaryError("The message cannot be queued now; try again later", 452,
                                  "4.3.1", level=logging.ERROR, facts={
@@ -4361,6 +4369,9 @@ class QueueManager:
                 await self._send_bounce(failed)
                 message.bounce_sent = True
             await self._on_disk(self._files.fail, failed)
+        except FileNotFoundError:
+            self._drop(mailbox, message)
+            return
         except (OSError, TemporaryError) as error:
             log_event(logging.ERROR, message.id, "spool", problem=error)
             mailbox.resume_at = time.monotonic() + MIN_BACKOFF
@@ -4373,7 +4384,8 @@ class QueueManager:
 
     async def _send_bounce(self, message: QueuedMessage) -> None:
         """Queue a notice to the sender of a message. Raises OSError and TemporaryError."""
-        bounce_id, now = str(uuid.uuid4()), time.time()
+        # The ID is always the same, so that a second one takes the place of the first.
+        bounce_id, now = str(uuid.uuid5(uuid.NAMESPACE_OID, message.id)), time.time()
         header = await self._on_disk(self._files.content, message, message.header_size)
         content = make_bounce(message, header, self._name, bounce_id, now)
         await self.put(dataclasses.replace(
@@ -4637,18 +4649,12 @@ MAX_IDLE = 3600.0               # seconds without a login or a message that was 
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that no client gets, so that Microsoft can be reached
+MAX_REMEMBERED = 50_000         # accepted messages; some 20 MB
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The fields of RFC 5322 that identify a message, if they are not empty.
 _IDENTITY = re.compile(rb"^(Message-ID|Date)[ \t]*:(?:(?:\r\n)?[ \t])*[^\s]", re.I | re.M)
 
 _STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
-
-
-def _own_name() -> str:
-    """This machine's name, without asking DNS."""
-    with contextlib.suppress(ValueError):
-        return _host_name(socket.gethostname())
-    return "localhost"
 
 
 class DuplicateGuard:
@@ -4662,7 +4668,8 @@ class DuplicateGuard:
         """Remember messages for `window` seconds; 0 disables the guard."""
         self._window = window
         self._under_way: dict[bytes, asyncio.Future[None]] = {}
-        self._accepted: Cache[bytes, tuple[str, str]] = Cache(clock)    # id and reply
+        self._accepted: Cache[bytes, tuple[str, str]] = Cache(      # id and reply
+            clock, MAX_REMEMBERED)
 
     def digest(self, login: Login, envelope: Envelope, header: bytes) -> bytes:
         """Hash account, envelope and content; return b"" for an unrecognizable message."""
@@ -4712,7 +4719,9 @@ class Relay:
         self._graph = microsoft or Graph(config, pool, self._tokens)
         self.directory = Directory(config, Azure(config, pool, self._tokens))
         self.memory = Memory(config.max_memory_for_messages)
-        self.name = config.server_name or _own_name()
+        host = socket.gethostname()     # this asks no DNS
+        self.name = config.server_name or (
+            host if re.fullmatch(_HOST_NAME, host) else "localhost")
         self._duplicates = DuplicateGuard(config.duplicate_window)
         self.spool = QueueManager(config, self._graph, self.directory.file, self.memory,
                                   self.name) if config.spool_directory else None
@@ -4778,7 +4787,6 @@ class Relay:
             failures.check(address)     # who guesses at once must not see by the replies
             raise                       # which guess was right
         failures.check(address)
-        login = login._replace(application=self._tokens.resolve(login.application))
         if self.spool:
             self.spool.logged_in(login.application)
         return login
@@ -4811,11 +4819,11 @@ class Relay:
                 **facts, "problem": "the relay stops; it may have been sent"})
             raise
         except RelayError as error:
-            error.reply = error.reply._replace(text=f"{error.reply.text}, id {ident}")
-            log_event(error.level, ident, "refused",
-                      **{**facts, **error.facts, "reply": error.reply},
-                      seconds=time.monotonic() - started)
-            raise
+            reply = error.reply         # of a token, others may have the same error
+            log_event(error.level, ident, "refused", **{**facts, **error.facts,
+                      "reply": reply}, seconds=time.monotonic() - started)
+            raise RelayError(f"{reply.text}, id {ident}", reply.code, reply.status,
+                             close=reply.close) from None
         log_event(level, ident, event, **facts, seconds=time.monotonic() - started)
         return text
 
@@ -4992,10 +5000,7 @@ class Connection:
             self._session.end(Reply(421, "4.4.2", "Waited too long for you; goodbye"),
                               "timed out")
             return
-        if octets:
-            self._session.receive(octets)
-        else:
-            self._session.receive_eof()
+        self._session.receive(octets)
 
     async def _start_tls(self) -> None:
         """Do the handshake. Raises OSError.
@@ -5263,10 +5268,6 @@ class Outbox:
     async def get(self, application: Application, deadline: float) -> str:
         """Return a token, as Tokens does."""
         return "token"
-
-    def resolve(self, application: Application) -> Application:
-        """Return the application as it is, in place of Tokens."""
-        return application
 
     async def send(self, application: Application, message: Outgoing, ident: str,
                    deadline: float, *, is_live: bool) -> HttpResponse:

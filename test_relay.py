@@ -739,7 +739,7 @@ class Dialogue:
     def feed(self, *pieces: bytes) -> bytes:
         """Feed octets; returns what the session says to them."""
         before = len(self.said)
-        for piece in pieces:
+        for piece in filter(None, pieces):
             self.session.receive(piece)
             self.work()
         return self.said[before:]
@@ -3935,15 +3935,16 @@ class HttpsTests(HangCase):
 
     def test_the_proxy_is_used_with_its_credentials(self) -> None:
         proxy = Between(self, "")
-        for name in ("HTTPS_PROXY", "https_proxy"):
+        for name, user, wanted in (("HTTPS_PROXY", "me:p%40ss", b"me:p@ss"),
+                                   ("https_proxy", "me", b"me:")):
             with self.subTest(name):
                 client = self.with_environ({
-                    "HTTPS_PROXY": "", name: f"http://me:p%40ss@127.0.0.1:{proxy.port}"})
+                    "HTTPS_PROXY": "", name: f"http://{user}@127.0.0.1:{proxy.port}"})
                 self.assertReply(client.log_in(), "235 2.7.0")
                 self.assertReply(client.post(), "250 2.0.0")
                 self.assertEqual(proxy.asked.pop(), (
                     self.fake.url.partition("//")[2],
-                    f"Basic {base64.b64encode(b'me:p@ss').decode()}"))
+                    f"Basic {base64.b64encode(wanted).decode()}"))
                 self.assertEqual(proxy.asked, [])       # the connection was kept
 
     def test_no_proxy(self) -> None:
@@ -4258,10 +4259,8 @@ class SignInTests(RelayCase):
             with self.subTest(tenant, token=token[:40]):
                 self.fake.reset()
                 self.fake.will("token", say(200, {"access_token": token, "expires_in": 3599}))
-                login = asyncio.run_coroutine_threadsafe(self.running.relay.log_in(
-                    relay.Authenticate(f"{tenant}@{CLIENT}", self.password), None, "x"),
-                    self.running._loop).result(PATIENCE)
-                self.assertEqual(login.application.tenant, wanted)
+                self.assertReply(self.log_in(f"{tenant}@{CLIENT}"), "235 2.7.0")
+                self.assertEqual(self.running.relay._tokens.resolve(tenant), wanted)
                 self.assertEqual(len(self.fake.asked("token")), requests)
 
     def test_a_malformed_name_is_refused_without_asking(self) -> None:
@@ -5514,6 +5513,18 @@ class SendTests(RelayCase):
             self.assertReply(client.post(BULKY + b"%d" % times), wanted)
             self.assertEqual(len(self.fake.asked("send")), 2)
 
+    def test_two_that_wait_for_one_token_hear_their_own_id(self) -> None:
+        clients = [self.logged_in() for _ in range(2)]
+        self.running.ask(self.running.relay._tokens._answers._values.clear)
+        self.fake.will("token", self.fake.hang_then(say(503)))
+        waiting = [begin_message(client, SIMPLE) for client in clients]
+        free = self.running._config.max_memory_for_messages - 2 * len(SIMPLE)
+        wait_for(lambda: self.running.ask(lambda: self.running.relay.memory.free <= free))
+        self.fake.release.set()
+        idents = [re.findall(", id [0-9a-f-]{36}", self.assertReply(one.hear(), "451 4.7.0"))
+                  for one in waiting]
+        self.assertEqual([len(found) for found in idents], [1, 1])
+
     def test_an_early_answer_counts_although_the_request_is_not_taken(self) -> None:
         """And there is no second request, on a connection that was kept too."""
         client = self.logged_in()
@@ -5806,7 +5817,7 @@ class DraftFaultTests(RelayCase):
         *(("draft", (say(201, body),), "451 4.4.1", 1) for body in (
             b"", {"id": 5}, {"id": ""}, b"[" * 1000, {"id": "\ud800"}, {"id": "a b"})),
         *(("open", (say(201, body),), "451 4.4.1", 1) for body in (
-            b"{", [], *({"uploadUrl": url} for url in BAD_URLS))),
+            b"{", [], *({"uploadUrl": url} for url in (*BAD_URLS, "https://localhost/a")))),
         *(("put", (say(200, body),), "451 4.4.1", 1) for body in (
             {"NextExpectedRanges": ["5"]}, {"nextExpectedRanges": ["0-"]})))
 
@@ -5887,13 +5898,10 @@ class DraftFaultTests(RelayCase):
                                   kept.find("draft-left")], [("WARNING", True)] * bool(logged))
 
     def test_answers_about_an_upload(self) -> None:
-        for url, allow, is_good in (("https://outlook.office.com/a?b=c", False, True),
-                                    ("http://127.0.0.1/a", True, True),
-                                    ("http://127.0.0.1/a", False, False),
-                                    ("https:///a", False, False),
-                                    ("http://10.0.0.1/a", True, False)):
+        for url, is_good in (("https://outlook.office.com/a?b=c", True), ("https:///a", False),
+                             ("http://127.0.0.1/a", True), ("http://10.0.0.1/a", False)):
             answer = response(201, {"uploadUrl": url})
-            self.assertEqual(relay.read_upload_url(answer, allow_http=allow), url * is_good)
+            self.assertEqual(relay.read_upload_url(answer), url * is_good)
         for ranges, wanted in ((["7"], 7), (["7-"], 7), (["7-9"], 7), ([7], 7), ([], None),
                                (["x"], None), ("7", None)):
             for name in ("NextExpectedRanges", "nextExpectedRanges"):
@@ -5913,7 +5921,7 @@ class SlowUploadTests(RelayCase):
         draft = relay.make_outgoing(envelope, config).draft
         now = time.monotonic()
         errand = relay.Errand(relay.Application(TENANT, CLIENT, self.password), SENDER, "id",
-                              now + 2 * PATIENCE, now + PATIENCE)
+                              now + 2 * PATIENCE, now + PATIENCE, ("", "", ""))
 
         def take_long(sock: socket.socket, request: Request) -> bool:
             object.__setattr__(errand, "latest", now)
@@ -6109,7 +6117,7 @@ class SpoolTests(SpoolCase):
                 f"no {source.suffix}", unlink, source, **options)))
         state = ["file", ".tmp to queue/.json", "queue"]
         steps: tuple[tuple[Callable[[], None], list[str]], ...] = (
-            (lambda: files.add(message, [b"x" * 15], math.inf), ["file", *state]),
+            (lambda: files.add(message, [b"x" * 15], math.inf, bool), ["file", *state]),
             (lambda: files.note(path, message), state),
             (lambda: files.fail(message), [
                 *state, ".eml to failed/.eml", "failed", "queue", ".json to failed/.json",
@@ -6341,7 +6349,60 @@ class SpoolTests(SpoolCase):
 class FailedTests(SpoolCase):
     """What is given up is kept, and its sender is told."""
 
+    def test_a_restart_before_a_message_is_moved(self) -> None:
+        """Its sender is told once."""
+        running = self.start()
+        self.be_down()
+        self.rest_long()
+        self.enqueue(self.log_in_to(running))
+        running.stop()
+        path, _ = self.only()
+        self.age(path)
+        rename = pathlib.Path.rename
+
+        def fail(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+            if target.parent == self.failed:
+                raise OSError(errno.EIO, "no")
+            return rename(source, target)
+        with unittest.mock.patch.object(pathlib.Path, "rename", fail), kept_log() as kept:
+            running = self.start()
+            wait_for(lambda: any(level == "ERROR" for level, _ in kept.lines))
+            running.stop()
+        self.start()
+        wait_for(lambda: not path.exists())
+        self.assertTrue(self.only()[1].is_bounce)
+
+    def test_files_that_somebody_has_removed(self) -> None:
+        running = self.start()
+        self.be_down()
+        self.enqueue(self.log_in_to(running))
+        running.stop()
+        with kept_log() as kept:
+            self.start(SPOOL_LIFETIME="1")          # it waits for its secret
+            for path in self.queue.iterdir():
+                path.unlink()
+            wait_for(lambda: kept.find("dropped"))
+        self.assertEqual([level for level, _ in kept.lines if level == "ERROR"], [])
+
+    def test_a_state_that_cannot_be_read_now(self) -> None:
+        """It is neither forgotten nor set aside."""
+        running = self.start()
+        self.be_down()
+        self.enqueue(self.log_in_to(running))
+        path, files = self.only()[0], relay.QueueFiles(running._config)
+
+        def fail(path: pathlib.Path) -> bytes:
+            raise OSError(errno.EMFILE, "Too many open files")
+        with kept_log() as kept, unittest.mock.patch.object(pathlib.Path, "read_bytes", fail):
+            files.report(path.stem)
+            wait_for(lambda: any("spool" in line for _, line in kept.lines))
+            running.stop()
+            with self.assertRaises(relay.StartError), contextlib.closing(files):
+                files.open()
+        self.assertEqual((self.waiting(), kept.find("dropped")), ([path.stem], []))
+
     def test_what_becomes_of_a_message_and_who_is_told(self) -> None:
+        self.let("COUNT_AGAIN", 0.0)
         running = self.start(SPOOL_MAX_BYTES="1000")        # a notice has no such limit
         client = self.log_in_to(running)
         right, mailbox = graph_says(403, "ErrorAccessDenied"), say(404)
@@ -6463,9 +6524,10 @@ class FullSpoolTests(SpoolCase):
             self.assertIn(part, line)
 
     def test_max_bytes(self) -> None:
+        self.let("COUNT_AGAIN", 0.0)
         client = self.log_in_to(self.start(SPOOL_MAX_BYTES="1000"))
         self.be_down()
-        self.enqueue(client, "one" * 200)
+        self.enqueue(client, "one" * 300)
         self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
         self.be_up()
         self.wait_until_empty()
@@ -6474,6 +6536,33 @@ class FullSpoolTests(SpoolCase):
         self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
         (self.failed / "x").unlink()
         self.enqueue(client)
+
+    def test_the_folder_is_not_counted_for_each_message(self) -> None:
+        """That would take long where many wait."""
+        client = self.log_in_to(self.start())
+        self.be_down()
+        with unittest.mock.patch.object(pathlib.Path, "glob", autospec=True,
+                                        side_effect=pathlib.Path.glob) as glob:
+            self.enqueue(client, *"abc")
+        self.assertEqual(glob.call_count, 1)
+
+    def test_a_message_that_is_cut_off_while_it_is_stored(self) -> None:
+        """Its client hears 421: so it must not stay."""
+        running, release, hung = self.start(SHUTDOWN_TIMEOUT="0.1"), threading.Event(), []
+
+        def hang(descriptor: int) -> None:
+            hung.append(descriptor)
+            release.wait(PATIENCE)
+        client = self.log_in_to(running)
+        self.be_down()
+        with unittest.mock.patch.object(os, "fsync", hang):
+            waiting = begin_message(client, SIMPLE)
+            wait_for(lambda: hung)
+            running.begin_stop()
+            self.assertReply(waiting.hear(), "421 4.3.2")
+            release.set()
+            wait_for(lambda: not calls_under_way())
+        self.assertEqual(list(self.queue.iterdir()), [])
 
     def test_a_disk_that_is_full_or_gone_or_fails(self) -> None:
         self.assertEqual(relay.MIN_FREE_DISK, 64 * 1024 * 1024)
@@ -6581,6 +6670,27 @@ from_email = scan@example.com
         client = self.connect(running)
         self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
         return client
+
+    def test_a_tenant_that_is_given_as_a_domain(self) -> None:
+        """That its ID becomes known changes neither its queue nor what is a duplicate."""
+        running = self.another(**SpoolCase.settings_of(self, ACCOUNTS_FILE=FILES.write(
+            "domain.ini", "[scanner8]\ntenant_id = one.example\nclient_secret = s\n"
+            f"client_id = {CLIENT}\npassword = {HASH}\n")))
+        claims = base64.urlsafe_b64encode(json.dumps({"tid": TENANT}).encode()).decode()
+        token = f"e30.{claims.rstrip('=')}.x"
+        self.fake._tokens[token] = self.fake.url
+        self.fake.will("token", say(200, {"access_token": token, "expires_in": 3599}))
+        message = b"Message-ID: <1@x.y>\r\nDate: Sat, 28 Nov 2026 03:00:00 +0000\r\n" + SIMPLE
+        for _ in range(2):
+            client = self.logged_in_as("scanner8", running=running)
+            self.assertReply(client.post(message), "250 2.0.0")
+        self.assertEqual(len(self.fake.delivered), 1)
+        self.rest_long()
+        self.be_down(say(429, retry_after="1000"))
+        self.enqueue(client)
+        mailbox, = running.relay.spool._mailboxes.values()
+        self.assertGreater(mailbox.resume_at, time.monotonic() + 900)
+        self.assertEqual(self.only()[1].tenant, "one.example")
 
     def test_after_a_restart_it_is_sent(self) -> None:
         """The oldest first; and one that is too old is tried once more."""
@@ -7192,6 +7302,15 @@ class DuplicateTests(RelayCase):
         client = self.begun(running)
         client.send(content + b".\r\n")
         return client
+
+    def test_more_messages_than_other_caches_hold(self) -> None:
+        async def claim() -> object:
+            guard = relay.DuplicateGuard(900.0)
+            for number in range(relay.MAX_CACHED + 1):
+                guard.accepted(b"%d" % number, "id", "reply")
+            async with guard.claim(b"0", math.inf) as first:
+                return first
+        self.assertEqual(asyncio.run(claim()), ("id", "reply"))
 
     def test_the_same_message_again(self) -> None:
         for is_heard in (True, False):
@@ -9379,7 +9498,7 @@ class Play:
         if packets < 0:
             answer()
             if eof:
-                session.receive_eof()
+                session.receive(b"")
                 self.dialogue.work()
                 answer()
         else:
