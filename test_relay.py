@@ -5306,16 +5306,6 @@ class SendTests(RelayCase):
 
     settings = UNHURRIED
 
-    def have_no_time_for_a_pause(self) -> None:
-        """Give up at once after a 429 that does not say for how long."""
-        self.addCleanup(setattr, relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
-        relay.THROTTLED_PAUSE = 99.0
-
-    def wait_for_its_end(self) -> None:
-        """Wait until the last connection is closed, or the next message might meet its end."""
-        number = self.fake.asked("send")[-1].connection
-        wait_for(lambda: number in self.fake.closed)
-
     def test_a_message_goes_out_as_it_came(self) -> None:
         message = (b"From: Scan <scanner@example.com>\r\nTo: a@x.y\r\nSubject:  odd \t x\r\n"
                    b"\r\n.dot\r\n..\r\nna\xefve\0\r\n" + b"x" * 5000 + b"\r\n")
@@ -5334,29 +5324,24 @@ class SendTests(RelayCase):
                                rf"recipients=1 size={len(message)} "
                                r"request-id=graph-request-1 seconds=\d+\.\d{3}$")
 
-    def test_the_mailbox_is_encoded_whole(self) -> None:
-        client = self.logged_in()
+    def test_whose_mailbox_it_is(self) -> None:
+        """The sender's, encoded whole; with the null reverse-path that of From."""
+        client, head = self.logged_in(), b"From: Me <me@x.y>\r\nTo: a@x.y\r\n\r\n"
         for sender, path in (("a/b?c#d@x.y", "a%2Fb%3Fc%23d%40x.y"),
-                             ("g#EXT#@x.y", "g%23EXT%23%40x.y"),
+                             ("g#EXT#@x.y", "g%23EXT%23%40x.y"), ("", "me%40x.y"),
                              ('"a b"@x.y', "%22a%20b%22%40x.y"), ("$a@x.y", "%24a%40x.y")):
             with self.subTest(sender):
-                self.assertReply(client.post(sender=sender), "250 2.0.0")
+                self.assertReply(client.post(head, sender=sender), "250 2.0.0")
                 self.assertEqual(self.fake.asked("send")[-1].path,
                                  f"/v1.0/users/{path}/sendMail")
-
-    def test_the_null_reverse_path(self) -> None:
-        client = self.logged_in()
-        self.assertReply(client.post(b"From: Me <me@x.y>\r\nTo: a@x.y\r\n\r\n", sender=""),
-                         "250 2.0.0")
-        self.assertEqual(self.fake.delivered[-1].mailbox, "me@x.y")
         self.assertReply(client.post(sender=""), "550 5.1.7")
-        self.assertEqual(len(self.fake.asked("send")), 1)
+        self.assertEqual(len(self.fake.asked("send")), 5)
 
+    @unittest.mock.patch.object(relay, "THROTTLED_PAUSE", 99.0)
     def test_each_answer_of_graph(self) -> None:
-        self.have_no_time_for_a_pause()
         client = self.logged_in()
         for status, code, wanted in GraphAnswerTests.TABLE:
-            with self.subTest(f"{status} {code}"):
+            with self.subTest(f"{status} {code}"), kept_log() as kept:
                 self.fake.will("send", graph_says(status, code) if code else
                                say(status, b"" if status == 204 else b"<html>oops"))
                 self.open_lines()
@@ -5365,21 +5350,14 @@ class SendTests(RelayCase):
                 self.assertTrue(reply.endswith(f", id {ident}"))
                 self.assertEqual(SENDER in reply, wanted in ("550 5.7.1", "550 5.1.8", "452 4.2.2",
                                                              "550 5.7.60"))
+                (level, line), = kept.find("refused")
+                self.assertEqual(level, "ERROR" if wanted == "554 5.3.0" else "WARNING")
+                for word in (f'reply="{wanted} ', "request-id=graph-request-1", "recipients=1",
+                             f"sender={SENDER}", "size=", "seconds=", "session=",
+                             f"graph={code}" * bool(code)):
+                    self.assertIn(word, line)
         self.assertEqual(self.fake.delivered, [])
         self.assertReply(client.post(), "250 2.0.0")
-
-    def test_the_log_of_a_refused_message(self) -> None:
-        client = self.logged_in()
-        self.fake.will("send", graph_says(403, "ErrorAccessDenied"), say(200))
-        with kept_log() as kept:
-            client.post()
-            client.post()
-        for (level, line), wanted in zip(kept.find("refused"), ("WARNING", "ERROR")):
-            self.assertEqual(level, wanted)
-            for word in ("reply=", "request-id=graph-request-1", f"sender={SENDER}",
-                         "recipients=1", "size=", "seconds=", "session="):
-                self.assertIn(word, line)
-        self.assertIn("graph=ErrorAccessDenied", kept.find("refused")[0][1])
 
     def test_broken_answers(self) -> None:
         """A status counts, whatever becomes of the body; what is broken before is no answer."""
@@ -5410,7 +5388,9 @@ class SendTests(RelayCase):
                     if not reset or not reply.startswith("451 4.4.1"):
                         self.assertReply(reply, wanted)
                     self.assertEqual(len(self.fake.asked("send")), before + 1)
-                    self.wait_for_its_end()
+                    # Or the next message might meet the end of this connection.
+                    number = self.fake.asked("send")[-1].connection
+                    wait_for(lambda: number in self.fake.closed)    # noqa: B023
 
     def test_after_a_broken_body_nothing_else_is_read_from_there(self) -> None:
         """What comes late would be taken for the answer to another message."""
@@ -5439,11 +5419,11 @@ class SendTests(RelayCase):
                     self.assertLess(time.monotonic() - begun, PATIENCE / 2)
                     self.fake.reset()
 
+    @unittest.mock.patch.object(relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
     def test_what_is_tried_again(self) -> None:
         """Only what cannot send a message twice."""
         date = email.utils.formatdate(time.time() + 1, usegmt=True)
         unauthorized = graph_says(401, "ErrorAccessDenied")     # of 401 no code counts
-        self.addCleanup(setattr, relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
         self.assertEqual(relay.THROTTLED_PAUSE, 5)
         # The pause if Microsoft says none, answers, reply, requests to send and for tokens.
         for pause, answers, wanted, sends, tokens in (
@@ -5476,27 +5456,20 @@ class SendTests(RelayCase):
                                  [sends, tokens])
                 self.assertEqual(len(self.fake.delivered), wanted == "250 2.0.0")
 
-    def test_a_renewal_that_fails_for_now(self) -> None:
-        client = self.logged_in()
-        self.fake.will("send", self.fake.expire)
-        self.fake.will("token", say(503))
-        self.assertReply(client.post(), "451 4.7.0")
-        self.assertReply(client.post(), "250 2.0.0")
-
-    def test_a_renewal_that_is_refused_ends_the_session(self) -> None:
-        client = self.logged_in()
-        self.fake.will("send", self.fake.expire)
-        self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
-        self.assertReply(client.post(), "421 4.7.0")
-        self.assertEqual(client.next_reply(), "")
-        self.assertIn("AADSTS7000222", self.assertReply(
-            self.connect().log_in(password=self.password), "535 5.7.8"))
-
-    def test_a_session_outlives_its_token(self) -> None:
+    def test_a_session_outlives_its_token_until_a_renewal_is_refused(self) -> None:
         self.fake.will("token", say(200, {"access_token": "short", "expires_in": 300}))
         client = self.logged_in()
         self.assertReply(client.post(), "250 2.0.0")
         self.assertEqual(len(self.fake.asked("token")), 2)
+        refused = say(401, aadsts(7000222, "invalid_client"))
+        for answer, wanted in ((say(503), "451 4.7.0"), (refused, "421 4.7.0")):
+            self.assertReply(client.post(), "250 2.0.0")
+            self.fake.will("send", self.fake.expire)
+            self.fake.will("token", answer)
+            self.assertReply(client.post(), wanted)
+        self.assertEqual(client.next_reply(), "")
+        self.assertIn("AADSTS7000222", self.assertReply(
+            self.connect().log_in(password=self.password), "535 5.7.8"))
 
     def test_a_429_is_for_all_of_its_mailbox_and_for_no_other(self) -> None:
         """Nobody tries in turn: who waits is told at once, and who comes later too."""
@@ -5555,13 +5528,12 @@ class SendTests(RelayCase):
         self.assertLessEqual(len(refused), 4 * 5)
         self.assertGreater(len(refused), 0)
 
+    @unittest.mock.patch.object(relay, "THROTTLED_PAUSE", 99.0)
     def test_a_pause_has_an_end_whatever_microsoft_says(self) -> None:
-        self.have_no_time_for_a_pause()
         self.fake.will("send", graph_says(429, "X", retry_after="999999999"))
         self.assertReply(self.logged_in().post(), "451 4.4.5")
-        key = TENANT, CLIENT, SENDER
-        self.assertLessEqual(self.running.ask(
-            lambda: self.running.relay._graph.held_for(key)), 1800)
+        self.assertLessEqual(self.running.ask(lambda: self.running.relay._graph.held_for(
+            (TENANT, CLIENT, SENDER))), 1800)
 
     def test_the_longest_pause_counts(self) -> None:
         """For a message that waits already, too."""
@@ -5607,13 +5579,9 @@ class SendTests(RelayCase):
                 self.assertEqual(len(self.fake.asked("send")), before + 1)
 
     def test_four_at_once_for_a_mailbox_and_the_others_wait(self) -> None:
-        clients = [self.logged_in() for _ in range(10)]
         self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 4)
-        for number, client in enumerate(clients):
-            sender = SENDER if number % 2 else SENDER.title()   # the same mailbox
-            for line in (f"MAIL FROM:<{sender}>", "RCPT TO:<a@x.y>", "DATA"):
-                client.docmd(line)
-            client.send(f"{number}\r\n.\r\n".encode())    # the same would wait for the first
+        messages = [begin_message(self.logged_in(), b"", sender)
+                    for sender in (SENDER, SENDER.title()) * 5]     # the same mailbox
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         # Waiting holds no thread.
@@ -5625,8 +5593,8 @@ class SendTests(RelayCase):
         self.assertReply(another.post(), "250 2.0.0")
         self.assertEqual(len(self.fake.asked("send")), 6)
         self.fake.release.set()
-        for client in clients:
-            self.assertEqual(client.getreply()[0], 250)
+        for message in messages:
+            self.assertReply(message.hear(), "250 2.0.0")
         self.assertEqual(self.fake.most_busy, 4)
 
     def test_a_kept_connection_is_looked_at_before_it_is_written_to(self) -> None:
@@ -5645,17 +5613,15 @@ class SendTests(RelayCase):
             self.assertNotEqual(first.connection, second.connection)
 
     def test_an_error_body_that_takes_its_time_is_read(self) -> None:
-        client = self.logged_in()
         body = json.dumps({"error": {"code": "ErrorQuotaExceeded"}}).encode()
-        pause = threading.Event()
 
         def slow(sock: socket.socket, request: Request) -> bool:
             sock.sendall(b"HTTP/1.1 403 No\r\nContent-Length: %d\r\n\r\n" % len(body))
-            pause.wait(relay.REST_OF_202 + 0.2)
+            time.sleep(relay.REST_OF_202 + 0.2)
             sock.sendall(body)
             return True
         self.fake.will("send", slow)
-        self.assertReply(client.post(), "452 4.2.2")
+        self.assertReply(self.logged_in().post(), "452 4.2.2")
 
     def test_the_envelope_decides_who_gets_it(self) -> None:
         client = self.logged_in()
@@ -5668,9 +5634,8 @@ class SendTests(RelayCase):
                 ("To: =?utf-8?B?w7w=?= <a@x.y>\r\n ,\r\n o@x.y", ("A@X.Y",)),
                 ("To: \xfc\xff <a@x.y>, o@x.y", ("a@x.y",))):
             with self.subTest(header):
-                reply = client.post(header.encode("latin-1") + b"\r\n\r\nText\r\n",
-                                    recipients=recipients)
-                self.assertReply(reply, "250 2.0.0")
+                self.assertReply(client.post(header.encode("latin-1") + b"\r\n\r\nText\r\n",
+                                             recipients=recipients), "250 2.0.0")
                 self.assertEqual(self.fake.delivered[-1].recipients,
                                  sorted(one.lower() for one in recipients))
 
@@ -5695,10 +5660,9 @@ class LargeMessageTests(RelayCase):
     """What is too large for one request goes as a draft, whole or not at all."""
 
     settings = {"UPSTREAM_TIMEOUT": "30"}
-    def post(self, client: Client, message: bytes = b"", *recipients: str,
-             sender: str = SENDER) -> str:
-        message = message or LARGE
-        return client.post_octets(message, sender, recipients or ("a@x.y",))
+
+    def post(self, client: Client, message: bytes = LARGE, *recipients: str) -> str:
+        return client.post_octets(message, SENDER, recipients or ("a@x.y",))
 
     def test_a_scan(self) -> None:
         small, small_octets = scan(100_000, "image/tiff", "=?utf-8?B?w7w=?=.tif")
@@ -5779,13 +5743,10 @@ class LargeMessageTests(RelayCase):
         self.assertReply(client.post(), "250 2.0.0")
 
     def test_the_memory_of_a_client_that_is_gone(self) -> None:
-        client, memory = self.logged_in(), self.running.server._relay.memory
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
+        client, memory = self.begun(), self.running.server._relay.memory
         client.send(b"x" * 1000 + b"\r\nx")
         wait_for(lambda: memory.free < 268_435_456)
-        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
+        reset(client.sock)
         wait_for(lambda: memory.free == 268_435_456)
 
     def test_too_little_memory_is_a_warning_and_a_mistake_of_the_client_is_not(self) -> None:
@@ -7692,18 +7653,10 @@ class LimitTests(TlsCase):
 class ShutdownTests(RelayCase):
     """SIGTERM: messages in flight end, idle clients hear 421."""
 
-    def begin(self, running: Running) -> Client:
-        """A client whose message is in flight."""
-        client = self.connect(running)
-        client.log_in(password=self.password)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
-        return client
-
     def test_a_message_in_flight_ends_and_idle_clients_hear_421(self) -> None:
         running = self.another()
         self.fake.will("send", self.fake.hang_then(self.fake.accept))
-        idle, busy, writing = self.connect(running), self.begin(running), self.begin(running)
+        idle, busy, writing = self.connect(running), self.begun(running), self.begun(running)
         busy.send(b"one\r\n.\r\n")
         writing.send(b"half")
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
@@ -7751,7 +7704,7 @@ class ShutdownTests(RelayCase):
                 ("put", say(202), LARGE, "421 4.3.2", (0, 1, 1))):
             self.fake.reset()
             running = self.another()
-            client = self.begin(running)
+            client = self.begun(running)
             self.fake.will(kind, self.fake.hang_then(answer))
             client.send(message + b".\r\n")
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
@@ -7768,7 +7721,7 @@ class ShutdownTests(RelayCase):
             running = self.another(SHUTDOWN_TIMEOUT="0.2")
             self.fake.will(step, self.fake.hang)
             self.fake.will("delete", action)
-            client = self.begin(running)
+            client = self.begun(running)
             client.sock.sendall(message + b".\r\n")
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
             with kept_log() as kept:
