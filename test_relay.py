@@ -5699,26 +5699,22 @@ class LargeMessageTests(RelayCase):
         self.assertTrue(line.startswith(f"{ident} sent "))
         self.assertIn(f" size={len(message) + len('Bcc: h@x.y') + 2} attachments=3 ", line)
 
-    def test_the_limit_of_one_request_is_exact(self) -> None:
-        client = self.logged_in()
-        for size, kinds in ((3_145_728, ["send"]), (3_145_729, ["draft", "send-draft"])):
-            self.fake.reset()
-            head = crlf(NAMED + "Content-Type: text/plain\n\n")
-            self.assertReply(self.post(client, head + b"x" * (size - len(head) - 2) + b"\r\n"),
-                             "250 2.0.0")
-            self.assertEqual([one.kind for one in self.fake.requests if one.kind != "token"], kinds)
-            if kinds == ["send"]:
-                self.assertEqual(len(self.fake.requests[-1].body), 4_194_304)
-
-    def test_the_limit_of_an_upload_session_is_exact(self) -> None:
-        client = self.logged_in()
-        for size, kind in ((3_129_999, "attach"), (3_130_000, "open")):
+    def test_the_limits_of_one_request_and_of_an_upload_session_are_exact(self) -> None:
+        client, head = self.logged_in(), crlf(NAMED + "Content-Type: text/plain\n\n")
+        for size, *kinds in ((3_145_728, "send"), (3_145_729, "draft", "send-draft"),
+                             (3_129_999, "draft", "attach", "send-draft"),
+                             (3_130_000, "draft", "open", "put", "put", "send-draft")):
             self.fake.reset()
             file, octets = scan(size, name="\u20ac" * 250)
-            self.assertReply(self.post(client, crlf(multipart("mixed", file, header=NAMED))),
-                             "250 2.0.0")
-            self.assertEqual(len(self.fake.asked(kind)), 1)
-            self.assertTrue(self.fake.sent_drafts[0].files[0][1] == octets)
+            is_file = len(kinds) > 2
+            self.assertReply(self.post(client, crlf(multipart(
+                "mixed", file, header=NAMED)) if is_file else
+                head + b"x" * (size - len(head) - 2) + b"\r\n"), "250 2.0.0")
+            self.assertEqual([one.kind for one in self.fake.requests if one.kind != "token"], kinds)
+            if is_file:
+                self.assertTrue(self.fake.sent_drafts[0].files[0][1] == octets)
+            elif kinds == ["send"]:
+                self.assertEqual(len(self.fake.requests[-1].body), 4_194_304)
 
     def test_pieces_in_which_there_is_nothing_are_not_sent(self) -> None:
         head, _, text = SCAN.partition("\n\n")
@@ -5746,7 +5742,8 @@ class LargeMessageTests(RelayCase):
         client, memory = self.begun(), self.running.server._relay.memory
         client.send(b"x" * 1000 + b"\r\nx")
         wait_for(lambda: memory.free < 268_435_456)
-        reset(client.sock)
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
         wait_for(lambda: memory.free == 268_435_456)
 
     def test_too_little_memory_is_a_warning_and_a_mistake_of_the_client_is_not(self) -> None:
@@ -6233,24 +6230,22 @@ class SpoolTests(SpoolCase):
             wait_for(lambda: len(self.fake.asked("send")) == begun)
             wait_for(lambda: running.waiting() == in_line)
         self.be_up(*[accept] * 7)
-        clients = [self.log_in_to(running) for _ in range(6)]
-        for number, one in enumerate(clients):
+        messages = []
+        for number in range(6):
             if number == 4:                     # what was spooled waits before the last two
                 wait_for_requests(5, 0)
                 call_main("spool", "retry", **self.settings_of())
                 wait_for_requests(5, 1)
-            for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-                one.docmd(line)
-            one.send(f"Subject: {number}\r\n\r\n.\r\n".encode())
+            messages.append(begin_message(self.log_in_to(running),
+                                          b"Subject: %d\r\n\r\n" % number))
             if number >= 4:
                 wait_for_requests(5, number - 2)
         for in_line in (3, 2, 1, 0):            # one ends, and the next one begins
             wait_for_requests(8 - in_line, in_line)
             may_end.release()
-        for _ in range(3):
-            may_end.release()
-        for one in clients:
-            self.assertEqual(one.getreply()[0], 250)
+        may_end.release(3)
+        for message in messages:
+            self.assertReply(message.hear(), "250 2.0.0")
         wait_for(lambda: not self.waiting())
         self.assertEqual([re.search(rb"Subject: (\w+)", base64.b64decode(one.body))[1]
                           for one in self.fake.asked("send")[5:]], [b"4", b"5", b"spooled"])
@@ -6617,9 +6612,7 @@ from_email = scan@example.com
 """), **settings)
 
     def log_in_to(self, running: Running) -> Client:
-        client = self.connect(running)
-        self.assertReply(client.log_in("scanner8", "tenletters"), "235 2.7.0")
-        return client
+        return self.logged_in("scanner8", "tenletters", running)
 
     def test_after_a_restart_it_is_sent(self) -> None:
         """The oldest first; and one that is too old is tried once more."""
@@ -6821,8 +6814,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.be_down(times=3)
         for subject in "123":
             self.enqueue(client, subject, sender=f"s{subject}@example.com")
-        idents = {path.read_bytes().partition(b"Subject: ")[2][:1]: path.stem
-                  for path in self.queue.glob("*.eml")}
+        idents = self.idents()
         self.assertEqual(self.spool("retry", idents[b"2"]), f"{idents[b'2']} is tried again; if "
                          f"the relay lacks its secret, when {USER} logs in\n")
         wait_for(lambda: len(self.waiting()) == 2)
@@ -7415,16 +7407,13 @@ class ShellTests(TlsCase):
                          ["ERROR"])
         self.assertIn('reason="a defect of the relay"', kept.find("disconnected")[0][1])
 
-    def test_replies_leave_at_once(self) -> None:
+    def test_pipelined_replies_leave_together_and_at_once_in_the_clear(self) -> None:
         """Without TCP_NODELAY the second of two would wait for 40 ms."""
-        self.read_until(self.raw(), b"\r\n")
+        sock = self.raw()
+        self.read_until(sock, b"\r\n")
         one, = self.running.ask(lambda: list(self.running.server._connections))
         self.assertTrue(one._writer.get_extra_info("socket").getsockopt(
             socket.IPPROTO_TCP, socket.TCP_NODELAY))
-
-    def test_pipelined_replies_leave_together_in_the_clear(self) -> None:
-        sock = self.raw()
-        self.read_until(sock, b"\r\n")
         for _ in range(20):             # the network might join two writes now and then
             sock.sendall(b"NOOP\r\nRSET\r\nNOOP\r\n")
             self.assertEqual(codes(sock.recv(65536)), [250, 250, 250])
@@ -7757,7 +7746,6 @@ class OverloadTests(unittest.TestCase):
         cls.descriptors = hard
 
     def setUp(self) -> None:
-        """Begin with a clean fake."""
         self.fake.reset()
 
     @contextlib.contextmanager
@@ -7916,30 +7904,21 @@ class OverloadTests(unittest.TestCase):
 
     def test_no_descriptors(self) -> None:
         """It goes on with whom it has, waits without work, and accepts again later."""
-        with self.watch(CLIENT_TIMEOUT="3", errors="out of system resource") as watched:
-            with self.honest(watched) as client:
-                self.assertServed(client)       # the connection to Microsoft is kept
-                limit = watched.descriptors() + 8
-                watched.allow_descriptors(limit)
-                socks = []
-                for _ in range(16):
-                    sock = socket.create_connection(("127.0.0.1", watched.port), PATIENCE)
-                    socks.append(sock)
-                    self.addCleanup(sock.close)
+        with self.watch(CLIENT_TIMEOUT="3", errors="out of system resource") as watched, \
+                self.honest(watched) as client:
+            self.assertServed(client)       # the connection to Microsoft is kept
+            limit = watched.descriptors() + 8
+            watched.allow_descriptors(limit)
+            with self.crowd(watched, 16, hear=b"") as socks:
                 wait_for(lambda: watched.descriptors() >= limit)
                 begun, work, lines = time.monotonic(), watched.processor(), len(watched.log)
                 self.assertServed(client)
                 self.assertIn(b"421 4.4.2", last_octets(socks[0]))
-                seconds = time.monotonic() - begun
-                work = watched.processor() - work
                 # asyncio tries `backlog` times at once, makes a timer and a line of the log for
                 # each, and the timers multiply: start_server() must be told a backlog of 1.
-                self.assertLess(work, seconds / 2)
+                self.assertLess(watched.processor() - work, (time.monotonic() - begun) / 2)
                 self.assertLess(len(watched.log) - lines, 50)
-                for sock in socks[8:]:          # they waited, and now have their turn
-                    self.hear([sock], b"220 ")
-            for sock in socks:
-                sock.close()
+                self.hear(socks[8:], b"220 ")       # they waited, and now have their turn
 
     def test_half_handshakes(self) -> None:
         """400 clients, on both ports, after some octets and after the whole ClientHello. asyncio
@@ -8074,10 +8053,16 @@ class ResetTests(TlsCase):
 class ServeTests(unittest.TestCase):
     """The program serves, and stops when it is told to."""
 
+    def setUp(self) -> None:
+        self.fake = FakeMicrosoft()
+        self.addCleanup(self.fake.close)
+        self.endpoints = {"AZURE_AUTHORITY_HOST": self.fake.url, "GRAPH_ENDPOINT": self.fake.url}
+
     def serve(self, **environ: Any) -> Any:
         return start_program(**{"SMTP_PORT": "0", "LISTEN_ADDRESS": "127.0.0.1",
                                 "TLS_CERT_FILEPATH": FILES["cert.pem"],
-                                "TLS_KEY_FILEPATH": FILES["key.pem"], **environ})
+                                "TLS_KEY_FILEPATH": FILES["key.pem"], **self.endpoints,
+                                **environ})
 
     def port(self, process: subprocess.Popen[str]) -> int:
         """Read the log until it names the port."""
@@ -8085,14 +8070,12 @@ class ServeTests(unittest.TestCase):
 
     def test_signals(self) -> None:
         """The first ends it with 0, a second one at once. SIGHUP never does."""
-        fake = FakeMicrosoft()
-        self.addCleanup(fake.close)
-        settings = {"AZURE_AUTHORITY_HOST": fake.url, "GRAPH_ENDPOINT": fake.url}
+        fake = self.fake
         for first, second in ((signal.SIGTERM, None), (signal.SIGINT, signal.SIGTERM)):
             fake.reset()
             fake.will("send", fake.hang_then(fake.accept))
-            with self.subTest(second), self.serve(TLS_SOURCE="off", REQUIRE_TLS="false",
-                                                  **settings) as process:
+            with self.subTest(second), self.serve(TLS_SOURCE="off",
+                                                  REQUIRE_TLS="false") as process:
                 port = self.port(process)
                 process.send_signal(getattr(signal, "SIGHUP", 0))
                 idle, busy = Client(port), Client(port)
@@ -8113,7 +8096,7 @@ class ServeTests(unittest.TestCase):
         fake.will("imds", fake.hang)            # before there is a loop for them
         with self.serve(TLS_SOURCE="keyvault", AZURE_KEY_VAULT_URL=fake.url,
                         AZURE_KEY_VAULT_CERT_NAME="relay",
-                        AZURE_POD_IDENTITY_AUTHORITY_HOST=fake.url, **settings) as process:
+                        AZURE_POD_IDENTITY_AUTHORITY_HOST=fake.url) as process:
             wait_for(lambda: fake.asked("imds"))
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(PATIENCE), 0)
@@ -8140,13 +8123,11 @@ class ServeTests(unittest.TestCase):
         """The soft limit is raised. At the hard one clients are refused, and those inside all
         reach Microsoft.
         """
-        fake = FakeMicrosoft()
-        self.addCleanup(fake.close)
         code = ("import resource, smtp_oauth_relay as relay\n"
                 "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 60))\nrelay.main([])")
         with start_python("-c", code, SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1",
                           TLS_SOURCE="off", REQUIRE_TLS="false", MAX_CONNECTIONS="200",
-                          AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url) as process:
+                          **self.endpoints) as process:
             port, clients, said = self.port(process), [], "220"
             while said.startswith("220"):
                 sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
@@ -8199,10 +8180,7 @@ class ServeTests(unittest.TestCase):
                          set(os.getgrouplist("nobody", nobody.pw_gid)))
 
     def test_a_sender_reaches_microsoft_without_any_setting_but_the_endpoints(self) -> None:
-        fake = FakeMicrosoft()
-        self.addCleanup(fake.close)
-        with self.serve(AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url,
-                        LOG_LEVEL="debug") as process:
+        with self.serve(LOG_LEVEL="debug") as process:
             with Client(self.port(process)) as client:
                 client.starttls(context=trusting())
                 client.ehlo()
@@ -8210,7 +8188,7 @@ class ServeTests(unittest.TestCase):
                 self.assertTrue(client.post(b"Subject: privately\r\n\r\n").startswith("250 "))
             process.send_signal(signal.SIGTERM)
             log = process.stderr.read()
-        self.assertEqual(len(fake.delivered), 1)
+        self.assertEqual(len(self.fake.delivered), 1)
         self.assertIn("DEBUG", log)
         for hidden in ("top-hidden", plain(USER, "top-hidden").decode(), "privately", "token-"):
             self.assertNotIn(hidden, log)
@@ -8372,17 +8350,13 @@ Path:     sendMail, 101 octets
 class CommandLineTests(ProgramCase):
     """What the program says and how it ends."""
 
-    def test_help_lists_every_variable(self) -> None:
+    def test_help_lists_every_variable_and_other_commands(self) -> None:
         status, out, _ = self.outcome("--help")
         self.assertEqual(status, 0)
         for name, one in relay.settings().items():
             self.assertIn(f"{name} (default: {one.default or 'empty'})", out)
-
-    def test_version(self) -> None:
         self.assertEqual(self.outcome("--version")[:2],
                          (0, f"smtp_oauth_relay.py {relay.__version__}\n"))
-
-    def test_an_unknown_command(self) -> None:
         self.assertEqual(self.outcome("frobnicate")[0], 2)
 
     def test_bad_settings_end_with_2(self) -> None:
@@ -8602,7 +8576,6 @@ class DockerfileTests(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        """Read it."""
         cls.text = (HERE / "Dockerfile").read_text(encoding="utf-8")
 
     def test_what_the_run_command_of_today_relies_on(self) -> None:
@@ -8640,7 +8613,6 @@ class LayoutTests(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        """Read the program."""
         cls.text = PROGRAM.read_text(encoding="utf-8")
         cls.tree = ast.parse(cls.text)
         cls.starts = {int(number): cls.text[:match.start()].count("\n") + 1
@@ -8659,7 +8631,7 @@ class LayoutTests(unittest.TestCase):
         self.assertEqual([number for number, _ in banners],
                          [str(index + 1) for index in range(len(banners))])
 
-    def test_no_section_uses_a_lower_one(self) -> None:
+    def test_no_section_uses_a_lower_one_and_pure_sections_do_no_io(self) -> None:
         defined: dict[str, int] = {}
         for node in self.tree.body:
             names = ([node.name] if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef,
@@ -8669,15 +8641,12 @@ class LayoutTests(unittest.TestCase):
             for name in names:
                 defined.setdefault(name, self.section(node.lineno))
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.Name) and node.id in defined:
-                self.assertLessEqual(defined[node.id], self.section(node.lineno),
-                                     f"{node.id} is used in line {node.lineno}")
-
-    def test_pure_sections_do_no_io(self) -> None:
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Name) and self.section(node.lineno) in self.PURE:
-                self.assertNotIn(node.id, {"asyncio", "socket", "open", "os", "time",
-                                           "subprocess"}, f"line {node.lineno}")
+            if isinstance(node, ast.Name):
+                section, place = self.section(node.lineno), f"{node.id} in line {node.lineno}"
+                self.assertLessEqual(defined.get(node.id, 0), section, place)
+                if section in self.PURE:
+                    self.assertNotIn(node.id, {"asyncio", "socket", "open", "os", "time",
+                                               "subprocess"}, place)
 
     def test_no_function_is_longer_than_40_lines(self) -> None:
         for node in ast.walk(self.tree):
@@ -8983,8 +8952,6 @@ class Model:
         if self.replies or self.events:
             raise Violation(f"more than was asked for: {self.replies} {self.events}")
 
-    # What is read from the session.
-
     def reply(self, *wanted: int, what: object = "") -> int:
         """Take a reply; a session that gets nowhere is told so in one more."""
         code, lines = self.take(what, *wanted)
@@ -9014,8 +8981,6 @@ class Model:
     def close(self) -> None:
         self.event(relay.Close)
         self.closed = True
-
-    # Lines.
 
     def command(self, line: bytes) -> None:
         limit = 12288 if line[:5].upper() == b"AUTH " else 2048
@@ -9090,8 +9055,6 @@ class Model:
         self.walls.append((self.pos, end))
         self.pos = end
 
-    # AUTH.
-
     def do_auth(self, argument: bytes, line: bytes) -> None:
         if self.login == "user":
             self.reply(503, what=line)
@@ -9148,8 +9111,6 @@ class Model:
         self.forget()
         if code == 421:
             self.close()
-
-    # Messages.
 
     def do_mail(self, argument: bytes, line: bytes) -> None:
         text = argument.decode("utf-8", "replace")
@@ -9307,8 +9268,6 @@ def make_dialogue(chance: random.Random) -> bytes:
             octets = damage(octets, chance)
     return octets
 
-
-# Dialogues: first sensible, then damaged.
 
 CONTENT_LINES = (b"", b"", b"text", b"..", b"...", b"..x", b".x", b"a.b", b"x.", b"\n.", b"\r.",
                  b".\n", b".\r", b"a\nb", b"a\rb", b"\r", b"\n", b"\0", b"\xff\xfe", b".\0",
@@ -9815,8 +9774,7 @@ class Visitor:
                 0)
         self.may_break = self.way == "leave"
         self.make_plan()
-        client = Client(self.traffic.port, **options)
-        with contextlib.closing(client):
+        with contextlib.closing(Client(self.traffic.port, **options)) as client:
             {"wrong": self.guess, "idle": self.idle, "leave": self.leave}.get(
                 self.way, self.send_all)(client)
 
@@ -9849,8 +9807,6 @@ class Visitor:
     def count(self, reply: str) -> None:
         match = re.match(r"\d+( \d\.\d+\.\d+)?", reply)
         self.traffic.replies[match[0] if match else reply] += 1
-
-    # Ways to behave.
 
     def guess(self, client: Client) -> None:
         self.say(client, "EHLO x", "250")
@@ -9949,8 +9905,7 @@ class Visitor:
 
     def come_again(self, story: Story) -> None:
         """Send a message once more, as its reply was not heard."""
-        client = Client(self.traffic.port)
-        with contextlib.closing(client):
+        with contextlib.closing(Client(self.traffic.port)) as client:
             if self.log_in(client):
                 for line in self.envelope(story):
                     self.say(client, line, "250", "354")
@@ -9962,8 +9917,6 @@ class Visitor:
         if client.file:
             client.file.close()
         client.sock.close()
-
-    # Pieces.
 
     def envelope(self, story: Story) -> list[str]:
         return [f"MAIL FROM:<{story.sender}>", *(f"RCPT TO:<{one}>" for one in story.recipients),
