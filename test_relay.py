@@ -5253,14 +5253,8 @@ class SendTests(RelayCase):
                              ("g#EXT#@x.y", "g%23EXT%23%40x.y"), ("", "me%40x.y"),
                              ('"a b"@x.y', "%22a%20b%22%40x.y"), ("$a@x.y", "%24a%40x.y")):
             with self.subTest(sender):
-                self.assertReply(client.post(sender=sender), "250 2.0.0")
+                self.assertReply(client.post(head, sender=sender), "250 2.0.0")
                 self.assertEqual(self.fake.asked("send")[-1].path, f"/v1.0/users/{path}/sendMail")
-
-    def test_the_null_reverse_path(self) -> None:
-        client = self.logged_in()
-        self.assertReply(client.post(b"From: Me <me@x.y>\r\nTo: a@x.y\r\n\r\n", sender=""),
-                         "250 2.0.0")
-        self.assertEqual(self.fake.delivered[-1].mailbox, "me@x.y")
         self.assertReply(client.post(sender=""), "550 5.1.7")
         self.assertEqual(len(self.fake.asked("send")), 5)
 
