@@ -6722,16 +6722,13 @@ class SpoolStartTests(SpoolCase):
         running = self.start()
         self.assertEnds("another relay works with it")
         running.stop()
-        made = self.folder / "made"             # and it makes what is missing
-        self.start(SPOOL_DIRECTORY=str(made)).stop()
-        self.assertEqual(made.stat().st_mode & 0o777, 0o700)
-
-    def test_a_read_only_folder(self) -> None:
-        """For root there is no other way to have one than to be told so by the system."""
-        error = OSError(errno.EROFS, "Read-only file system")
+        error = OSError(errno.EROFS, "Read-only file system")       # root has no other way
         with unittest.mock.patch.object(os, "open", side_effect=error):
             with self.assertRaisesRegex(relay.StartError, "SPOOL_DIRECTORY=.*Read-only file"):
                 relay.QueueFiles(self.config(**self.settings_of())).open()
+        made = self.folder / "made"             # and it makes what is missing
+        self.start(SPOOL_DIRECTORY=str(made)).stop()
+        self.assertEqual(made.stat().st_mode & 0o777, 0o700)
 
     @unittest.skipUnless(os.geteuid() == 0, "needs root")
     def test_one_of_another_user(self) -> None:
@@ -7806,15 +7803,17 @@ class OverloadTests(unittest.TestCase):
             with self.honest(watched) as client:
                 self.assertServed(client)
                 before = watched.left() - 1
-            wait_for(lambda: watched.left() <= before)      # a thread may have ended since
+
+            def settle() -> None:
+                wait_for(lambda: watched.events["disconnected"] == watched.events["connected"])
+                wait_for(lambda: watched.left() <= before)      # a thread may have ended since
+            settle()
             watched.forget_peak()
             yield watched
-            wait_for(lambda: watched.events["disconnected"] == watched.events["connected"])
-            wait_for(lambda: watched.left() <= before)      # a thread may have ended since
+            settle()
             with self.honest(watched) as client:
                 self.assertServed(client)
-            wait_for(lambda: watched.events["disconnected"] == watched.events["connected"])
-            wait_for(lambda: watched.left() <= before)      # a thread may have ended since
+            settle()
             # Who has just gone is counted until the loop has come by once more; when a new
             # client has had its replies, it has.
             with contextlib.closing(Client(watched.port)) as client:
@@ -8211,9 +8210,8 @@ class ServeTests(unittest.TestCase):
         nobody = relay.pwd.getpwnam("nobody")
         self.assertRegex(status, rf"Uid:(\t{nobody.pw_uid}){{4}}\n")
         self.assertRegex(status, rf"Gid:(\t{nobody.pw_gid}){{4}}\n")
-        groups = re.search(r"Groups:\t(.*)\n", status)
-        assert groups is not None
-        self.assertEqual({int(group) for group in groups[1].split()},
+        groups, = re.findall(r"Groups:\t(.*)\n", status)
+        self.assertEqual({int(group) for group in groups.split()},
                          set(os.getgrouplist("nobody", nobody.pw_gid)))
 
     def test_a_sender_reaches_microsoft_without_any_setting_but_the_endpoints(self) -> None:
