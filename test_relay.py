@@ -13,7 +13,7 @@ Helpers come first, then the tests in the order of the program's sections:
     §8 to §10   EntraAnswerTests GraphAnswerTests QueuedMessageTests LogTests
     §11         ThreadTests HttpsTests HangTests SlowWorkTests LookUpTests
     §12, §13    SignInTests CacheTests IdentityTests AccountLoginTests FailureTests
-                ReloadTests TableTests AzuriteTests
+                ReloadTests TableTests
     §14         SendTests LargeMessageTests DraftFaultTests SlowUploadTests LimiterTests
     §15         SpoolTests FailedTests FullSpoolTests SlowDiskTests SpoolAccountTests
                 SpoolStartTests SpoolCommandTests KillTests
@@ -43,7 +43,6 @@ import email.utils
 import errno
 import functools
 import gc
-import hmac
 import io
 import itertools
 import json
@@ -394,9 +393,6 @@ needs_openssl = unittest.skipUnless(shutil.which("openssl"), "needs the openssl 
 
 ODD_NAMES = ("o'brien", "a.b", "100%", "%27", "\u00dcn\u00efc\u00f6de \u2603", "a b", "''", "a@b",
              "' or 'a' eq 'a'", "x)", "a,RowKey='b", "&$top=5", "+", "x" * 512)
-
-# Azurite's account; name and key are in its documentation, and no secret.
-AZURITE_ACCOUNT = "devstoreaccount1"
 
 
 def scan(size: int, kind: str = "application/pdf", name: str = "scan.pdf") -> tuple[str, bytes]:
@@ -1570,36 +1566,6 @@ class AccountCase(RelayCase):
 def at_environ(**variables: str) -> Any:
     """Set environment variables for a while."""
     return unittest.mock.patch.dict(os.environ, variables)
-
-
-def find_azurite() -> str | None:
-    """The command of Azurite's table service: of the variable AZURITE, or installed."""
-    return os.environ.get("AZURITE") or shutil.which("azurite-table")
-
-
-def storage_token(lifetime: int = 3600) -> str:
-    """A token without a signature, as Azurite takes it."""
-    now = int(time.time())
-    claims = {"aud": "https://storage.azure.com", "iss": f"https://sts.windows.net/{TENANT}/",
-              "iat": now - 7200, "nbf": now - 7200, "exp": now + lifetime}
-    parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=")
-             for part in ({"alg": "none", "typ": "JWT"}, claims)]
-    return ".".join([*parts, "x"])
-
-
-AZURITE_KEY = ("Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KB"
-               "HBeksoGMGw==")
-
-
-def account_sas(permissions: str) -> str:
-    """A SAS for the tables of Azurite's account; Microsoft, "Create an account SAS"."""
-    expiry = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 3600))
-    lines = (AZURITE_ACCOUNT, permissions, "t", "co", "", expiry, "", "https", "2020-12-06", "")
-    digest = hmac.digest(base64.b64decode(AZURITE_KEY),
-                         "".join(f"{line}\n" for line in lines).encode(), "sha256")
-    return urllib.parse.urlencode({
-        "sv": "2020-12-06", "ss": "t", "srt": "co", "sp": permissions, "se": expiry,
-        "spr": "https", "sig": base64.b64encode(digest).decode()})
 
 
 def with_small_files(test: Any) -> Any:
@@ -5142,85 +5108,6 @@ class TableTests(RelayCase):
             asyncio.run(start())
         asyncio.run(start())
         self.assertIn("PartitionKey%20eq%20%27user%27%29&$top=1", self.fake.asked("table")[-1].path)
-
-
-@unittest.skipUnless(find_azurite(), "needs Azurite (npm install azurite, AZURITE=its command)")
-class AzuriteTests(RelayCase):
-    """The real thing, as far as it can be had without Azure."""
-
-    settings = UNHURRIED
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        """Start all, and fill the table."""
-        environ = at_environ(SSL_CERT_FILE=FILES["ca.pem"], NO_PROXY="127.0.0.1,localhost")
-        environ.start()
-        cls.addClassCleanup(environ.stop)
-        port = free_port()
-        cls.account = f"https://127.0.0.1:{port}/{AZURITE_ACCOUNT}"
-        azurite = subprocess.Popen(
-            [find_azurite() or "", "--silent", "--inMemoryPersistence", "--disableTelemetry",
-             "--tableHost", "127.0.0.1", "--tablePort", str(port), "--oauth", "basic", "--cert",
-             FILES["cert.pem"], "--key", FILES["key.pem"]], cwd=FILES.folder,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        cls.addClassCleanup(azurite.wait)
-        cls.addClassCleanup(azurite.kill)
-        wait_for(lambda: cls.post("Tables", TableName="users"), 6 * PATIENCE)
-        super().setUpClass()
-        entry = {"tenant_id": TENANT, "client_id": CLIENT}
-        for name, properties in (
-                *((name, entry) for name in ODD_NAMES), ("broken", {"tenant_id": TENANT}),
-                ("app1", {**entry, "from_email": "app1@example.com", "description": "x"})):
-            assert cls.post("users", PartitionKey="user", RowKey=name, **properties)
-
-    @classmethod
-    def post(cls, path: str, **body: str) -> bool:
-        """Make a table or an entity; returns whether that went well."""
-        request = urllib.request.Request(f"{cls.account}/{path}", json.dumps(body).encode(), {
-            "Authorization": f"Bearer {storage_token()}", "x-ms-version": "2020-12-06",
-            "Accept": "application/json;odata=nometadata", "Content-Type": "application/json"})
-        opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=trusting()))
-        with contextlib.suppress(OSError):
-            opener.open(request, timeout=PATIENCE).close()
-            return True
-        return False
-
-    @classmethod
-    def config(cls, **settings: str) -> relay.Config:
-        """Settings with the table."""
-        return super().config(**{
-            "AZURE_TABLES_URL": f"{cls.account}/users", "AZURE_TENANT_ID": TENANT,
-            "AZURE_CLIENT_ID": CLIENT, "AZURE_CLIENT_SECRET": "s", **settings})
-
-    def test_names(self) -> None:
-        self.fake.will("token", say(200, {"access_token": storage_token(), "expires_in": 3599}))
-        for names, reply in ((("app1", *ODD_NAMES), "235 2.7.0"), (("broken",), "454 4.7.0"),
-                             (("none", "APP1", "o''brien", "x' or 'a' eq 'a"), "535 5.7.8")):
-            for name in names:
-                with self.subTest(name):
-                    self.assertReply(self.log_in(f"{name}@lookup"), reply)
-        self.assertReply(self.logged_in("app1@lookup").post(), "250 2.0.0")
-        self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
-
-    def test_what_is_allowed(self) -> None:
-        """What the table does not allow the relay is no wrong password."""
-        good, url = storage_token(), f"{self.account}/users"
-        force, others = {"ACCOUNTS_REQUIRED": "true"}, {"AZURE_TABLES_URL": f"{url}2"}
-        read, add = ({"AZURE_TABLES_URL": f"{url}?{account_sas(letter)}"} for letter in "ra")
-        for token, settings, user, reply in (
-                (good, force, USER, "235 2.7.0"),
-                (good, force, f"{CLIENT}@{CLIENT}", "535 5.7.8"),
-                (storage_token(-60), {}, "app1@lookup", "454 4.7.0"),
-                ("garbage", {}, "app1@lookup", "454 4.7.0"),
-                (good, others, "app1@lookup", "454 4.7.0"),
-                ("", read, "app1@lookup", "235 2.7.0"),
-                ("", add, "app1@lookup", "454 4.7.0"),
-                ("", {**read, **force}, USER, "235 2.7.0")):
-            with self.subTest(user, token=token, **settings):
-                self.fake.reset()
-                if token:
-                    self.fake.will("token", say(200, {"access_token": token, "expires_in": 3599}))
-                self.assertReply(self.log_in(user, running=self.another(**settings)), reply)
 
 
 class SendTests(RelayCase):
