@@ -2337,16 +2337,11 @@ class PathTests(unittest.TestCase):
 
     def test_good_paths(self) -> None:
         for text, mailbox, parameters in (
-                ("FROM:<>", "", {}),
-                ("FROM:<a@b.c>", "a@b.c", {}),
+                *((f"FROM:<{mailbox}>", mailbox, {}) for mailbox in (
+                    "", "a@b.c", "a@b", '"a b\\"@"@c.d', '"\\ "@c', "a@[127.0.0.1]", "a@[IPv6:::1]",
+                    "\u00fc@\u00fc.de")),
                 ("from:<A.b+c@D.e>", "A.b+c@D.e", {}),
-                ("FROM:<a@b>", "a@b", {}),
-                ('FROM:<"a b\\"@"@c.d>', '"a b\\"@"@c.d', {}),
-                ('FROM:<"\\ "@c>', '"\\ "@c', {}),
                 ("FROM:<@x.y,@z:a@b.c>", "a@b.c", {}),                  # source route
-                ("FROM:<a@[127.0.0.1]>", "a@[127.0.0.1]", {}),
-                ("FROM:<a@[IPv6:::1]>", "a@[IPv6:::1]", {}),
-                ("FROM:<\u00fc@\u00fc.de>", "\u00fc@\u00fc.de", {}),
                 ("FROM:<a@b.c> SIZE=12 BODY=8BITMIME", "a@b.c",
                  {"SIZE": "12", "BODY": "8BITMIME"}),
                 ("FROM:<a@b.c> smtputf8", "a@b.c", {"SMTPUTF8": None}),
@@ -2371,8 +2366,7 @@ class PathTests(unittest.TestCase):
                      "FROM:<a@b.c> \u00fc=1", "FROM:<a\udcff@b.c>"):
             with self.subTest(text), self.assertRaises(relay.ProtocolError) as caught:
                 relay.parse_path(text, "FROM:")
-            with self.subTest(text):
-                self.assertEqual(caught.exception.reply.code, 501)
+            self.assertEqual(caught.exception.reply.code, 501, text)
 
     def test_base64_is_strict(self) -> None:
         for text, octets in (("", b""), ("QQ==", b"A"), ("QUI=", b"AB"), ("QUJD", b"ABC"),
@@ -2634,12 +2628,11 @@ class UsernameTests(unittest.TestCase):
                          ("contoso.com", f"{CLIENT[:-1]}b"))
 
     def test_bad_names(self) -> None:
-        for name in ("", "scan", "@", TENANT, f"{TENANT}@", f"@{CLIENT}", f"{TENANT}:{CLIENT}",
-                     f"{TENANT}@contoso.com", f"{TENANT} @{CLIENT}", f"{TENANT}@{CLIENT}x",
-                     f"{TENANT}@{SHORT_CLIENT[:-1]}", f"contoso@{CLIENT}", f"a..b@{CLIENT}",
-                     f"-a.b@{CLIENT}", f"../x.y@{CLIENT}", f"{TENANT}@@{CLIENT}",
-                     f"{TENANT}@{CLIENT}\n", "id@lookup", f"a.b/c@{CLIENT}",
-                     f"{SHORT_TENANT}=@{CLIENT}", f"a.\u212abc@{CLIENT}"):
+        for name in ("", "scan", "@", TENANT, f"{TENANT}:{CLIENT}", f"{TENANT}@contoso.com",
+                     f"{TENANT}@{SHORT_CLIENT[:-1]}", f"{USER}x", f"{USER}\n", "id@lookup",
+                     *(f"{tenant}@{CLIENT}" for tenant in (
+                         "", "contoso", "a..b", "-a.b", "../x.y", "a.b/c", "a.\u212abc",
+                         f"{TENANT} ", f"{TENANT}@", f"{SHORT_TENANT}=")), f"{TENANT}@"):
             with self.subTest(name), self.assertRaises(relay.AuthError) as caught:
                 relay.parse_username(name, "@")
             self.assertRegex(str(caught.exception.reply), "535 5.7.8 .*TENANT@CLIENT")
@@ -2656,37 +2649,26 @@ SITUATIONS: dict[str, tuple[bytes, bool]] = {
 
 # What each command is answered in each situation, with TLS on offer and REQUIRE_TLS=true.
 MATRIX = """
-                            cold   plain  tls    login  mail   rcpt
-    EHLO x                  250    250    250    250    250    250
-    EHLO                    501    501    501    501    501    501
-    HELO x                  250    250    250    250    250    250
-    HELO                    501    501    501    501    501    501
-    STARTTLS                503    220    503    503    503    503
-    STARTTLS now            503    501    501    501    503    503
-    AUTH PLAIN {plain}      530    530    235    503    503    503
-    AUTH LOGIN              530    530    334    503    503    503
-    AUTH                    530    530    501    501    503    503
-    AUTH CRAM-MD5           530    530    504    503    503    503
-    MAIL FROM:<a@b.c>       530    530    530    250    503    503
-    MAIL                    530    530    530    501    503    503
-    RCPT TO:<d@e.f>         503    503    503    503    250    250
-    RCPT                    503    503    503    503    501    501
-    DATA                    503    503    503    503    503    354
-    DATA now                503    503    503    503    503    501
-    RSET                    250    250    250    250    250    250
-    RSET now                501    501    501    501    501    501
-    VRFY someone            252    252    252    252    252    252
-    VRFY                    501    501    501    501    501    501
-    EXPN list               502    502    502    502    502    502
-    HELP                    214    214    214    214    214    214
-    HELP MAIL               214    214    214    214    214    214
-    NOOP                    250    250    250    250    250    250
-    NOOP anything           250    250    250    250    250    250
-    QUIT                    221    221    221    221    221    221
-    QUIT now                501    501    501    501    501    501
-    BDAT 5                  500    500    500    500    500    500
-    ETRN x                  500    500    500    500    500    500
-    {empty}                 500    500    500    500    500    500
+                                         cold   plain  tls    login  mail   rcpt
+    EHLO x, HELO x, RSET, NOOP, NOOP x   250    250    250    250    250    250
+    EHLO, HELO, RSET x, VRFY, QUIT x     501    501    501    501    501    501
+    STARTTLS                             503    220    503    503    503    503
+    STARTTLS now                         503    501    501    501    503    503
+    AUTH PLAIN {plain}                   530    530    235    503    503    503
+    AUTH LOGIN                           530    530    334    503    503    503
+    AUTH                                 530    530    501    501    503    503
+    AUTH CRAM-MD5                        530    530    504    503    503    503
+    MAIL FROM:<a@b.c>                    530    530    530    250    503    503
+    MAIL                                 530    530    530    501    503    503
+    RCPT TO:<d@e.f>                      503    503    503    503    250    250
+    RCPT                                 503    503    503    503    501    501
+    DATA                                 503    503    503    503    503    354
+    DATA now                             503    503    503    503    503    501
+    VRFY someone                         252    252    252    252    252    252
+    EXPN list                            502    502    502    502    502    502
+    HELP, HELP MAIL                      214    214    214    214    214    214
+    QUIT                                 221    221    221    221    221    221
+    BDAT 5, ETRN x, {empty}              500    500    500    500    500    500
 """
 
 
@@ -3608,37 +3590,22 @@ class EntraAnswerTests(unittest.TestCase):
 class GraphAnswerTests(unittest.TestCase):
     """Which answer is which reply: the table of the contract."""
 
-    TABLE = (
-        (403, "ErrorAccessDenied", "550 5.7.1"),
-        (403, "ErrorSendAsDenied", "550 5.7.60"),
-        (403, "erroraccessdenied", "550 5.7.1"),
-        (404, "ErrorInvalidUser", "550 5.1.8"),
-        (404, "ResourceNotFound", "550 5.1.8"),
-        (404, "ErrorNonExistentMailbox", "550 5.1.8"),
-        (404, "MailboxNotEnabledForRESTAPI", "550 5.1.8"),
-        (400, "MailboxNotHostedInExchangeOnline", "550 5.1.8"),
-        (400, "ErrorInvalidRecipients", "550 5.1.3"),
-        (413, "", "552 5.3.4"),
-        (413, "RequestEntityTooLarge", "552 5.3.4"),
-        (400, "ErrorMessageSizeExceeded", "552 5.3.4"),
-        (403, "ErrorQuotaExceeded", "452 4.2.2"),
-        (507, "", "452 4.2.2"),
-        (429, "ApplicationThrottled", "451 4.4.5"),
-        (429, "ErrorAccessDenied", "451 4.4.5"),
-        (500, "ErrorInternalServerError", "451 4.3.0"),
-        (500, "ErrorAccessDenied", "451 4.3.0"),
-        (500, "ErrorQuotaExceeded", "452 4.2.2"), (503, "ErrorMessageSizeExceeded", "552 5.3.4"),
-        (502, "", "451 4.3.0"), (503, "ErrorServerBusy", "451 4.3.0"),
-        (504, "UnknownError", "451 4.3.0"), (509, "", "451 4.3.0"), (599, "", "451 4.3.0"),
-        (403, "SomethingNew", "550 5.7.1"), (403, "", "550 5.7.1"),
-        (404, "SomethingNew", "550 5.1.8"), (404, "", "550 5.1.8"),
-        (400, "ErrorMimeContentInvalidBase64String", "554 5.6.0"),
-        (408, "", "451 4.3.0"), (408, "RequestTimeout", "451 4.3.0"),
-        (400, "", "554 5.6.0"), (405, "", "554 5.6.0"), (411, "", "554 5.6.0"),
-        (415, "", "554 5.6.0"), (409, "Odd", "554 5.6.0"),
-        (200, "", "554 5.3.0"), (201, "", "554 5.3.0"), (204, "", "554 5.3.0"),
-        (302, "", "554 5.3.0"), (200, "ErrorAccessDenied", "554 5.3.0"),
-    )
+    TABLE = [(int(answer[:3]), answer[4:], wanted) for wanted, answers in {
+        "550 5.7.1": "403 ErrorAccessDenied, 403 erroraccessdenied, 403 SomethingNew, 403",
+        "550 5.7.60": "403 ErrorSendAsDenied",
+        "550 5.1.8": "404 ErrorInvalidUser, 404 ResourceNotFound, 404 ErrorNonExistentMailbox, "
+                     "404 MailboxNotEnabledForRESTAPI, 404 SomethingNew, 404, "
+                     "400 MailboxNotHostedInExchangeOnline",
+        "550 5.1.3": "400 ErrorInvalidRecipients",
+        "552 5.3.4": "413, 413 RequestEntityTooLarge, 400 ErrorMessageSizeExceeded, "
+                     "503 ErrorMessageSizeExceeded",
+        "452 4.2.2": "403 ErrorQuotaExceeded, 507, 500 ErrorQuotaExceeded",
+        "451 4.4.5": "429 ApplicationThrottled, 429 ErrorAccessDenied",
+        "451 4.3.0": "500 ErrorInternalServerError, 500 ErrorAccessDenied, 502, "
+                     "503 ErrorServerBusy, 504 UnknownError, 509, 599, 408, 408 RequestTimeout",
+        "554 5.6.0": "400 ErrorMimeContentInvalidBase64String, 400, 405, 411, 415, 409 Odd",
+        "554 5.3.0": "200, 201, 204, 302, 200 ErrorAccessDenied",
+    }.items() for answer in answers.split(", ")]
 
     def test_garbage(self) -> None:
         for body in (b"", b"null", b"5", b"[]", b'{"error": 5}', b'{"error": {"code": []}}',
@@ -4156,11 +4123,9 @@ class LookUpTests(HangCase):
 REFUSALS = (
     (7000215, 401, "invalid_client", "value, not its ID"),
     (7000222, 401, "invalid_client", "expired"),
-    (7000216, 401, "invalid_client", "password"),
-    (7000218, 400, "invalid_client", "password"),
+    (7000216, 401, "invalid_client", "password"), (7000218, 400, "invalid_client", "password"),
     (700016, 400, "unauthorized_client", "client ID"),
-    (90002, 400, "invalid_request", "tenant ID"),
-    (90002, 400, "invalid_tenant", "tenant ID"),
+    (90002, 400, "invalid_request", "tenant ID"), (90002, 400, "invalid_tenant", "tenant ID"),
     (900023, 400, "invalid_request", "tenant ID"),
     (7000112, 400, "unauthorized_client", "disabled"),
     (53003, 400, "invalid_grant", "Conditional Access"),
@@ -4168,8 +4133,7 @@ REFUSALS = (
     (500011, 400, "invalid_resource", "GRAPH_ENDPOINT"),
     (90038, 400, "invalid_request", "AZURE_AUTHORITY_HOST"),
     (1234567, 400, "something_new", "see the log"),
-    (-3, 400, "something_new", "something_new: "),
-    (10 ** 4000, 400, "something_new", "something_new: "),
+    *((code, 400, "something_new", "something_new: ") for code in (-3, 10 ** 4000)),
 )
 # What says nothing of the password.
 TRANSIENT = (
