@@ -7943,7 +7943,8 @@ class ServeTests(unittest.TestCase):
     def setUp(self) -> None:
         self.fake = FakeMicrosoft()
         self.addCleanup(self.fake.close)
-        self.endpoints = {"AZURE_AUTHORITY_HOST": self.fake.url, "GRAPH_ENDPOINT": self.fake.url}
+        self.endpoints: dict[str, Any] = {"AZURE_AUTHORITY_HOST": self.fake.url,
+                                          "GRAPH_ENDPOINT": self.fake.url}
 
     def serve(self, **environ: Any) -> Any:
         return start_program(**{"SMTP_PORT": "0", "LISTEN_ADDRESS": "127.0.0.1",
