@@ -21,7 +21,7 @@ Helpers come first, then the tests in the order of the program's sections:
     §17         DuplicateTests ShellTests DeafTests ConnectionLimitTests LimitTests
                 ShutdownTests OverloadTests ResetTests ServeTests
     §18 to §20  DemoTests ExplainTests CommandLineTests AccountCommandTests
-    the whole   DockerfileTests LayoutTests FuzzTests
+    the whole   FuzzTests
 
 The long looks (fuzz, soak, kill) and the code that runs the tests come last.
 """
@@ -29,7 +29,6 @@ The long looks (fuzz, soak, kill) and the code that runs the tests come last.
 from __future__ import annotations
 
 import argparse
-import ast
 import asyncio
 import base64
 import binascii
@@ -2316,16 +2315,6 @@ class SettingTests(unittest.TestCase):
                 self.assertIn(f"  {name} (default: {one.default or 'empty'})\n"
                               f"      {one.help}", relay.settings_help())
 
-    @unittest.skipUnless((HERE / "README.md").exists(), "there is no README.md here")
-    def test_the_readme_has_the_table_of_settings(self) -> None:
-        readme = (HERE / "README.md").read_text(encoding="utf-8")
-        for what, rows in (("Variable", relay.settings()), ("Key", relay.declared(relay.Account))):
-            table = [f"| {what} | Default | Meaning |", "| --- | --- | --- |", *(
-                f"| `{name}` | {f'`{one.default}`' if one.default else ''} | {one.help} |"
-                for name, one in rows.items())]
-            for line in (*table, "\n".join(table)):
-                self.assertTrue(f"\n{line}\n" in readme, line)
-
 
 class PathTests(unittest.TestCase):
     """Paths and parameters, RFC 5321 section 4.1.2."""
@@ -2434,21 +2423,6 @@ class AccountTests(unittest.TestCase):
         for account, secret, is_ours in ((scan, "s3cr~t._-", True), (direct, "typed", False)):
             self.assertEqual(account.as_application("typed"), relay.Application(
                 TENANT, CLIENT, secret, is_ours=is_ours))
-
-    @unittest.skipUnless((HERE / "README.md").exists(), "there is no README here")
-    def test_the_example_of_the_readme(self) -> None:
-        readme = (HERE / "README.md").read_text(encoding="utf-8")
-        example, = re.findall(r"(?s)```ini\n(\[DEFAULT\].*?)```", readme)
-        example = example.replace("scrypt$...", HASH)
-        scan, nas = parse(example)
-        self.assertEqual((scan.name, scan.login, scan.tls_min_version, nas.name, nas.login),
-                         ("scan2", "optional", "1.0", "nas", "required"))
-        file = FILES.folder / "bom.ini"
-        file.write_bytes(b"\xef\xbb\xbf" + example.replace(
-            "client_secret_file = /opt/smtp-relay/accounts/graph", "client_secret = s").encode())
-        accounts = relay.AccountsFile(make_config(ACCOUNTS_FILE=str(file)))
-        accounts.load()
-        self.assertEqual(len(list(accounts.accounts)), 2)
 
     def test_which_credential_a_section_has(self) -> None:
         """A secret of its own takes the place of that of DEFAULT."""
@@ -8424,109 +8398,6 @@ login = required
                            RUN_AS="nobody") as process:
             lines = wait_for_line(process, "listening")
         self.assertRegex(lines, "WARNING - accounts file=.*own.ini problem=.*RUN_AS")
-
-
-@unittest.skipUnless((HERE / "Dockerfile").exists(), "there is no Dockerfile here")
-class DockerfileTests(unittest.TestCase):
-    """What can be told of the container without one."""
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.text = (HERE / "Dockerfile").read_text(encoding="utf-8")
-
-    def test_what_the_run_command_of_today_relies_on(self) -> None:
-        for line in ("WORKDIR /usr/src/smtp-relay", "EXPOSE 8025",
-                     'CMD ["python", "smtp_oauth_relay.py"]'):
-            self.assertIn(f"\n{line}\n", self.text)
-        self.assertRegex(self.text, r"^FROM python:3\.\d+-slim\n")
-        self.assertRegex(self.text, r"\nENV .*RUN_AS=nobody")
-        self.assertNotRegex(self.text, "(?i)pip")
-
-    def test_the_health_check_speaks_smtp_to_the_listener(self) -> None:
-        match = re.search(r"HEALTHCHECK .*\\\n +CMD (.*)\n", self.text)
-        assert match is not None
-        program, *arguments = json.loads(match[1])
-        self.assertEqual(program, "python")
-        running = Running(make_config(SMTP_PORT="0"))
-        self.addCleanup(running.stop)
-        with kept_log() as kept:
-            with start_python(*arguments, SMTP_PORT=str(running.port)) as process:
-                self.assertEqual(process.wait(PATIENCE), 0)
-            wait_for(lambda: kept.find("disconnected"))
-        self.assertIn("reason=quit", kept.find("disconnected")[0][1])
-        with socket.create_server(("127.0.0.1", 0)) as other:     # somebody who is no relay
-            port = str(other.getsockname()[1])
-            threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
-            with start_python(*arguments, SMTP_PORT=port, LISTEN_ADDRESS="127.0.0.1") as process:
-                self.assertNotEqual(process.wait(PATIENCE), 0)
-
-
-class LayoutTests(unittest.TestCase):
-    """The file can be read from the top: each section uses only those above it."""
-
-    PURE = range(1, 10)     # sections without I/O
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.text = PROGRAM.read_text(encoding="utf-8")
-        cls.tree = ast.parse(cls.text)
-        cls.starts = {int(number): cls.text[:match.start()].count("\n") + 1
-                      for match in re.finditer(r"(?m)^# §(\d+)  .*$", cls.text)
-                      for number in [match[1]]}
-
-    def section(self, line: int) -> int:
-        return max((number for number, start in self.starts.items() if start <= line), default=0)
-
-    def test_the_contents_are_the_banners(self) -> None:
-        banners = re.findall(r"(?m)^# §(\d+)  (.*)$", self.text)
-        contents = re.findall(r"(?m)^    §(\d+) +(.+?)(?:  .*)?$", ast.get_docstring(self.tree)
-                              or "")
-        self.assertEqual(contents, banners)
-        self.assertEqual([number for number, _ in banners],
-                         [str(index + 1) for index in range(len(banners))])
-
-    def test_no_section_uses_a_lower_one_and_pure_sections_do_no_io(self) -> None:
-        defined: dict[str, int] = {}
-        for node in self.tree.body:
-            names = ([node.name] if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef,
-                                                      ast.ClassDef)) else
-                     [target.id for target in ast.walk(node) if isinstance(target, ast.Name)
-                      and isinstance(target.ctx, ast.Store)])
-            for name in names:
-                defined.setdefault(name, self.section(node.lineno))
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Name):
-                section, place = self.section(node.lineno), f"{node.id} in line {node.lineno}"
-                self.assertLessEqual(defined.get(node.id, 0), section, place)
-                if section in self.PURE:
-                    self.assertNotIn(node.id, {"asyncio", "socket", "open", "os", "time",
-                                               "subprocess"}, place)
-
-    def test_no_function_is_longer_than_40_lines_and_no_line_than_92_columns(self) -> None:
-        for node in ast.walk(self.tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                self.assertLessEqual((node.end_lineno or 0) - node.lineno + 1, 40, node.name)
-        for number, line in enumerate(self.text.splitlines(), 1):
-            self.assertLessEqual(len(line), 92, f"line {number}")
-
-    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
-    def test_only_the_standard_library_is_imported(self) -> None:
-        for path in (PROGRAM, HERE / "test_relay.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
-                         else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
-                for name in names:
-                    self.assertIn(name.split(".")[0],
-                                  {*sys.stdlib_module_names, "smtp_oauth_relay"})
-
-    def test_the_map_of_the_tests(self) -> None:
-        """Helpers, tests in the order of the docstring, long looks; banners part them."""
-        text = (HERE / "test_relay.py").read_text(encoding="utf-8")
-        parts = re.split(r"(?m)^# -{70,}\n# .*\n", text)
-        self.assertEqual(len(parts), 4)
-        classes = re.compile(r"(?m)^class (\w+Tests)\b")
-        self.assertEqual([classes.findall(part) for part in parts],
-                         [[], [], re.findall(r"\b\w+Tests\b", __doc__ or ""), []])
 
 
 class FuzzTests(unittest.TestCase):

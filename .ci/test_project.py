@@ -1,0 +1,153 @@
+"""Tests of the files of the project: Dockerfile, README, and how the program is laid out."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pathlib
+import re
+import socket
+import sys
+import threading
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import smtp_oauth_relay as relay
+import test_relay as tests
+
+setUpModule, tearDownModule = tests.setUpModule, tests.tearDownModule
+
+
+class DockerfileTests(unittest.TestCase):
+    """What can be told of the container without one."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.text = (tests.HERE / "Dockerfile").read_text(encoding="utf-8")
+
+    def test_what_the_run_command_of_today_relies_on(self) -> None:
+        for line in ("WORKDIR /usr/src/smtp-relay", "EXPOSE 8025",
+                     'CMD ["python", "smtp_oauth_relay.py"]'):
+            self.assertIn(f"\n{line}\n", self.text)
+        self.assertRegex(self.text, r"^FROM python:3\.\d+-slim\n")
+        self.assertRegex(self.text, r"\nENV .*RUN_AS=nobody")
+        self.assertNotRegex(self.text, "(?i)pip")
+
+    def test_the_health_check_speaks_smtp_to_the_listener(self) -> None:
+        match = re.search(r"HEALTHCHECK .*\\\n +CMD (.*)\n", self.text)
+        assert match is not None
+        program, *arguments = json.loads(match[1])
+        self.assertEqual(program, "python")
+        running = tests.Running(tests.make_config(SMTP_PORT="0"))
+        self.addCleanup(running.stop)
+        with tests.kept_log() as kept:
+            with tests.start_python(*arguments, SMTP_PORT=str(running.port)) as process:
+                self.assertEqual(process.wait(tests.PATIENCE), 0)
+            tests.wait_for(lambda: kept.find("disconnected"))
+        self.assertIn("reason=quit", kept.find("disconnected")[0][1])
+        with socket.create_server(("127.0.0.1", 0)) as other:     # somebody who is no relay
+            port = str(other.getsockname()[1])
+            threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
+            with tests.start_python(*arguments, SMTP_PORT=port,
+                                    LISTEN_ADDRESS="127.0.0.1") as process:
+                self.assertNotEqual(process.wait(tests.PATIENCE), 0)
+
+
+class ReadmeTests(unittest.TestCase):
+    """The README says what the program does."""
+
+    def test_the_readme_has_the_table_of_settings(self) -> None:
+        readme = (tests.HERE / "README.md").read_text(encoding="utf-8")
+        for what, rows in (("Variable", relay.settings()), ("Key", relay.declared(relay.Account))):
+            table = [f"| {what} | Default | Meaning |", "| --- | --- | --- |", *(
+                f"| `{name}` | {f'`{one.default}`' if one.default else ''} | {one.help} |"
+                for name, one in rows.items())]
+            for line in (*table, "\n".join(table)):
+                self.assertTrue(f"\n{line}\n" in readme, line)
+
+    def test_the_example_of_the_readme(self) -> None:
+        readme = (tests.HERE / "README.md").read_text(encoding="utf-8")
+        example, = re.findall(r"(?s)```ini\n(\[DEFAULT\].*?)```", readme)
+        example = example.replace("scrypt$...", tests.HASH)
+        scan, nas = tests.parse(example)
+        self.assertEqual((scan.name, scan.login, scan.tls_min_version, nas.name, nas.login),
+                         ("scan2", "optional", "1.0", "nas", "required"))
+        file = tests.FILES.folder / "bom.ini"
+        file.write_bytes(b"\xef\xbb\xbf" + example.replace(
+            "client_secret_file = /opt/smtp-relay/accounts/graph", "client_secret = s").encode())
+        accounts = relay.AccountsFile(tests.make_config(ACCOUNTS_FILE=str(file)))
+        accounts.load()
+        self.assertEqual(len(list(accounts.accounts)), 2)
+
+
+class LayoutTests(unittest.TestCase):
+    """The file can be read from the top: each section uses only those above it."""
+
+    PURE = range(1, 10)     # sections without I/O
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.text = tests.PROGRAM.read_text(encoding="utf-8")
+        cls.tree = ast.parse(cls.text)
+        cls.starts = {int(number): cls.text[:match.start()].count("\n") + 1
+                      for match in re.finditer(r"(?m)^# §(\d+)  .*$", cls.text)
+                      for number in [match[1]]}
+
+    def section(self, line: int) -> int:
+        return max((number for number, start in self.starts.items() if start <= line), default=0)
+
+    def test_the_contents_are_the_banners(self) -> None:
+        banners = re.findall(r"(?m)^# §(\d+)  (.*)$", self.text)
+        contents = re.findall(r"(?m)^    §(\d+) +(.+?)(?:  .*)?$", ast.get_docstring(self.tree)
+                              or "")
+        self.assertEqual(contents, banners)
+        self.assertEqual([number for number, _ in banners],
+                         [str(index + 1) for index in range(len(banners))])
+
+    def test_no_section_uses_a_lower_one_and_pure_sections_do_no_io(self) -> None:
+        defined: dict[str, int] = {}
+        for node in self.tree.body:
+            names = ([node.name] if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef,
+                                                      ast.ClassDef)) else
+                     [target.id for target in ast.walk(node) if isinstance(target, ast.Name)
+                      and isinstance(target.ctx, ast.Store)])
+            for name in names:
+                defined.setdefault(name, self.section(node.lineno))
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Name):
+                section, place = self.section(node.lineno), f"{node.id} in line {node.lineno}"
+                self.assertLessEqual(defined.get(node.id, 0), section, place)
+                if section in self.PURE:
+                    self.assertNotIn(node.id, {"asyncio", "socket", "open", "os", "time",
+                                               "subprocess"}, place)
+
+    def test_no_function_is_longer_than_40_lines_and_no_line_than_92_columns(self) -> None:
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.assertLessEqual((node.end_lineno or 0) - node.lineno + 1, 40, node.name)
+        for number, line in enumerate(self.text.splitlines(), 1):
+            self.assertLessEqual(len(line), 92, f"line {number}")
+
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
+    def test_only_the_standard_library_is_imported(self) -> None:
+        for path in (tests.PROGRAM, tests.HERE / "test_relay.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                         else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+                for name in names:
+                    self.assertIn(name.split(".")[0],
+                                  {*sys.stdlib_module_names, "smtp_oauth_relay"})
+
+    def test_the_map_of_the_tests(self) -> None:
+        """Helpers, tests in the order of the docstring, long looks; banners part them."""
+        text = (tests.HERE / "test_relay.py").read_text(encoding="utf-8")
+        parts = re.split(r"(?m)^# -{70,}\n# .*\n", text)
+        self.assertEqual(len(parts), 4)
+        classes = re.compile(r"(?m)^class (\w+Tests)\b")
+        self.assertEqual([classes.findall(part) for part in parts],
+                         [[], [], re.findall(r"\b\w+Tests\b", tests.__doc__ or ""), []])
+
+
+if __name__ == "__main__":
+    unittest.main()
