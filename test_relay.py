@@ -2639,9 +2639,9 @@ class SessionTests(SessionCase):
 
     def test_every_command_in_every_situation(self) -> None:
         titles, *rows = [re.split(r"  +", line.strip()) for line in MATRIX.strip("\n").splitlines()]
-        for command, *wanted in rows:
-            command = command.format(plain=plain().decode(), empty="")
-            for situation, code in zip(titles, wanted):
+        for commands, *wanted in rows:
+            commands = commands.format(plain=plain().decode(), empty="").split(", ")
+            for command, (situation, code) in itertools.product(commands, zip(titles, wanted)):
                 with self.subTest(command, situation=situation):
                     prelude, secure = SITUATIONS[situation]
                     octets = command.encode() + b"\r\n"
