@@ -2827,7 +2827,7 @@ class RecipientTests(unittest.TestCase):
                 # A message that names the envelope stays as it is.
                 *((header, "a@x.y b@X.y", header) for header in (
                     "To: a@x.y, b@x.y\n", "To: a@x.y\nCc: b@x.y\n", "TO:A@X.Y,\n\tB@x.Y\n",
-                    "To: a@x.y\nBcc: b@x.y\n", "To: Ann <a@x.y>, \"B, the second\" <b@x.y>\n",
+                    "To: a@x.y\nBcc: b@x.y\n", 'To: Ann <a@x.y>, "B, the second" <b@x.y>\n',
                     "To: a@x.y (Ann, the first), B\n\t<b@x.y>(Bob)\n",
                     "To: Team: a@x.y, Bob <b@x.y>;\n", "To: a@x.y,, b@x.y,\n",
                     "To: undisclosed-recipients:;\nBcc: a@x.y, b@x.y\n",
@@ -2835,7 +2835,7 @@ class RecipientTests(unittest.TestCase):
                     "To: =?utf-8?Q?M=C3=BCller?= <a@x.y>, =?utf-8?B?w7w=?= <b@x.y>\n",
                     "To: M\udcfcller <a@x.y>, b@x.y\n", "To: \"a\"@x.y, b@x.y\n",
                     "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\n", "To: a@x.y\nTo: b@x.y\n",
-                    "To: a@x.y, b@x.y, a@x.y\nCc: b@x.y\n", "To: \"a; b\" < a@x.y >, b@x.y\n",
+                    "To: a@x.y, b@x.y, a@x.y\nCc: b@x.y\n", 'To: "a; b" < a@x.y >, b@x.y\n',
                     "Subject: x\n To: c@x.y\nTo: a@x.y, b@x.y\n")),
                 # Whom no field names gets into one Bcc.
                 ("To: a@x.y\n", "a@x.y h@x.y", "Bcc: h@x.y\nTo: a@x.y\n"),
@@ -3158,23 +3158,21 @@ class DraftTests(unittest.TestCase):
 
     def test_names(self) -> None:
         for parameters, wanted in (
-                ("filename=\"a b.pdf\"", "a b.pdf"),
+                *((f"filename={value}", wanted) for value, wanted in (
+                    ("\"a b.pdf\"", "a b.pdf"), ("\"\u00fc.pdf\"", "\u00fc.pdf"),
+                    ("x" * 300 + ".pdf", "x" * 251 + ".pdf"),
+                    ("\"C:\\\\scan\\\\a.pdf\"", "C:\\scan\\a.pdf"),
+                    ("\"x_.pdf\"; filename*=utf-8''x%e2%82%ac.pdf", "x\u20ac.pdf"),
+                    ('""\nContent-Type: x/y; name=a.b', "a.b"), ('"\udcfc.pdf"', "\u00fc.pdf"),
+                    # Encoded words where RFC 2047 wants none, but everybody writes them.
+                    ("\"=?utf-8?B?w7wucGRm?=\"", "\u00fc.pdf"),
+                    ("=?utf-8?B?w7w=?=.tif", "\u00fc.tif"), ('"=?utf-8?q?_a.pdf_?="', "a.pdf"),
+                    ("\"\u20ac =?utf-8?Q?=C3?= =?utf-8?Q?=BC?= C:\\users\"",
+                     "\u20ac \u00fc C:\\users"))),
                 ("filename*=UTF-8''%c3%bc%20b.pdf", "\u00fc b.pdf"),
                 ("\n filename*0*=iso-8859-1'de'%fc;\n filename*1=b.pdf", "\u00fcb.pdf"),
-                ("filename=\"=?utf-8?B?w7wucGRm?=\"", "\u00fc.pdf"),
                 ("x=y\nContent-Type: x/y; name=\"=?iso-8859-1?Q?=FC=2Epdf?=\"", "\u00fc.pdf"),
-                ("filename=\"\u00fc.pdf\"", "\u00fc.pdf"),
-                ("filename=\"\udcfc.pdf\"", "\u00fc.pdf"),
-                ("filename=\"C:\\\\scan\\\\a.pdf\"", "C:\\scan\\a.pdf"),
                 ("filename*=utf-8''a%0d%0ab%00.pdf", "a__b_.pdf"),
-                ("filename=" + "x" * 300 + ".pdf", "x" * 251 + ".pdf"),
-                ("filename=\"=?utf-8?q?_a.pdf_?=\"", "a.pdf"),
-                ("filename=\"x_.pdf\"; filename*=utf-8''x%e2%82%ac.pdf", "x\u20ac.pdf"),
-                ("filename=\"\"\nContent-Type: x/y; name=a.b", "a.b"),
-                # Encoded words where RFC 2047 wants none, but everybody writes them.
-                ("filename==?utf-8?B?w7w=?=.tif", "\u00fc.tif"),
-                ("filename=\"\u20ac =?utf-8?Q?=C3?= =?utf-8?Q?=BC?= C:\\users\"",
-                 "\u20ac \u00fc C:\\users"),
                 ("x=y", "ATT00001.txt"), ("filename*=no-such-charset''%ff", "\u00ff"),
                 # Nonsense has some name or another.
                 *((nonsense, None) for nonsense in (
@@ -3379,7 +3377,10 @@ class DraftTests(unittest.TestCase):
                 (multipart("signed", PLAIN, PDF), "is signed"),
                 (multipart("mixed", multipart("signed", PLAIN, PDF), PLAIN), "is signed"),
                 (multipart("encrypted", PLAIN, PDF), "is encrypted"),
-                ("Content-Type: application/pkcs7-mime; name=smime.p7m\n\nx", "encrypted"),
+                *((f"Content-Type: {rest}\n\nx", "encrypted") for rest in (
+                    "application/pkcs7-mime; name=smime.p7m",
+                    "Application/X-PKCS7-MIME\nContent-Disposition: attachment",
+                    "application/octet-stream; name=smime.P7Z")),
                 (multipart("alternative", PLAIN, "Content-Type: text/calendar\n\nBEGIN"),
                  "calendar invitation"),
                 (multipart("report", PLAIN, PDF), "report"), (multipart("digest", PLAIN), "digest"),
@@ -3387,9 +3388,6 @@ class DraftTests(unittest.TestCase):
                            "Disposition: attachment; filename=a.ics\n\nBEGIN"), "invitation"),
                 (multipart("mixed", PLAIN, "Content-Type: text/calendar; name=a.ics\n\nBEGIN"),
                  "invitation"),
-                ("Content-Type: Application/X-PKCS7-MIME\nContent-Disposition: attachment\n\nx",
-                 "encrypted"),
-                ("Content-Type: application/octet-stream; name=smime.P7Z\n\nx", "encrypted"),
                 (multipart("mixed", "Content-Type: application/pgp-encrypted\n\nx", PDF),
                  "encrypted"),
                 ("Content-Type: message/partial; id=x\n\nx", "a part of another"),
@@ -3400,12 +3398,11 @@ class DraftTests(unittest.TestCase):
                     "--b\n" * 500_000, "--b x\n" * 500_000, "--" * 1_000_000,
                     "--b" + " " * 3_000_000)),
                 (deep, "too many parts"), (multipart("mixed", *[PLAIN] * 251), "too many parts"),
-                ("\n" + "x" * 4_194_304, "text that is too large"),
-                ("\n" + "\u00fc" * 2_097_152, "text that is too large"),
-                ("\n" + "x" * 12_582_913, "text that is too large"),
-                ("Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 1_700_000,
-                 "text that is too large"),
-                ("Subject: x\n\n" + "\n" * 1_048_576, "text that is too large")):
+                *((message, "text that is too large") for message in (
+                    *("\n" + text for text in (
+                        "x" * 4_194_304, "\u00fc" * 2_097_152, "x" * 12_582_913)),
+                    "Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 1_700_000,
+                    "Subject: x\n\n" + "\n" * 1_048_576))):
             with self.subTest(message[:70]), self.assertRaisesRegex(relay.Unsayable,
                                                                     word) as caught:
                 take_apart(message.encode())
@@ -3488,10 +3485,10 @@ class MemoryTests(unittest.TestCase):
             file, octets = scan(size * 756_000 - len(body) * 3 // 4)
             message = crlf(multipart("mixed", body, file, header=NAMED))
             port = free_port()
-            # As in the Dockerfile: else glibc keeps up to half of a message for the next one.
+            # As in the Dockerfile: else glibc keeps up to half of a message for the next.
             with start_program(SMTP_PORT=str(port), AZURE_AUTHORITY_HOST=fake.url,
-                               GRAPH_ENDPOINT=fake.url, TLS_SOURCE="off", REQUIRE_TLS="false",
-                               LISTEN_ADDRESS="127.0.0.1",
+                               GRAPH_ENDPOINT=fake.url, TLS_SOURCE="off",
+                               REQUIRE_TLS="false", LISTEN_ADDRESS="127.0.0.1",
                                MALLOC_MMAP_THRESHOLD_="1048576") as process:
                 wait_for_line(process, "listening")
                 with Client(port) as client:
@@ -3823,8 +3820,7 @@ class HttpsTests(HangCase):
                     self.fake.url.partition("//")[2],
                     f"Basic {base64.b64encode(wanted).decode()}"))
                 self.assertEqual(proxy.asked, [])       # the connection was kept
-
-    def test_no_proxy(self) -> None:
+        # NO_PROXY counts.
         dead = "http://127.0.0.1:9"
         client = self.with_environ({"HTTPS_PROXY": dead,
                                     "NO_PROXY": self.fake.url.partition("//")[2]})
