@@ -499,7 +499,6 @@ class Answer:
     octets: bytes
 
     def __call__(self, sock: socket.socket, request: Request) -> bool:
-        """Send it."""
         sock.sendall(self.octets)
         return True
 
@@ -643,7 +642,6 @@ class Files:
             self.write(name, text)
 
     def write(self, name: str, text: str) -> str:
-        """Write a file; returns its path."""
         path = self.folder / name
         path.write_text(text)
         return str(path)
@@ -752,12 +750,10 @@ class Dialogue:
 
     @property
     def closed(self) -> bool:
-        """Whether the session has ended."""
         return bool(self.events) and isinstance(self.events[-1], relay.Close)
 
     @property
     def messages(self) -> list[bytes]:
-        """The messages that were handed over."""
         return [bytes(event.envelope.message) for event in self.events
                 if isinstance(event, relay.Deliver)]
 
@@ -892,7 +888,6 @@ class KeptLog(logging.Handler):
         self.lines.append((record.levelname, text))
 
     def find(self, word: str) -> list[tuple[str, str]]:
-        """Lines with a word."""
         return [line for line in self.lines if word in line[1].split()]
 
 
@@ -942,7 +937,6 @@ class FakeDraft:
 
     @property
     def recipients(self) -> list[str]:
-        """Whom Graph would mail."""
         return sorted(one["emailAddress"]["address"].lower()
                       for name in ("toRecipients", "ccRecipients", "bccRecipients")
                       for one in self.properties.get(name, []))
@@ -991,7 +985,6 @@ class FakeMicrosoft:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def reset(self) -> None:
-        """Forget script and records."""
         self._script.clear()
         self.requests: list[Request] = []
         self.delivered: list[Delivered] = []
@@ -1003,7 +996,6 @@ class FakeMicrosoft:
         self.arrived = threading.Semaphore(0)   # counts requests that hang
 
     def close(self) -> None:
-        """Stop."""
         self.release.set()
         self._listener.close()
         self.drop_connections()
@@ -1019,7 +1011,6 @@ class FakeMicrosoft:
         self._script[kind].extend(actions)
 
     def asked(self, kind: str) -> list[Request]:
-        """The requests of a kind."""
         return [request for request in self.requests if request.kind == kind]
 
     @property
@@ -1029,12 +1020,10 @@ class FakeMicrosoft:
 
     @property
     def sent_drafts(self) -> list[FakeDraft]:
-        """The drafts that were sent."""
         return [draft for draft in self.drafts.values() if draft.sent]
 
     @property
     def deleted(self) -> list[str]:
-        """The drafts that were deleted."""
         return [ident for ident, draft in list(self._drafts.items()) if draft.deleted]
 
     # Actions.
@@ -1118,7 +1107,6 @@ class FakeMicrosoft:
             return refusal or getattr(self, "_do_" + request.kind.replace("-", "_"))(request)
 
     def complain_unless(self, is_right: bool, about: str) -> None:
-        """Keep a complaint."""
         if not is_right:
             self.complaints.append(about)
 
@@ -1343,7 +1331,6 @@ class Running:
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def wait(self) -> None:
-        """Wait for its end."""
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
             raise AssertionError("the relay does not stop")
@@ -1355,7 +1342,6 @@ class Running:
         return waiting
 
     def stop(self) -> None:
-        """Stop it."""
         self.begin_stop()
         self.wait()
 
@@ -1423,14 +1409,12 @@ class RelayCase(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        """Start both."""
         cls.fake = FakeMicrosoft()
         cls.running = Running(cls.config(**{"UPSTREAM_TIMEOUT": "3", "CLIENT_TIMEOUT": "20",
                                           **cls.settings}))
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
-        """Settings for a relay in front of the fake."""
         return make_config(**{"SMTP_PORT": "0", "AZURE_AUTHORITY_HOST": cls.fake.url,
                               "GRAPH_ENDPOINT": cls.fake.url, "SERVER_NAME": "relay.test",
                               **settings})
@@ -1460,7 +1444,6 @@ class RelayCase(unittest.TestCase):
         self.running.ask(self.running.relay._graph._resume_at._values.clear)
 
     def connect(self, running: Running | None = None) -> Client:
-        """Connect and say EHLO."""
         return self.come_from("127.0.0.1", running)
 
     def come_from(self, address: str, running: Running | None = None) -> Client:
@@ -1471,20 +1454,17 @@ class RelayCase(unittest.TestCase):
         return client
 
     def another(self, **settings: str) -> Running:
-        """Start another relay with other settings."""
         running = Running(self.config(**{**self.settings, **settings}))
         self.addCleanup(running.stop)
         return running
 
     def log_in(self, user: str = USER, password: str | None = None,
                running: Running | None = None) -> str:
-        """Log in on a new connection; returns the reply."""
         (running or self.running).forget_failures()
         return self.connect(running).log_in(user, self.password if password is None else password)
 
     def logged_in(self, user: str = USER, password: str | None = None,
                   running: Running | None = None) -> Client:
-        """Connect and log in."""
         client = self.connect(running)
         self.assertReply(client.log_in(user, self.password if password is None else password),
                          "235 2.7.0")
@@ -1540,23 +1520,19 @@ class AccountCase(RelayCase):
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
-        """Settings with the accounts of the class."""
         if "ACCOUNTS_FILE" not in settings:
             settings["ACCOUNTS_FILE"] = FILES.write(f"{cls.__name__}.ini", cls.accounts)
         return super().config(AZURE_POD_IDENTITY_AUTHORITY_HOST=cls.fake.url, **settings)
 
     def log_in(self, user: str = USER, password: str | None = PASSWORD,
                running: Running | None = None) -> str:
-        """Log in on a new connection; returns the reply."""
         return super().log_in(user, password, running)
 
     def logged_in_as(self, user: str, password: str = PASSWORD,
                      running: Running | None = None) -> Client:
-        """Connect and log in with an account."""
         return self.logged_in(user, password, running)
 
     def with_accounts(self, accounts: str, **settings: str) -> Running:
-        """Start another relay with other accounts."""
         return self.another(ACCOUNTS_FILE=FILES.write(f"{self.id()}.ini", accounts), **settings)
 
 
@@ -1761,7 +1737,6 @@ class TlsCase(RelayCase):
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
-        """Settings for a relay with TLS in front of the fake."""
         port = free_port()
         return super().config(**{
             "TLS_SOURCE": "file", "REQUIRE_TLS": "true", "SMTPS_PORT": str(port),
@@ -1836,7 +1811,6 @@ class Watched:
         return sum(words in line for line in self.log)
 
     def descriptors(self) -> int:
-        """How many descriptors it has."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def left(self) -> int:
@@ -1913,11 +1887,9 @@ class Waiting:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether nothing has come yet."""
         return self._thread.is_alive()
 
     def hear(self) -> str:
-        """Wait for the reply."""
         self._thread.join(2 * PATIENCE)
         return self.reply
 
@@ -2038,7 +2010,6 @@ class Stuck:
         return self._real(*arguments, **options)
 
     def wait(self, number: int) -> None:
-        """Wait until so many hang."""
         for _ in range(number):
             if not self.arrived.acquire(timeout=PATIENCE):
                 raise AssertionError("too few hang")
