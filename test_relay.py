@@ -2577,6 +2577,7 @@ MATRIX = """
     MAIL FROM:<a@b.c>                    530    530    530    250    503    503
     MAIL                                 530    530    530    501    503    503
     RCPT TO:<d@e.f>                      503    503    503    503    250    250
+    RCPT TO:<d@e.f> A=B                  503    503    503    503    555    555
     RCPT                                 503    503    503    503    501    501
     DATA                                 503    503    503    503    503    354
     DATA now                             503    503    503    503    503    501
@@ -6488,6 +6489,7 @@ class SpoolStartTests(SpoolCase):
              [b"s"]),
             # while it was moved to failed/, or from there
             ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "set-aside", []),
+            ({"queue/ID.eml": eml, "failed/ID.json": state}, "failed", "listening", []),
             # damaged, or not the state of this message
             ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "set-aside", []),
             ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "set-aside", []),
