@@ -1585,7 +1585,7 @@ def cost_of(reply: Reply) -> int:
     """Weigh a reply by MAX_COST: the third failed login ends a session, the tenth error,
     the hundredth command. What leads to a message is free, refused recipients too.
     """
-    if reply.code in (334, 354, 452, 550) or reply.status == "2.1.5":
+    if reply.code in (220, 334, 354, 452, 550) or reply.status == "2.1.5":
         return 0
     if reply.code == 535:
         return 34

@@ -2646,6 +2646,8 @@ class SessionTests(SessionCase):
                                  [250, 235, *wanted])
                 self.assertLessEqual(logged.count(("!", 500)), 1)
                 self.assertEqual(("!", 500) in logged, 500 in wanted)
+        self.assertSays(b"NOOP\r\n" * 98 + b"STARTTLS\r\n", *[250] * 98, 220,
+                        prelude=b"EHLO x\r\n", secure=False)
 
     def test_mail_parameters(self) -> None:
         for reply, *rows in (
@@ -8582,7 +8584,7 @@ class Model:
     def reply(self, *wanted: int, what: object = "") -> int:
         """Take a reply; a session that gets nowhere is told so in one more."""
         code, lines = self.take(what, *wanted)
-        if code not in (334, 354, 421, 452, 550) and not lines[0].startswith("2.1.5 "):
+        if code not in (220, 334, 354, 421, 452, 550) and not lines[0].startswith("2.1.5 "):
             self.cost += 34 if code == 535 else 10 if 500 <= code < 550 or code in (553, 555) else 1
         if self.cost >= 100:
             self.take("no progress", 421)
