@@ -133,13 +133,12 @@ class Reply(NamedTuple):
     """A reply to a client; lines of `text` are separated by LF.
 
     `status` is the enhanced status code (RFC 3463), or "" where RFC 2034 wants none.
-    After one with `close` the connection ends.
     """
 
     code: int
     status: str
     text: str
-    close: bool = False
+    close: bool = False     # the connection ends after it
 
     def __bytes__(self) -> bytes:
         lines = [harmless(f"{self.status} {line}" if self.status else line).encode()
@@ -1086,9 +1085,8 @@ def lookup_name(username: str, delimiter: str) -> str | None:
 def parse_username(username: str, delimiter: str) -> tuple[str, str]:
     """Read "tenant@client" as the two. Raises AuthError.
 
-    Each is a UUID or the 22 characters of its base64url form; the tenant may also be one
-    of its domains. What follows a dot behind the delimiter is ignored, for devices that
-    want an e-mail address.
+    Each is a UUID or its 22 characters in base64url; the tenant may also be a domain. What
+    follows a dot after the delimiter is ignored: some devices want an e-mail address.
     """
     tenant, _, client = username.partition(delimiter)
     try:
@@ -1715,6 +1713,7 @@ _LOOSE_AUTHOR = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
 _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "invalid", "lan",
                             "local", "localdomain", "localhost", "test"})
 
+ENCODE_AT_ONCE = 58_368         # octets, a multiple of 3: no piece but the last is padded
 MAX_HEADER = 1_048_576          # octets
 MAX_ADDRESSES = 262_144         # octets of one field; 500 mailboxes have 160,000
 MAX_HEADER_LINES = 10_000
@@ -1967,9 +1966,12 @@ class Prepared:
         """Octets."""
         return len(self.header) + len(self.body)
 
-    def as_base64(self) -> bytes:
-        """Encode the message, as sendMail wants it."""
-        return base64.b64encode(b"".join([self.header, self.body]))
+    def as_base64(self) -> Iterator[bytes]:
+        """Encode the message in pieces, as sendMail wants it."""
+        begin = ENCODE_AT_ONCE - len(self.header) % 3
+        yield base64.b64encode(self.header + bytes(self.body[:begin]))
+        for start in range(begin, len(self.body), ENCODE_AT_ONCE):
+            yield base64.b64encode(self.body[start:start + ENCODE_AT_ONCE])
 
 
 def prepare(envelope: Envelope, options: MessageOptions, login: str) -> Prepared:
@@ -2470,10 +2472,9 @@ class HttpResponse:
 
 
 def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
-    """Return an access token, and for how many seconds it may be used, from the answer of
-    Entra or of a managed identity; `now` is Unix time.
+    """Return an access token, and for how many seconds it may be used.
 
-    Raises AuthError if it refuses, TemporaryError otherwise.
+    Raises AuthError if it is refused, TemporaryError otherwise. `now` is Unix time.
     """
     answer = response.json()
     token = answer.get("access_token")
@@ -2861,6 +2862,7 @@ KEPT_CONNECTIONS = 100          # for one host
 REST_OF_202 = 1.0               # seconds for the end of a 202 without a body
 GRACE = 2.0                     # seconds past a deadline for a slow machine
 IDLE_THREAD = 10.0              # seconds until an idle thread ends
+Body = Union[bytes, Callable[[], Union[bytes, Iterator[bytes]]]]
 
 
 class NoAnswer(TemporaryError):
@@ -2884,7 +2886,7 @@ class HttpRequest:
     method: str
     url: str = field(repr=False)        # may hold a secret
     headers: Mapping[str, str] = field(repr=False)
-    body: bytes | Callable[[], bytes] = field(default=b"", repr=False)
+    body: Body = field(default=b"", repr=False)
     most: int = MAX_ANSWER              # octets of the answer that are read
 
 
@@ -3078,8 +3080,7 @@ class HttpPool:
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
         """Send a request. Raises NoAnswer.
 
-        The request is sent again only if a kept connection turns out closed before all of
-        it was written: in any other case the server may have received it.
+        It is sent again only if a kept connection was closed before all of it was written.
         """
         base = _base(request.url)
         try:
@@ -3790,7 +3791,9 @@ class Graph:
                 if message.draft:
                     return await self._send_draft(errand, message.draft)
                 return await self._ask(errand, Step.SEND, self._request(
-                    errand, "sendMail", message.prepared.as_base64, kind="text/plain"))
+                    errand, "sendMail", message.prepared.as_base64, headers={
+                        "Content-Type": "text/plain",
+                        "Content-Length": str((message.prepared.size + 2) // 3 * 4)}))
             except TimeoutError as error:       # of a thread that decodes a file
                 raise NoAnswer(error) from None
 
@@ -3868,14 +3871,14 @@ class Graph:
 
     # Requests.
 
-    def _request(self, errand: Errand, path: str,
-                 body: bytes | Callable[[], bytes] = b"", *, method: str = "POST",
-                 kind: str = "application/json", most: int = MAX_ANSWER) -> HttpRequest:
+    def _request(self, errand: Errand, path: str, body: Body = b"", *, method: str = "POST",
+                 headers: Any = (), most: int = MAX_ANSWER) -> HttpRequest:
         mailbox = urllib.parse.quote(errand.mailbox, safe="")
         return HttpRequest(
             method, f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",
-            {**({"Content-Type": kind} if body else {}), "Accept": "application/json",
-             "User-Agent": USER_AGENT, "client-request-id": errand.ident}, body, most)
+            {**({"Content-Type": "application/json"} if body else {}),
+             "Accept": "application/json", "User-Agent": USER_AGENT,
+             "client-request-id": errand.ident, **dict(headers)}, body, most)
 
     async def _ask(self, errand: Errand, step: Step, request: HttpRequest) -> HttpResponse:
         """Send a request until it succeeds. Raises RelayError."""
@@ -4565,8 +4568,7 @@ def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, f
 def pfx_to_pem(pfx: bytes) -> bytes:
     """Convert a PKCS#12 file without a password to PEM: key, certificate, chain.
 
-    The ssl module cannot read PKCS#12, so this runs the openssl command. Nothing is
-    written to the disk. Raises ValueError.
+    The ssl module cannot, so openssl does. Nothing is on the disk. Raises ValueError.
     """
     for legacy in ["-legacy"], []:      # OpenSSL 3 needs it for RC2; 1.1 does not know it
         command = ["openssl", "pkcs12", "-nodes", "-passin", "pass:", *legacy]
@@ -4685,9 +4687,7 @@ class DuplicateGuard:
     @contextlib.asynccontextmanager
     async def claim(self, digest: bytes,
                     deadline: float) -> AsyncIterator[tuple[str, str] | None]:
-        """Wait until no other client sends the same message, then yield the id and the
-        reply with which it was accepted before, or None. Raises TemporaryError.
-        """
+        """Wait for others with this message; yield id and reply if accepted, or None."""
         while digest in self._under_way:
             if not await done_by(deadline, self._under_way[digest]):
                 raise TemporaryError("The same message is on its way; try again later", 451,

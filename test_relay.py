@@ -2527,8 +2527,8 @@ require_tls = true
                       ("", CLIENT, "", "/t"), (TENANT, "", "s", "/t")))):
             config = make_config(AZURE_TENANT_ID=tenant, AZURE_CLIENT_ID=client,
                                  AZURE_CLIENT_SECRET=secret, AZURE_FEDERATED_TOKEN_FILE=file)
-            self.assertEqual(relay.own_application(config),
-                             relay.Application(*wanted, is_ours=True))
+            self.assertEqual(dataclasses.astuple(relay.own_application(config)),
+                             (*wanted, True))
 
 
 class UsernameTests(unittest.TestCase):
@@ -4028,8 +4028,8 @@ TRANSIENT = (
     response(502), response(504, aadsts(7000215, "invalid_client")),
     response(400, aadsts(50196, "invalid_grant")), response(400, aadsts(90055, "x")),
     response(400, aadsts(1, "server_error")), response(401, b""), response(401, b"<html>"),
-    *(response(400, body) for body in (
-        b'{"error":"invalid_cl', {"error": {"code": "x"}}, {"error": None}, [])),
+    *(response(400, body) for body in list[Any]((
+        b'{"error":"invalid_cl', {"error": {"code": "x"}}, {"error": None}, []))),
     response(403, b"null"), response(200, b""), response(200, {}),
     *(response(200, {"access_token": one}) for one in ("", None, 5, "a b", "a\r\nX: y")),
     response(200, b'{"access_token": "abc'), response(200, b"[" * 100_000),
