@@ -2472,9 +2472,8 @@ class HttpResponse:
 
 
 def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
-    """Return an access token, and for how many seconds it may be used.
-
-    Raises AuthError if it is refused, TemporaryError otherwise. `now` is Unix time.
+    """Return an access token, and for how many seconds after `now`, Unix time, it is good.
+    Raises AuthError if it is refused, TemporaryError otherwise.
     """
     answer = response.json()
     token = answer.get("access_token")
@@ -3078,10 +3077,7 @@ class HttpPool:
                          ] = collections.defaultdict(list)
 
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
-        """Send a request. Raises NoAnswer.
-
-        It is sent again only if a kept connection was closed before all of it was written.
-        """
+        """Send a request; again only if a kept connection ended first. Raises NoAnswer."""
         base = _base(request.url)
         try:
             kept = self._take(base)
@@ -3602,11 +3598,9 @@ class Failures:
         return [one for one in times if self._clock() < one + FAILURES_LAST]
 
 
-def _site(address: IpAddress | None) -> object:
-    """Whoever has an IPv6 address has all of its /64."""
-    if isinstance(address, ipaddress.IPv6Address):
-        return ipaddress.ip_network((address, 64), strict=False)
-    return address
+def _site(address: IpAddress | None) -> bytes:
+    """Whoever has an IPv6 address has all of its /64; an IPv4 address has 4 octets."""
+    return address.packed[:8] if address else b""
 
 
 class Directory:
@@ -4993,14 +4987,19 @@ class Connection:
         if self._progress != self._session.progress:
             self._progress = self._session.progress
             self._deadline = time.monotonic() + self._timeout
+        # wait_for() would make a task for each read.
+        timer = asyncio.get_running_loop().call_later(
+            self._deadline - time.monotonic(), self._time_out)
         try:
-            octets = await asyncio.wait_for(self._reader.read(READ_SIZE),
-                                            self._deadline - time.monotonic())
-        except asyncio.TimeoutError:
-            self._session.end(Reply(421, "4.4.2", "Waited too long for you; goodbye"),
-                              "timed out")
-            return
-        self._session.receive(octets)
+            self._session.receive(await self._reader.read(READ_SIZE))
+        finally:
+            timer.cancel()
+
+    def _time_out(self) -> None:
+        self._session.end(Reply(421, "4.4.2", "Waited too long for you; goodbye"),
+                          "timed out")
+        self._writer.transport.pause_reading()      # type: ignore[attr-defined]
+        self._reader.feed_eof()                     # after it, data would be a fault
 
     async def _start_tls(self) -> None:
         """Do the handshake. Raises OSError.
@@ -5132,14 +5131,15 @@ class Server:
                   port=writer.get_extra_info("sockname")[1],
                   account=guest.account.name if guest else None)
 
-    def _find_problem(self, site: object, file: int) -> str:
+    def _find_problem(self, site: bytes, file: int) -> str:
         config = self._relay.config
         if file >= self._client_files:
             return "Too many connections for the limit of open files"
         if len(self._connections) >= config.max_connections:
             return "Too many connections"
-        neighbours = sum(connection.site == site for connection in self._connections)
-        if neighbours >= config.max_connections_per_client:
+        most = config.max_connections_per_client
+        if len(self._connections) >= most <= sum(
+                connection.site == site for connection in self._connections):
             return "Too many connections from your address"
         return ""
 
