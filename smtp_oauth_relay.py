@@ -662,7 +662,7 @@ _LET_DIG = rf"[^\x00-/:-@\[-`{{-~{_NO_UTF8}]"
 _LDH = rf"[^\x00-,./:-@\[-`{{-~{_NO_UTF8}]"
 _SUB_DOMAIN = rf"{_LET_DIG}(?:{_LDH}*{_LET_DIG})?"
 _DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
-_LITERAL = r"\[[!-Z^-~]+\]"
+_LITERAL = r"\[[0-9A-Za-z.:-]+\]"
 _MAILBOX = rf"(?:{_DOT_STRING}|{_QUOTED_STRING})@(?:{_DOMAIN}|{_LITERAL})"
 _ROUTE = rf"@{_DOMAIN}(?:,@{_DOMAIN})*:"
 
@@ -2472,9 +2472,7 @@ class HttpResponse:
 
 
 def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
-    """Return an access token, and for how many seconds after `now`, Unix time, it is good.
-    Raises AuthError if it is refused, TemporaryError otherwise.
-    """
+    """Return a token and its seconds from `now`. Raises AuthError and TemporaryError."""
     answer = response.json()
     token = answer.get("access_token")
     if response.status == 200 and isinstance(token, str) and re.fullmatch("[!-~]+", token):
@@ -2501,9 +2499,7 @@ def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, fl
 
 
 def read_tenant_id(token: str) -> str:
-    """Return the tenant's ID (tid) in an access token, or "". It is good for keys only,
-    because Microsoft does not promise the format.
-    """
+    """Return a token's tenant (tid) or "": for keys only, as no format is promised."""
     try:
         claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
         return decode_uuid(claims["tid"]) or ""
@@ -3044,8 +3040,10 @@ def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
 
 def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
          deadline: float) -> http.client.HTTPResponse:
-    body = request.body() if callable(request.body) else request.body
-    connection.sock.settimeout(time_left(deadline))
+    body, sock = request.body() if callable(request.body) else request.body, connection.sock
+    if not isinstance(body, bytes):     # each piece has but the time that is left
+        body = (sock.settimeout(time_left(deadline)) or piece for piece in body)
+    sock.settimeout(time_left(deadline))
     _set_deadline(connection, deadline)
     problem = ""
     try:
@@ -3900,7 +3898,7 @@ class Graph:
                 continue
             pause = _pause(response)
             if pause > self.held_for(errand.key):
-                self._resume_at.put(errand.key, time.monotonic() + pause, pause)
+                self._resume_at.put(self._key(errand.key), time.monotonic() + pause, pause)
             if response.status == 404 and step in (Step.ATTACH, Step.SEND_DRAFT):
                 pause = next(delays, 0.0)
             if not pause or time.monotonic() + pause >= errand.latest:
@@ -3998,9 +3996,10 @@ class QueueFiles:
             for source in (path.with_suffix(".eml"), path):
                 with contextlib.suppress(FileNotFoundError):
                     _move(source, self.failed)
+        failed = {path.name for path in self.failed.iterdir()}
         for path in self.queue.iterdir():
             is_orphan = path.suffix == ".eml" and not path.with_suffix(".json").exists()
-            if is_orphan and (self.failed / f"{path.stem}.json").exists():
+            if is_orphan and f"{path.stem}.json" in failed and path.name not in failed:
                 _move(path, self.failed)        # `spool retry` while a relay started
             elif is_orphan or path.suffix == ".tmp":
                 log_event(logging.WARNING, path.stem, "removed", file=path,
@@ -4061,7 +4060,7 @@ class QueueFiles:
                         self._used += path.stat().st_size
             if self._used + message.size > self._max_bytes and not message.is_bounce:
                 raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
-            self._used += message.size
+            self._used += message.size + len(str(message))      # with its .json
 
     def note(self, path: pathlib.Path, message: QueuedMessage) -> None:
         """Write down the state of a message. Raises FileNotFoundError if it was deleted."""
@@ -4222,15 +4221,17 @@ class QueueManager:
             pause = self._graph.held_for(message.key) or backoff(1)
             message.next_attempt_at = time.time() + pause
         deadline = time.monotonic() + DISK_TIMEOUT      # add() keeps it, unless it hangs
+        given_up = threading.Event()    # not the future, which would hold itself and parts
         try:
-            stored = in_thread(lambda: self._files.add(message, parts, deadline,
-                                                       lambda: stored.cancelled()))
-            await in_time(deadline + GRACE, stored)
+            await in_time(deadline + GRACE, in_thread(functools.partial(
+                self._files.add, message, parts, deadline, given_up.is_set)))
         except OSError as error:
             raise TemporaryError("The message cannot be queued now; try again later", 452,
                                  "4.3.1", level=logging.ERROR, facts={
                                      "spool": error.strerror or str(error)}) from None
-        self._admit(message, pause)
+        finally:
+            given_up.set()
+        self._admit(message, pause).messages[message.id] = message
         if application and not application.is_ours:
             self._applications.setdefault(message.key[:2], application)
 
@@ -4664,8 +4665,7 @@ class DuplicateGuard:
         """Remember messages for `window` seconds; 0 disables the guard."""
         self._window = window
         self._under_way: dict[bytes, asyncio.Future[None]] = {}
-        self._accepted: Cache[bytes, tuple[str, str]] = Cache(      # id and reply
-            clock, MAX_REMEMBERED)
+        self._accepted: Cache[bytes, tuple[str, str]] = Cache(clock, MAX_REMEMBERED)
 
     def digest(self, login: Login, envelope: Envelope, header: bytes) -> bytes:
         """Hash account, envelope and content; return b"" for an unrecognizable message."""
