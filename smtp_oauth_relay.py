@@ -4060,7 +4060,7 @@ class QueueFiles:
                         self._used += path.stat().st_size
             if self._used + message.size > self._max_bytes and not message.is_bounce:
                 raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
-            self._used += message.size + len(str(message))      # with its .json
+            self._used += message.size + len(json.dumps(vars(message)))
 
     def note(self, path: pathlib.Path, message: QueuedMessage) -> None:
         """Write down the state of a message. Raises FileNotFoundError if it was deleted."""

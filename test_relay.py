@@ -350,7 +350,6 @@ class Request(NamedTuple):
 
     @property
     def form(self) -> dict[str, str]:
-        """The fields of a form."""
         return dict(urllib.parse.parse_qsl(self.body.decode()))
 
 
@@ -881,7 +880,6 @@ class KeptLog(logging.Handler):
         self.lines: list[tuple[str, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line, with its traceback."""
         text = record.getMessage()
         if record.exc_info:
             text += logging.Formatter().formatException(record.exc_info)
@@ -1015,7 +1013,6 @@ class FakeMicrosoft:
 
     @property
     def drafts(self) -> dict[str, FakeDraft]:
-        """The drafts that were not deleted."""
         return {ident: draft for ident, draft in list(self._drafts.items()) if not draft.deleted}
 
     @property
@@ -1039,15 +1036,12 @@ class FakeMicrosoft:
         return False
 
     def say_and_hang(self, octets: bytes) -> Action:
-        """Send octets, then nothing."""
         return lambda sock, request: utter(octets)(sock, request) or self.hang(sock, request)
 
     def hang_then(self, action: Action) -> Action:
-        """Do an action when `release` is set."""
         return lambda sock, request: self.hang(sock, request) or action(sock, request)
 
     def expire(self, sock: socket.socket, request: Request) -> bool:
-        """Forget the token, and say so."""
         self._tokens.pop(request.headers["authorization"].partition(" ")[2], None)
         return graph_says(401, "InvalidAuthenticationToken")(sock, request)
 
@@ -1101,7 +1095,6 @@ class FakeMicrosoft:
     # What Microsoft answers. A complaint is about what it may take, but the relay must not do.
 
     def answer(self, request: Request) -> Answer:
-        """Do what is asked, or refuse it."""
         with self._lock:
             refusal = self._refuse(request) if request.kind in GRAPH else None
             return refusal or getattr(self, "_do_" + request.kind.replace("-", "_"))(request)
@@ -1127,7 +1120,6 @@ class FakeMicrosoft:
                    content_type="application/json")
 
     def make_token(self, resource: str) -> str:
-        """Return a new token for a resource."""
         token = f"token-{next(self._numbers)}"
         self._tokens[token] = resource
         return token
@@ -1358,7 +1350,6 @@ class Client(smtplib.SMTP):
         return f"{code} {text.decode()}"
 
     def log_in(self, user: str = USER, password: str = "secret") -> str:
-        """Say AUTH PLAIN; returns the reply."""
         return self.say(f"AUTH PLAIN {plain(user, password).decode()}")
 
     def post(self, message: bytes = SIMPLE, sender: str = SENDER,
@@ -1471,7 +1462,6 @@ class RelayCase(unittest.TestCase):
         return client
 
     def begun(self, running: Running | None = None) -> Client:
-        """Connect, log in, and begin a message."""
         client = self.logged_in(running=running)
         for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
             client.docmd(line)
@@ -1694,7 +1684,6 @@ class SpoolCase(RelayCase):
                 for path in self.queue.glob("*.eml")}
 
     def waiting(self) -> list[str]:
-        """What waits, by ID."""
         return sorted(path.stem for path in self.queue.glob("*.json"))
 
     def only(self, folder: str = "queue") -> tuple[pathlib.Path, Any]:
@@ -1713,7 +1702,6 @@ class SpoolCase(RelayCase):
             self.fake.will("send", *actions)
 
     def subjects(self) -> list[bytes]:
-        """What was delivered, in its order."""
         return [re.search(rb"(?m)^Subject: (.*)\r$", one.message)[1] for one in self.fake.delivered]
 
     def age(self, path: pathlib.Path) -> None:
@@ -1744,14 +1732,12 @@ class TlsCase(RelayCase):
             **settings})
 
     def raw(self, *, smtps: bool = False) -> socket.socket:
-        """Connect without a word."""
         port = self.running._config.smtps_port if smtps else self.running.port
         sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self.addCleanup(sock.close)
         return sock
 
     def read(self, sock: socket.socket) -> bytes:
-        """Read to the end of the connection."""
         octets = b""
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             while part := sock.recv(65536):
@@ -1778,7 +1764,6 @@ class TlsCase(RelayCase):
         return sock
 
     def read_until(self, sock: socket.socket, end: bytes) -> bytes:
-        """Read until something has come."""
         octets = b""
         while end not in octets:
             part = sock.recv(65536)
@@ -1835,12 +1820,10 @@ class Watched:
         pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     def processor(self) -> float:
-        """The seconds of the processor that it took."""
         stat = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text()
         return sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def allow_descriptors(self, number: int) -> None:
-        """Let it have so many descriptors."""
         _, hard = relay.resource.prlimit(self.process.pid, relay.resource.RLIMIT_NOFILE)
         relay.resource.prlimit(self.process.pid, relay.resource.RLIMIT_NOFILE, (number, hard))
 
@@ -1947,7 +1930,6 @@ class HangCase(RelayCase):
     """Waits have an end, and nothing is left of them."""
 
     def tearDown(self) -> None:
-        """See that no thread is left."""
         self.doCleanups()
         wait_for(lambda: not calls_under_way())
 
@@ -1969,7 +1951,6 @@ class HangCase(RelayCase):
 
     def served(self, running: Running, password: str, sender: str = "other@example.com",
                message: bytes = SIMPLE) -> None:
-        """See that somebody else is served."""
         client = self.connect(running)
         self.assertEqual(client.log_in(password=password)[:9], "235 2.7.0")
         self.assertEqual(client.post_octets(message, sender, ["a@x.y"])[:9], "250 2.0.0")
@@ -2003,7 +1984,6 @@ class Stuck:
         setattr(self._module, self._name, self._real)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Do it, sooner or later."""
         if self.is_on and self._should(*arguments):
             self.arrived.release()
             self.released.wait(HANGING)
@@ -6040,6 +6020,18 @@ class FailedTests(SpoolCase):
         wait_for(lambda: not path.exists())
         self.assertTrue(self.only()[1].is_bounce)
 
+    def test_a_second_notice_takes_the_place_of_the_first(self) -> None:
+        running, sizes = self.start(), []
+        self.rest_long()
+        spool = running.relay.spool
+        for size in (11, 12):
+            message = make_message(size=size, queued_at=time.time())
+            asyncio.run_coroutine_threadsafe(
+                spool.put(message, [b"x" * size]), running._loop).result(PATIENCE)
+            sizes += [one.size for mailbox in spool._mailboxes.values()
+                      for one in mailbox.messages.values()]
+        self.assertEqual(sizes, [11, 12])
+
     def test_files_that_somebody_has_removed(self) -> None:
         running = self.start()
         self.be_down()
@@ -6207,12 +6199,31 @@ class FullSpoolTests(SpoolCase):
 
     def test_the_folder_is_not_counted_for_each_message(self) -> None:
         """That would take long where many wait."""
-        client = self.log_in_to(self.start())
+        running = self.start()
+        client = self.log_in_to(running)
         self.be_down()
         with unittest.mock.patch.object(pathlib.Path, "glob", autospec=True,
                                         side_effect=pathlib.Path.glob) as glob:
             self.enqueue(client, *"abc")
         self.assertEqual(glob.call_count, 1)
+        self.assertGreaterEqual(running.relay.spool._files._used, sum(      # with the states
+            path.stat().st_size for path in self.queue.iterdir()))
+
+    def test_a_message_that_cannot_be_stored_is_not_held(self) -> None:
+        spool = self.start(SPOOL_MAX_BYTES="1000").relay.spool
+
+        class Octets(bytearray):
+            pass
+
+        async def put() -> Any:
+            octets = Octets(5000)
+            with self.assertRaises(relay.TemporaryError):
+                await spool.put(make_message(size=5000), [octets])
+            return weakref.ref(octets)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        held = asyncio.run(put())
+        wait_for(lambda: held() is None, 2)
 
     def test_a_message_that_is_cut_off_while_it_is_stored(self) -> None:
         """Its client hears 421: so it must not stay."""
@@ -6343,14 +6354,15 @@ from_email = scan@example.com
         claims = base64.urlsafe_b64encode(json.dumps({"tid": TENANT}).encode()).decode()
         token = f"e30.{claims.rstrip('=')}.x"
         self.fake._tokens[token] = self.fake.url
-        self.fake.will("token", say(200, {"access_token": token, "expires_in": 3599}))
+        self.fake.will("token", *[say(200, {"access_token": token, "expires_in": 3599})] * 2)
         message = b"Message-ID: <1@x.y>\r\nDate: Sat, 28 Nov 2026 03:00:00 +0000\r\n" + SIMPLE
         for _ in range(2):
             client = self.logged_in_as("scanner8", running=running)
             self.assertReply(client.post(message), "250 2.0.0")
         self.assertEqual(len(self.fake.delivered), 1)
         self.rest_long()
-        self.be_down(say(429, retry_after="1000"))
+        self.fake.will("send", say(429, retry_after="1000"))
+        running.ask(running.relay._tokens._tenants._values.clear)   # as after a start
         self.enqueue(client)
         mailbox, = running.relay.spool._mailboxes.values()
         self.assertGreater(mailbox.resume_at, time.monotonic() + 900)
@@ -6492,6 +6504,8 @@ class SpoolStartTests(SpoolCase):
             # while it was moved to failed/, or from there
             ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "set-aside", []),
             ({"queue/ID.eml": eml, "failed/ID.json": state}, "failed", "listening", []),
+            ({"queue/ID.eml": b"x", "failed/ID.json": state, "failed/ID.eml": eml}, "failed",
+             "removed", []),
             # damaged, or not the state of this message
             ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "set-aside", []),
             ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "set-aside", []),
@@ -8385,7 +8399,6 @@ login = optional
             SPOOL_DIRECTORY=str(self.folder), ACCOUNTS_FILE=self.accounts)
 
     def post(self, dead: threading.Event) -> None:
-        """Send messages until the relay is dead."""
         while not dead.is_set():
             try:
                 with Client(self.port) as client:
@@ -8396,7 +8409,6 @@ login = optional
                 dead.wait(0.005)                # it has not begun, or is killed
 
     def post_one(self, client: Client) -> None:
-        """Send one, and note what is said."""
         with self.fake._lock:
             self.sent += 1
             subject = f"m{self.sent}"
@@ -8407,7 +8419,6 @@ login = optional
             self.accepted[subject] = reply
 
     def kill(self) -> None:
-        """One life of the relay."""
         dead = threading.Event()
         senders = [threading.Thread(target=self.post, args=(dead,)) for _ in range(3)]
         is_exact = self.fate.random() < 0.6
@@ -8456,7 +8467,6 @@ login = optional
         return self.judge(times)
 
     def judge(self, times: int) -> str:
-        """See whether the laws hold."""
         lives = collections.Counter(subject for subject, _ in self.arrived)
         lost = sorted(self.accepted.keys() - lives.keys())
         twice = [one for one, count in self.arrived.items() if count > 1]
@@ -8507,7 +8517,6 @@ class Decisions:
         self.asked: collections.Counter[str] = collections.Counter()
 
     def __call__(self, session: relay.Session, event: relay.Event) -> None:
-        """Answer an event."""
         kind = type(event).__name__
         number, self.asked[kind] = self.asked[kind] % 50, self.asked[kind] + 1
         code = (self.logins if kind == "Authenticate" else self.messages)[number]
@@ -9187,7 +9196,6 @@ class FaultyMicrosoft(FakeMicrosoft):
         super().__init__()
 
     def accept(self, sock: socket.socket, request: Request) -> bool:
-        """Do what is planned, or what Microsoft does."""
         self.requests.clear()           # they would add up
         self.delivered.clear()
         arrived = time.monotonic()
@@ -9243,7 +9251,6 @@ class FaultyMicrosoft(FakeMicrosoft):
         return answer
 
     def _marker(self, request: Request) -> str:
-        """Find which message a request is about."""
         octets = request.body
         if request.kind == "send":
             octets = base64.b64decode(octets[:8000])
@@ -9272,7 +9279,6 @@ class FaultyMicrosoft(FakeMicrosoft):
 
     @property
     def left_drafts(self) -> int:
-        """How many drafts are neither sent nor deleted."""
         return sum(not draft.sent for draft in self.drafts.values())
 
 
@@ -9331,7 +9337,6 @@ class Traffic:
         return story
 
     def visit(self, visitor: Visitor) -> None:
-        """Let a visitor come and go."""
         problem = ""
         try:
             visitor.run()
@@ -9390,7 +9395,6 @@ class Visitor:
                  "large" if traffic.with_uploads else "plain"), (30, 25, 10, 25, 6, 2, 1))[0]
 
     def run(self) -> None:
-        """Connect, and do it."""
         options: dict[str, Any] = {}
         if IS_LINUX:
             options["source_address"] = (
@@ -9547,7 +9551,6 @@ class Visitor:
                 "DATA"]
 
     def send(self, client: Client, octets: bytes) -> None:
-        """Send octets in random pieces."""
         cuts = sorted(self.chance.randrange(len(octets) + 1)
                       for _ in range(self.chance.choice((0, 0, 1, 5))))
         for begin, end in zip([0, *cuts], [*cuts, len(octets)]):
@@ -9748,7 +9751,6 @@ class Soak:
                 self.traffic.problems.append(problem)
 
     def left(self) -> list[str]:
-        """Say what is in the spool."""
         return [path.read_text(errors="replace")[:2000] for path in self.spool.glob("*/*")]
 
     def growth(self) -> list[str]:
@@ -9857,7 +9859,6 @@ class Result(unittest.TextTestResult):
     """A result that takes over those of other processes, where tests are descriptions."""
 
     def getDescription(self, test: Any) -> str:
-        """Describe a test."""
         return test if isinstance(test, str) else super().getDescription(test)
 
 
@@ -9935,7 +9936,6 @@ class ParallelRunner(unittest.TextTestRunner):
                 process.kill()
 
     def collect(self, result: Any, answer: Any, process: Any, output: pathlib.Path) -> None:
-        """Add the result of a process."""
         try:
             dots, number, lists = answer.recv()
             process.join()
