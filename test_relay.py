@@ -6360,7 +6360,6 @@ from_email = scan@example.com
             client = self.logged_in_as("scanner8", running=running)
             self.assertReply(client.post(message), "250 2.0.0")
         self.assertEqual(len(self.fake.delivered), 1)
-        self.rest_long()
         self.fake.will("send", say(429, retry_after="1000"))
         running.ask(running.relay._tokens._tenants._values.clear)   # as after a start
         self.enqueue(client)
