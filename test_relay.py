@@ -6202,6 +6202,7 @@ class FullSpoolTests(SpoolCase):
         running = self.start()
         client = self.log_in_to(running)
         self.be_down()
+        self.rest_long()
         with unittest.mock.patch.object(pathlib.Path, "glob", autospec=True,
                                         side_effect=pathlib.Path.glob) as glob:
             self.enqueue(client, *"abc")
@@ -6218,7 +6219,7 @@ class FullSpoolTests(SpoolCase):
         async def put() -> Any:
             octets = Octets(5000)
             with self.assertRaises(relay.TemporaryError):
-                await spool.put(make_message(size=5000), [octets])
+                await spool.put(make_message(size=5000), [memoryview(octets)])
             return weakref.ref(octets)
         gc.disable()
         self.addCleanup(gc.enable)
