@@ -141,7 +141,7 @@ class Reply(NamedTuple):
     close: bool = False     # the connection ends after it
 
     def __bytes__(self) -> bytes:
-        lines = [harmless(f"{self.status} {line}" if self.status else line).encode()
+        lines = [printable_ascii(f"{self.status} {line}" if self.status else line).encode()
                  for line in self.text.split("\n")]
         return b"".join(b"%d%s%s\r\n" % (self.code, mark, line[:MAX_REPLY_TEXT])
                         for mark, line in zip([*[b"-"] * (len(lines) - 1), b" "], lines))
@@ -150,7 +150,7 @@ class Reply(NamedTuple):
         return f"{self.code} {self.status} {self.text}".replace("  ", " ")
 
 
-def harmless(text: str) -> str:
+def printable_ascii(text: str) -> str:
     """Make a text printable ASCII: what a client or Microsoft said may be in it."""
     return "".join(c if " " <= c <= "~" else "?" for c in text)
 
@@ -243,12 +243,12 @@ CLOUDS = {
 }
 
 
-def _masked(url: str) -> str:
+def _mask_url(url: str) -> str:
     """Hide what may be a password in a URL."""
     return re.sub(r"(?s)^(\w+://)?(?:.*[?#].*@.*|.*@)|[?#].*", r"\1***", url)
 
 
-def _hidden(secret: str) -> str:
+def _mask_all(secret: str) -> str:
     return "***"
 
 
@@ -268,7 +268,7 @@ def setting(parse: Callable[[str], Any], default: str, text: str,
                  metadata={"setting": Setting(parse, default, text, show)})
 
 
-def declared(kind: type) -> dict[str, Setting]:
+def settings_of(kind: type) -> dict[str, Setting]:
     """List the settings of a dataclass, in its order."""
     return {one.name: one.metadata["setting"] for one in dataclasses.fields(kind)
             if "setting" in one.metadata}
@@ -279,7 +279,7 @@ def _optional(parse: Callable[[str], Any], nothing: Any = "") -> Callable[[str],
     return lambda text: parse(text) if text else nothing
 
 
-def _list(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+def _comma_separated(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """Read values with commas between them."""
     def parse_all(text: str) -> tuple[Any, ...]:
         found = tuple(parse(one) for one in re.split(r"[,\s]+", text) if one)
@@ -289,7 +289,7 @@ def _list(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return parse_all
 
 
-def _like(pattern: str, accepted: str) -> Callable[[str], str]:
+def _matching(pattern: str, accepted: str) -> Callable[[str], str]:
     """Read what matches a pattern."""
     def parse(text: str) -> str:
         if re.fullmatch(pattern, text):
@@ -298,7 +298,7 @@ def _like(pattern: str, accepted: str) -> Callable[[str], str]:
     return parse
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high:
             return int(text)
@@ -306,14 +306,14 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-_count = _whole(1, 1_000_000)
-_text = _like("[ -~]*", "printable ASCII text")
-_utf8 = _like("[^\ud800-\udfff]*", "text in UTF-8")
+_count = _integer(1, 1_000_000)
+_text = _matching("[ -~]*", "printable ASCII text")
+_utf8 = _matching("[^\ud800-\udfff]*", "text in UTF-8")
 _HOST_NAME = "[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
-_host_name = _like(_HOST_NAME, "a host name such as relay.example.com")
-_user = _like("[ -9;-~]+", "the name of a user of this system, or nothing")
-_ciphers = _like("[ -~]+", "an OpenSSL cipher list that names a known cipher")
-_vault_name = _like("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
+_host_name = _matching(_HOST_NAME, "a host name such as relay.example.com")
+_user = _matching("[ -9;-~]+", "the name of a user of this system, or nothing")
+_ciphers = _matching("[ -~]+", "an OpenSSL cipher list that names a known cipher")
+_vault_name = _matching("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
                     "the name of a certificate: letters, digits and hyphens")
 
 
@@ -387,7 +387,7 @@ def _table_url(text: str) -> str:
                      "(a table of Azure Storage, not of Cosmos DB)")
 
 
-def near_url(text: str) -> str:
+def local_http_url(text: str) -> str:
     """Read the URL of a managed identity; it is plain http. Raises ValueError."""
     parts = split_url(text, "is_private")
     if parts is None or parts.scheme != "http":
@@ -416,7 +416,7 @@ def encode_uuid(text: str) -> str:
     return base64.urlsafe_b64encode(uuid.UUID(text).bytes).decode().rstrip("=")
 
 
-def read_tenant(text: str) -> str:
+def parse_tenant(text: str) -> str:
     """Read a tenant: a UUID in either form, or a domain. Raises ValueError."""
     tenant = decode_uuid(text) or (text.lower() if _DOMAIN_NAME.fullmatch(text) else None)
     if tenant is None:
@@ -424,7 +424,7 @@ def read_tenant(text: str) -> str:
     return tenant
 
 
-def read_client(text: str) -> str:
+def parse_client(text: str) -> str:
     """Read a client: a UUID in either form. Raises ValueError."""
     client = decode_uuid(text)
     if client is None:
@@ -440,9 +440,9 @@ class Config:
     listen_address: str = setting(
         _optional(_address), "", "Address to listen on. Empty: all, IPv4 and IPv6.")
     smtp_port: int = setting(
-        _whole(0, 65535), "8025", "Port for SMTP with STARTTLS. 0 picks a free one.")
+        _integer(0, 65535), "8025", "Port for SMTP with STARTTLS. 0 picks a free one.")
     smtps_port: int = setting(
-        _whole(0, 65535), "0", "Port for SMTP with TLS from the first octet. 0: none.")
+        _integer(0, 65535), "0", "Port for SMTP with TLS from the first octet. 0: none.")
     server_name: str = setting(
         _optional(_host_name), "", "Name in the greeting. Empty: this machine's host name.")
     server_greeting: str = setting(
@@ -479,44 +479,47 @@ class Config:
         _boolean, "false", "If true, TENANT@CLIENT can log in only if the Azure table "
         "lists it, and the relay starts only if it can read the table.")
     allowed_tenants: tuple[str, ...] = setting(
-        _list(read_tenant), "", "Tenants that may log in as TENANT@CLIENT, with commas "
-        "between, each as the devices write it (ID or domain). Empty: all.")
+        _comma_separated(parse_tenant), "",
+        "Tenants that may log in as TENANT@CLIENT, with "
+        "commas between, each as the devices write it (ID or domain). Empty: all.")
     azure_cloud: str = setting(
         _choice(*CLOUDS), "global", "Microsoft's cloud: global, usgov, usgov-dod or china. "
         "It sets the next two.")
     azure_authority_host: str = setting(
-        _endpoint, CLOUDS["global"].authority, "Where tokens come from.", _masked)
+        _endpoint, CLOUDS["global"].authority, "Where tokens come from.", _mask_url)
     graph_endpoint: str = setting(
         _endpoint, CLOUDS["global"].graph, "Microsoft Graph; the token's scope too.",
-        _masked)
+        _mask_url)
 
     # Azure
     azure_tables_url: str = setting(
         _optional(_table_url), "", "Azure table of accounts, with a SAS or without.",
-        _masked)
+        _mask_url)
     azure_tables_partition_key: str = setting(
         _utf8, "user", "PartitionKey of its accounts.")
     azure_tables_force_usage: bool = setting(
         _boolean, "false", "Another name of ACCOUNTS_REQUIRED; one of them is enough.")
     azure_key_vault_url: str = setting(
-        _optional(_endpoint), "", "Key Vault of the certificate.", _masked)
+        _optional(_endpoint), "", "Key Vault of the certificate.", _mask_url)
     azure_key_vault_cert_name: str = setting(
         _optional(_vault_name), "", "Name of the certificate there.")
     azure_tenant_id: str = setting(
-        _optional(read_tenant), "", "Tenant of the relay itself, for Tables and Key Vault.")
+        _optional(parse_tenant), "",
+        "Tenant of the relay itself, for Tables and Key Vault.")
     azure_client_id: str = setting(
-        _optional(read_client), "", "Application, or user-assigned identity, of the relay.")
-    azure_client_secret: str = setting(_utf8, "", "Secret of that application.", _hidden)
+        _optional(parse_client), "",
+        "Application, or user-assigned identity, of the relay.")
+    azure_client_secret: str = setting(_utf8, "", "Secret of that application.", _mask_all)
     azure_federated_token_file: str = setting(
         str, "", "Token of a workload identity. Kubernetes sets it.")
     identity_endpoint: str = setting(
-        str, "", "Managed identity. App Service and Container Apps set it.", _masked)
+        str, "", "Managed identity. App Service and Container Apps set it.", _mask_url)
     identity_header: str = setting(
         _text, "", "Secret of that endpoint. Azure sets it with IDENTITY_ENDPOINT.",
-        _hidden)
+        _mask_all)
     azure_pod_identity_authority_host: str = setting(
-        near_url, "http://169.254.169.254", "Managed identity of virtual machines.",
-        _masked)
+        local_http_url, "http://169.254.169.254", "Managed identity of virtual machines.",
+        _mask_url)
 
     # Messages
     sender_from: str = setting(
@@ -540,20 +543,20 @@ class Config:
         str, "", "Folder for messages that Microsoft cannot take now; the relay sends them "
         "later. Empty: none, the device is told to try again.")
     spool_lifetime: int = setting(
-        _whole(1, 10 ** 8), "172800", "How long it tries, before it gives a message up.")
+        _integer(1, 10 ** 8), "172800", "How long it tries, before it gives a message up.")
     spool_max_bytes: int = setting(
-        _whole(1000, 10 ** 12 - 1), "1073741824",
+        _integer(1000, 10 ** 12 - 1), "1073741824",
         "Most octets of that folder, with those of messages that were given up.")
     duplicate_window: int = setting(
-        _whole(0, 86400), "900", "How long an accepted message with Message-ID and Date is "
-        "remembered, so that it is not sent again if the device repeats it. 0: not.")
+        _integer(0, 86400), "900", "How long an accepted message with Message-ID and Date "
+        "is remembered, so that it is not sent again if the device repeats it. 0: not.")
 
     # Limits
     max_message_size: int = setting(
-        _whole(1000, EXCHANGE_LIMIT), "36700160",
+        _integer(1000, EXCHANGE_LIMIT), "36700160",
         "Largest message; a mailbox sends 35 MB unless it was set to more in Exchange.")
     max_memory_for_messages: int = setting(
-        _whole(1000, 10 ** 12 - 1), "268435456",
+        _integer(1000, 10 ** 12 - 1), "268435456",
         "Most octets of all messages in flight together.")
     max_recipients: int = setting(_count, "500", "Most recipients of one message.")
     max_connections: int = setting(_count, "1000", "Most connections at once.")
@@ -588,7 +591,7 @@ class Config:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
         """Read the settings. Raises ConfigError: all faulty values, else contradictions."""
-        values, faults = {}, []
+        values, errors = {}, []
         cloud = CLOUDS.get(environ.get("AZURE_CLOUD", "").strip().lower(), CLOUDS["global"])
         defaults = {"AZURE_AUTHORITY_HOST": cloud.authority, "GRAPH_ENDPOINT": cloud.graph}
         for name, one in settings().items():
@@ -596,14 +599,14 @@ class Config:
             try:
                 values[name.lower()] = one.parse(text or defaults.get(name, one.default))
             except ValueError as error:
-                faults.append(f"{name}={one.show(text)!r}: must be {error}")
+                errors.append(f"{name}={one.show(text)!r}: must be {error}")
         config = cls(**values)
-        faults = faults or list(config.contradictions(environ))
-        if faults:
-            raise ConfigError("\n".join(faults))
+        errors = errors or list(config.conflicts(environ))
+        if errors:
+            raise ConfigError("\n".join(errors))
         return config
 
-    def contradictions(self, environ: Mapping[str, str]) -> Iterator[str]:
+    def conflicts(self, environ: Mapping[str, str]) -> Iterator[str]:
         """Find settings that contradict each other, and proxies that cannot be used."""
         if self.tls_source == "off" and self.require_tls:
             yield ("TLS_SOURCE=off with REQUIRE_TLS=true: nobody could log in; set "
@@ -630,13 +633,13 @@ class Config:
         for name in ("https_proxy", "HTTPS_PROXY") if needs_proxy else ():
             url = environ.get(name, "").strip()
             if url and not _PROXY.fullmatch(url):
-                yield (f"{name}={_masked(url)!r}: must be http://host:port, or "
+                yield (f"{name}={_mask_url(url)!r}: must be http://host:port, or "
                        "http://user:password@host:port")
 
 
 def settings() -> dict[str, Setting]:
     """List the settings by variable, in the order of Config."""
-    return {name.upper(): one for name, one in declared(Config).items()}
+    return {name.upper(): one for name, one in settings_of(Config).items()}
 
 
 def settings_help() -> str:
@@ -688,7 +691,7 @@ def parse_path(argument: str, keyword: str) -> tuple[str, dict[str, str | None]]
             _parse_parameters(match["parameters"] or ""))
 
 
-def comparable(mailbox: str) -> str:
+def normalize_mailbox(mailbox: str) -> str:
     """Bring a mailbox into the form in which two that are the same are equal.
 
     Case does not matter, nor do needless quotes, RFC 5321 section 4.1.2.
@@ -734,12 +737,12 @@ def decode_base64(text: str) -> bytes:
 # the most specific one for which they are set.
 
 SCRYPT_COST = 2 ** 15               # N of RFC 7914; tests lower it
-WIDEST_NETWORK = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
+MIN_PREFIX_LENGTH = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
 SECRET_KEYS = {"client_secret", "client_secret_file", "credential"}
 LIST_KEYS = {"allowed_recipients", "allowed_senders", "networks"}
 NETWORK_KEYS = ("require_tls", "tls_min_version")       # what settings `networks` replace
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
-_mailbox = _like(_MAILBOX, "an address such as scanner@example.com")
+_mailbox = _matching(_MAILBOX, "an address such as scanner@example.com")
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 IpAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -753,17 +756,17 @@ class Application:
     client: str
     secret: str = field(default="", repr=False)
     credential: str = "secret"      # or managed-identity, workload-identity
-    is_ours: bool = False           # no device knows the secret, and none can mend it
+    relay_holds_secret: bool = False    # no device knows the secret
 
 
-def own_application(config: Config) -> Application:
+def relay_identity(config: Config) -> Application:
     """Find who the relay is to Azure, in the order of DefaultAzureCredential."""
     tenant, client = config.azure_tenant_id, config.azure_client_id
     secret = config.azure_client_secret
     if tenant and client and (secret or config.azure_federated_token_file):
-        return Application(tenant, client, secret,
-                           "secret" if secret else "workload-identity", is_ours=True)
-    return Application("", client, "", "managed-identity", is_ours=True)
+        return Application(tenant, client, secret, "secret" if secret else
+                           "workload-identity", relay_holds_secret=True)
+    return Application("", client, "", "managed-identity", relay_holds_secret=True)
 
 
 def _hash(text: str) -> str:
@@ -775,13 +778,13 @@ def _hash(text: str) -> str:
     return text
 
 
-def _whom(text: str) -> str:
+def _address_or_domain(text: str) -> str:
     """Read a domain, or an address, in comparable form."""
     if re.fullmatch(_MAILBOX, text) and "*" not in text:
-        return comparable(text)
+        return normalize_mailbox(text)
     if not re.fullmatch(_DOMAIN, text):
         raise ValueError("domains and addresses, with commas between")
-    return comparable(f"@{text}")[1:]
+    return normalize_mailbox(f"@{text}")[1:]
 
 
 def _network(text: str) -> Network:
@@ -795,7 +798,7 @@ def _network(text: str) -> Network:
 
 
 class MessageOptions(NamedTuple):
-    """How messages of an account are prepared, made from its keys and the settings."""
+    """How messages of an account are edited, made from its keys and the settings."""
 
     sender_from: str
     from_mismatch: str
@@ -815,11 +818,11 @@ class Account:
 
     name: str = ""                  # "" for TENANT@CLIENT
     tenant_id: str = setting(
-        _optional(read_tenant), "", "Tenant of the application: its ID, or a domain.")
+        _optional(parse_tenant), "", "Tenant of the application: its ID, or a domain.")
     client_id: str = setting(
-        _optional(read_client), "", "The application; or, with `managed-identity`, the "
+        _optional(parse_client), "", "The application; or, with `managed-identity`, the "
         "user-assigned identity, and empty for the system-assigned one.")
-    client_secret: str = setting(str, "", "The application's secret.", _hidden)
+    client_secret: str = setting(str, "", "The application's secret.", _mask_all)
     client_secret_file: str = setting(str, "", "The file that holds it.")
     credential: str = setting(
         _optional(_choice("managed-identity", "workload-identity")), "",
@@ -827,16 +830,18 @@ class Account:
     password: str = setting(
         _optional(_hash), "", "What the device logs in with, as `hash-password` prints it. "
         "Without a secret here it stays empty: the device's password is the secret.",
-        _hidden)
+        _mask_all)
     from_email: str = setting(
         _optional(_mailbox), "", "The mailbox that sends, whatever the device says; the "
         "display name is kept.")
     allowed_recipients: tuple[str, ...] = setting(
-        _list(_whom), "", "Domains and addresses that may get mail. Empty: all.")
+        _comma_separated(_address_or_domain), "",
+        "Domains and addresses that may get mail. Empty: all.")
     allowed_senders: tuple[str, ...] = setting(
-        _list(_whom), "", "Domains and addresses that may send. Empty: all.")
+        _comma_separated(_address_or_domain), "",
+        "Domains and addresses that may send. Empty: all.")
     networks: tuple[Network, ...] = setting(
-        _list(_network), "", "Where the device must be. Empty: anywhere.")
+        _comma_separated(_network), "", "Where the device must be. Empty: anywhere.")
     login: str = setting(
         _choice("required", "optional"), "required",
         "`optional`: whoever comes from `networks` may send without login.")
@@ -862,14 +867,14 @@ class Account:
         return {name: getattr(self, name) for name in NETWORK_KEYS
                 if getattr(self, name) not in (None, "")}
 
-    def holds(self, address: IpAddress | None) -> bool:
+    def allows_address(self, address: IpAddress | None) -> bool:
         """Say whether a client may be where it is."""
         return not self.networks or (
             address is not None and any(address in one for one in self.networks))
 
     def check(self, mailbox: str, key: str) -> None:
         """Raise DeliveryError if `key`, as allowed_senders, does not allow a mailbox."""
-        allowed, name = getattr(self, key), comparable(mailbox)
+        allowed, name = getattr(self, key), normalize_mailbox(mailbox)
         if allowed and name not in allowed and name.rpartition("@")[2] not in allowed:
             action = "send as" if key == "allowed_senders" else "send to"
             raise DeliveryError(f"This account may not {action} {mailbox}, see its {key}",
@@ -883,7 +888,7 @@ class Account:
             "strip" if self.allowed_recipients else config.header_recipients,
             self.from_email)
 
-    def contradictions(self, config: Config) -> Iterator[str]:
+    def conflicts(self, config: Config) -> Iterator[str]:
         """Find keys that contradict each other."""
         if self.credential == "workload-identity" and not config.azure_federated_token_file:
             yield "credential: workload-identity needs AZURE_FEDERATED_TOKEN_FILE"
@@ -904,7 +909,7 @@ class Account:
             if not self.networks:
                 yield "login: optional needs networks"
             for network in self.networks:
-                if network.prefixlen < WIDEST_NETWORK[network.version]:
+                if network.prefixlen < MIN_PREFIX_LENGTH[network.version]:
                     yield (f"networks: {network} without login is an open relay: anybody "
                            "could send mail as you; name the network of the devices")
         for name in () if self.networks else self.network_settings:
@@ -913,7 +918,7 @@ class Account:
             yield "require_tls: true needs a certificate, see TLS_SOURCE"
 
 
-class Login(NamedTuple):
+class Principal(NamedTuple):
     """A client that may send: without login, `username` is ""."""
 
     account: Account
@@ -921,7 +926,7 @@ class Login(NamedTuple):
     username: str = ""
 
 
-ANYBODY = Login(Account(), Application("", ""))
+ANYBODY = Principal(Account(), Application("", ""))
 
 
 class Accounts:
@@ -941,7 +946,8 @@ class Accounts:
         """Find an account by user name."""
         return self._by_name.get(name.casefold())
 
-    def at(self, address: IpAddress | None, config: Config) -> tuple[Login | None, Config]:
+    def at(self, address: IpAddress | None,
+           config: Config) -> tuple[Principal | None, Config]:
         """Find who a client is without login, and the settings for where it is."""
         networks = [one for one in self.by_network if address and address in one]
         guest: Account | None = None
@@ -952,11 +958,11 @@ class Accounts:
             guest = next((one for one in accounts if one.login == "optional"), None)
             for account in accounts:
                 changes.update(account.network_settings)
-        return (Login(guest, guest.as_application()) if guest else None,
+        return (Principal(guest, guest.as_application()) if guest else None,
                 dataclasses.replace(config, **changes))
 
 
-def read_address(text: str) -> IpAddress | None:
+def parse_address(text: str) -> IpAddress | None:
     """Read a client's address, without its zone; IPv4 in IPv6 is IPv4."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -975,21 +981,21 @@ def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]
     try:
         parser.read_string(text)
     except configparser.Error as error:
-        return [], list(_syntax_faults(error))
-    faults: list[str] = []
-    sections = {name: _read_section(name, parser.items(name), faults)
+        return [], list(_syntax_errors(error))
+    errors: list[str] = []
+    sections = {name: _parse_section(name, parser.items(name), errors)
                 for name in parser.sections()}
     defaults = sections.pop("DEFAULT", {})
-    faults += [f"[{name}]: must be [DEFAULT]" for name in sections
+    errors += [f"[{name}]: must be [DEFAULT]" for name in sections
                if name.upper() == "DEFAULT"]
     accounts = [_make_account(name, defaults, values, config)
                 for name, values in sections.items()]
     if not sections:
-        faults.append("there is no account in it")
-    return accounts, faults or list(_conflicts(accounts, config))
+        errors.append("there is no account in it")
+    return accounts, errors or list(_account_conflicts(accounts, config))
 
 
-def _syntax_faults(error: configparser.Error) -> Iterator[str]:
+def _syntax_errors(error: configparser.Error) -> Iterator[str]:
     """Say what is no INI; the error's own text shows the line, and it may be a secret."""
     option = getattr(error, "option", None)
     if option or isinstance(error, configparser.DuplicateSectionError):
@@ -1000,25 +1006,25 @@ def _syntax_faults(error: configparser.Error) -> Iterator[str]:
         yield f"line {number}: is no [section], key = value or comment that belongs there"
 
 
-def _read_section(section: str, pairs: Iterable[tuple[str, str]],
-                  faults: list[str]) -> dict[str, Any]:
+def _parse_section(section: str, pairs: Iterable[tuple[str, str]],
+                  errors: list[str]) -> dict[str, Any]:
     """Read the keys of a section, as far as they have no faults."""
-    keys = declared(Account)
+    keys = settings_of(Account)
     values: dict[str, Any] = {}
     for key, text in pairs:
         one = keys.get(key)
         if one is None:
-            shown = key if re.fullmatch("[a-z_]{1,40}", key) else "***"
-            faults.append(f"[{section}] {shown}: is no key")
+            loggable_username = key if re.fullmatch("[a-z_]{1,40}", key) else "***"
+            errors.append(f"[{section}] {loggable_username}: is no key")
             continue
         if "\n" in text and ("=" in text or key not in LIST_KEYS):
-            faults.append(f"[{section}] {key}: goes on in a line that is indented; do not "
+            errors.append(f"[{section}] {key}: goes on in a line that is indented; do not "
                           "indent keys")
             continue
         try:
             values[key] = one.parse(text or one.default)
         except ValueError as error:
-            faults.append(f"[{section}] {key} = {one.show(text)}: must be {error}")
+            errors.append(f"[{section}] {key} = {one.show(text)}: must be {error}")
     return values
 
 
@@ -1034,10 +1040,10 @@ def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, A
     return Account(name, **merged)
 
 
-def _conflicts(accounts: list[Account], config: Config) -> Iterator[str]:
+def _account_conflicts(accounts: list[Account], config: Config) -> Iterator[str]:
     """Find keys that contradict each other, and accounts that cannot be told apart."""
     for account in accounts:
-        yield from (f"[{account.name}] {text}" for text in account.contradictions(config))
+        yield from (f"[{account.name}] {text}" for text in account.conflicts(config))
     names = collections.Counter(one.name.casefold() for one in accounts)
     yield from (f"[{one.name}] is there twice; case does not matter" for one in accounts
                 if names[one.name.casefold()] > 1)
@@ -1067,7 +1073,7 @@ def hash_password(password: str, salt: bytes) -> str:
                                  for octets in (salt, digest))])
 
 
-def is_password(password: str, hashed: str) -> bool:
+def verify_password(password: str, hashed: str) -> bool:
     """Compare a password with a hash, in constant time."""
     if not has_scrypt():
         return False                    # then no account has a hash
@@ -1090,7 +1096,7 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
     """
     tenant, _, client = username.partition(delimiter)
     try:
-        return read_tenant(tenant), read_client(client.partition(".")[0])
+        return parse_tenant(tenant), parse_client(client.partition(".")[0])
     except ValueError:
         raise AuthError(f"The user name must be TENANT{delimiter}CLIENT: the tenant's ID "
                         "or domain, and the application's ID") from None
@@ -1117,7 +1123,7 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 MAX_COMMAND = 2048              # octets with CRLF; RFC 5321 section 4.5.3.1.4 wants 512
 MAX_AUTH = 12288                # octets with CRLF, RFC 4954 section 4
 MAX_COST = 100                  # of commands since a login or a message was accepted
-PROGRESS = 65536                # octets of a message that count as one command
+PROGRESS_BYTES = 65536                # octets of a message that count as one command
 
 _END_OF_DATA = b"\r\n.\r\n"
 _CLIENT_HELLO = b"\x16\x03"     # a TLS record: handshake, version 3.x
@@ -1171,7 +1177,7 @@ class Close(NamedTuple):
 Event = Union[StartTls, Authenticate, Deliver, Close]
 
 
-class Memory:
+class MemoryBudget:
     """What is `free` for messages in flight, of MAX_MEMORY_FOR_MESSAGES, in octets."""
 
     def __init__(self, limit: int) -> None:
@@ -1198,12 +1204,12 @@ class Session:
 
     def __init__(self, config: Config, name: str,
                  trace: Callable[[str, object], None] | None = None,
-                 memory: Memory | None = None,
-                 guest: Login | None = None) -> None:
+                 memory: MemoryBudget | None = None,
+                 guest: Principal | None = None) -> None:
         """Begin. A guest may send without login."""
         self._config = config
         self._name = name
-        self._memory = memory or Memory(config.max_memory_for_messages)
+        self._memory = memory or MemoryBudget(config.max_memory_for_messages)
         self._guest = guest
         self.secure = False
         self.login = guest              # who may send
@@ -1217,11 +1223,11 @@ class Session:
         self._commands = 0
         self._octets = 0                # of messages
         self._cost = 0                  # see cost_of
-        self._complaint: Reply | None = None            # the last that the log knows of
+        self._last_refusal: Reply | None = None            # the last that the log knows of
         self._envelope = Envelope("")
         self._allow_utf8 = False
         self._content = bytearray()     # of a message; its octets are taken of _memory
-        self._foreign = 0               # octets before it that are the command's CRLF
+        self._skip = 0               # octets before it that are the command's CRLF
         self._refusal: RelayError | None = None         # the content is thrown away
         self._mechanism = ""
         self._answers: list[bytes] = []                 # of the client to AUTH challenges
@@ -1253,7 +1259,7 @@ class Session:
     @property
     def progress(self) -> int:
         """A number that grows with each command and each 64 KiB of a message."""
-        return self._commands + self._octets // PROGRESS
+        return self._commands + self._octets // PROGRESS_BYTES
 
     @property
     def holds_message(self) -> bool:
@@ -1285,7 +1291,7 @@ class Session:
         self._buffer.clear()
         self._resume()
 
-    def authenticated(self, login: Login) -> None:
+    def authenticated(self, login: Principal) -> None:
         """Go on with a client that is who it says."""
         self.login = login
         self._cost = 0
@@ -1315,9 +1321,9 @@ class Session:
         return self._read_line(self._command, MAX_AUTH if is_auth else MAX_COMMAND)
 
     def _read_auth(self) -> bool:
-        return self._read_line(self._auth_answer, MAX_AUTH)
+        return self._read_line(self._auth_response, MAX_AUTH)
 
-    def _read_line(self, obey: Callable[[str], Reply | None], limit: int) -> bool:
+    def _read_line(self, handler: Callable[[str], Reply | None], limit: int) -> bool:
         """Obey one line; it ends in CRLF and in nothing else."""
         end = self._buffer.find(b"\r\n")
         if end + 2 > limit or (end < 0 and len(self._buffer) > limit):
@@ -1333,10 +1339,10 @@ class Session:
         del self._buffer[:end + 2]
         self._commands += 1
         try:
-            reply = obey(_decode_line(line))
+            reply = handler(_decode_line(line))
         except RelayError as error:
             self._read = self._read_command         # an error ends AUTH
-            self._complain(error.reply)
+            self._log_refusal(error.reply)
             reply = error.reply
         if reply:
             self._answer(reply)
@@ -1354,8 +1360,8 @@ class Session:
         del self._buffer[:cut]
         self._octets += cut
         if part and not self._refusal:
-            self._keep_content(_with_crlf(part[self._foreign:]))
-            self._foreign = 0
+            self._keep_content(_with_crlf(part[self._skip:]))
+            self._skip = 0
         if end >= 0:
             del self._buffer[:3]
             self._end_content()
@@ -1377,7 +1383,7 @@ class Session:
 
     def _end_content(self) -> None:
         if self._refusal:
-            self._complain(self._refusal.reply)
+            self._log_refusal(self._refusal.reply)
             self._resume(self._refusal.reply)
             return
         self._envelope.message = self._content      # no copy: it may be large
@@ -1435,7 +1441,7 @@ class Session:
         assert self.login is not None       # MAIL wants a login
         self.login.account.check(mailbox, "allowed_recipients")
         recipients = self._envelope.recipients
-        key = comparable(mailbox)
+        key = normalize_mailbox(mailbox)
         if key not in recipients and len(recipients) >= self._config.max_recipients:
             raise TemporaryError("Too many recipients; send the rest separately", 452,
                                  "4.5.3")
@@ -1446,7 +1452,7 @@ class Session:
     def _data(self, argument: str) -> Reply:
         # The CRLF of the command may begin the end: an empty message is just a dot.
         self._buffer[:0] = b"\r\n"
-        self._foreign = 2
+        self._skip = 2
         self._refusal = None
         self._read = self._read_content
         return Reply(354, "", "Send the message; end it with a dot on a line of its own")
@@ -1479,10 +1485,10 @@ class Session:
         self._answers = []
         self._read = self._read_auth
         if initial:     # "=" is an empty one, RFC 4954 section 4
-            return self._auth_answer("" if initial == "=" else initial)
+            return self._auth_response("" if initial == "=" else initial)
         return self._challenge()
 
-    def _auth_answer(self, text: str) -> Reply | None:
+    def _auth_response(self, text: str) -> Reply | None:
         if text == "*":
             raise ProtocolError("Login cancelled", 501, "5.7.0")
         self._answers.append(decode_base64(text))
@@ -1526,8 +1532,8 @@ class Session:
             raise ProtocolError("No such command", 500, "5.5.1")
         command = COMMANDS[verb]
         self._check(command, argument)
-        obey = command.obey
-        return obey if isinstance(obey, Reply) else obey(self, argument)
+        handler = command.handler
+        return handler if isinstance(handler, Reply) else handler(self, argument)
 
     def _check(self, command: Command, argument: str) -> None:
         """Refuse a command that is out of order; the only place that does."""
@@ -1548,10 +1554,10 @@ class Session:
         self._trace(">", reply)
         self._output.append(bytes(reply))
 
-    def _complain(self, reply: Reply) -> None:
+    def _log_refusal(self, reply: Reply) -> None:
         """Let the log know of a mistake, but not of one again and again."""
-        if reply != self._complaint:
-            self._complaint = reply
+        if reply != self._last_refusal:
+            self._last_refusal = reply
             self._trace("!", reply)
 
     def _answer(self, reply: Reply) -> None:
@@ -1615,7 +1621,7 @@ def _above_limit(config: Config) -> DeliveryError:
 class Command(NamedTuple):
     """A row of the table of commands; `argument` None is: as the client likes."""
 
-    obey: Callable[[Session, str], Reply | None] | Reply
+    handler: Callable[[Session, str], Reply | None] | Reply
     phases: frozenset[Phase] = frozenset(Phase)
     argument: bool | None = None
     secure: bool = False        # only under TLS, while REQUIRE_TLS is true
@@ -1692,8 +1698,8 @@ _FOLDED_LINE = re.compile(rb"[^\r\n]+\r\n(?:[ \t][^\r\n]*\r\n)*")
 # The line before each message in an mbox file, RFC 4155 appendix A.
 _MBOX_LINE = re.compile(rb"From [^\r\n]*\r\n(?=(?:%b):)" % _KNOWN_FIELD.pattern, re.I)
 _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
-_WHITE = " \t\r\n"
-_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_WHITESPACE = " \t\r\n"
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _QUOTED = r'"(?:[^"\\\r\n]|\\[^\r\n])*"'
 _QUOTED_TEXT = re.compile(f"{_QUOTED}?")    # the closing quote may be missing
 # The forms of an address that every reader reads alike: [name] <mailbox> or mailbox, each
@@ -1707,13 +1713,13 @@ _ADDRESS = re.compile(
 _GROUP = re.compile(r"[\w .-]*\w:(?:(.*);)?", re.S | re.A)
 # What is no address list, as a name and what stands in "<>"; a comment may be the name.
 _ENCODED_WORD = r"=\?[^?\s]{1,75}\?[bq]\?[^?]*\?="
-_LOOSE_AUTHOR = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
+_LOOSE_FROM = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
                            r"|[^()<>]*\((?P<comment>[^()<>]*)\)\s*|(?P<alone>[^<>]*)")
 # Top-level domains that lead nowhere from outside, RFC 6761, RFC 6762 and RFC 8375.
 _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "invalid", "lan",
                             "local", "localdomain", "localhost", "test"})
 
-ENCODE_AT_ONCE = 58_368         # octets, a multiple of 3: no piece but the last is padded
+BASE64_CHUNK = 58_368         # octets, a multiple of 3: no piece but the last is padded
 MAX_HEADER = 1_048_576          # octets
 MAX_ADDRESSES = 262_144         # octets of one field; 500 mailboxes have 160,000
 MAX_HEADER_LINES = 10_000
@@ -1724,18 +1730,18 @@ class Field:
     """A field of a header with its folded lines, or (name b"") a malformed line."""
 
     name: bytes             # in lower case
-    octets: bytes           # as it came, with the last CRLF
-    edited: bytes           # as it goes out
+    raw: bytes              # as it came, with the last CRLF
+    replacement: bytes      # as it goes out
 
     @property
     def label(self) -> bytes:
         """The name as it is written."""
-        return self.octets.partition(b":")[0].rstrip()
+        return self.raw.partition(b":")[0].rstrip()
 
     @property
     def value(self) -> str:
         """What stands behind the colon; octets that are no UTF-8 survive encoding."""
-        return self.octets.partition(b":")[2].decode("utf-8", "surrogateescape")
+        return self.raw.partition(b":")[2].decode("utf-8", "surrogateescape")
 
 
 class Address(NamedTuple):
@@ -1775,7 +1781,7 @@ class Header:
 
     def __bytes__(self) -> bytes:
         """It as edited."""
-        lines = [one.edited for one in self.fields]
+        lines = [one.replacement for one in self.fields]
         # A new first field must come after a folded first line.
         first = int(bool(lines) and lines[0][:1] in (b" ", b"\t"))
         return b"".join([*lines[:first], *self.top, *lines[first:]])
@@ -1813,25 +1819,25 @@ def split_header(message: bytes | bytearray, begin: int = 0,
     return Header(fields, header_end, is_malformed)
 
 
-def _read_field(field: Field) -> AddressList:
+def _parse_addresses(field: Field) -> AddressList:
     """Read an address list, RFC 5322 section 3.4; ";" counts as ",".
 
     A field in any other form than those of _ADDRESS, in one group or none, is ambiguous.
     That is safe: such a field is renamed, and its recipients are in Bcc.
     """
-    value = field.value.strip(_WHITE)
+    value = field.value.strip(_WHITESPACE)
     ambiguous = AddressList([], is_ambiguous=True)
-    if len(field.octets) > MAX_ADDRESSES or _NO_TEXT.search(value):
+    if len(field.raw) > MAX_ADDRESSES or _NOT_TEXT.search(value):
         return ambiguous
     group = _GROUP.fullmatch(value)
-    value = (group[1] or "" if group else value).lstrip("," + _WHITE)
+    value = (group[1] or "" if group else value).lstrip("," + _WHITESPACE)
     addresses, is_canonical, position = [], True, 0
     while position < len(value):
         match = _ADDRESS.match(value, position)
         if match is None or "=?" in match["mailbox"]:
             return ambiguous
-        key, alias = comparable(match["mailbox"]), match["alias"]
-        if alias and comparable(alias) != key:
+        key, alias = normalize_mailbox(match["mailbox"]), match["alias"]
+        if alias and normalize_mailbox(alias) != key:
             return ambiguous
         before = "<" if alias else match["before"] or ""
         addresses.append(Address(key, match["mailbox"], before, match["after"]))
@@ -1849,34 +1855,34 @@ def _address_field(name: bytes, texts: list[str]) -> bytes:
 def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
     """Make To, Cc and Bcc name just these recipients; `policy` is HEADER_RECIPIENTS."""
     for one in header.find(b"resent-bcc"):      # hidden recipients, RFC 5322 section 3.6.6
-        one.edited = b""
-    read = [(one, _read_field(one)) for one in header.find(*_ADDRESS_FIELDS)]
+        one.replacement = b""
+    read = [(one, _parse_addresses(one)) for one in header.find(*_ADDRESS_FIELDS)]
     keeps = policy == "keep"
     named = {address.key for _, found in read if found.is_canonical or not keeps
              for address in found.addresses if not header.is_malformed}
     if not keeps:
         for one, found in read:
-            one.edited = _without_others(one, found, recipients)
+            one.replacement = _strip_unlisted(one, found, recipients)
     missing = [mailbox for key, mailbox in recipients.items() if key not in named]
     if not missing:
         return
     hidden = []                         # there may be one Bcc only, RFC 5322 section 3.6
     for one, found in read:
         if one.name == b"bcc" and not found.is_ambiguous:
-            one.edited = b""
+            one.replacement = b""
             hidden += [address.text for address in found.addresses
                        if (address.key in named if address.key in recipients else keeps)]
     header.top.append(_address_field(b"Bcc", hidden + missing))
 
 
-def _without_others(one: Field, found: AddressList, recipients: Mapping[str, str]) -> bytes:
+def _strip_unlisted(one: Field, found: AddressList, recipients: Mapping[str, str]) -> bytes:
     """Take out of a field whom the envelope does not name, as the table above says."""
     if found.is_ambiguous:
-        return b"" if one.name == b"bcc" else b"X-Original-" + one.octets
+        return b"" if one.name == b"bcc" else b"X-Original-" + one.raw
     kept = [address.text for address in found.addresses if address.key in recipients]
     others = [address.text for address in found.addresses if address.key not in recipients]
     if found.is_canonical and not others:
-        return one.octets
+        return one.raw
     lines = _address_field(one.label, kept) if kept else b""
     if others and one.name != b"bcc":
         lines += _address_field(b"X-Original-" + one.label, others)
@@ -1886,58 +1892,59 @@ def _without_others(one: Field, found: AddressList, recipients: Mapping[str, str
 Authors = list[tuple[Field, list[Address]]]
 
 
-def _read_from(field: Field) -> list[Address]:
+def _parse_from(field: Field) -> list[Address]:
     """Read a From field, also in forms that are no address list: it mails nobody."""
-    found = _read_field(field)
+    found = _parse_addresses(field)
     if not found.is_ambiguous:
         return found.addresses
-    value = field.value.replace("\r\n", "") if len(field.octets) <= MAX_ADDRESSES else "<"
-    match = _LOOSE_AUTHOR.fullmatch(value)
+    value = field.value.replace("\r\n", "") if len(field.raw) <= MAX_ADDRESSES else "<"
+    match = _LOOSE_FROM.fullmatch(value)
     mailbox = (match["mailbox"] or "").strip() if match else ""
     name = match["name"] or match["comment"] or match["alone"] or "" if match else ""
-    name = re.sub(f"[{_WHITE}]+", " ", _NO_TEXT.sub("", name)).strip()
+    name = re.sub(f"[{_WHITESPACE}]+", " ", _NOT_TEXT.sub("", name)).strip()
     if not re.fullmatch(_QUOTED, name):
-        name = _quoted(name)
+        name = _quote_name(name)
     if not re.fullmatch(_MAILBOX, mailbox):
         mailbox = ""
-    return [Address(mailbox and comparable(mailbox), mailbox, f"{name} <".lstrip(), ">")]
+    return [Address(mailbox and normalize_mailbox(mailbox), mailbox,
+                    f"{name} <".lstrip(), ">")]
 
 
-def edit_author(header: Header, authors: Authors, mailbox: str, policy: str,
+def edit_from(header: Header, authors: Authors, mailbox: str, policy: str,
                 login: str) -> None:
     """Make From agree with the mailbox that sends if `policy`, FROM_MISMATCH, wants it."""
     if not any(found for _, found in authors):
         for one, _ in authors:          # there are empty ones at most
-            one.edited = b""
+            one.replacement = b""
         header.top.append(_address_field(b"From", [mailbox]))
         return
-    key = comparable(mailbox)
+    key = normalize_mailbox(mailbox)
     agrees = all(author.key == key for _, found in authors for author in found)
     if policy == "rewrite" and not agrees:
-        _rewrite_author(header, authors, mailbox, login)
+        _rewrite_from(header, authors, mailbox, login)
         return
     for one, found in authors:
         names = _QUOTED_TEXT.sub("", one.value.replace("\r\n", ""))
         if names.count("@") > len(found) and all(author.key for author in found):
-            one.edited = _address_field(one.label, [author.text for author in found])
+            one.replacement = _address_field(one.label, [author.text for author in found])
 
 
-def _rewrite_author(header: Header, authors: Authors, mailbox: str, login: str) -> None:
+def _rewrite_from(header: Header, authors: Authors, mailbox: str, login: str) -> None:
     """Put a mailbox into From; whom it named gets the answers, if mail reaches him."""
     (first, found), *others = authors
     author = found[0]._replace(mailbox=mailbox).text if found else mailbox
-    first.edited = _address_field(first.label, [author])
+    first.replacement = _address_field(first.label, [author])
     old = {author.key: author.mailbox for _, found in authors for author in found
-           if _is_answered(author.mailbox, login)}
-    if old.keys() - {comparable(mailbox)} and not header.find(b"reply-to"):
-        first.edited += _address_field(b"Reply-To", list(old.values()))
+           if _is_deliverable(author.mailbox, login)}
+    if old.keys() - {normalize_mailbox(mailbox)} and not header.find(b"reply-to"):
+        first.replacement += _address_field(b"Reply-To", list(old.values()))
     if len(found) != 1 or not found[0].key:
-        first.edited += b"X-Original-" + first.octets
+        first.replacement += b"X-Original-" + first.raw
     for one, _ in others:
-        one.edited = b"X-Original-" + one.octets
+        one.replacement = b"X-Original-" + one.raw
 
 
-def _is_answered(mailbox: str, login: str) -> bool:
+def _is_deliverable(mailbox: str, login: str) -> bool:
     """Whether mail to a mailbox may arrive: not to the login of a device, or @printer."""
     domain = mailbox.rpartition("@")[2].lower()
     top = domain.rpartition(".")[2]
@@ -1945,7 +1952,7 @@ def _is_answered(mailbox: str, login: str) -> bool:
             and top not in _LOCAL_DOMAINS and mailbox.lower() != login.lower())
 
 
-def _quoted(name: str) -> str:
+def _quote_name(name: str) -> str:
     """Write a name as quoted-strings; not its encoded words, RFC 2047 section 5."""
     words = re.split(rf"((?:(?<= )|^){_ENCODED_WORD}(?=[ ,;:]|$))", name, flags=re.I)
     return " ".join(word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
@@ -1953,11 +1960,11 @@ def _quoted(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class EditedMessage:
     """A message as it is to go out, sent by `mailbox`."""
 
     mailbox: str
-    before: bytes = field(repr=False)       # its header as it came
+    original_header: bytes = field(repr=False)      # as it came
     header: bytes = field(repr=False)       # as it goes
     body: memoryview = field(repr=False)    # with the empty line, if `header` lacks it
 
@@ -1968,31 +1975,32 @@ class Prepared:
 
     def as_base64(self) -> Iterator[bytes]:
         """Encode the message in pieces, as sendMail wants it."""
-        begin = ENCODE_AT_ONCE - len(self.header) % 3
+        begin = BASE64_CHUNK - len(self.header) % 3
         yield base64.b64encode(self.header + bytes(self.body[:begin]))
-        for start in range(begin, len(self.body), ENCODE_AT_ONCE):
-            yield base64.b64encode(self.body[start:start + ENCODE_AT_ONCE])
+        for start in range(begin, len(self.body), BASE64_CHUNK):
+            yield base64.b64encode(self.body[start:start + BASE64_CHUNK])
 
 
-def prepare(envelope: Envelope, options: MessageOptions, login: str) -> Prepared:
+def edit_message(envelope: Envelope, options: MessageOptions,
+                 login: str) -> EditedMessage:
     """Edit the header of a message. Raises DeliveryError."""
     message = envelope.message
     mbox_line = _MBOX_LINE.match(message)
     header = split_header(message, mbox_line.end() if mbox_line else 0)
-    authors = [(one, _read_from(one)) for one in header.find(b"from")]
+    authors = [(one, _parse_from(one)) for one in header.find(b"from")]
     named = [author.mailbox for _, found in authors for author in found if author.mailbox]
     mailbox = options.sender(envelope.reverse_path, named)
     if not mailbox:
         raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send "
                             "from", 550, "5.1.7")
-    edit_author(header, authors, mailbox, options.from_mismatch, login)
+    edit_from(header, authors, mailbox, options.from_mismatch, login)
     edit_recipients(header, envelope.recipients, options.header_recipients)
     octets, body = bytes(header), memoryview(message)[header.end:]
     if len(octets) > MAX_HEADER:
         raise DeliveryError("The header is too large", 552, "5.3.4")
     if bytes(body[:2]) != b"\r\n" and (body or not header.fields):
         octets += b"\r\n"
-    return Prepared(mailbox, bytes(message[:header.end]), octets, body)
+    return EditedMessage(mailbox, bytes(message[:header.end]), octets, body)
 
 
 # ---------------------------------------------------------------------------
@@ -2036,7 +2044,7 @@ _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset=[\"']?([\w-]{1,40})", re.I
 _ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.I)
 _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
 
-UNSAYABLE: Mapping[str, str] = {
+UNSUPPORTED_TYPES: Mapping[str, str] = {
     "multipart/signed": "is signed",
     "multipart/encrypted": "is encrypted",
     "application/pgp-encrypted": "is encrypted",
@@ -2050,7 +2058,7 @@ UNSAYABLE: Mapping[str, str] = {
     "message/external-body": "has an attachment that lies elsewhere",
 }
 # Unless they say that they are a file: a signed invoice, a date to save.
-SAYABLE_FILES = frozenset({"application/pkcs7-mime", "application/x-pkcs7-mime",
+SUPPORTED_AS_FILE = frozenset({"application/pkcs7-mime", "application/x-pkcs7-mime",
                            "text/calendar"})
 IMPORTANCE: Mapping[str, str] = {
     "high": "high", "urgent": "high", "1": "high", "2": "high", "normal": "normal",
@@ -2066,7 +2074,7 @@ codecs.register_error("relay.replace",
                       lambda error: ("\ufffd", error.end))  # type: ignore[attr-defined]
 
 
-class Unsayable(DeliveryError):
+class NotConvertible(DeliveryError):
     """A message that a draft cannot hold without loss; `why` follows "it"."""
 
     def __init__(self, why: str) -> None:
@@ -2089,7 +2097,7 @@ class Part:
     encoding: str
 
     @property
-    def is_form(self) -> bool:
+    def is_text_alternative(self) -> bool:
         """Whether it is text for the eye, in whatever form."""
         return (self.media_type.startswith("text/")
                 and not self.is_attachment and not self.file_name)
@@ -2097,17 +2105,17 @@ class Part:
     @property
     def is_text(self) -> bool:
         """Whether it may be the body of a draft."""
-        return self.media_type in ("text/plain", "text/html") and self.is_form
+        return self.media_type in ("text/plain", "text/html") and self.is_text_alternative
 
-    def pieces(self) -> Iterator[bytes]:
+    def iter_decoded(self) -> Iterator[bytes]:
         """Decode it piece by piece, each below 4 MB. Raises Unsayable."""
         if self.encoding == "base64":
             return _decode_base64(self._slices())
         if self.encoding == "quoted-printable":
             return map(binascii.a2b_qp, self._slices())
-        if self.encoding in ("7bit", "8bit", "binary") or self.is_form:
+        if self.encoding in ("7bit", "8bit", "binary") or self.is_text_alternative:
             return self._slices()
-        raise Unsayable("has a part in an unknown encoding")
+        raise NotConvertible("has a part in an unknown encoding")
 
     def _slices(self) -> Iterator[bytes]:
         """Yield it in slices, none of which ends within an encoded character."""
@@ -2128,12 +2136,12 @@ def _decode_base64(slices: Iterator[bytes]) -> Iterator[bytes]:
     for one in itertools.chain(slices, [b"="]):     # the padding may be missing
         text, padding, behind = one.translate(None, _NOT_BASE64).partition(b"=")
         if (is_ended and text) or behind.strip(b"="):
-            raise Unsayable("has an attachment that goes on behind its end")
+            raise NotConvertible("has an attachment that goes on behind its end")
         is_ended = is_ended or bool(padding)
         text = rest + text
         cut = len(text) if is_ended else len(text) // 4 * 4
         if cut % 4 == 1:
-            raise Unsayable("has an attachment that is cut off")
+            raise NotConvertible("has an attachment that is cut off")
         yield binascii.a2b_base64(text[:cut] + b"=" * (-cut % 4))
         rest = text[cut:]
 
@@ -2158,7 +2166,7 @@ class Attachment(NamedTuple):
 
     def as_json(self) -> bytes:
         """Write a small one as a fileAttachment."""
-        octets = base64.b64encode(b"".join(self.part.pieces())).decode()
+        octets = base64.b64encode(b"".join(self.part.iter_decoded())).decode()
         return json.dumps({"@odata.type": "#microsoft.graph.fileAttachment",
                            **self.properties(), "contentBytes": octets}).encode()
 
@@ -2170,44 +2178,45 @@ class Draft(NamedTuple):
     attachments: list[Attachment]
 
 
-class Outgoing(NamedTuple):
+class PreparedMessage(NamedTuple):
     """A message for Graph: one request, or a draft if it is too large for one."""
 
-    prepared: Prepared
+    edited: EditedMessage
     draft: Draft | None = None
 
 
-def make_outgoing(envelope: Envelope, config: Config, login: Login = ANYBODY) -> Outgoing:
+def prepare_message(envelope: Envelope, config: Config,
+                    login: Principal = ANYBODY) -> PreparedMessage:
     """Do all to a message of a device with that login. Raises DeliveryError."""
     options = login.account.message_options(config)
-    prepared = prepare(envelope, options, login.username)
-    if prepared.size <= GRAPH_MESSAGE_LIMIT:
-        return Outgoing(prepared)
+    edited = edit_message(envelope, options, login.username)
+    if edited.size <= GRAPH_MESSAGE_LIMIT:
+        return PreparedMessage(edited)
     if config.large_messages == "refuse":
         raise DeliveryError(
-            f"The message has {prepared.size} octets with the fields that the relay adds: "
+            f"The message has {edited.size} octets with the fields that the relay adds: "
             f"{GRAPH_MESSAGE_LIMIT} are the most, as LARGE_MESSAGES=refuse", 552, "5.3.4")
-    return Outgoing(prepared, make_draft(envelope.message, prepared))
+    return PreparedMessage(edited, make_draft(envelope.message, edited))
 
 
-def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
+def make_draft(message: bytes | bytearray, edited: EditedMessage) -> Draft:
     """Take a prepared message apart. Raises DeliveryError."""
-    fields = split_header(prepared.header).fields
-    leaves = _leaves(_read_part(fields, message, len(prepared.before), len(message)),
-                     itertools.count())
-    text = _text_of(leaves)
+    fields = split_header(edited.header).fields
+    leaves = _leaf_parts(_parse_part(fields, message, len(edited.original_header),
+                                     len(message)), itertools.count())
+    text = _body_part(leaves)
     files = [one for one in leaves if one is not text]
-    body = _read_text(text) if text else ""
+    body = _decode_body(text) if text else ""
     is_html = text is not None and text.media_type == "text/html"
     html = body.lower() if is_html else ""
     # Separately: a text with one emoji has four bytes for each character until encoded.
     content, properties = (
         json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-        for value in (body, _draft_properties(fields, prepared.mailbox)))
+        for value in (body, _draft_properties(fields, edited.mailbox)))
     content = b'{"body": {"contentType": "%b", "content": %b}, %b' % (
         b"HTML" if is_html else b"Text", content, properties[1:])
     if len(content) > GRAPH_REQUEST_LIMIT:
-        raise Unsayable("has a text that is too large by itself")
+        raise NotConvertible("has a text that is too large by itself")
     # An object of our own, as that of the module reads files of the system.
     types = mimetypes.MimeTypes()
     attachments = []
@@ -2218,11 +2227,11 @@ def make_draft(message: bytes | bytearray, prepared: Prepared) -> Draft:
         is_shown = part.content_id and re.search(reference, html)
         attachments.append(Attachment(
             part.file_name or f"ATT{number:05}{suffix}", part,  # as Exchange names it
-            part.content_id if is_shown else "", sum(map(len, part.pieces()))))
+            part.content_id if is_shown else "", sum(map(len, part.iter_decoded()))))
     return Draft(content, attachments)
 
 
-def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
+def _parse_part(fields: list[Field], message: bytes | bytearray, begin: int,
                end: int) -> Part:
     """Read what the fields of a part say, RFC 2045, 2183, 2231."""
     if message.startswith(b"\r\n", begin, end):       # the empty line behind them
@@ -2230,14 +2239,14 @@ def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
     header = email.message.Message()
     for one in fields:
         if one.name in _PART_FIELDS:
-            parameters = _unfolded(one)[:MAX_VALUE].split(";")[:MAX_PARAMETERS]
+            parameters = _unfold(one)[:MAX_VALUE].split(";")[:MAX_PARAMETERS]
             header[one.name.decode()] = ";".join(parameters)
-    disposition = _word(header.get("content-disposition", ""))
-    encoding = _word(header.get("content-transfer-encoding", "") or "7bit")
+    disposition = _first_word(header.get("content-disposition", ""))
+    encoding = _first_word(header.get("content-transfer-encoding", "") or "7bit")
     of_type = _parameters(header, "content-type")
     name = (_parameters(header, "content-disposition").get("filename")
             or of_type.get("name", ""))
-    file_name = _one_line(name, "_").encode("utf-8", "replace").decode()
+    file_name = _decode_header_text(name, "_").encode("utf-8", "replace").decode()
     match = _MEDIA_TYPE.match(header.get("content-type", "") or "text/plain")
     unknown = "application/octet-stream" if encoding == "base64" else "text/plain"
     return Part(message, begin, end,
@@ -2246,7 +2255,7 @@ def _read_part(fields: list[Field], message: bytes | bytearray, begin: int,
                 header.get("content-id", "").strip(" \t<>"), encoding)
 
 
-def _word(value: str) -> str:
+def _first_word(value: str) -> str:
     """The first word of a value, in lower case."""
     return str(re.findall(r"\W*([\w.-]*)", value, re.A)[0]).lower()
 
@@ -2263,11 +2272,11 @@ def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
     return parameters
 
 
-def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
+def _leaf_parts(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     """Find the text and the files of a part by the table above. Raises Unsayable."""
-    _check_sayable(part, depth)
+    _check_supported(part, depth)
     if next(counter) > MAX_PARTS or depth > MAX_DEPTH:
-        raise Unsayable("has too many parts")
+        raise NotConvertible("has too many parts")
     if not part.media_type.startswith("multipart/"):
         is_empty = (part.end - part.begin < 1000
                     and not part.message[part.begin:part.end].strip())
@@ -2276,28 +2285,30 @@ def _leaves(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
     for begin, end in _split_parts(part):
         # The CRLF of the next delimiter may be that of the last field.
         header = split_header(part.message, begin, min(end + 2, part.end))
-        child = _read_part(header.fields, part.message, min(header.end, end), end)
-        found.append(_leaves(child, counter, depth + 1))
+        child = _parse_part(header.fields, part.message, min(header.end, end), end)
+        found.append(_leaf_parts(child, counter, depth + 1))
     if not found:
-        raise Unsayable("has parts that cannot be told apart")
+        raise NotConvertible("has parts that cannot be told apart")
     leaves = [leaf for one in found for leaf in one]
-    texts = [text for text in map(_text_of, found) if text]
+    texts = [text for text in map(_body_part, found) if text]
     if part.media_type == "multipart/alternative" and texts:
         best = ([one for one in texts if one.media_type == "text/html"] or texts)[-1]
-        forms = texts + [one[0] for one in found if len(one) == 1 and one[0].is_form]
+        forms = texts + [one[0] for one in found
+                         if len(one) == 1 and one[0].is_text_alternative]
         leaves = [best] + [leaf for leaf in leaves if leaf not in forms]
     return leaves
 
 
-def _check_sayable(part: Part, depth: int) -> None:
-    is_file = depth > 0 and part.is_attachment and part.media_type in SAYABLE_FILES
-    if part.media_type in UNSAYABLE and (not is_file or "method" in part.parameters):
-        raise Unsayable(UNSAYABLE[part.media_type])
+def _check_supported(part: Part, depth: int) -> None:
+    is_file = depth > 0 and part.is_attachment and part.media_type in SUPPORTED_AS_FILE
+    if part.media_type in UNSUPPORTED_TYPES and (
+            not is_file or "method" in part.parameters):
+        raise NotConvertible(UNSUPPORTED_TYPES[part.media_type])
     if depth == 0 and part.file_name.lower().endswith((".p7m", ".p7z")):
-        raise Unsayable("is signed or encrypted")       # RFC 8551 section 3.9
+        raise NotConvertible("is signed or encrypted")       # RFC 8551 section 3.9
 
 
-def _text_of(leaves: list[Part]) -> Part | None:
+def _body_part(leaves: list[Part]) -> Part | None:
     """The text is the first that may be one."""
     return next((one for one in leaves if one.is_text), None)
 
@@ -2320,14 +2331,14 @@ def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
         yield begin, part.end
 
 
-def _read_text(part: Part) -> str:
+def _decode_body(part: Part) -> str:
     """Read the text of a draft. Raises Unsayable."""
     charset = part.parameters.get("charset", "").strip()
     octets = bytearray()
-    for piece in part.pieces():
+    for piece in part.iter_decoded():
         octets += piece
         if len(octets) > 2 * GRAPH_REQUEST_LIMIT:       # UTF-16 has two for a character
-            raise Unsayable("has a text that is too large by itself")
+            raise NotConvertible("has a text that is too large by itself")
     if not charset and part.media_type == "text/html":
         match = _META_CHARSET.search(octets, 0, 1024)
         charset = match[1].decode() if match else ""
@@ -2351,12 +2362,12 @@ def decode_text(octets: bytes | bytearray, charset: str = "") -> str:
     return text
 
 
-def _unfolded(one: Field) -> str:
+def _unfold(one: Field) -> str:
     """The value of a field on one line, RFC 5322 section 2.2.3."""
-    return decode_text(one.octets.partition(b":")[2].replace(b"\r\n", b"")).strip()
+    return decode_text(one.raw.partition(b":")[2].replace(b"\r\n", b"")).strip()
 
 
-def _one_line(text: str, control: str = " ") -> str:
+def _decode_header_text(text: str, control: str = " ") -> str:
     """Decode the encoded words of a value, RFC 2047; its control characters go."""
     if text.count("=?") <= MAX_ENCODED_WORDS:
         text = _ENCODED_WORDS.sub(_decode_words, text)
@@ -2380,14 +2391,14 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
         if one.name in (*_ADDRESS_FIELDS, b"from", b"reply-to"):
             mails = one.name in _ADDRESS_FIELDS
             people.setdefault(one.name, []).extend(
-                _person(address)
-                for address in (_read_field(one).addresses if mails else _read_from(one))
-                if address.key)
+                _recipient_json(address)
+                for address in (_parse_addresses(one).addresses if mails
+                                else _parse_from(one)) if address.key)
         else:
             first.setdefault(one.name, one)
-    values = {name: _one_line(_unfolded(one)) for name, one in first.items()}
+    values = {name: _decode_header_text(_unfold(one)) for name, one in first.items()}
     authors = people.get(b"from") or [{"emailAddress": {"address": mailbox}}]
-    importance = (IMPORTANCE.get(_word(values.get(name, ""))) for name in (
+    importance = (IMPORTANCE.get(_first_word(values.get(name, ""))) for name in (
         b"importance", b"x-priority", b"priority", b"x-msmail-priority"))
     properties = {
         "subject": values.get(b"subject"), "from": authors[0],
@@ -2402,11 +2413,13 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
     return {name: value for name, value in properties.items() if value}
 
 
-def _person(address: Address) -> dict[str, Any]:
+def _recipient_json(address: Address) -> dict[str, Any]:
     """Write an address as Graph wants it; a comment may be the name."""
-    name = address.before.rstrip("<" + _WHITE) or address.after.strip(">()" + _WHITE)
+    name = (address.before.rstrip("<" + _WHITESPACE)
+            or address.after.strip(">()" + _WHITESPACE))
     name = _QUOTED_TEXT.sub(lambda match: email.utils.unquote(match[0]), name)
-    name = _one_line(decode_text(" ".join(name.split()).encode("utf-8", "surrogateescape")))
+    name = _decode_header_text(decode_text(
+        " ".join(name.split()).encode("utf-8", "surrogateescape")))
     mailbox = address.mailbox.encode("utf-8", "replace").decode()
     return {"emailAddress": {"address": mailbox, **({"name": name} if name else {})}}
 
@@ -2471,7 +2484,7 @@ class HttpResponse:
             return None
 
 
-def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
+def parse_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
     """Return a token and its seconds from `now`. Raises AuthError and TemporaryError."""
     answer = response.json()
     token = answer.get("access_token")
@@ -2498,7 +2511,7 @@ def read_token(response: HttpResponse, secret: str, now: float) -> tuple[str, fl
                          facts=facts)
 
 
-def read_tenant_id(token: str) -> str:
+def parse_tenant_id(token: str) -> str:
     """Return a token's tenant (tid) or "": for keys only, as no format is promised."""
     try:
         claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
@@ -2517,109 +2530,117 @@ def _number(value: object) -> float:
 
 
 # {mailbox} is filled in.
-_NO_RIGHT = Reply(550, "5.7.1", "The application may not send as {mailbox}: it needs the "
-                                  "right Mail.Send for this mailbox (a new right takes up "
-                                  "to 2 hours)")
-_NO_MAILBOX = Reply(550, "5.1.8", "Microsoft 365 has no mailbox {mailbox} to send from")
-_NO_UPLOAD_RIGHT = Reply(
+_ACCESS_DENIED = Reply(
+    550, "5.7.1", "The application may not send as {mailbox}: it needs the right Mail.Send "
+    "for this mailbox (a new right takes up to 2 hours)")
+_MAILBOX_NOT_FOUND = Reply(550, "5.1.8",
+                           "Microsoft 365 has no mailbox {mailbox} to send from")
+_UPLOAD_DENIED = Reply(
     552, "5.3.4", "The message is larger than 3 MB, and to send such as {mailbox} the "
     "application needs the right Mail.ReadWrite too (a new right takes up to 2 hours)")
 _TOO_LARGE = Reply(552, "5.3.4", "Microsoft 365 says that the message is too large")
-_FULL = Reply(452, "4.2.2", "The mailbox {mailbox} is full")
-_FAILING = Reply(451, "4.3.0", "Microsoft 365 has a problem; try again later")
-_BUSY = Reply(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try again "
+_MAILBOX_FULL = Reply(452, "4.2.2", "The mailbox {mailbox} is full")
+_SERVICE_ERROR = Reply(451, "4.3.0", "Microsoft 365 has a problem; try again later")
+_THROTTLED = Reply(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try again "
                               "later")
 
 # Graph's code decides first, in answers 400 to 499 but 401 and 429, and two codes in
 # those above too; then the status.
 GRAPH_CODES: Mapping[str, Reply] = {
-    "erroraccessdenied": _NO_RIGHT,
+    "erroraccessdenied": _ACCESS_DENIED,
     "errorsendasdenied": Reply(
         550, "5.7.60", "The From field names a mailbox that {mailbox} may not send as; "
         "make both the same in the device, or set FROM_MISMATCH=rewrite"),
-    "errorinvaliduser": _NO_MAILBOX,
-    "resourcenotfound": _NO_MAILBOX,
-    "errornonexistentmailbox": _NO_MAILBOX,
-    "mailboxnotenabledforrestapi": _NO_MAILBOX,
-    "mailboxnothostedinexchangeonline": _NO_MAILBOX,
+    "errorinvaliduser": _MAILBOX_NOT_FOUND,
+    "resourcenotfound": _MAILBOX_NOT_FOUND,
+    "errornonexistentmailbox": _MAILBOX_NOT_FOUND,
+    "mailboxnotenabledforrestapi": _MAILBOX_NOT_FOUND,
+    "mailboxnothostedinexchangeonline": _MAILBOX_NOT_FOUND,
     "errorinvalidrecipients": Reply(550, "5.1.3", "Microsoft 365 does not accept a "
                                                     "recipient"),
     "errormessagesizeexceeded": _TOO_LARGE,
-    "errorquotaexceeded": _FULL,
-    "erroritemnotfound": _FAILING,      # the draft is gone
+    "errorquotaexceeded": _MAILBOX_FULL,
+    "erroritemnotfound": _SERVICE_ERROR,      # the draft is gone
 }
 GRAPH_CODES_OF_ANY_STATUS = frozenset({"errormessagesizeexceeded", "errorquotaexceeded"})
 GRAPH_STATUSES: Mapping[int, Reply] = {
     401: Reply(451, "4.7.0", "Microsoft 365 does not accept its own token; try again "
                                "later"),
-    403: _NO_RIGHT,
-    404: _NO_MAILBOX,
-    408: _FAILING,         # the request came too slowly, RFC 9110 section 15.5.9
+    403: _ACCESS_DENIED,
+    404: _MAILBOX_NOT_FOUND,
+    408: _SERVICE_ERROR,         # the request came too slowly, RFC 9110 section 15.5.9
     413: _TOO_LARGE,
-    429: _BUSY,
-    507: _FULL,
+    429: _THROTTLED,
+    507: _MAILBOX_FULL,
 }
-_REFUSED = Reply(554, "5.6.0", "Microsoft 365 does not accept the message")
-_NOT_SENT = Reply(554, "5.3.0", "Microsoft 365 gave an unknown answer; the message was "
-                                  "not accepted")
+_MESSAGE_REFUSED = Reply(554, "5.6.0", "Microsoft 365 does not accept the message")
+_UNKNOWN_ANSWER = Reply(554, "5.3.0", "Microsoft 365 gave an unknown answer; the message "
+                                      "was not accepted")
 
 
-class Step(enum.Enum):
+class GraphOperation(enum.Enum):
     """What Graph is asked to do, and the statuses that mean success."""
 
     SEND = "send a message", 202
-    CREATE = "make a draft", 200, 201               # this needs Mail.ReadWrite
-    ATTACH = "change the draft", 200, 201, 204      # so does this
+    CREATE = "make a draft", 200, 201
+    ATTACH = "change the draft", 200, 201, 204
     UPLOAD = "take a piece of a file", 200, 201, 202        # this needs no token
     SEND_DRAFT = "send the draft", 202
-    DELETE = "delete the draft", 200, 204, 404      # this needs Mail.ReadWrite too
+    DELETE = "delete the draft", 200, 204, 404
 
 
-class NoAccess(DeliveryError):
+NEEDS_READ_WRITE = frozenset({GraphOperation.CREATE, GraphOperation.ATTACH,
+                              GraphOperation.DELETE})       # Mail.ReadWrite
+
+
+class AccessDenied(DeliveryError):
     """The application has no access to the mailbox; an administrator can grant it."""
 
 
-def graph_error(response: HttpResponse, mailbox: str, step: Step = Step.SEND) -> RelayError:
+def graph_error(response: HttpResponse, mailbox: str,
+                operation: GraphOperation = GraphOperation.SEND) -> RelayError:
     """Make the error for an answer of Graph that is not the one for success."""
     reply, code = _find_reply(response), _graph_code(response)
-    if step in (Step.CREATE, Step.ATTACH, Step.DELETE) and reply is _NO_RIGHT:
-        reply = _NO_UPLOAD_RIGHT
-    if step not in (Step.SEND, Step.CREATE) and reply is _NO_MAILBOX:
-        reply = _FAILING                # it had one a moment ago
-    if step is Step.UPLOAD and reply not in (_TOO_LARGE, _FULL, _BUSY):
-        reply = _FAILING                # it is between Graph and Exchange
+    if operation in NEEDS_READ_WRITE and reply is _ACCESS_DENIED:
+        reply = _UPLOAD_DENIED
+    if (operation not in (GraphOperation.SEND, GraphOperation.CREATE)
+            and reply is _MAILBOX_NOT_FOUND):
+        reply = _SERVICE_ERROR                # it had one a moment ago
+    if operation is GraphOperation.UPLOAD and reply not in (_TOO_LARGE, _MAILBOX_FULL,
+                                                            _THROTTLED):
+        reply = _SERVICE_ERROR                # it is between Graph and Exchange
     facts = {"status": response.status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
-    kind = (NoAccess if reply in (_NO_RIGHT, _NO_MAILBOX, _NO_UPLOAD_RIGHT) else
-            TemporaryError if reply.code < 500 else DeliveryError)
-    level = logging.ERROR if reply is _NOT_SENT else logging.WARNING
+    kind = (AccessDenied if reply in (_ACCESS_DENIED, _MAILBOX_NOT_FOUND, _UPLOAD_DENIED)
+            else TemporaryError if reply.code < 500 else DeliveryError)
+    level = logging.ERROR if reply is _UNKNOWN_ANSWER else logging.WARNING
     return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
                 level=level)
 
 
 def _find_reply(response: HttpResponse) -> Reply:
     status, code = response.status, _graph_code(response).lower()
-    reply = GRAPH_STATUSES.get(status, _FAILING if status >= 500 else
-                               _REFUSED if status >= 400 else _NOT_SENT)
+    reply = GRAPH_STATUSES.get(status, _SERVICE_ERROR if status >= 500 else
+                               _MESSAGE_REFUSED if status >= 400 else _UNKNOWN_ANSWER)
     if status >= 400 and status not in (401, 429) and (
             status < 500 or code in GRAPH_CODES_OF_ANY_STATUS):
         reply = GRAPH_CODES.get(code, reply)
     return reply
 
 
-def read_id(response: HttpResponse) -> str:
+def parse_draft_id(response: HttpResponse) -> str:
     """Read the id of a new draft, or ""."""
     ident = response.json().get("id")
     return ident if isinstance(ident, str) and re.fullmatch("[!-~]{1,2000}", ident) else ""
 
 
-def read_upload_url(response: HttpResponse) -> str:
+def parse_upload_url(response: HttpResponse) -> str:
     """Read the URL of a new upload session, which holds a secret; "" if it is not safe."""
     url = str(response.json().get("uploadUrl"))
     return url if split_url(url) else ""
 
 
-def next_range(response: HttpResponse) -> int | None:
+def parse_next_range(response: HttpResponse) -> int | None:
     """Read where the next piece begins: NextExpectedRanges ["5"] or ["5-"], in any case."""
     for name, value in response.json().items():
         if name.lower() == "nextexpectedranges" and isinstance(value, list) and value:
@@ -2636,10 +2657,10 @@ TABLE_REMEDIES: Mapping[str, str] = {
     "AuthorizationFailure": "the storage account's firewall or the SAS does not allow this",
     "AuthenticationFailed": "the SAS has expired, or the identity is of another tenant",
 }
-_NO_TABLE = "The relay cannot ask its table of accounts now; try again later"
+_TABLE_UNAVAILABLE = "The relay cannot ask its table of accounts now; try again later"
 
 
-def read_entity(response: HttpResponse) -> dict[str, Any] | None:
+def parse_entity(response: HttpResponse) -> dict[str, Any] | None:
     """Read the first entity in an answer of Azure Tables. Raises TemporaryError."""
     answer, code = response.json(), response.headers.get("x-ms-error-code", "")
     if response.status == 404 and code == "ResourceNotFound":
@@ -2651,14 +2672,14 @@ def read_entity(response: HttpResponse) -> dict[str, Any] | None:
         if found or "x-ms-continuation-nextpartitionkey" not in response.headers:
             return found[0] if found else None
         remedy = "the table is too large for a search; log in as NAME@lookup"
-    raise TemporaryError(_NO_TABLE, facts={
+    raise TemporaryError(_TABLE_UNAVAILABLE, facts={
         "status": response.status, "table": code or None, "remedy": remedy},
         level=logging.ERROR)
 
 
-def read_account(entity: Mapping[str, Any], name: str) -> Account:
+def parse_table_account(entity: Mapping[str, Any], name: str) -> Account:
     """Read an entity of the table of accounts. Raises TemporaryError."""
-    values, keys = {}, declared(Account)
+    values, keys = {}, settings_of(Account)
     for key in ("tenant_id", "client_id", "from_email"):
         text = str(entity.get(key) or "").strip()
         try:
@@ -2666,7 +2687,7 @@ def read_account(entity: Mapping[str, Any], name: str) -> Account:
             if not text and key != "from_email":
                 raise ValueError("set")
         except ValueError as error:
-            raise TemporaryError(_NO_TABLE, level=logging.ERROR, facts={
+            raise TemporaryError(_TABLE_UNAVAILABLE, level=logging.ERROR, facts={
                 "account": name, "problem": f"{key} must be {error}"}) from None
     return Account(name, **values)
 
@@ -2732,15 +2753,15 @@ def parse_queued_message(text: bytes) -> QueuedMessage:
     return message
 
 
-def as_stored(content: bytes, message: QueuedMessage) -> Outgoing:
+def as_stored(content: bytes, message: QueuedMessage) -> PreparedMessage:
     """Prepare a message that was edited before it was queued. Raises DeliveryError."""
     if len(content) != message.size:
         raise DeliveryError("The file of the message is damaged")
     header = content[:message.header_size]
-    prepared = Prepared(message.mailbox, header, header,
+    edited = EditedMessage(message.mailbox, header, header,
                         memoryview(content)[message.header_size:])
-    is_large = prepared.size > GRAPH_MESSAGE_LIMIT
-    return Outgoing(prepared, make_draft(content, prepared) if is_large else None)
+    is_large = edited.size > GRAPH_MESSAGE_LIMIT
+    return PreparedMessage(edited, make_draft(content, edited) if is_large else None)
 
 
 def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id: str,
@@ -2755,10 +2776,12 @@ def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id:
         "Content-Transfer-Encoding: 8bit", "",
         f"The SMTP relay at {reporter} could not deliver this message and has stopped "
         "trying:", "",
-        *(f"Subject:    {_one_line(_unfolded(field))[:200]}" for field in subject[:1]),
+        *(f"Subject:    {_decode_header_text(_unfold(field))[:200]}"
+          for field in subject[:1]),
         *(f"Recipient:  {recipient}" for recipient in message.recipients),
         f"Received:   {email.utils.formatdate(message.queued_at)}",
-        f"Attempts:   {message.attempts}", f"Reason:     {harmless(message.reason)[:900]}",
+        f"Attempts:   {message.attempts}",
+        f"Reason:     {printable_ascii(message.reason)[:900]}",
         f"ID:         {message.id}", "",
         "The relay keeps the message. Its administrator can send it again.", ""]
     return "\r\n".join(lines).encode(errors="replace")
@@ -2783,16 +2806,16 @@ for _needed in ("unicode_escape", "idna"):      # Python would load them when it
 def log_event(level: int, ident: str, event: str, **facts: object) -> None:
     """Log an event with its facts."""
     if log.isEnabledFor(level):
-        log.log(level, "%s %s%s", ident, event, in_words(facts))
+        log.log(level, "%s %s%s", ident, event, format_fields(facts))
 
 
-def in_words(facts: Mapping[str, object]) -> str:
+def format_fields(facts: Mapping[str, object]) -> str:
     """Write facts behind something; those that are None are left out."""
-    return "".join(f" {name.replace('_', '-')}={escaped(value)}"
+    return "".join(f" {name.replace('_', '-')}={quote_value(value)}"
                    for name, value in facts.items() if value is not None)
 
 
-def escaped(value: object) -> str:
+def quote_value(value: object) -> str:
     """Make a value one word, or a quoted one with everything odd escaped."""
     text = f"{value:.3f}" if isinstance(value, float) else str(value)[:MAX_LOGGED_TEXT]
     if re.fullmatch(r"[!#-&(-<>-\[\]-~]+", text):
@@ -2852,15 +2875,15 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 # and each receive it sets the socket's time-out to the time left.
 
 MAX_ANSWER = 65536              # octets of a body that are read
-KEEP = 60.0                     # seconds an idle connection is kept: firewalls forget them
-KEPT_CONNECTIONS = 100          # for one host
-REST_OF_202 = 1.0               # seconds for the end of a 202 without a body
+KEEPALIVE_TIMEOUT = 60.0        # seconds an idle connection is kept: firewalls forget it
+MAX_IDLE_CONNECTIONS = 100          # for one host
+ACCEPTED_BODY_TIMEOUT = 1.0               # seconds for the end of a 202 without a body
 GRACE = 2.0                     # seconds past a deadline for a slow machine
-IDLE_THREAD = 10.0              # seconds until an idle thread ends
+THREAD_IDLE_TIMEOUT = 10.0              # seconds until an idle thread ends
 Body = Union[bytes, Callable[[], Union[bytes, Iterator[bytes]]]]
 
 
-class NoAnswer(TemporaryError):
+class UpstreamUnavailable(TemporaryError):
     """Microsoft was not reached, or did not answer in time, or answered nonsense."""
 
     status = "4.4.1"
@@ -2870,7 +2893,7 @@ class NoAnswer(TemporaryError):
                          facts={"problem": what})
 
 
-class NotSent(ConnectionError):
+class RequestNotSent(ConnectionError):
     """A connection ended before the request went out whole: nothing can have happened."""
 
 
@@ -2882,7 +2905,7 @@ class HttpRequest:
     url: str = field(repr=False)        # may hold a secret
     headers: Mapping[str, str] = field(repr=False)
     body: Body = field(default=b"", repr=False)
-    most: int = MAX_ANSWER              # octets of the answer that are read
+    max_bytes: int = MAX_ANSWER         # octets of the answer that are read
 
 
 def time_left(deadline: float) -> float:
@@ -2951,16 +2974,16 @@ def connect(url: str, context: ssl.SSLContext | None,
     return connection
 
 
-async def done_by(deadline: float, future: asyncio.Future[Any]) -> bool:
+async def wait_until_done(deadline: float, future: asyncio.Future[Any]) -> bool:
     """Wait for a future, but not longer than until `deadline`; say whether it is done."""
     await asyncio.wait({future}, timeout=max(0.0, deadline - time.monotonic()))
     return future.done()
 
 
-async def in_time(deadline: float, future: asyncio.Future[T]) -> T:
+async def result_before(deadline: float, future: asyncio.Future[T]) -> T:
     """Wait for what nobody else waits for. Raises TimeoutError when time is up."""
     try:
-        if not await done_by(deadline, future):
+        if not await wait_until_done(deadline, future):
             raise TimeoutError("time is up")
         return future.result()
     finally:
@@ -2972,7 +2995,7 @@ _calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
 _idle = threading.Semaphore(0)          # counts the threads that wait for a call
 
 
-def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+def run_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
     """Run a blocking call in an idle thread, or in a new one.
 
     The threads are daemons, and not limited in number: a call that hangs in the operating
@@ -2992,7 +3015,7 @@ def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
 def _work() -> None:
     while True:
         try:
-            call, loop, future = _calls.get(timeout=IDLE_THREAD)
+            call, loop, future = _calls.get(timeout=THREAD_IDLE_TIMEOUT)
         except queue.Empty:
             if _idle.acquire(blocking=False):
                 return
@@ -3029,9 +3052,9 @@ def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
         reader, body = cast(_Reader, response.fp.raw), b""
         reader.is_lenient = True        # the status counts, whatever becomes of the body
         if response.status == 202:
-            reader.deadline = min(deadline, time.monotonic() + REST_OF_202)
+            reader.deadline = min(deadline, time.monotonic() + ACCEPTED_BODY_TIMEOUT)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            body = response.read(request.most)
+            body = response.read(request.max_bytes)
             if response.isclosed() and not response.length:
                 on_failure.pop_all()    # nothing of it is left on the connection
     headers = {name.lower(): value for name, value in response.getheaders()}
@@ -3060,7 +3083,7 @@ def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
     except (OSError, http.client.HTTPException, ValueError):
         if not problem:
             raise
-    raise NotSent(problem)
+    raise RequestNotSent(problem)
 
 
 class HttpPool:
@@ -3080,13 +3103,13 @@ class HttpPool:
         try:
             kept = self._take(base)
             if kept:
-                with contextlib.suppress(NotSent):
+                with contextlib.suppress(RequestNotSent):
                     return await self._exchange(kept, request, deadline)
-            connection = await in_time(deadline, in_thread(
+            connection = await result_before(deadline, run_in_thread(
                 functools.partial(connect, base, self._context, deadline)))
             return await self._exchange(connection, request, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise NoAnswer(str(error) or type(error).__name__) from None
+            raise UpstreamUnavailable(str(error) or type(error).__name__) from None
 
     async def send_with_retries(
             self, request: HttpRequest, deadline: float, pauses: Iterable[float],
@@ -3103,9 +3126,9 @@ class HttpPool:
     async def _exchange(self, connection: http.client.HTTPConnection,
                         request: HttpRequest, deadline: float) -> HttpResponse:
         sock = connection.sock          # the connection may let go of it
-        future = in_thread(functools.partial(exchange, connection, request, deadline))
+        future = run_in_thread(functools.partial(exchange, connection, request, deadline))
         try:
-            if not await done_by(deadline + GRACE, future):
+            if not await wait_until_done(deadline + GRACE, future):
                 raise TimeoutError("time is up")
             response = future.result()
         except asyncio.CancelledError:
@@ -3142,11 +3165,11 @@ class HttpPool:
 
     def _give_back(self, base: str, connection: http.client.HTTPConnection) -> None:
         kept = self._kept[base]
-        if connection.sock is None or len(kept) >= KEPT_CONNECTIONS:
+        if connection.sock is None or len(kept) >= MAX_IDLE_CONNECTIONS:
             connection.close()
         else:
             kept.append((connection, asyncio.get_running_loop().call_later(
-                KEEP, connection.close)))
+                KEEPALIVE_TIMEOUT, connection.close)))
 
     def close(self) -> None:
         """Close the connections that are kept."""
@@ -3166,11 +3189,11 @@ def _base(url: str) -> str:
 # is asked for at an address near by, never through a proxy. Microsoft, "How to use
 # managed identities for Azure resources", "... App Service".
 
-REFUSALS_LAST = 30.0            # seconds: a device with a wrong password tries and tries
-LEAST_TIME = 0.1                # of UPSTREAM_TIMEOUT must be left for a try to be of use
+NEGATIVE_CACHE_TTL = 30.0       # seconds: a device with a wrong password tries and tries
+MIN_TIME_LEFT = 0.1                # of UPSTREAM_TIMEOUT must be left for a try to be of use
 MAX_CACHED = 1000               # of anything
 IDENTITY_TIMEOUT = 10.0         # seconds for an answer of a managed identity
-IDENTITY_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)        # before it is asked again
+IDENTITY_RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)        # before it is asked again
 Key = tuple[str, str, str, str, bytes]  # tenant, client, credential, resource, keyed hash
 
 
@@ -3229,7 +3252,7 @@ class Tokens:
             return await self._get(application, deadline,
                                    resource or self._config.graph_endpoint)
         except AuthError as error:
-            if not application.is_ours:
+            if not application.relay_holds_secret:
                 raise
             raise TemporaryError(
                 f"The relay's own credential is refused ({error.reply.text})", 451, "4.7.0",
@@ -3239,17 +3262,17 @@ class Tokens:
         key = self._key(application, resource)
         answer = self._answers.get(key)
         if isinstance(answer, AuthError):
-            raise _fresh(answer)
+            raise _without_traceback(answer)
         if answer:
             return answer
         fetch = self._fetches.get(key)      # it has the deadline of who came first
         if not fetch:
             fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
             self._fetches[key] = fetch
-            fetch.add_done_callback(functools.partial(self._fetched, key))
+            fetch.add_done_callback(functools.partial(self._on_fetched, key))
         try:
-            if not await done_by(deadline + GRACE, fetch):
-                raise NoAnswer("time is up")
+            if not await wait_until_done(deadline + GRACE, fetch):
+                raise UpstreamUnavailable("time is up")
             return fetch.result()
         finally:
             del fetch                   # see _work
@@ -3267,19 +3290,21 @@ class Tokens:
     async def _fetch(self, key: Key, application: Application, deadline: float) -> str:
         resource, secret = key[3], application.secret
         if application.credential == "managed-identity":
-            response = await self._ask_identity(application.client, resource, deadline)
+            response = await self._request_identity_token(application.client, resource,
+                                                          deadline)
             secret = self._config.identity_header
         else:
             if application.credential == "workload-identity":
-                secret = await _in_file(self._config.azure_federated_token_file, deadline)
+                secret = await _read_secret_in_thread(
+                    self._config.azure_federated_token_file, deadline)
             response = await self._pool.send(
                 self._request(application, secret, resource), deadline)
         try:
-            token, life = read_token(response, secret, time.time())
+            token, life = parse_token(response, secret, time.time())
         except AuthError as error:
-            self._answers.put(key, _fresh(error), REFUSALS_LAST)
+            self._answers.put(key, _without_traceback(error), NEGATIVE_CACHE_TTL)
             raise
-        tenant = read_tenant_id(token)
+        tenant = parse_tenant_id(token)
         if tenant and "." in application.tenant:        # Entra gave it for this domain
             self._tenants.put(application.tenant, tenant, MAX_TOKEN_LIFE)
             key = self._key(application, resource)
@@ -3301,14 +3326,15 @@ class Tokens:
              "Accept": "application/json", "User-Agent": USER_AGENT},
             urllib.parse.urlencode(form).encode())
 
-    async def _ask_identity(self, client: str, resource: str,
+    async def _request_identity_token(self, client: str, resource: str,
                             deadline: float) -> HttpResponse:
         """Ask for a token of a managed identity. Retry while it is not ready."""
         request = self._identity_request(client, resource)
         try:
             return await self._pool.send_with_retries(
-                request, deadline, IDENTITY_PAUSES, 404, 410, timeout=IDENTITY_TIMEOUT)
-        except NoAnswer as error:
+                request, deadline, IDENTITY_RETRY_DELAYS, 404, 410,
+                timeout=IDENTITY_TIMEOUT)
+        except UpstreamUnavailable as error:
             error.facts["identity"] = request.url.partition("?")[0]
             raise
 
@@ -3317,7 +3343,7 @@ class Tokens:
         url = f"{config.azure_pod_identity_authority_host}/metadata/identity/oauth2/token"
         if config.identity_endpoint and config.identity_header:     # App Service
             try:
-                url, version = near_url(config.identity_endpoint), "2019-08-01"
+                url, version = local_http_url(config.identity_endpoint), "2019-08-01"
             except ValueError as error:
                 raise TemporaryError(
                     "The relay has no identity that it can ask for",
@@ -3329,7 +3355,7 @@ class Tokens:
         return HttpRequest("GET", f"{url}{mark}{urllib.parse.urlencode(query)}",
                            {**headers, "User-Agent": USER_AGENT})
 
-    def _fetched(self, key: Key, fetch: asyncio.Task[str]) -> None:
+    def _on_fetched(self, key: Key, fetch: asyncio.Task[str]) -> None:
         del self._fetches[key]
         if not fetch.cancelled():
             fetch.exception()           # it is known, even if nobody waits any more
@@ -3340,17 +3366,18 @@ class Tokens:
                 application.credential, resource, digest)
 
 
-async def _in_file(path: str, deadline: float) -> str:
+async def _read_secret_in_thread(path: str, deadline: float) -> str:
     """Read a secret in a thread. Raises TemporaryError."""
     try:
-        return await in_time(deadline, in_thread(functools.partial(read_secret, path)))
+        return await result_before(deadline, run_in_thread(
+            functools.partial(read_secret, path)))
     except (TimeoutError, ValueError) as error:
         problem = str(error)
     raise TemporaryError("The relay's own credential cannot be read", facts={
         "problem": f"{path}: {problem}"}, level=logging.ERROR)
 
 
-def _fresh(error: AuthError) -> AuthError:
+def _without_traceback(error: AuthError) -> AuthError:
     """Copy an error without its traceback, which holds the frames, and these the secret."""
     return AuthError(error.reply.text, facts=error.facts, level=error.level)
 
@@ -3360,15 +3387,15 @@ def _fresh(error: AuthError) -> AuthError:
 #
 # Where accounts are found: in ACCOUNTS_FILE, in the Azure table, or in a user name itself.
 
-READ_AGAIN = 3.0                # seconds between two polls of ACCOUNTS_FILE
+ACCOUNTS_POLL_INTERVAL = 3.0                # seconds between two polls of ACCOUNTS_FILE
 MAX_FAILURES = 10               # of logins from one address, in
-FAILURES_LAST = 600.0           # seconds
-FAILURE_PAUSE = 0.5             # seconds for each failure before a refusal
-MAX_FAILURE_PAUSE = 5.0
-TABLE_LASTS = 60.0              # seconds that an answer of the table is remembered
-AZURE_PAUSES = (1.0, 3.0)       # seconds before Azure is asked again
+FAILURE_WINDOW = 600.0           # seconds
+FAILURE_DELAY = 0.5             # seconds for each failure before a refusal
+MAX_FAILURE_DELAY = 5.0
+TABLE_CACHE_TTL = 60.0              # seconds that an answer of the table is remembered
+AZURE_RETRY_DELAYS = (1.0, 3.0)       # seconds before Azure is asked again
 STORAGE = "https://storage.azure.com"
-_NOBODY = f"scrypt${'A' * 22}${'A' * 43}"       # a hash that no password has
+DUMMY_HASH = f"scrypt${'A' * 22}${'A' * 43}"       # a hash that no password has
 _NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")
 
 
@@ -3394,7 +3421,7 @@ class AccountsFile:
             problem = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
                               f"{problem}") from None
-        accounts, faults = parse_accounts(text, self._config)
+        accounts, errors = parse_accounts(text, self._config)
         found = {"": ""}
         for account in accounts:
             name = account.client_secret_file
@@ -3403,9 +3430,9 @@ class AccountsFile:
                 try:
                     found[name] = read_secret(name)
                 except ValueError as error:
-                    faults.append(f"[{account.name}] client_secret_file = {name}: {error}")
-        if faults:
-            raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
+                    errors.append(f"[{account.name}] client_secret_file = {name}: {error}")
+        if errors:
+            raise ConfigError("\n".join(f"{path}: {fault}" for fault in errors))
         self.accounts = Accounts(
             dataclasses.replace(account, client_secret=account.client_secret
                                 or found[account.client_secret_file])
@@ -3435,12 +3462,12 @@ class AccountsFile:
         self._wake, logged = asyncio.Event(), ""
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), READ_AGAIN)
+                await asyncio.wait_for(self._wake.wait(), ACCOUNTS_POLL_INTERVAL)
             is_asked = self._wake.is_set()
             self._wake.clear()
             try:
                 # In a thread, and without a deadline: if the disk hangs, only this waits.
-                if await in_thread(functools.partial(self._poll, is_asked)):
+                if await run_in_thread(functools.partial(self._poll, is_asked)):
                     log_event(logging.INFO, "-", "accounts",
                               loaded=len(list(self.accounts)))
                     logged = ""
@@ -3473,11 +3500,11 @@ def _look(path: str) -> tuple[int, ...] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
 
 
-class Azure:
+class AzureClient:
     """Asks services of Azure as the relay itself."""
 
     def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
-        self._application = own_application(config)
+        self._application = relay_identity(config)
         self._pool = pool
         self._tokens = tokens
 
@@ -3491,7 +3518,7 @@ class Azure:
                 token = await self._tokens.get(self._application, deadline, resource)
                 headers["Authorization"] = f"Bearer {token}"
             response = await self._pool.send_with_retries(
-                HttpRequest("GET", url, headers), deadline, AZURE_PAUSES)
+                HttpRequest("GET", url, headers), deadline, AZURE_RETRY_DELAYS)
             is_stale = (response.status == 401 or response.headers.get("x-ms-error-code")
                         == "AuthenticationFailed")      # of Tables, with 403
             if not (is_stale and token):
@@ -3500,10 +3527,10 @@ class Azure:
         return response
 
 
-class Table:
+class AccountsTable:
     """The Azure table of accounts; Microsoft, "Query Entities (REST API)"."""
 
-    def __init__(self, config: Config, azure: Azure,
+    def __init__(self, config: Config, azure: AzureClient,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._azure = azure
         self._partition = config.azure_tables_partition_key
@@ -3536,8 +3563,8 @@ class Table:
         known = self._found.get(key)
         if not known:
             entity = await self._query(where, query, deadline)
-            known = (None if entity is None else read_account(entity, name),)
-            self._found.put(key, known, TABLE_LASTS)
+            known = (None if entity is None else parse_table_account(entity, name),)
+            self._found.put(key, known, TABLE_CACHE_TTL)
         return known[0]
 
     async def _query(self, where: str, query: Mapping[str, str],
@@ -3545,7 +3572,7 @@ class Table:
         text = urllib.parse.urlencode(
             {**query, "$select": "tenant_id,client_id,from_email"}, safe="$",
             quote_via=urllib.parse.quote)
-        return read_entity(await self._azure.get(
+        return parse_entity(await self._azure.get(
             f"{self._url}{where}?{text}{self._sas and '&'}{self._sas}",
             "" if self._sas else STORAGE,
             {"Accept": "application/json;odata=nometadata",
@@ -3572,7 +3599,7 @@ class TooManyFailures(TemporaryError):
     """Too many logins from one address have failed; no more passwords are checked."""
 
 
-class Failures:
+class LoginLimiter:
     """Counts refused logins, by a client's address."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -3588,30 +3615,30 @@ class Failures:
     def add(self, address: IpAddress | None) -> float:
         """Count a failure; returns the seconds to wait before it is told."""
         times = [*self._recent(address), self._clock()]
-        self._times.put(_site(address), times, FAILURES_LAST)
-        return min(len(times) * FAILURE_PAUSE, MAX_FAILURE_PAUSE)
+        self._times.put(client_prefix(address), times, FAILURE_WINDOW)
+        return min(len(times) * FAILURE_DELAY, MAX_FAILURE_DELAY)
 
     def _recent(self, address: IpAddress | None) -> list[float]:
-        times = self._times.get(_site(address)) or []
-        return [one for one in times if self._clock() < one + FAILURES_LAST]
+        times = self._times.get(client_prefix(address)) or []
+        return [one for one in times if self._clock() < one + FAILURE_WINDOW]
 
 
-def _site(address: IpAddress | None) -> bytes:
+def client_prefix(address: IpAddress | None) -> bytes:
     """Whoever has an IPv6 address has all of its /64; an IPv4 address has 4 octets."""
     return address.packed[:8] if address else b""
 
 
-class Directory:
+class Authenticator:
     """Finds out who logs in."""
 
-    def __init__(self, config: Config, azure: Azure) -> None:
+    def __init__(self, config: Config, azure: AzureClient) -> None:
         self.file = AccountsFile(config)
-        self.table = Table(config, azure) if config.azure_tables_url else None
-        self.failures = Failures()
+        self.table = AccountsTable(config, azure) if config.azure_tables_url else None
+        self.failures = LoginLimiter()
         self._config = config
         self._scrypt = threading.Semaphore(2)       # at once, as each takes 32 MiB
 
-    def shown(self, username: str) -> str:
+    def loggable_username(self, username: str) -> str:
         """Show a user name for the log; what is none may be a password."""
         with contextlib.suppress(AuthError):
             delimiter = self._config.username_delimiter
@@ -3621,7 +3648,7 @@ class Directory:
         return f"*** ({len(username)} characters)"
 
     async def find(self, login: Authenticate, address: IpAddress | None,
-                   deadline: float) -> Login:
+                   deadline: float) -> Principal:
         """Check a login, but for what Entra must say. Raises AuthError, TemporaryError."""
         name = lookup_name(login.username, self._config.username_delimiter)
         account = (self.file.accounts.find(login.username)
@@ -3630,25 +3657,25 @@ class Directory:
         problem = ""
         if account is None:
             problem = "there is no such account"
-        elif not account.holds(address):
+        elif not account.allows_address(address):
             problem = "not from its networks"
         elif not account.has_credential:        # Entra will judge the password
             if login.password:
-                return Login(account, account.as_application(login.password),
+                return Principal(account, account.as_application(login.password),
                              login.username)
             if not account.name:
                 raise AuthError("The password is empty; it must be the client secret")
             problem = "the password is empty"
         # Every way from here costs one scrypt: nobody learns which names there are.
         hashed = account.password if account else ""
-        is_right = await self._is_password(login.password, hashed or _NOBODY, address,
+        is_right = await self._is_password(login.password, hashed or DUMMY_HASH, address,
                                            deadline)
         if account is None or problem or not is_right:
             raise AuthError(
                 "Wrong user name or password, or not from here; the relay's log says which",
                 facts={"account": account.name if account else None, "problem":
                        problem or ("wrong password" if hashed else "it has no password")})
-        return Login(account, account.as_application(), login.username)
+        return Principal(account, account.as_application(), login.username)
 
     async def _find_elsewhere(self, username: str, name: str | None,
                               deadline: float) -> Account | None:
@@ -3677,10 +3704,10 @@ class Directory:
             with self._scrypt:
                 time_left(deadline)                 # nobody waits any more?
                 self.failures.check(address)        # others may have failed meanwhile
-                return is_password(password, hashed)
+                return verify_password(password, hashed)
 
         try:
-            return await in_time(deadline, in_thread(check))
+            return await result_before(deadline, run_in_thread(check))
         except TimeoutError:
             raise TemporaryError("Too many logins at once; try again later") from None
 
@@ -3700,10 +3727,10 @@ class Directory:
 # requests, and its draft is deleted if any of them fails.
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
-LEAST_PAUSE = 0.5               # seconds before anything is tried again
-MOST_PAUSE = 86400.0            # seconds; what is longer is garbage
-THROTTLED_PAUSE = 5.0           # seconds after a 429 that does not say for how long
-DRAFT_DELAYS = (0.5, 1.0, 2.0, 4.0)     # seconds between attempts if a draft is not found
+MIN_RETRY_DELAY = 0.5               # seconds before anything is tried again
+MAX_RETRY_DELAY = 86400.0            # seconds; what is longer is garbage
+DEFAULT_RETRY_DELAY = 5.0           # seconds after a 429 that does not say for how long
+DRAFT_RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0)       # seconds, if a new draft is not found
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
 MailboxKey = tuple[str, str, str]       # tenant, client, mailbox: Graph limits these
 
@@ -3728,7 +3755,7 @@ class MailboxLimiter:
         waiting.append(slot)
         self._admit()
         try:
-            if not (slot.done() or await done_by(deadline, slot)):
+            if not (slot.done() or await wait_until_done(deadline, slot)):
                 raise TemporaryError("Too many messages for this mailbox at once; try "
                                      "again later", 451, "4.4.5")
             yield
@@ -3746,18 +3773,18 @@ class MailboxLimiter:
 
 
 @dataclass(frozen=True)
-class Errand:
+class RequestContext:
     """On whose behalf Graph is asked, and until when (time.monotonic)."""
 
     application: Application
     mailbox: str
-    ident: str
+    message_id: str
     deadline: float
-    latest: float           # to begin a request, as it must have time to be answered
+    send_before: float      # to begin a request, as it must have time to be answered
     key: MailboxKey         # whose limits it is under
 
 
-class Graph:
+class GraphClient:
     """Sends messages; Microsoft Graph v1.0, "user: sendMail", "message: send"."""
 
     def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
@@ -3769,27 +3796,27 @@ class Graph:
             weakref.WeakValueDictionary())
         self._resume_at: Cache[MailboxKey, float] = Cache()     # time.monotonic()
 
-    async def send(self, application: Application, message: Outgoing, ident: str,
+    async def send(self, application: Application, message: PreparedMessage, ident: str,
                    deadline: float, *, is_live: bool = False) -> HttpResponse:
         """Send a message, `is_live` ones first; returns the 202. Raises RelayError."""
-        mailbox = message.prepared.mailbox
+        mailbox = message.edited.mailbox
         # A request that is soon cut off may have been obeyed, and nobody would know.
-        latest = deadline - LEAST_TIME * self._config.upstream_timeout
-        errand = Errand(application, mailbox, ident, deadline, latest, self._key((
+        latest = deadline - MIN_TIME_LEFT * self._config.upstream_timeout
+        context = RequestContext(application, mailbox, ident, deadline, latest, self._key((
             application.tenant, application.client, mailbox.lower())))
-        limiter = self._limiters.setdefault(errand.key, MailboxLimiter())
+        limiter = self._limiters.setdefault(context.key, MailboxLimiter())
         async with limiter.slot(latest, is_live=is_live):
             try:
                 if message.draft:
-                    return await self._send_draft(errand, message.draft)
-                return await self._ask(errand, Step.SEND, self._request(
-                    errand, "sendMail", message.prepared.as_base64, headers={
+                    return await self._send_draft(context, message.draft)
+                return await self._ask(context, GraphOperation.SEND, self._request(
+                    context, "sendMail", message.edited.as_base64, headers={
                         "Content-Type": "text/plain",
-                        "Content-Length": str((message.prepared.size + 2) // 3 * 4)}))
+                        "Content-Length": str((message.edited.size + 2) // 3 * 4)}))
             except TimeoutError as error:       # of a thread that decodes a file
-                raise NoAnswer(error) from None
+                raise UpstreamUnavailable(error) from None
 
-    def held_for(self, key: MailboxKey) -> float:
+    def throttled_for(self, key: MailboxKey) -> float:
         """Return for how many seconds Microsoft wants no request for a mailbox."""
         return max(0.0, (self._resume_at.get(self._key(key)) or 0.0) - time.monotonic())
 
@@ -3798,111 +3825,118 @@ class Graph:
 
     # Large messages.
 
-    async def _send_draft(self, errand: Errand, draft: Draft) -> HttpResponse:
+    async def _send_draft(self, context: RequestContext, draft: Draft) -> HttpResponse:
         """Make a draft, attach the files, send it; if anything fails, delete it."""
         # The answer repeats the text, perhaps with an escape for each character.
-        create = self._request(errand, "messages", draft.content,
-                               most=MAX_ANSWER + 6 * len(draft.content))
-        ident = read_id(await self._ask(errand, Step.CREATE, create))
+        create = self._request(context, "messages", draft.content,
+                               max_bytes=MAX_ANSWER + 6 * len(draft.content))
+        ident = parse_draft_id(await self._ask(context, GraphOperation.CREATE, create))
         if not ident:
-            raise NoAnswer("a draft without an id")
+            raise UpstreamUnavailable("a draft without an id")
         path = f"messages/{urllib.parse.quote(ident, safe='')}"
         try:
             for attachment in draft.attachments:
-                await self._attach(errand, f"{path}/attachments", attachment)
-            return await self._ask(errand, Step.SEND_DRAFT,
-                                   self._request(errand, f"{path}/send"))
+                await self._attach(context, f"{path}/attachments", attachment)
+            return await self._ask(context, GraphOperation.SEND_DRAFT,
+                                   self._request(context, f"{path}/send"))
         except BaseException:
-            await self._discard(errand, path)
+            await self._discard(context, path)
             raise
 
-    async def _attach(self, errand: Errand, path: str, attachment: Attachment) -> None:
+    async def _attach(self, context: RequestContext, path: str,
+                      attachment: Attachment) -> None:
         if not attachment.is_large:
-            await self._ask(errand, Step.ATTACH,
-                            self._request(errand, path, attachment.as_json))
+            await self._ask(context, GraphOperation.ATTACH,
+                            self._request(context, path, attachment.as_json))
             return
         item = {"attachmentType": "file", "size": attachment.size,
                 **attachment.properties()}
-        response = await self._ask(errand, Step.ATTACH, self._request(
-            errand, f"{path}/createUploadSession",
+        response = await self._ask(context, GraphOperation.ATTACH, self._request(
+            context, f"{path}/createUploadSession",
             json.dumps({"AttachmentItem": item}).encode()))
-        url = read_upload_url(response)
+        url = parse_upload_url(response)
         if url[:5] != self._config.graph_endpoint[:5]:      # http: is for tests alone
-            raise NoAnswer("an upload session without a URL that can be used")
-        await self._upload(errand, url, attachment)
+            raise UpstreamUnavailable("an upload session without a URL that can be used")
+        await self._upload(context, url, attachment)
 
-    async def _upload(self, errand: Errand, url: str, attachment: Attachment) -> None:
+    async def _upload(self, context: RequestContext, url: str,
+                      attachment: Attachment) -> None:
         """Send a file in pieces, to the host that Graph named, and without the token."""
-        pieces, begin = filter(None, attachment.part.pieces()), 0
+        pieces, begin = filter(None, attachment.part.iter_decoded()), 0
         while begin < attachment.size:
-            piece = await in_time(errand.deadline, in_thread(
+            piece = await result_before(context.deadline, run_in_thread(
                 functools.partial(next, pieces, b"")))
             end = begin + len(piece)
-            response = await self._ask(errand, Step.UPLOAD, HttpRequest("PUT", url, {
-                "Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
-                "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}, piece))
-            if next_range(response) not in (None, end):
-                raise NoAnswer("a piece of an upload was lost")
+            response = await self._ask(context, GraphOperation.UPLOAD, HttpRequest(
+                "PUT", url, {
+                    "Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
+                    "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}, piece))
+            if parse_next_range(response) not in (None, end):
+                raise UpstreamUnavailable("a piece of an upload was lost")
             begin = end
 
-    async def _discard(self, errand: Errand, path: str) -> None:
+    async def _discard(self, context: RequestContext, path: str) -> None:
         """Delete a draft that is not sent; if that fails it stays, and the log says so."""
         deadline = time.monotonic() + DISCARD_TIMEOUT
-        errand = dataclasses.replace(errand, deadline=deadline, latest=deadline)
+        context = dataclasses.replace(context, deadline=deadline, send_before=deadline)
         facts: dict[str, object] = {"problem": "the relay stops"}
         try:
-            await self._ask(errand, Step.DELETE,
-                            self._request(errand, path, method="DELETE"))
+            await self._ask(context, GraphOperation.DELETE,
+                            self._request(context, path, method="DELETE"))
             facts = {}
         except RelayError as error:
             facts = {"reply": error.reply, **error.facts}
         finally:
             if facts:
-                log_event(logging.WARNING, errand.ident, "draft-left",
-                          mailbox=errand.mailbox, **facts)
+                log_event(logging.WARNING, context.message_id, "draft-left",
+                          mailbox=context.mailbox, **facts)
 
     # Requests.
 
-    def _request(self, errand: Errand, path: str, body: Body = b"", *, method: str = "POST",
-                 headers: Any = (), most: int = MAX_ANSWER) -> HttpRequest:
-        mailbox = urllib.parse.quote(errand.mailbox, safe="")
+    def _request(self, context: RequestContext, path: str, body: Body = b"", *,
+                 method: str = "POST", headers: Any = (),
+                 max_bytes: int = MAX_ANSWER) -> HttpRequest:
+        mailbox = urllib.parse.quote(context.mailbox, safe="")
         return HttpRequest(
             method, f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",
             {**({"Content-Type": "application/json"} if body else {}),
              "Accept": "application/json", "User-Agent": USER_AGENT,
-             "client-request-id": errand.ident, **dict(headers)}, body, most)
+             "client-request-id": context.message_id, **dict(headers)}, body, max_bytes)
 
-    async def _ask(self, errand: Errand, step: Step, request: HttpRequest) -> HttpResponse:
+    async def _ask(self, context: RequestContext, operation: GraphOperation,
+                   request: HttpRequest) -> HttpResponse:
         """Send a request until it succeeds. Raises RelayError."""
-        renewed, delays = False, iter(DRAFT_DELAYS)
+        renewed, delays = False, iter(DRAFT_RETRY_DELAYS)
         while True:
-            held = self.held_for(errand.key)
-            if held and step is not Step.DELETE:        # a draft must not stay for a pause
-                if time.monotonic() + held >= errand.latest:
-                    raise TemporaryError(_BUSY.text, _BUSY.code, _BUSY.status)
+            held = self.throttled_for(context.key)
+            if held and operation is not GraphOperation.DELETE:     # a draft must not stay
+                if time.monotonic() + held >= context.send_before:
+                    raise TemporaryError(_THROTTLED.text, _THROTTLED.code,
+                                         _THROTTLED.status)
                 await asyncio.sleep(held)
                 continue
             token, headers = "", request.headers
-            if step is not Step.UPLOAD:
-                token = await self._tokens.get(errand.application, errand.deadline)
+            if operation is not GraphOperation.UPLOAD:
+                token = await self._tokens.get(context.application, context.deadline)
                 headers = {**headers, "Authorization": f"Bearer {token}"}
-            if time.monotonic() >= errand.latest:
-                raise NoAnswer("no time is left")
+            if time.monotonic() >= context.send_before:
+                raise UpstreamUnavailable("no time is left")
             response = await self._pool.send(dataclasses.replace(request, headers=headers),
-                                             errand.deadline)
-            if response.status in step.value:
+                                             context.deadline)
+            if response.status in operation.value:
                 return response
             if response.status == 401 and token and not renewed:
                 renewed = True
-                self._tokens.forget(errand.application, token)
+                self._tokens.forget(context.application, token)
                 continue
             pause = _pause(response)
-            if pause > self.held_for(errand.key):
-                self._resume_at.put(self._key(errand.key), time.monotonic() + pause, pause)
-            if response.status == 404 and step in (Step.ATTACH, Step.SEND_DRAFT):
+            if pause > self.throttled_for(context.key):
+                self._resume_at.put(self._key(context.key), time.monotonic() + pause, pause)
+            if response.status == 404 and operation in (GraphOperation.ATTACH,
+                                                        GraphOperation.SEND_DRAFT):
                 pause = next(delays, 0.0)
-            if not pause or time.monotonic() + pause >= errand.latest:
-                raise graph_error(response, errand.mailbox, step)
+            if not pause or time.monotonic() + pause >= context.send_before:
+                raise graph_error(response, context.mailbox, operation)
             await asyncio.sleep(pause)
 
 
@@ -3911,9 +3945,9 @@ def _pause(response: HttpResponse) -> float:
     if response.status not in (429, 503):
         return 0.0
     pause = response.retry_after(time.time())
-    if pause is None or pause > MOST_PAUSE:
-        return THROTTLED_PAUSE if response.status == 429 else 0.0
-    return max(pause, LEAST_PAUSE)
+    if pause is None or pause > MAX_RETRY_DELAY:
+        return DEFAULT_RETRY_DELAY if response.status == 429 else 0.0
+    return max(pause, MIN_RETRY_DELAY)
 
 
 # ---------------------------------------------------------------------------
@@ -3935,7 +3969,7 @@ MIN_BACKOFF = 60.0              # seconds before a mailbox is tried again; doubl
 MAX_BACKOFF = 1800.0
 MIN_FREE_DISK = 67_108_864      # bytes of the disk that stay free
 DISK_TIMEOUT = 10.0             # seconds for one action of the disk
-COUNT_AGAIN = 5.0               # seconds until a full folder is counted again
+RECOUNT_INTERVAL = 5.0               # seconds until a full folder is counted again
 MAX_CONCURRENT_DELIVERIES = 20  # messages of the queue on their way at once
 QUEUE_POLL_INTERVAL = 2.0       # seconds until a command is noticed
 MAX_SLEEP = 30.0                # seconds until a change of ACCOUNTS_FILE is noticed
@@ -4054,7 +4088,7 @@ class QueueFiles:
         with self._counting:
             is_full = self._used + message.size > self._max_bytes
             if is_full and time.monotonic() >= self._count_at:
-                self._used, self._count_at = 0, time.monotonic() + COUNT_AGAIN
+                self._used, self._count_at = 0, time.monotonic() + RECOUNT_INTERVAL
                 for path in self._path.glob("*/*"):
                     with contextlib.suppress(FileNotFoundError):    # it was sent just now
                         self._used += path.stat().st_size
@@ -4164,8 +4198,8 @@ def backoff(failures: int) -> float:
 class QueueManager:
     """Stores messages that Microsoft could not take, and sends them when it can."""
 
-    def __init__(self, config: Config, graph: Graph, accounts: AccountsFile, memory: Memory,
-                 name: str) -> None:
+    def __init__(self, config: Config, graph: GraphClient, accounts: AccountsFile,
+                 memory: MemoryBudget, name: str) -> None:
         """Get ready; `name` is that of this machine."""
         self._config = config
         self._graph = graph
@@ -4201,12 +4235,12 @@ class QueueManager:
         """Release the folder."""
         self._files.close()
 
-    def logged_in(self, application: Application) -> None:
+    def remember_secret(self, application: Application) -> None:
         """Take the secret that a device gave, if a message needs it."""
         key = application.tenant, application.client
         mailboxes = [mailbox for other, mailbox in self._mailboxes.items()
                      if other[:2] == key]
-        if application.is_ours or not mailboxes:
+        if application.relay_holds_secret or not mailboxes:
             return
         if key not in self._applications:       # the pauses were for another secret
             for mailbox in mailboxes:
@@ -4218,12 +4252,12 @@ class QueueManager:
         """Store a message; it is safe when this returns. Raises TemporaryError."""
         pause = 0.0
         if application and message.key not in self._mailboxes:      # it has just failed
-            pause = self._graph.held_for(message.key) or backoff(1)
+            pause = self._graph.throttled_for(message.key) or backoff(1)
             message.next_attempt_at = time.time() + pause
         deadline = time.monotonic() + DISK_TIMEOUT      # add() keeps it, unless it hangs
         given_up = threading.Event()    # not the future, which would hold itself and parts
         try:
-            await in_time(deadline + GRACE, in_thread(functools.partial(
+            await result_before(deadline + GRACE, run_in_thread(functools.partial(
                 self._files.add, message, parts, deadline, given_up.is_set)))
         except OSError as error:
             raise TemporaryError("The message cannot be queued now; try again later", 452,
@@ -4232,7 +4266,7 @@ class QueueManager:
         finally:
             given_up.set()
         self._admit(message, pause).messages[message.id] = message
-        if application and not application.is_ours:
+        if application and not application.relay_holds_secret:
             self._applications.setdefault(message.key[:2], application)
 
     def _admit(self, message: QueuedMessage, pause: float = 0.0) -> MailboxQueue:
@@ -4310,7 +4344,7 @@ class QueueManager:
             mailbox.messages.pop(message.id, None)
         except FileNotFoundError:
             self._drop(mailbox, message)
-        except (TemporaryError, NoAccess, AuthError) as error:  # access may be granted yet
+        except (TemporaryError, AccessDenied, AuthError) as error:  # it may be granted yet
             if isinstance(error, AuthError) and application is self._application(message):
                 self._applications.pop(message.key[:2], None)   # wait for the next login
             await self._defer(mailbox, message, str(error.reply), error.facts)
@@ -4330,7 +4364,7 @@ class QueueManager:
         deadline = time.monotonic() + config.upstream_timeout
         self._memory.take(message.size)
         try:
-            outgoing = await in_time(deadline, in_thread(lambda: as_stored(
+            outgoing = await result_before(deadline, run_in_thread(lambda: as_stored(
                 self._files.content(message), message)))
             response = await self._graph.send(application, outgoing, message.id, deadline)
         finally:
@@ -4348,7 +4382,7 @@ class QueueManager:
             await self._fail(mailbox, message, f"It could not be sent for "
                              f"{self._config.spool_lifetime} seconds; at last: {reason}")
             return
-        held = self._graph.held_for(message.key)
+        held = self._graph.throttled_for(message.key)
         mailbox.failures += not held
         pause = held or backoff(mailbox.failures)
         mailbox.resume_at = time.monotonic() + pause
@@ -4397,8 +4431,8 @@ class QueueManager:
         mailbox.messages.pop(message.id, None)
 
     async def _on_disk(self, call: Callable[..., T], *arguments: object) -> T:
-        return await in_time(time.monotonic() + DISK_TIMEOUT,
-                             in_thread(functools.partial(call, *arguments)))
+        return await result_before(time.monotonic() + DISK_TIMEOUT,
+                             run_in_thread(functools.partial(call, *arguments)))
 
     # The command line.
 
@@ -4408,13 +4442,13 @@ class QueueManager:
             await asyncio.sleep(QUEUE_POLL_INTERVAL)
             try:
                 # Without a deadline: if the disk hangs, only this waits.
-                for name, found in (await in_thread(self._files.changes)).items():
-                    self._look_again(name, found)
+                for name, found in (await run_in_thread(self._files.changes)).items():
+                    self._apply_change(name, found)
             except Exception as error:      # noqa: BLE001 - or it would never look again
                 log_event(logging.ERROR, "-", "spool", problem=error)
                 await asyncio.sleep(MIN_BACKOFF)
 
-    def _look_again(self, name: str, found: QueuedMessage | None) -> None:
+    def _apply_change(self, name: str, found: QueuedMessage | None) -> None:
         if found:
             mailbox = self._admit(found)
             mailbox.messages[name].attempts = 0     # so that it is the first one
@@ -4454,7 +4488,7 @@ VAULT_REMEDIES: Mapping[int, str] = {
     404: "there is no such certificate",
 }
 
-COMMAND_SECONDS = 10.0          # for one run of the openssl command
+OPENSSL_TIMEOUT = 10.0          # for one run of the openssl command
 # X509_V_FLAG_PARTIAL_CHAIN, which ssl names from 3.10 on, and X509_V_FLAG_NO_CHECK_TIME
 _ANY_CERTIFICATE = 0x80000 | 0x200000
 
@@ -4569,7 +4603,7 @@ def pfx_to_pem(pfx: bytes) -> bytes:
         command = ["openssl", "pkcs12", "-nodes", "-passin", "pass:", *legacy]
         try:
             parts = [subprocess.run([*command, *options], input=pfx,        # noqa: S603
-                                    capture_output=True, timeout=COMMAND_SECONDS)
+                                    capture_output=True, timeout=OPENSSL_TIMEOUT)
                      for options in (["-nocerts"], ["-nokeys", "-clcerts"],
                                      ["-nokeys", "-cacerts"])]
         except OSError as error:
@@ -4592,13 +4626,13 @@ async def fetch_certificate(config: Config, name: str) -> bytes:
     """
     pool = HttpPool(config.endpoints)
     try:
-        response = await Azure(config, pool, Tokens(config, pool)).get(
+        response = await AzureClient(config, pool, Tokens(config, pool)).get(
             f"{config.azure_key_vault_url}/secrets/{config.azure_key_vault_cert_name}"
             "?api-version=7.4", CLOUDS[config.azure_cloud].vault,
             {"Accept": "application/json"}, time.monotonic() + config.upstream_timeout)
     except TemporaryError as error:
-        raise StartError(f"{name}: {harmless(str(error))}"
-                         f"{in_words(error.facts)}") from None
+        raise StartError(f"{name}: {printable_ascii(str(error))}"
+                         f"{format_fields(error.facts)}") from None
     finally:
         pool.close()
     value = response.json().get("value")
@@ -4642,7 +4676,7 @@ READ_SIZE = 16384               # octets; a TLS record has no more
 SMALL_MESSAGE = 65_536          # octets; it is edited without a thread
 SMALL_HEADER = 2048             # octets; hostile headers of this size took up to 9 ms
 HANDSHAKE_TIMEOUT = 30.0        # seconds
-MAX_IDLE = 3600.0               # seconds without a login or a message that was accepted
+NO_PROGRESS_TIMEOUT = 3600.0    # seconds without a login or a message that was accepted
 LINGER = 1                      # second for the last reply to leave, and a close_notify
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # that no client gets, so that Microsoft can be reached
@@ -4667,7 +4701,7 @@ class DuplicateGuard:
         self._under_way: dict[bytes, asyncio.Future[None]] = {}
         self._accepted: Cache[bytes, tuple[str, str]] = Cache(clock, MAX_REMEMBERED)
 
-    def digest(self, login: Login, envelope: Envelope, header: bytes) -> bytes:
+    def digest(self, login: Principal, envelope: Envelope, header: bytes) -> bytes:
         """Hash account, envelope and content; return b"" for an unrecognizable message."""
         if not self._window or len({match[1].lower()
                                     for match in _IDENTITY.finditer(header)}) < 2:
@@ -4683,7 +4717,7 @@ class DuplicateGuard:
                     deadline: float) -> AsyncIterator[tuple[str, str] | None]:
         """Wait for others with this message; yield id and reply if accepted, or None."""
         while digest in self._under_way:
-            if not await done_by(deadline, self._under_way[digest]):
+            if not await wait_until_done(deadline, self._under_way[digest]):
                 raise TemporaryError("The same message is on its way; try again later", 451,
                                      "4.4.5")
         if not digest:
@@ -4710,9 +4744,9 @@ class Relay:
         self.config = config
         self._pool = pool
         self._tokens = microsoft or Tokens(config, pool)
-        self._graph = microsoft or Graph(config, pool, self._tokens)
-        self.directory = Directory(config, Azure(config, pool, self._tokens))
-        self.memory = Memory(config.max_memory_for_messages)
+        self._graph = microsoft or GraphClient(config, pool, self._tokens)
+        self.directory = Authenticator(config, AzureClient(config, pool, self._tokens))
+        self.memory = MemoryBudget(config.max_memory_for_messages)
         host = socket.gethostname()     # this asks no DNS
         self.name = config.server_name or (
             host if re.fullmatch(_HOST_NAME, host) else "localhost")
@@ -4730,8 +4764,8 @@ class Relay:
                 await self.directory.table.check(self._deadline())
             except TemporaryError as error:
                 raise StartError("ACCOUNTS_REQUIRED=true, and the table cannot be read: "
-                                 f"{harmless(str(error))}"
-                                 f"{in_words(error.facts)}") from None
+                                 f"{printable_ascii(str(error))}"
+                                 f"{format_fields(error.facts)}") from None
         if self.config.accounts_file:
             self._watcher = asyncio.ensure_future(self.directory.file.watch())
         if self.spool:                  # the last, as what it begins must not be cut off
@@ -4746,9 +4780,10 @@ class Relay:
             self.spool.close()
 
     async def log_in(self, request: Authenticate, address: IpAddress | None,
-                     ident: str) -> Login:
+                     ident: str) -> Principal:
         """Check a login. Raises AuthError, after a pause, and TemporaryError."""
-        user, failures = self.directory.shown(request.username), self.directory.failures
+        user = self.directory.loggable_username(request.username)
+        failures = self.directory.failures
         try:
             login = await self._check_login(request, address)
         except RelayError as error:
@@ -4769,23 +4804,24 @@ class Relay:
                   account=login.account.name or None)
         return login
 
-    async def _check_login(self, request: Authenticate, address: IpAddress | None) -> Login:
+    async def _check_login(self, request: Authenticate,
+                           address: IpAddress | None) -> Principal:
         failures, deadline = self.directory.failures, self._deadline()
         failures.check(address)
         try:
             login = await self.directory.find(request, address, deadline)
             # With a spool who has given the right password need not wait for Microsoft.
-            if not (self.spool and login.application.is_ours):
+            if not (self.spool and login.application.relay_holds_secret):
                 await self._tokens.get(login.application, deadline)
         except AuthError:
             failures.check(address)     # who guesses at once must not see by the replies
             raise                       # which guess was right
         failures.check(address)
         if self.spool:
-            self.spool.logged_in(login.application)
+            self.spool.remember_secret(login.application)
         return login
 
-    async def deliver(self, login: Login, envelope: Envelope, session: str) -> str:
+    async def deliver(self, login: Principal, envelope: Envelope, session: str) -> str:
         """Send a message, or queue it; returns the text of the reply. Raises RelayError."""
         ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
         account = login.account
@@ -4795,9 +4831,9 @@ class Relay:
             "size": len(envelope.message)}
         try:
             message, digest = await self._prepare(login, envelope, deadline)
-            facts.update(sender=message.prepared.mailbox, size=message.prepared.size)
+            facts.update(sender=message.edited.mailbox, size=message.edited.size)
             if not account.message_options(self.config).sender(envelope.reverse_path):
-                account.check(message.prepared.mailbox, "allowed_senders")
+                account.check(message.edited.mailbox, "allowed_senders")
             if message.draft:
                 facts["attachments"] = len(message.draft.attachments)
             async with self._duplicates.claim(digest, deadline) as first:
@@ -4821,24 +4857,25 @@ class Relay:
         log_event(level, ident, event, **facts, seconds=time.monotonic() - started)
         return text
 
-    async def _prepare(self, login: Login, envelope: Envelope,
-                       deadline: float) -> tuple[Outgoing, bytes]:
+    async def _prepare(self, login: Principal, envelope: Envelope,
+                       deadline: float) -> tuple[PreparedMessage, bytes]:
         """Edit a message. Use a thread if it is large: 150 MB, or a million lines."""
-        def edit() -> tuple[Outgoing, bytes]:
-            message = make_outgoing(envelope, self.config, login)
+        def edit() -> tuple[PreparedMessage, bytes]:
+            message = prepare_message(envelope, self.config, login)
             return message, self._duplicates.digest(login, envelope,
-                                                    message.prepared.before)
+                                                    message.edited.original_header)
         if (len(envelope.message) < SMALL_MESSAGE
                 and envelope.message.find(b"\r\n\r\n", 0, SMALL_HEADER) >= 0):
             return edit()
         try:
-            return await in_time(deadline, in_thread(edit))
+            return await result_before(deadline, run_in_thread(edit))
         except TimeoutError:
             raise TemporaryError("The message takes too long to read; try again later"
                                  ) from None
 
-    async def _send(self, login: Login, envelope: Envelope, message: Outgoing, ident: str,
-                    deadline: float, facts: dict[str, object]) -> tuple[int, str, str]:
+    async def _send(self, login: Principal, envelope: Envelope, message: PreparedMessage,
+                    ident: str, deadline: float,
+                    facts: dict[str, object]) -> tuple[int, str, str]:
         """Send or queue a message; returns level and event to log, and the reply's text."""
         application = login.application
         try:
@@ -4860,15 +4897,15 @@ class Relay:
         else:
             facts["request_id"] = response.headers.get("request-id")
             if self.spool:
-                self.spool.logged_in(application)
+                self.spool.remember_secret(application)
             return logging.INFO, "sent", f"Accepted by Microsoft 365, id {ident}"
-        prepared = message.prepared
+        edited = message.edited
         await self.spool.put(QueuedMessage(
             ident, login.account.name, application.tenant, application.client,
-            prepared.mailbox, envelope.reverse_path and (
+            edited.mailbox, envelope.reverse_path and (
                 login.account.from_email or envelope.reverse_path),
-            list(envelope.recipients.values()), len(prepared.header), prepared.size, False,
-            time.time(), 1, 0.0, reason), [prepared.header, prepared.body], application)
+            list(envelope.recipients.values()), len(edited.header), edited.size, False,
+            time.time(), 1, 0.0, reason), [edited.header, edited.body], application)
         return logging.WARNING, "queued", f"Queued, id {ident}"
 
     def _deadline(self) -> float:
@@ -4883,7 +4920,7 @@ class Connection:
                  writer: asyncio.StreamWriter, *, implicit_tls: bool) -> None:
         """Begin to serve the client, in `task`."""
         self.ident = secrets.token_hex(4)
-        self.site = _site(address)
+        self.site = client_prefix(address)
         self.is_running = False
         self.is_stopping = False
         self._relay = relay
@@ -4908,7 +4945,7 @@ class Connection:
             if implicit_tls:            # nothing may be awaited before, see _start_tls
                 await self._start_tls()
             self._session.greet()
-            reason = await self._converse()
+            reason = await self._serve()
         except OSError as error:
             reason = (TLS_PROBLEMS.get(getattr(error, "reason", None) or "")
                       or str(error) or type(error).__name__)
@@ -4922,7 +4959,7 @@ class Connection:
         self._session.reset()
         self.is_running = False         # what follows ends soon, and is not to be cut off
         log_event(logging.INFO, self.ident, "disconnected", reason=reason)
-        await self._hang_up()
+        await self._close_writer()
 
     def stop(self) -> None:
         """Leave as soon as no message is lost by it."""
@@ -4931,14 +4968,14 @@ class Connection:
         if self.is_running and not self._session.holds_message:
             self.task.cancel()
 
-    async def _converse(self) -> str:
+    async def _serve(self) -> str:
         """Do what the session asks for; returns the reason of its end."""
         while True:
             if self._session.holds_message:
                 pass                    # the client must hear what becomes of it
             elif self.is_stopping:
                 self._session.end(_STOPPING, "the relay stops")
-            elif time.monotonic() > self._accepted_at + MAX_IDLE:
+            elif time.monotonic() > self._accepted_at + NO_PROGRESS_TIMEOUT:
                 self._session.end(Reply(421, "4.7.0", "Too long without an accepted login "
                                                       "or message"), "no progress")
             event = self._session.next_event()
@@ -5028,7 +5065,7 @@ class Connection:
                   version=self._writer.get_extra_info("ssl_object").version(),
                   cipher=self._writer.get_extra_info("cipher")[0])
 
-    async def _hang_up(self) -> None:
+    async def _close_writer(self) -> None:
         # Python 3.9 knows only below TLS that a connection is gone.
         if not (self._plain_writer.transport.is_closing()
                 or self._writer.transport.is_closing()):
@@ -5047,7 +5084,7 @@ class Connection:
             log_event(logging.WARNING if is_ours else logging.INFO, self.ident, "refused",
                       reply=what)
         elif log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s %s", self.ident, mark, escaped(what))
+            log.debug("%s %s %s", self.ident, mark, quote_value(what))
 
 
 class Server:
@@ -5111,9 +5148,9 @@ class Server:
         with contextlib.suppress(OSError):      # a reply that waits for an ACK takes 40 ms
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = writer.get_extra_info("peername")
-        address = read_address(peer[0]) if peer else None
+        address = parse_address(peer[0]) if peer else None
         client = str(address or "unknown")
-        problem = self._find_problem(_site(address), sock.fileno())
+        problem = self._find_problem(client_prefix(address), sock.fileno())
         if problem:
             if not implicit_tls:
                 writer.write(bytes(Reply(421, "4.7.0", f"{problem}; try again later")))
@@ -5144,7 +5181,7 @@ class Server:
         return ""
 
 
-def bind(config: Config) -> list[tuple[socket.socket, bool]]:
+def open_listeners(config: Config) -> list[tuple[socket.socket, bool]]:
     """Open the ports; each with whether it is for implicit TLS. Raises StartError."""
     sockets = [(_listen(config, "SMTP_PORT", config.smtp_port), False)]
     if config.smtps_port:
@@ -5167,7 +5204,7 @@ def _listen(config: Config, setting_name: str, port: int) -> socket.socket:
                          f"cannot listen: {problem}") from None
 
 
-def become(user: str) -> None:
+def drop_privileges(user: str) -> None:
     """Give up root's rights, its groups too. Raises ConfigError, StartError."""
     if not user:
         return
@@ -5219,17 +5256,17 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
         signal.signal(number, handle)
 
 
-def run(config: Config, announce: Callable[[int], None] | None = None,
+def run(config: Config, on_listening: Callable[[int], None] | None = None,
         microsoft: Any = None) -> None:
     """Serve until a signal; `announce` gets the port. Raises ConfigError, StartError."""
     handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
     contexts = make_tls_contexts(config)
     relay = Relay(config, microsoft)
-    sockets = bind(config)
-    become(config.run_as)
+    sockets = open_listeners(config)
+    drop_privileges(config.run_as)
     relay.directory.file.check_access()
-    if announce:
-        announce(sockets[0][0].getsockname()[1])
+    if on_listening:
+        on_listening(sockets[0][0].getsockname()[1])
     asyncio.run(_run(relay, contexts, sockets))
 
 
@@ -5260,7 +5297,7 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
 
 
-class Outbox:
+class DemoMicrosoft:
     """Takes the place of Microsoft: accepts every login, and stores messages as files."""
 
     folder = pathlib.Path("outbox")
@@ -5269,18 +5306,18 @@ class Outbox:
         """Return a token, as Tokens does."""
         return "token"
 
-    async def send(self, application: Application, message: Outgoing, ident: str,
+    async def send(self, application: Application, message: PreparedMessage, ident: str,
                    deadline: float, *, is_live: bool) -> HttpResponse:
         """Store a message, large ones too. Raises DeliveryError."""
         path = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
-        prepared = message.prepared
+        edited = message.edited
         try:
-            await in_time(deadline, in_thread(lambda: path.write_bytes(
-                prepared.header + prepared.body)))
+            await result_before(deadline, run_in_thread(lambda: path.write_bytes(
+                edited.header + edited.body)))
         except OSError as error:
             raise DeliveryError(f"{path} cannot be written: {error.strerror}", 452,
                                 "4.3.1") from None
-        print(f"{path}: {prepared.size} octets from {escaped(prepared.mailbox)}",
+        print(f"{path}: {edited.size} octets from {quote_value(edited.mailbox)}",
               flush=True)
         return HttpResponse(202, {}, b"")
 
@@ -5288,7 +5325,7 @@ class Outbox:
 def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Run with an outbox in place of Microsoft. Raises ConfigError, StartError."""
     try:
-        Outbox.folder.mkdir(exist_ok=True)
+        DemoMicrosoft.folder.mkdir(exist_ok=True)
     except OSError as error:
         raise StartError("the folder outbox cannot be made here: "
                          f"{error.strerror}") from None
@@ -5297,7 +5334,7 @@ def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
         "RUN_AS": "", "SPOOL_DIRECTORY": "",
         "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"})
     with logging_to_stderr(config.log_level):
-        run(config, functools.partial(_print_demo, config), Outbox())
+        run(config, functools.partial(_print_demo, config), DemoMicrosoft())
 
 
 def _print_demo(config: Config, port: int) -> None:
@@ -5310,7 +5347,7 @@ def _print_demo(config: Config, port: int) -> None:
 The relay listens on {address} port {port}, without TLS, in front of a stand-in for
 Microsoft. For a printer, start it with LISTEN_ADDRESS=0.0.0.0. With any password, log in as
 {user}
-Each message is saved in {Outbox.folder}/. Send a first one from another terminal:
+Each message is saved in {DemoMicrosoft.folder}/. Send a first one from another terminal:
 
   printf 'Subject: Hello\\n\\nIt works.\\n' | curl \\
     smtp://{credentials}@{in_url}:{port} \\
@@ -5335,25 +5372,25 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
     """Print what the relay would do; returns whether it would send the message."""
     try:
         envelope = _receive(config, message, sender, recipients)
-        outgoing = make_outgoing(envelope, config)
+        outgoing = prepare_message(envelope, config)
     except RelayError as error:
         print(f"Refused: {error.reply}")
         return False
-    prepared = outgoing.prepared
-    print(f"Sent by:  {visible(prepared.mailbox)}\nSent to:")
-    for one in split_header(prepared.header).find(*_ADDRESS_FIELDS):
-        for address in _read_field(one).addresses:
+    edited = outgoing.edited
+    print(f"Sent by:  {escape_unprintable(edited.mailbox)}\nSent to:")
+    for one in split_header(edited.header).find(*_ADDRESS_FIELDS):
+        for address in _parse_addresses(one).addresses:
             more = "" if address.key in envelope.recipients else ", though no recipient"
-            print(f"  {visible(address.mailbox)}  ({one.label.decode()}{more})")
-    edits = list(_edits(prepared.before, prepared.header))
+            print(f"  {escape_unprintable(address.mailbox)}  ({one.label.decode()}{more})")
+    edits = list(_edits(edited.original_header, edited.header))
     print("\n".join(["Edits:", *edits] if edits else ["Edits:    none"]))
     if outgoing.draft is None:
-        print(f"Path:     sendMail, {prepared.size} octets")
+        print(f"Path:     sendMail, {edited.size} octets")
         return True
-    print(f"Path:     a draft, as {prepared.size} octets are more than "
+    print(f"Path:     a draft, as {edited.size} octets are more than "
           f"{GRAPH_MESSAGE_LIMIT}; attachments: {len(outgoing.draft.attachments)}")
     for attachment in outgoing.draft.attachments:
-        print(f"  {visible(attachment.name)}  ({attachment.part.media_type}, "
+        print(f"  {escape_unprintable(attachment.name)}  ({attachment.part.media_type}, "
               f"{attachment.size} octets, "
               f"{'by upload session' if attachment.is_large else 'in one request'}"
               f"{', within the text' if attachment.content_id else ''})")
@@ -5365,7 +5402,7 @@ def _receive(config: Config, message: bytes, sender: str,
     """Say to a Session what a device would. Raises RelayError with its first refusal."""
     session = Session(config, "explain", _raise_refusal)
     session.tls_started()
-    session.authenticated(Login(Account(), Application("", ""), "explain"))
+    session.authenticated(Principal(Account(), Application("", ""), "explain"))
     utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
     lines = ["EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
              *(f"RCPT TO:<{one}>" for one in recipients), "DATA", ""]
@@ -5390,11 +5427,13 @@ def _edits(before: bytes, after: bytes) -> Iterator[str]:
     lines = difflib.SequenceMatcher(None, old, new, autojunk=len(old) > 2000)  # it is slow
     for kind, *at in lines.get_opcodes():
         if kind != "equal":
-            yield from (f"  - {visible(decode_text(line))}" for line in old[at[0]:at[1]])
-            yield from (f"  + {visible(decode_text(line))}" for line in new[at[2]:at[3]])
+            yield from (f"  - {escape_unprintable(decode_text(line))}"
+                        for line in old[at[0]:at[1]])
+            yield from (f"  + {escape_unprintable(decode_text(line))}"
+                        for line in new[at[2]:at[3]])
 
 
-def visible(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Make a text one line that shows all there is in it."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -5441,7 +5480,7 @@ def print_hash(environ: Mapping[str, str], arguments: argparse.Namespace) -> Non
 def print_user_name(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Print the short user name of an application. Raises ConfigError."""
     try:
-        tenant, client = read_tenant(arguments.tenant), read_client(arguments.client)
+        tenant, client = parse_tenant(arguments.tenant), parse_client(arguments.client)
     except ValueError as error:
         raise ConfigError(f"needed is {error}") from None
     short = encode_uuid(tenant) if decode_uuid(tenant) else tenant
@@ -5458,7 +5497,7 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
     if arguments.match is None:
         print("\n\n".join(map(describe_account, file.accounts)))
         return
-    address = read_address(arguments.match)
+    address = parse_address(arguments.match)
     if address is None:
         raise ConfigError(f"{arguments.match!r} is no IP address")
     guest, config = file.accounts.at(address, config)
@@ -5468,14 +5507,15 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
           f"tls_min_version:  {config.tls_min_version}\n"
           "may log in as:    "
           + (" ".join(f"[{one.name}]" for one in file.accounts
-                      if (one.password or not one.has_credential) and one.holds(address))
+                      if (one.password or not one.has_credential)
+                      and one.allows_address(address))
              or "none"))
 
 
 def describe_account(account: Account) -> str:
     """Show an account as a section of ACCOUNTS_FILE, without its secrets."""
     lines = [f"[{account.name}]"]
-    for key, one in declared(Account).items():
+    for key, one in settings_of(Account).items():
         value = getattr(account, key)
         text = (", ".join(map(str, value)) if isinstance(value, tuple) else
                 str(value).lower() if isinstance(value, bool) else str(value or ""))
@@ -5507,7 +5547,7 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
                 print(describe_message(path, message))
                 if action == "show":
                     text = decode_text(path.with_suffix(".eml").read_bytes())
-                    print(*map(visible, text.splitlines()), sep="\n")
+                    print(*map(escape_unprintable, text.splitlines()), sep="\n")
             elif message and (wanted or path.parent == files.queue):
                 if path.parent == files.failed:
                     files.retry(message)
@@ -5525,9 +5565,9 @@ def describe_message(path: pathlib.Path, message: QueuedMessage | None) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
     if message is None:
-        return f"damaged {path.stem}{in_words({'file': path})}"
+        return f"damaged {path.stem}{format_fields({'file': path})}"
     is_waiting = path.parent.name == "queue"
-    return ("waiting " if is_waiting else "failed  ") + message.id + in_words({
+    return ("waiting " if is_waiting else "failed  ") + message.id + format_fields({
         "queued": at(message.queued_at), "size": message.size,
         "account": message.account or None, "sender": message.mailbox,
         "recipients": ",".join(message.recipients), "notice": message.is_bounce or None,

@@ -667,7 +667,7 @@ def setUpModule() -> None:
     relay.log.setLevel("DEBUG")         # so that its formatting is tested too
     relay.log.propagate = False
     # The waits that are for people and attackers; FailureTests has them as they are.
-    relay.FAILURE_PAUSE, relay.READ_AGAIN = 0.0, 0.05
+    relay.FAILURE_DELAY, relay.ACCOUNTS_POLL_INTERVAL = 0.0, 0.05
 
 
 def tearDownModule() -> None:
@@ -697,7 +697,7 @@ def parse(text: str, **settings: str) -> list[relay.Account]:
     return accounts
 
 
-LOGIN_OF_TESTS = relay.Login(relay.Account(), relay.Application("", ""), "test")
+LOGIN_OF_TESTS = relay.Principal(relay.Account(), relay.Application("", ""), "test")
 
 
 def accept(session: relay.Session, event: relay.Event) -> None:
@@ -813,10 +813,10 @@ def named_by(message: bytes) -> collections.Counter[str]:
 def prepared(message: bytes, *recipients: str, sender: str = SENDER, login: str = "",
              **settings: str) -> bytes:
     """What becomes of a message for these recipients."""
-    envelope = relay.Envelope(sender, {relay.comparable(one): one for one in recipients},
+    envelope = relay.Envelope(sender, {relay.normalize_mailbox(one): one for one in recipients},
                               bytearray(message))
     options = relay.Account().message_options(make_config(**settings))
-    outcome = relay.prepare(envelope, options, login)
+    outcome = relay.edit_message(envelope, options, login)
     return outcome.header + bytes(outcome.body)
 
 
@@ -841,16 +841,16 @@ def check_time(play: Callable[..., object], size: int, *arguments: Any) -> None:
 def take_apart(message: bytes, *recipients: str, **settings: str) -> relay.Draft:
     """Make a draft of a message, however small it is."""
     recipients = recipients or ("a@x.y",)
-    envelope = relay.Envelope(SENDER, {relay.comparable(one): one for one in recipients},
+    envelope = relay.Envelope(SENDER, {relay.normalize_mailbox(one): one for one in recipients},
                               bytearray(crlf(message)))
     return relay.make_draft(envelope.message,
-                            relay.prepare(envelope, relay.Account().message_options(
+                            relay.edit_message(envelope, relay.Account().message_options(
                                 make_config(**settings)), ""))
 
 
 def octets_of(attachment: relay.Attachment) -> bytes:
     """The decoded octets of an attachment."""
-    octets = b"".join(attachment.part.pieces())
+    octets = b"".join(attachment.part.iter_decoded())
     assert len(octets) == attachment.size
     return octets
 
@@ -1294,7 +1294,7 @@ class Running:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
-        sockets = relay.bind(self._config)
+        sockets = relay.open_listeners(self._config)
         self.port = sockets[0][0].getsockname()[1]
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
@@ -2177,7 +2177,7 @@ class SettingTests(unittest.TestCase):
     def test_what_this_system_does_not_know_is_a_fault_where_it_is_used(self) -> None:
         for wanted, use in (
                 ("RUN_AS='nobody-here': must be the name of a user",
-                 lambda: relay.become("nobody-here")),
+                 lambda: relay.drop_privileges("nobody-here")),
                 ("TLS_CIPHER_SUITE='NONSENSE': must be an OpenSSL cipher list",
                  lambda: relay.make_tls_contexts(tls_config(TLS_CIPHER_SUITE="NONSENSE")))):
             with self.subTest(wanted), self.assertRaisesRegex(relay.ConfigError, f"^{wanted}"):
@@ -2356,7 +2356,7 @@ class AccountTests(unittest.TestCase):
         # Only with a secret of its own is it ours. An empty key takes back what DEFAULT says.
         for account, secret, is_ours in ((scan, "s3cr~t._-", True), (direct, "typed", False)):
             self.assertEqual(account.as_application("typed"), relay.Application(
-                TENANT, CLIENT, secret, is_ours=is_ours))
+                TENANT, CLIENT, secret, relay_holds_secret=is_ours))
 
     def test_which_credential_a_section_has(self) -> None:
         """A secret of its own takes the place of that of DEFAULT."""
@@ -2447,14 +2447,14 @@ require_tls = true
                 ("fd00::1", "office", True, "1.2"), ("fe80::1%eth0", None, True, "1.2"),
                 ("::ffff:10.1.0.1", "old", False, "1.0"), ("unknown", None, True, "1.2")):
             with self.subTest(address):
-                login, config = accounts.at(relay.read_address(address), tls_config())
+                login, config = accounts.at(relay.parse_address(address), tls_config())
                 self.assertEqual(login and login.account.name, guest)
                 self.assertEqual((config.require_tls, config.tls_min_version), (require_tls, least))
                 if login:
                     self.assertEqual(login.application.secret, "s")
 
     def test_who_is_among_the_allowed(self) -> None:
-        account = relay.Account("a", allowed_recipients=relay.declared(relay.Account)[
+        account = relay.Account("a", allowed_recipients=relay.settings_of(relay.Account)[
             "allowed_recipients"].parse("Example.com, boss@Partner.example \"ab\"@x.y"))
         for mailbox in ("a@example.com", "A@EXAMPLE.COM", "BOSS@partner.example", "AB@x.y",
                         '"a@b"@example.com'):
@@ -2468,21 +2468,21 @@ require_tls = true
         relay.Account("a").check("anybody@x.y", "allowed_senders")
 
     def test_where_a_device_must_be(self) -> None:
-        account = relay.Account("a", networks=relay.declared(relay.Account)["networks"].parse(
+        account = relay.Account("a", networks=relay.settings_of(relay.Account)["networks"].parse(
             "10.0.0.0/8, 192.0.2.1, fd00::/8"))
         for address, is_held in (("10.1.2.3", True), ("192.0.2.1", True), ("fd00::1", True),
                                  ("192.0.2.2", False), ("::1", False), ("unknown", False)):
-            self.assertEqual(account.holds(relay.read_address(address)), is_held, address)
-            self.assertTrue(relay.Account("a").holds(relay.read_address(address)))
+            self.assertEqual(account.allows_address(relay.parse_address(address)), is_held, address)
+            self.assertTrue(relay.Account("a").allows_address(relay.parse_address(address)))
         for text, wanted in (("fe80::1%eth0", "fe80::1"), ("::ffff:10.0.0.1", "10.0.0.1")):
-            self.assertEqual(str(relay.read_address(text)), wanted)
+            self.assertEqual(str(relay.parse_address(text)), wanted)
 
     def test_passwords(self) -> None:
         self.assertRegex(HASH, r"^scrypt\$[\w-]{22}\$[\w-]{43}$")
-        self.assertTrue(relay.is_password(PASSWORD, HASH))
+        self.assertTrue(relay.verify_password(PASSWORD, HASH))
         for wrong in ("", PASSWORD[:-1], PASSWORD + " ", PASSWORD.upper()):
-            self.assertFalse(relay.is_password(wrong, HASH))
-        self.assertFalse(relay.is_password("", relay._NOBODY))
+            self.assertFalse(relay.verify_password(wrong, HASH))
+        self.assertFalse(relay.verify_password("", relay.DUMMY_HASH))
         # RFC 7914 section 12 has no vector of our parameters; this is OpenSSL's answer.
         with unittest.mock.patch.object(relay, "SCRYPT_COST", REAL_COST):
             self.assertEqual(
@@ -2507,7 +2507,7 @@ require_tls = true
                       ("", CLIENT, "", "/t"), (TENANT, "", "s", "/t")))):
             config = make_config(AZURE_TENANT_ID=tenant, AZURE_CLIENT_ID=client,
                                  AZURE_CLIENT_SECRET=secret, AZURE_FEDERATED_TOKEN_FILE=file)
-            self.assertEqual(dataclasses.astuple(relay.own_application(config)),
+            self.assertEqual(dataclasses.astuple(relay.relay_identity(config)),
                              (*wanted, True))
 
 
@@ -2675,7 +2675,7 @@ class SessionTests(SessionCase):
                 self.assertEqual(b"LARGE_MESSAGES=refuse" in said, limit == 3_145_728)
 
     def test_more_than_the_memory_is_refused_for_now_and_others_notice_nothing(self) -> None:
-        memory = relay.Memory(10_000)
+        memory = relay.MemoryBudget(10_000)
 
         def begin() -> Dialogue:
             dialogue = Dialogue(tls_config(), secure=True, memory=memory)
@@ -2706,7 +2706,7 @@ class SessionTests(SessionCase):
                          [250, 250, 354, 250])
 
     def test_memory_is_taken_until_the_answer_to_the_message(self) -> None:
-        memory = relay.Memory(100)
+        memory = relay.MemoryBudget(100)
         dialogue = Dialogue(tls_config(), secure=True, memory=memory,
                             answer=lambda session, event: accept(session, event)
                             if not isinstance(event, relay.Deliver) else None)
@@ -2742,7 +2742,7 @@ class SessionTests(SessionCase):
                     self.assertNotIn(hidden, shown)
 
     def test_senders_and_recipients(self) -> None:
-        login = relay.Login(relay.Account("scan2", allowed_senders=("a.b",),
+        login = relay.Principal(relay.Account("scan2", allowed_senders=("a.b",),
                                           allowed_recipients=("d.e", "boss@f.g")),
                             relay.Application("", "", "s"), "scan2")
         dialogue = Dialogue(tls_config(), secure=True, guest=login)
@@ -2867,19 +2867,19 @@ class RecipientTests(unittest.TestCase):
                 came = header.encode("utf-8", "surrogateescape") + b"\r\nTo: o@x.y\r\n"
                 went = prepared(came, *envelope, FROM_MISMATCH=policy)
                 self.assertTrue(went.endswith(b"\r\n\r\nTo: o@x.y\r\n"))
-                wanted = {relay.comparable(one) for one in envelope}
+                wanted = {relay.normalize_mailbox(one) for one in envelope}
                 after = relay.split_header(went)
                 self.assertEqual({address.key for one in after.find(*edited)
-                                  for address in relay._read_field(one).addresses}, wanted)
+                                  for address in relay._parse_addresses(one).addresses}, wanted)
                 self.assertTrue(after.find(b"from"))
                 for one in relay.split_header(came).fields:
                     if one.name not in (*edited, b"from"):
-                        self.assertIn(one.octets, went)
+                        self.assertIn(one.raw, went)
                 # Two other readers, which stop at malformed lines.
-                self.assertEqual({relay.comparable(one) for one in named_by(went)}, wanted)
+                self.assertEqual({relay.normalize_mailbox(one) for one in named_by(went)}, wanted)
                 with contextlib.suppress(AttributeError, TypeError):    # defects of Python's
                     read = email.message_from_bytes(went, policy=email.policy.default)
-                    self.assertEqual({relay.comparable(address.addr_spec)
+                    self.assertEqual({relay.normalize_mailbox(address.addr_spec)
                                       for name in ("to", "cc", "bcc")
                                       for value in read.get_all(name, [])
                                       for address in value.addresses}, wanted)
@@ -3163,10 +3163,10 @@ class DraftTests(unittest.TestCase):
         config = make_config(LARGE_MESSAGES="refuse")
         message = bytearray(crlf(NAMED + "\n").ljust(3_145_728, b"x"))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, message)
-        self.assertIsNone(relay.make_outgoing(envelope, config).draft)
+        self.assertIsNone(relay.prepare_message(envelope, config).draft)
         envelope.recipients["b@x.y"] = "b@x.y"
         with self.assertRaisesRegex(relay.DeliveryError, "LARGE_MESSAGES=refuse") as caught:
-            relay.make_outgoing(envelope, config)
+            relay.prepare_message(envelope, config)
         self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
 
     def test_encodings(self) -> None:
@@ -3185,7 +3185,7 @@ class DraftTests(unittest.TestCase):
                 message = (b"Content-Disposition: attachment\nContent-Transfer-Encoding: "
                            + encoding.encode() + b"\n\n" + text)
                 if wanted is None:
-                    with self.assertRaises(relay.Unsayable):
+                    with self.assertRaises(relay.NotConvertible):
                         take_apart(message)
                 else:
                     attachment, = take_apart(message).attachments
@@ -3205,7 +3205,7 @@ class DraftTests(unittest.TestCase):
                 message = (f"Content-Type: x/y\nContent-Transfer-Encoding: {encoding}\n\n"
                            .encode() + text)
                 attachment, = take_apart(message).attachments
-                pieces = list(attachment.part.pieces())
+                pieces = list(attachment.part.iter_decoded())
                 self.assertLess(max(map(len, pieces)), 4_000_000)
                 self.assertGreater(len(pieces), 1)
                 text = text.replace(b"\n", b"\r\n")
@@ -3340,12 +3340,12 @@ class DraftTests(unittest.TestCase):
                         "x" * 4_194_304, "\u00fc" * 2_097_152, "x" * 12_582_913)),
                     "Content-Type: text/plain; charset=utf-7\n\n" + "+AGE-" * 1_700_000,
                     "Subject: x\n\n" + "\n" * 1_048_576))):
-            with self.subTest(message[:70]), self.assertRaisesRegex(relay.Unsayable,
+            with self.subTest(message[:70]), self.assertRaisesRegex(relay.NotConvertible,
                                                                     word) as caught:
                 take_apart(message.encode())
         self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
         room = 4_194_304 - len(take_apart(b"\n").content)
-        with self.assertRaises(relay.Unsayable):
+        with self.assertRaises(relay.NotConvertible):
             take_apart(b"\nx" + b"x" * room)
         # The limits themselves are all right.
         for message in (multipart("mixed", *[PLAIN] * 250), deepest, "\n" + "x" * room):
@@ -3397,7 +3397,7 @@ class DraftTests(unittest.TestCase):
             with self.subTest(number, message=message):
                 try:
                     draft = take_apart(message)
-                except relay.Unsayable:
+                except relay.NotConvertible:
                     continue
                 drafts += 1
                 content = json.loads(draft.content)
@@ -3458,13 +3458,13 @@ class EntraAnswerTests(unittest.TestCase):
                 *((expires_in, None, life) for expires_in, life in lives),
                 (None, "1600", 300), ("600", "9", 300)):
             with self.subTest(expires_in, expires_on=expires_on):
-                self.assertEqual(relay.read_token(response(200, {
+                self.assertEqual(relay.parse_token(response(200, {
                     "token_type": "Bearer", "access_token": "eyJ", "expires_in": expires_in,
                     "expires_on": expires_on}), "s", 1000.0), ("eyJ", life))
 
     def test_the_secret_is_never_repeated(self) -> None:
         with self.assertRaises(relay.AuthError) as caught:
-            relay.read_token(response(401, aadsts(7000215, "invalid_client",
+            relay.parse_token(response(401, aadsts(7000215, "invalid_client",
                                                   "no hid den&, no hid+den%26!")), "hid den&", 0)
         self.assertNotIn("hid", repr(caught.exception.facts))
 
@@ -3582,8 +3582,8 @@ class LogTests(unittest.TestCase):
                               ("\udcff", '"\\udcff"'), ("a=b", '"a=b"'), (5, "5"),
                               (0.12345, "0.123"), ("a\\b", '"a\\\\b"')):
             with self.subTest(value):
-                self.assertEqual(relay.escaped(value), wanted)
-        self.assertLess(len(relay.escaped("x" * 100_000)), 1100)
+                self.assertEqual(relay.quote_value(value), wanted)
+        self.assertLess(len(relay.quote_value("x" * 100_000)), 1100)
 
     def test_facts_follow_the_id_and_none_is_left_out(self) -> None:
         with kept_log() as kept:
@@ -3642,8 +3642,8 @@ class ThreadTests(HangCase):
 
         async def play(numbers: range) -> bool:
             return await asyncio.gather(*[
-                relay.in_thread(functools.partial(call, one)) for one in numbers]) == [*numbers]
-        with unittest.mock.patch.object(relay, "IDLE_THREAD", 0.2), \
+                relay.run_in_thread(functools.partial(call, one)) for one in numbers]) == [*numbers]
+        with unittest.mock.patch.object(relay, "THREAD_IDLE_TIMEOUT", 0.2), \
                 concurrent.futures.ThreadPoolExecutor(4) as loops:
             first = loops.submit(asyncio.run, play(range(50)))
             wait_for(lambda: len(seen) == 50)           # none waits for another
@@ -3725,7 +3725,7 @@ class HttpsTests(HangCase):
                 ("https://[2001:db8::1]/", "", ("2001:db8::1", 443)),
                 ("http://near/x?y", "http://proxy", ("near", 80)),
                 ("https://graph.microsoft.com", "http://proxy", ("proxy", 80))):
-            with self.subTest(url, proxy=proxy), self.assertRaises(relay.NoAnswer), \
+            with self.subTest(url, proxy=proxy), self.assertRaises(relay.UpstreamUnavailable), \
                     unittest.mock.patch.dict(os.environ, HTTPS_PROXY=proxy), \
                     unittest.mock.patch.object(socket, "getaddrinfo", look_up):
                 asyncio.run(relay.HttpPool([url]).send(relay.HttpRequest("GET", url, {}),
@@ -3872,7 +3872,7 @@ class HangTests(HangCase):
         fifth = begin_message(clients[-1], SIMPLE)
         self.served(running, "secret")
         # It gives up a little earlier: a turn at the last moment would be of no use.
-        self.assertTimely(fifth, "451 4.4.5", SHORT * (1 - relay.LEAST_TIME))
+        self.assertTimely(fifth, "451 4.4.5", SHORT * (1 - relay.MIN_TIME_LEFT))
         self.assertTrue(all(one.is_waiting for one in waiting))
         fake.release.set()
         for one in waiting:
@@ -3950,7 +3950,7 @@ class LookUpTests(HangCase):
             look_ups.wait(2)
             for one in waiting:
                 self.assertTimely(one, "451 4.4.1")
-            held = (relay.HttpRequest, relay.Prepared, relay.Draft, relay.Attachment)
+            held = (relay.HttpRequest, relay.EditedMessage, relay.Draft, relay.Attachment)
             wait_for(lambda: not any(isinstance(one, held) for one in gc.get_objects()))
             wait_for(lambda: calls_under_way() == 2)
         wait_for(lambda: not calls_under_way())
@@ -4218,13 +4218,13 @@ class IdentityTests(RelayCase):
         config = self.config(**{"AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url, **settings})
         with contextlib.closing(relay.HttpPool(config.endpoints)) as pool:
             return asyncio.run(relay.Tokens(config, pool).get(
-                relay.own_application(config), time.monotonic() + timeout, resource))
+                relay.relay_identity(config), time.monotonic() + timeout, resource))
 
     def failure(self, **settings: Any) -> str:
         """Ask in vain; returns what the log says of it."""
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(**settings)
-        return relay.in_words(caught.exception.facts)
+        return relay.format_fields(caught.exception.facts)
 
     def form(self) -> dict[str, str]:
         """The fields of the last request for a token."""
@@ -4292,12 +4292,12 @@ class IdentityTests(RelayCase):
         self.assertEqual([one.kind for one in self.fake.requests], ["imds"] * 2)
 
     @unittest.mock.patch.object(relay, "IDENTITY_TIMEOUT", relay.IDENTITY_TIMEOUT)
-    @unittest.mock.patch.object(relay, "IDENTITY_PAUSES", (0.0,) * 5)
+    @unittest.mock.patch.object(relay, "IDENTITY_RETRY_DELAYS", (0.0,) * 5)
     def test_imds_that_fails(self) -> None:
         self.fake.will("imds", say(404), say(410), say(429), say(500, b"<html>"))
         self.ask()
         self.assertEqual(len(self.fake.asked("imds")), 5)
-        relay.IDENTITY_PAUSES = (PATIENCE,) * 5     # but not if there is no time for it
+        relay.IDENTITY_RETRY_DELAYS = (PATIENCE,) * 5     # but not if there is no time for it
         self.fake.will("imds", say(404))
         self.assertIn("status=404", self.failure(timeout=PATIENCE - 0.1))
         for status in (400, 401):
@@ -4532,11 +4532,11 @@ class AccountLoginTests(AccountCase):
 class FailureTests(AccountCase):
     """Who guesses passwords is slowed down, and shut out for a while."""
 
-    @unittest.mock.patch.object(relay, "FAILURE_PAUSE", 0.5)
+    @unittest.mock.patch.object(relay, "FAILURE_DELAY", 0.5)
     def test_the_pauses_and_the_end(self) -> None:
         clock = Clock()
-        failures = relay.Failures(clock)
-        one, other = map(relay.read_address, ("192.0.2.1", "192.0.2.2"))
+        failures = relay.LoginLimiter(clock)
+        one, other = map(relay.parse_address, ("192.0.2.1", "192.0.2.2"))
         pauses = []
         for _ in range(10):
             failures.check(one)
@@ -4553,10 +4553,10 @@ class FailureTests(AccountCase):
         clock.now += 10_000
         self.assertEqual(failures.add(one), 0.5)
         for number in range(10):            # who has an IPv6 address has a whole network
-            failures.add(relay.read_address(f"2001:db8::{number}"))
-        failures.check(relay.read_address("2001:db8:0:1::1"))
+            failures.add(relay.parse_address(f"2001:db8::{number}"))
+        failures.check(relay.parse_address("2001:db8:0:1::1"))
         with self.assertRaises(relay.TooManyFailures):
-            failures.check(relay.read_address("2001:db8::1:2:3:4"))
+            failures.check(relay.parse_address("2001:db8::1:2:3:4"))
 
     @needs_loopbacks
     def test_who_guesses_at_once_learns_nothing(self) -> None:
@@ -4580,14 +4580,14 @@ class FailureTests(AccountCase):
         client.putcmd(f"AUTH PLAIN {plain(USER, self.password).decode()}")
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         for _ in range(10):
-            self.running.ask(functools.partial(failures.add, relay.read_address(address)))
+            self.running.ask(functools.partial(failures.add, relay.parse_address(address)))
         self.fake.release.set()
         self.assertReply(client.next_reply(), "421 4.7.0")
 
     @needs_loopbacks
     def test_too_many_failures(self) -> None:
         begun = time.monotonic()
-        with unittest.mock.patch.object(relay, "FAILURE_PAUSE", 0.5):
+        with unittest.mock.patch.object(relay, "FAILURE_DELAY", 0.5):
             self.assertReply(self.log_in("scan2", "wrong"), "535 5.7.8")
         self.assertGreater(time.monotonic() - begun, 0.5)
         for _ in range(10):
@@ -4600,7 +4600,7 @@ class FailureTests(AccountCase):
         self.assertReply(self.log_in("scan2", PASSWORD), "235 2.7.0")
 
 
-READ_AGAIN = relay.READ_AGAIN       # as it is; setUpModule makes it shorter
+ACCOUNTS_POLL_INTERVAL = relay.ACCOUNTS_POLL_INTERVAL       # as it is; setUpModule makes it shorter
 
 
 class ReloadTests(AccountCase):
@@ -4695,7 +4695,7 @@ class ReloadTests(AccountCase):
         same, whatever the clock says, and once.
         """
         path, file = pathlib.Path(self.path), self.loaded()
-        self.assertLess(2.5 * READ_AGAIN, 10)       # seconds, says the README
+        self.assertLess(2.5 * ACCOUNTS_POLL_INTERVAL, 10)       # seconds, says the README
         for change, is_same_time in (
                 (lambda: os.utime(path, (1, 1)), False),
                 (lambda: os.utime(path, (2 ** 32, 2 ** 32)), False),
@@ -4741,7 +4741,7 @@ class ReloadTests(AccountCase):
             wait_for(lambda: kept.find("loaded=7"))
 
 
-@unittest.mock.patch.object(relay, "AZURE_PAUSES", (0.0, 0.0))
+@unittest.mock.patch.object(relay, "AZURE_RETRY_DELAYS", (0.0, 0.0))
 class TableTests(RelayCase):
     """Accounts in an Azure table, facts 7."""
 
@@ -4831,7 +4831,7 @@ class TableTests(RelayCase):
         for name, status in zip(ODD_NAMES, (429, 500, 502, 503, 504)):
             self.fake.will("table", say(status))
             self.assertReply(self.log_in(f"{name}@lookup"), "235 2.7.0")
-        relay.AZURE_PAUSES = (PATIENCE, PATIENCE)       # but not if there is no time for it
+        relay.AZURE_RETRY_DELAYS = (PATIENCE, PATIENCE)       # but not if there is no time for it
         self.fake.will("table", say(503))
         with kept_log() as kept:
             self.assertReply(self.log_in("late@lookup"), "454 4.7.0")
@@ -4962,7 +4962,7 @@ class SendTests(RelayCase):
         self.assertReply(client.post(sender=""), "550 5.1.7")
         self.assertEqual(len(self.fake.asked("send")), 5)
 
-    @unittest.mock.patch.object(relay, "THROTTLED_PAUSE", 99.0)
+    @unittest.mock.patch.object(relay, "DEFAULT_RETRY_DELAY", 99.0)
     def test_each_answer_of_graph(self) -> None:
         client = self.logged_in()
         for status, code, wanted in GraphAnswerTests.TABLE:
@@ -5044,12 +5044,12 @@ class SendTests(RelayCase):
                     self.assertLess(time.monotonic() - begun, PATIENCE / 2)
                     self.fake.reset()
 
-    @unittest.mock.patch.object(relay, "THROTTLED_PAUSE", relay.THROTTLED_PAUSE)
+    @unittest.mock.patch.object(relay, "DEFAULT_RETRY_DELAY", relay.DEFAULT_RETRY_DELAY)
     def test_what_is_tried_again(self) -> None:
         """Only what cannot send a message twice."""
         date = email.utils.formatdate(time.time() + 1, usegmt=True)
         unauthorized = graph_says(401, "ErrorAccessDenied")     # of 401 no code counts
-        self.assertEqual(relay.THROTTLED_PAUSE, 5)
+        self.assertEqual(relay.DEFAULT_RETRY_DELAY, 5)
         # The pause if Microsoft says none, answers, reply, requests to send and for tokens.
         for pause, answers, wanted, sends, tokens in (
                 (99, (self.fake.expire,), "250 2.0.0", 2, 2),
@@ -5070,7 +5070,7 @@ class SendTests(RelayCase):
                 self.fake.reset()
                 self.open_lines()
                 self.password += "."
-                relay.THROTTLED_PAUSE = pause
+                relay.DEFAULT_RETRY_DELAY = pause
                 self.fake.will("send", *answers)
                 begun = time.monotonic()
                 self.assertReply(self.logged_in().post(), wanted)
@@ -5152,7 +5152,7 @@ class SendTests(RelayCase):
         self.assertLessEqual(len(refused), 4 * 5)
         self.assertGreater(len(refused), 0)
 
-    @unittest.mock.patch.object(relay, "THROTTLED_PAUSE", 99.0)
+    @unittest.mock.patch.object(relay, "DEFAULT_RETRY_DELAY", 99.0)
     def test_the_longest_pause_counts_and_has_an_end(self) -> None:
         """For a message that waits already, too, and whatever Microsoft says."""
         for longest in ("99", "999999999"):
@@ -5169,11 +5169,11 @@ class SendTests(RelayCase):
                 self.assertReply(client.next_reply(), "451 4.4.5")
             self.assertReply(self.logged_in().post(), "451 4.4.5")
             self.assertEqual(len(self.fake.asked("send")), 3)
-            self.assertLessEqual(self.running.ask(lambda: self.running.relay._graph.held_for(
+            self.assertLessEqual(self.running.ask(lambda: self.running.relay._graph.throttled_for(
                 (TENANT, CLIENT, SENDER))), 1800)
 
     def test_a_connection_that_is_idle_for_long_is_closed(self) -> None:
-        with unittest.mock.patch.object(relay, "KEEP", 0.1):
+        with unittest.mock.patch.object(relay, "KEEPALIVE_TIMEOUT", 0.1):
             client = self.logged_in()
             wait_for(lambda: self.fake.requests[0].connection in self.fake.closed)
         self.assertReply(client.post(), "250 2.0.0")
@@ -5255,7 +5255,7 @@ class SendTests(RelayCase):
 
         def slow(sock: socket.socket, request: Request) -> bool:
             sock.sendall(b"HTTP/1.1 403 No\r\nContent-Length: %d\r\n\r\n" % len(body))
-            time.sleep(relay.REST_OF_202 + 0.2)
+            time.sleep(relay.ACCEPTED_BODY_TIMEOUT + 0.2)
             sock.sendall(body)
             return True
         self.fake.will("send", slow)
@@ -5402,7 +5402,7 @@ SOON = graph_says(429, "X", retry_after="0")
 
 @unittest.mock.patch.multiple(
     relay, GRAPH_MESSAGE_LIMIT=31_457, LARGE_ATTACHMENT=31_300, UPLOAD_PIECE=39_322,
-    LEAST_PAUSE=0.01, DRAFT_DELAYS=(0.01, 0.02))
+    MIN_RETRY_DELAY=0.01, DRAFT_RETRY_DELAYS=(0.01, 0.02))
 class DraftFaultTests(RelayCase):
     """Each step of a large message may fail: what is answered, asked, deleted and logged."""
 
@@ -5551,12 +5551,12 @@ class DraftFaultTests(RelayCase):
         for url, is_good in (("https://outlook.office.com/a?b=c", True), ("https:///a", False),
                              ("http://127.0.0.1/a", True), ("http://10.0.0.1/a", False)):
             answer = response(201, {"uploadUrl": url})
-            self.assertEqual(relay.read_upload_url(answer), url * is_good)
+            self.assertEqual(relay.parse_upload_url(answer), url * is_good)
         for ranges, wanted in ((["7"], 7), (["7-"], 7), (["7-9"], 7), ([7], 7), ([], None),
                                (["x"], None), ("7", None)):
             for name in ("NextExpectedRanges", "nextExpectedRanges"):
-                self.assertEqual(relay.next_range(response(200, {name: ranges})), wanted)
-        self.assertIsNone(relay.next_range(response(201)))
+                self.assertEqual(relay.parse_next_range(response(200, {name: ranges})), wanted)
+        self.assertIsNone(relay.parse_next_range(response(201)))
 
 
 class SlowUploadTests(RelayCase):
@@ -5566,20 +5566,21 @@ class SlowUploadTests(RelayCase):
         """It would be cut off, and nobody would hear whether it was sent."""
         config = self.config(UPSTREAM_TIMEOUT="86400")      # of it a tenth must be left
         pool = relay.HttpPool([self.fake.url])
-        graph = relay.Graph(config, pool, relay.Tokens(config, pool))
+        graph = relay.GraphClient(config, pool, relay.Tokens(config, pool))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, bytearray(LARGE))
-        draft = relay.make_outgoing(envelope, config).draft
+        draft = relay.prepare_message(envelope, config).draft
         now = time.monotonic()
-        errand = relay.Errand(relay.Application(TENANT, CLIENT, self.password), SENDER, "id",
-                              now + 2 * PATIENCE, now + PATIENCE, ("", "", ""))
+        context = relay.RequestContext(
+            relay.Application(TENANT, CLIENT, self.password), SENDER, "id",
+            now + 2 * PATIENCE, now + PATIENCE, ("", "", ""))
 
         def take_long(sock: socket.socket, request: Request) -> bool:
-            object.__setattr__(errand, "latest", now)
+            object.__setattr__(context, "send_before", now)
             return self.fake.accept(sock, request)
         self.fake.will("put", take_long)
-        with self.assertRaises(relay.NoAnswer):
+        with self.assertRaises(relay.UpstreamUnavailable):
             assert draft is not None
-            asyncio.run(graph._send_draft(errand, draft))
+            asyncio.run(graph._send_draft(context, draft))
         self.assertEqual((self.fake.drafts, self.fake.asked("send-draft")), ({}, []))
         self.assertEqual(len(self.fake.deleted), 1)
         pool.close()
@@ -6062,7 +6063,7 @@ class FailedTests(SpoolCase):
         self.assertEqual((self.waiting(), kept.find("dropped")), ([path.stem], []))
 
     def test_what_becomes_of_a_message_and_who_is_told(self) -> None:
-        self.let("COUNT_AGAIN", 0.0)
+        self.let("RECOUNT_INTERVAL", 0.0)
         running = self.start(SPOOL_MAX_BYTES="1000")        # a notice has no such limit
         client = self.log_in_to(running)
         right, mailbox = graph_says(403, "ErrorAccessDenied"), say(404)
@@ -6184,7 +6185,7 @@ class FullSpoolTests(SpoolCase):
             self.assertIn(part, line)
 
     def test_max_bytes(self) -> None:
-        self.let("COUNT_AGAIN", 0.0)
+        self.let("RECOUNT_INTERVAL", 0.0)
         client = self.log_in_to(self.start(SPOOL_MAX_BYTES="1000"))
         self.be_down()
         self.enqueue(client, "one" * 300)
@@ -6740,7 +6741,7 @@ class VaultTests(RelayCase):
                 relay.pfx_to_pem(octets)
 
     @unittest.skipUnless(os.name == "posix", "needs a script as a command")
-    @unittest.mock.patch.object(relay, "COMMAND_SECONDS", 0.1)
+    @unittest.mock.patch.object(relay, "OPENSSL_TIMEOUT", 0.1)
     def test_an_openssl_command_that_is_missing_or_hangs(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
         self.give("AAAA")
@@ -6753,7 +6754,7 @@ class VaultTests(RelayCase):
                     relay.StartError, f"openssl.*{word}.* to PEM, "):
                 relay.make_tls_contexts(self.config(**self.vault()))
 
-    @unittest.mock.patch.object(relay, "AZURE_PAUSES", (0.0, 0.0))
+    @unittest.mock.patch.object(relay, "AZURE_RETRY_DELAYS", (0.0, 0.0))
     def test_each_failure_is_one_clear_line(self) -> None:
         forbidden = {"error": {"code": "Forbidden", "message": "hidden", "innererror":
                                {"code": "ForbiddenByRbac"}}}
@@ -7339,11 +7340,11 @@ class LimitTests(TlsCase):
                 self.assertGreaterEqual(seconds, 1.5)
                 self.assertLess(seconds, PATIENCE)
 
-    @unittest.mock.patch.object(relay, "MAX_IDLE", relay.MAX_IDLE)
+    @unittest.mock.patch.object(relay, "NO_PROGRESS_TIMEOUT", relay.NO_PROGRESS_TIMEOUT)
     def test_a_session_that_gets_nowhere_for_an_hour_ends(self) -> None:
         idle, busy = self.logged_in(), self.begun()
         self.assertReply(idle.say("NOOP"), "250 2.0.0")
-        relay.MAX_IDLE = 0.0
+        relay.NO_PROGRESS_TIMEOUT = 0.0
         self.assertReply(idle.say("NOOP"), "421 4.7.0 Too long")
         busy.send(b"Subject: s\r\n\r\nText\r\n.\r\n")        # a message is not cut off
         self.assertReply(busy.next_reply(), "250 2.0.0")
@@ -8151,7 +8152,7 @@ class CommandLineTests(ProgramCase):
                 1, "", f"smtp_oauth_relay: RUN_AS={user}: cannot become this user: Operation not "
                        "permitted; start as another user, with RUN_AS empty\n"))
         with unittest.mock.patch.object(os, "geteuid", lambda: 1000), kept_log() as kept:
-            relay.become(user)
+            relay.drop_privileges(user)
         self.assertIn(f"run-as={user} ", kept.find("stays")[0][1])
 
     @unittest.skipIf(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0),
@@ -8184,7 +8185,7 @@ class AccountCommandTests(ProgramCase):
                                (f"{PASSWORD}\r\nsecond line\n", PASSWORD)):
             status, out, _ = call_main("hash-password", stdin=text)
             self.assertEqual(status, 0)
-            self.assertTrue(relay.is_password(password, out.strip()))
+            self.assertTrue(relay.verify_password(password, out.strip()))
         self.assertNotEqual(*(call_main("hash-password", stdin="a")[1] for _ in range(2)))
         for text in ("", "\n", "a\tb", "\ufffd"):
             status, out, err = call_main("hash-password", stdin=text)
@@ -8213,7 +8214,8 @@ class AccountCommandTests(ProgramCase):
             self.assertNotIn(PASSWORD.encode(), said + out)
             with unittest.mock.patch.object(relay, "SCRYPT_COST", REAL_COST):
                 self.assertEqual(
-                    not status and relay.is_password(PASSWORD, out.decode().strip()), not status)
+                    not status and relay.verify_password(PASSWORD, out.decode().strip()),
+                    not status)
 
     def test_accounts(self) -> None:
         path = FILES.write("listed.ini", EXAMPLE)
@@ -8963,7 +8965,7 @@ def config_of(offers_tls: bool, require_tls: bool, size: int) -> relay.Config:
         MOST_RECIPIENTS), REQUIRE_TLS=str(require_tls).lower(), MAX_MESSAGE_SIZE=str(size))
 
 
-GUEST_OF_TESTS = relay.Login(relay.Account("guest", allowed_senders=("a@b.c",),
+GUEST_OF_TESTS = relay.Principal(relay.Account("guest", allowed_senders=("a@b.c",),
                                            allowed_recipients=("d@e.f", "ok.example")),
                              relay.Application("", ""), "")
 
@@ -8974,7 +8976,7 @@ class Play:
     def __init__(self, scene: Scene, chance: random.Random, octets: bytes, cuts: list[int]) -> None:
         self.scene, self.octets = scene, octets
         self.ends = [*cuts, len(octets)]
-        self.memory = relay.Memory(scene.memory)
+        self.memory = relay.MemoryBudget(scene.memory)
         self.decisions = Decisions(chance)
         self.dialogue = Dialogue(
             config_of(scene.offers_tls, scene.require_tls, scene.size), secure=scene.secure,
@@ -9671,7 +9673,7 @@ def patient_for(**pauses: float) -> Iterator[None]:
 
 def fuzz_spool(seed: str, timeout: float = 1.5) -> list[str]:
     """Play a round with a spool, until that is empty."""
-    with patient_for(MIN_BACKOFF=0.05, MAX_BACKOFF=0.3, MAX_SLEEP=0.1, THROTTLED_PAUSE=0.3), \
+    with patient_for(MIN_BACKOFF=0.05, MAX_BACKOFF=0.3, MAX_SLEEP=0.1, DEFAULT_RETRY_DELAY=0.3), \
             tempfile.TemporaryDirectory() as folder:
         problems = fuzz_round(
             seed, timeout=timeout, law=Law(at_least_once=True), SPOOL_DIRECTORY=folder,

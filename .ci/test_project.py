@@ -59,7 +59,8 @@ class ReadmeTests(unittest.TestCase):
 
     def test_the_readme_has_the_table_of_settings(self) -> None:
         readme = (tests.HERE / "README.md").read_text(encoding="utf-8")
-        for what, rows in (("Variable", relay.settings()), ("Key", relay.declared(relay.Account))):
+        for what, rows in (("Variable", relay.settings()),
+                           ("Key", relay.settings_of(relay.Account))):
             table = [f"| {what} | Default | Meaning |", "| --- | --- | --- |", *(
                 f"| `{name}` | {f'`{one.default}`' if one.default else ''} | {one.help} |"
                 for name, one in rows.items())]
