@@ -42,14 +42,16 @@ Contents (search for the number; each section uses only those above it)
     §10  Log                        one line for an event        <- I/O starts here
     §11  HTTP                       HttpPool
     §12  Tokens                     Tokens: one request for all who need the same
-    §13  Directory                  accounts in a file, in Azure Tables, in a user name
-    §14  Graph                      Graph: sendMail, or a draft; 4 at once for a mailbox
-    §15  Queue                      what Microsoft could not take yet, on disk
-    §16  TLS                        the relay's own certificate
-    §17  Server                     Connection, Server
-    §18  Demo                       an outbox in place of Microsoft
-    §19  Explain                    what would become of a message
-    §20  Command line               main
+    §13  Azure                      the table of accounts
+    §14  Authentication             Authenticator: decides every login
+    §15  Graph                      GraphClient: sendMail or a draft, 4 at once per mailbox
+    §16  Queue                      QueueManager: messages that wait, on disk
+    §17  Delivery                   Delivery: from the end of DATA to the reply
+    §18  TLS                        the relay's own certificate
+    §19  Server                     Relay, Connection, Server
+    §20  Demo                       an outbox in place of Microsoft
+    §21  Explain                    what would become of a message
+    §22  Command line               main
 """
 
 from __future__ import annotations
@@ -123,22 +125,24 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------
 # §1  Replies and errors
 #
-# Every error that a client hears of is a RelayError, raised where the fact is known and
-# with the final text. It is turned into bytes in one place, Reply.__bytes__.
+# An error that the client must learn of is a RelayError. Its reply (code, enhanced status
+# code, text) and its level in the log are chosen where it is raised, because only that
+# place knows the reason. Nothing reads a code again to decide what to do next.
 
-MAX_REPLY_TEXT = 480        # octets; a line has 512 at most, RFC 5321 section 4.5.3.1.5
+MAX_REPLY_TEXT = 480        # bytes; RFC 5321 section 4.5.3.1.5 allows 512 for a whole line
 
 
 class Reply(NamedTuple):
-    """A reply to a client; lines of `text` are separated by LF.
+    """A reply to a client; LF separates the lines of `text`.
 
-    `status` is the enhanced status code (RFC 3463), or "" where RFC 2034 wants none.
+    `status` is the enhanced status code (RFC 3463), or "" where RFC 2034 allows none.
     """
 
     code: int
     status: str
     text: str
-    close: bool = False     # the connection ends after it
+    close: bool = False     # end the connection after this reply
+    cost: int = 1           # counts toward MAX_COST, which ends a session without progress
 
     def __bytes__(self) -> bytes:
         lines = [printable_ascii(f"{self.status} {line}" if self.status else line).encode()
@@ -151,54 +155,59 @@ class Reply(NamedTuple):
 
 
 def printable_ascii(text: str) -> str:
-    """Make a text printable ASCII: what a client or Microsoft said may be in it."""
+    """Replace everything but printable ASCII, because a peer may have chosen the text."""
     return "".join(c if " " <= c <= "~" else "?" for c in text)
 
 
 class RelayError(Exception):
-    """Something a client must be told; `.reply` says it.
+    """An error to report to the client, as `.reply`.
 
-    `.facts` and `.level` are for the log. Level INFO is a mistake of the client's.
+    `.facts` and `.level` are for the log. INFO means that the client caused the error.
     """
 
     code = 451
     status = "4.3.0"
+    cost = 1
     level = logging.INFO
 
     def __init__(self, text: str, code: int = 0, status: str = "", *,
                  close: bool = False, facts: Mapping[str, object] | None = None,
-                 level: int = 0) -> None:
+                 level: int = 0, cost: int | None = None) -> None:
         super().__init__(text)
-        self.reply = Reply(code or self.code, status or self.status, text, close)
+        self.reply = Reply(code or self.code, status or self.status, text, close,
+                           self.cost if cost is None else cost)
         self.facts = dict(facts or {})
         self.level = level or self.level
 
 
 class ProtocolError(RelayError):
-    """The client broke RFC 5321 or an extension of it."""
+    """The client violated RFC 5321 or an extension of it."""
 
     code = 501
     status = "5.5.4"
+    cost = 10
 
 
 class AuthError(RelayError):
-    """The credentials are wrong; the device must be given others."""
+    """The credentials are wrong and must be changed in the device."""
 
     code = 535
     status = "5.7.8"
+    cost = 34               # the third failed login ends the session
 
 
 class TemporaryError(RelayError):
-    """The same thing may succeed later."""
+    """The same command may succeed later."""
 
     level = logging.WARNING
 
 
 class DeliveryError(RelayError):
-    """This message will never be accepted as it is."""
+    """This message, or this recipient of it, will never be accepted."""
 
     code = 554
     status = "5.6.0"
+    cost = 0                # all recipients of a message may be refused, one by one
 
 
 class ConfigError(Exception):
@@ -206,7 +215,7 @@ class ConfigError(Exception):
 
 
 class StartError(Exception):
-    """The relay cannot start, although its settings make sense: exit status 1."""
+    """The settings are valid, but the relay cannot start: exit status 1."""
 
 
 # ---------------------------------------------------------------------------
@@ -726,21 +735,23 @@ def decode_base64(text: str) -> bytes:
 # ---------------------------------------------------------------------------
 # §4  Accounts
 #
-# Who a client is. It logs in as
+# An account says what a client may do, and as which application. A client logs in as
 #
-#     TENANT@CLIENT      an application; the password is its secret
+#     TENANT@CLIENT      an application; the password is the application's secret
 #     NAME               an account of ACCOUNTS_FILE
-#     NAME@lookup        the same, or else an entry of the Azure table
+#     NAME@lookup        the same account, or else an entry of the Azure table
 #
-# or it comes from a network of an account with "login = optional". Of the networks that
-# hold its address the most specific one decides that; and require_tls, tls_min_version
-# the most specific one for which they are set.
+# or it needs no login, because its address is in a network of an account that says
+# "authentication = optional". If several such networks contain the address, the most
+# specific network decides. require_tls and tls_min_version are decided separately, each by
+# the most specific network that sets it.
 
-SCRYPT_COST = 2 ** 15               # N of RFC 7914; tests lower it
-MIN_PREFIX_LENGTH = {4: 8, 6: 7}       # of an open account: 10.0.0.0/8, fc00::/7
+SCRYPT_COST = 2 ** 15               # N of RFC 7914; the tests lower it
+MIN_PREFIX_LENGTH = {4: 8, 6: 7}    # of a network without login: 10.0.0.0/8, fc00::/7
 SECRET_KEYS = {"client_secret", "client_secret_file", "credential"}
 LIST_KEYS = {"allowed_recipients", "allowed_senders", "networks"}
-NETWORK_KEYS = ("require_tls", "tls_min_version")       # what settings `networks` replace
+NETWORK_KEYS = ("require_tls", "tls_min_version")       # they replace a setting
+KEY_ALIASES = {"login": "authentication"}               # the key's name in version 1.0
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
 _mailbox = _matching(_MAILBOX, "an address such as scanner@example.com")
 
@@ -750,22 +761,22 @@ IpAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 
 @dataclass(frozen=True)
 class Application:
-    """An application or identity of Entra ID, and how it proves who it is."""
+    """An application or identity of Entra ID, with its credential."""
 
     tenant: str
     client: str
     secret: str = field(default="", repr=False)
     credential: str = "secret"      # or managed-identity, workload-identity
-    relay_holds_secret: bool = False    # no device knows the secret
+    relay_holds_secret: bool = False        # if not, only the device knows the secret
 
 
 def relay_identity(config: Config) -> Application:
-    """Find who the relay is to Azure, in the order of DefaultAzureCredential."""
+    """Return the relay's own identity in Azure, in DefaultAzureCredential's order."""
     tenant, client = config.azure_tenant_id, config.azure_client_id
     secret = config.azure_client_secret
     if tenant and client and (secret or config.azure_federated_token_file):
-        return Application(tenant, client, secret, "secret" if secret else
-                           "workload-identity", relay_holds_secret=True)
+        credential = "secret" if secret else "workload-identity"
+        return Application(tenant, client, secret, credential, relay_holds_secret=True)
     return Application("", client, "", "managed-identity", relay_holds_secret=True)
 
 
@@ -774,16 +785,16 @@ def _hash(text: str) -> str:
         raise ValueError("what this prints: python3 smtp_oauth_relay.py hash-password "
                          "(a plain password is not accepted)")
     if not has_scrypt():
-        raise ValueError("empty, as this Python has no scrypt")
+        raise ValueError("empty, because this Python has no scrypt")
     return text
 
 
 def _address_or_domain(text: str) -> str:
-    """Read a domain, or an address, in comparable form."""
+    """Parse an item of allowed_recipients or allowed_senders. Raises ValueError."""
     if re.fullmatch(_MAILBOX, text) and "*" not in text:
         return normalize_mailbox(text)
     if not re.fullmatch(_DOMAIN, text):
-        raise ValueError("domains and addresses, with commas between")
+        raise ValueError("domains and addresses, separated by commas")
     return normalize_mailbox(f"@{text}")[1:]
 
 
@@ -798,53 +809,51 @@ def _network(text: str) -> Network:
 
 
 class MessageOptions(NamedTuple):
-    """How messages of an account are edited, made from its keys and the settings."""
+    """The settings for messages of an account, with the changes that its keys make."""
 
     sender_from: str
     from_mismatch: str
     header_recipients: str
     from_email: str
 
-    def sender(self, reverse_path: str, authors: list[str] | None = None) -> str:
-        """Return the mailbox that sends, or "" while From decides and is not read yet."""
-        if self.from_email or (reverse_path and self.sender_from == "envelope"):
-            return self.from_email or reverse_path
-        return "" if authors is None else [*authors, reverse_path][0]
+    def envelope_sender(self, reverse_path: str) -> str:
+        """Return the mailbox that sends, or "" if the From field decides that."""
+        return self.from_email or (reverse_path if self.sender_from == "envelope" else "")
 
 
 @dataclass(frozen=True)
 class Account:
-    """What a client may do, as which application; its settings are keys of the file."""
+    """What a client may do, and as which application; its settings are keys of the file."""
 
     name: str = ""                  # "" for TENANT@CLIENT
     tenant_id: str = setting(
-        _optional(parse_tenant), "", "Tenant of the application: its ID, or a domain.")
+        _optional(parse_tenant), "", "Tenant of the application: its ID or a domain.")
     client_id: str = setting(
-        _optional(parse_client), "", "The application; or, with `managed-identity`, the "
-        "user-assigned identity, and empty for the system-assigned one.")
+        _optional(parse_client), "", "The application's ID. With `managed-identity`: that "
+        "of a user-assigned identity, or empty for the system-assigned identity.")
     client_secret: str = setting(str, "", "The application's secret.", _mask_all)
-    client_secret_file: str = setting(str, "", "The file that holds it.")
+    client_secret_file: str = setting(str, "", "File that contains the secret.")
     credential: str = setting(
         _optional(_choice("managed-identity", "workload-identity")), "",
         "`managed-identity` or `workload-identity` instead of a secret.")
     password: str = setting(
-        _optional(_hash), "", "What the device logs in with, as `hash-password` prints it. "
-        "Without a secret here it stays empty: the device's password is the secret.",
-        _mask_all)
+        _optional(_hash), "", "The device's password, as printed by `hash-password`. Leave "
+        "it empty if the device's password is the application's secret.", _mask_all)
     from_email: str = setting(
-        _optional(_mailbox), "", "The mailbox that sends, whatever the device says; the "
-        "display name is kept.")
+        _optional(_mailbox), "", "Send as this mailbox, whatever sender the device names. "
+        "The display name is kept.")
     allowed_recipients: tuple[str, ...] = setting(
         _comma_separated(_address_or_domain), "",
-        "Domains and addresses that may get mail. Empty: all.")
+        "Domains and addresses that may receive messages. Empty: all.")
     allowed_senders: tuple[str, ...] = setting(
         _comma_separated(_address_or_domain), "",
-        "Domains and addresses that may send. Empty: all.")
+        "Domains and addresses that may send messages. Empty: all.")
     networks: tuple[Network, ...] = setting(
-        _comma_separated(_network), "", "Where the device must be. Empty: anywhere.")
-    login: str = setting(
+        _comma_separated(_network), "", "Networks that the device must be in. Empty: any.")
+    authentication: str = setting(
         _choice("required", "optional"), "required",
-        "`optional`: whoever comes from `networks` may send without login.")
+        "`optional`: clients in `networks` may send without login. `login` is the old name "
+        "of this key.")
     require_tls: bool | None = setting(
         _optional(_boolean, None), "", "`REQUIRE_TLS` for `networks`.")
     tls_min_version: str = setting(
@@ -852,44 +861,49 @@ class Account:
 
     @property
     def has_credential(self) -> bool:
-        """Whether the relay has a credential; else the device's password is the secret."""
+        """Return whether the relay has the credential.
+
+        Otherwise the device's password is the application's secret.
+        """
         return bool(self.client_secret or self.client_secret_file or self.credential)
 
     def as_application(self, password: str = "") -> Application:
-        """Find the application of a client that gave this password."""
+        """Return the application of a client that gave this password."""
         secret = self.client_secret if self.has_credential else password
         return Application(self.tenant_id, self.client_id, secret,
                            self.credential or "secret", self.has_credential)
 
+    def as_principal(self, config: Config, password: str = "",
+                     username: str = "") -> Principal:
+        """Return this account with its application and its options for messages."""
+        options = MessageOptions(
+            config.sender_from, "rewrite" if self.from_email else config.from_mismatch,
+            # Graph delivers to every address in To, so "keep" would let any recipient in.
+            "strip" if self.allowed_recipients else config.header_recipients,
+            self.from_email)
+        return Principal(self, self.as_application(password), options, username)
+
     @property
     def network_settings(self) -> dict[str, Any]:
-        """The settings that it changes for its networks."""
+        """Return the settings that the account changes for its networks."""
         return {name: getattr(self, name) for name in NETWORK_KEYS
                 if getattr(self, name) not in (None, "")}
 
     def allows_address(self, address: IpAddress | None) -> bool:
-        """Say whether a client may be where it is."""
-        return not self.networks or (
-            address is not None and any(address in one for one in self.networks))
+        """Return whether a client may log in from an address."""
+        return not self.networks or (address is not None and any(
+            address in network for network in self.networks))
 
     def check(self, mailbox: str, key: str) -> None:
-        """Raise DeliveryError if `key`, as allowed_senders, does not allow a mailbox."""
+        """Raise DeliveryError if `key`, such as allowed_senders, excludes a mailbox."""
         allowed, name = getattr(self, key), normalize_mailbox(mailbox)
         if allowed and name not in allowed and name.rpartition("@")[2] not in allowed:
             action = "send as" if key == "allowed_senders" else "send to"
-            raise DeliveryError(f"This account may not {action} {mailbox}, see its {key}",
+            raise DeliveryError(f"This account may not {action} {mailbox}; see its {key}",
                                 550, "5.7.1")
 
-    def message_options(self, config: Config) -> MessageOptions:
-        """Return the settings for its messages, as its keys change them."""
-        return MessageOptions(
-            config.sender_from, "rewrite" if self.from_email else config.from_mismatch,
-            # With "keep" anybody in To would get the message.
-            "strip" if self.allowed_recipients else config.header_recipients,
-            self.from_email)
-
     def conflicts(self, config: Config) -> Iterator[str]:
-        """Find keys that contradict each other."""
+        """Find keys that conflict with each other or with a setting."""
         if self.credential == "workload-identity" and not config.azure_federated_token_file:
             yield "credential: workload-identity needs AZURE_FEDERATED_TOKEN_FILE"
         for name in ("tenant_id", "client_id"):
@@ -899,41 +913,67 @@ class Account:
             yield "set one of client_secret, client_secret_file, credential"
         if self.password and not self.has_credential:
             yield ("password: needs client_secret, client_secret_file or credential; "
-                   "without one the device's password is the application's secret")
-        if self.login == "required" and self.has_credential and not self.password:
-            yield "password: must be set, as anybody could log in; or login = optional"
-        if self.login == "optional":
+                   "without them the device's password is the application's secret")
+        if self.authentication == "required" and self.has_credential and not self.password:
+            yield ("password: must be set, otherwise anyone could log in; or set "
+                   "authentication = optional")
+        if self.authentication == "optional":
             if not self.has_credential:
-                yield ("login: optional needs client_secret, client_secret_file or "
-                       "credential")
+                yield ("authentication: optional needs client_secret, client_secret_file "
+                       "or credential")
             if not self.networks:
-                yield "login: optional needs networks"
+                yield "authentication: optional needs networks"
             for network in self.networks:
                 if network.prefixlen < MIN_PREFIX_LENGTH[network.version]:
-                    yield (f"networks: {network} without login is an open relay: anybody "
-                           "could send mail as you; name the network of the devices")
+                    yield (f"networks: {network} without login is an open relay, because "
+                           "anyone could send as you; name the network of the devices")
         for name in () if self.networks else self.network_settings:
-            yield f"{name}: needs networks, for which it is"
+            yield f"{name}: needs networks, because it applies to them only"
         if self.require_tls and config.tls_source == "off":
-            yield "require_tls: true needs a certificate, see TLS_SOURCE"
+            yield "require_tls: true needs a certificate; see TLS_SOURCE"
 
 
 class Principal(NamedTuple):
-    """A client that may send: without login, `username` is ""."""
+    """A client that may send: its account, application and options for messages."""
 
     account: Account
     application: Application
-    username: str = ""
+    options: MessageOptions
+    username: str = ""      # "" for a client that did not log in
+
+    def check_reverse_path(self, mailbox: str) -> None:
+        """Raise DeliveryError if MAIL FROM may not name a mailbox.
+
+        If the From field decides which mailbox sends, sender() checks that mailbox instead.
+        """
+        if mailbox and self.options.envelope_sender(mailbox):
+            self.account.check(mailbox, "allowed_senders")
+
+    def sender(self, reverse_path: str, from_mailboxes: list[str]) -> str:
+        """Decide which mailbox sends a message. Raises DeliveryError."""
+        mailbox = self.options.envelope_sender(reverse_path)
+        if not mailbox:
+            mailbox = [*from_mailboxes, reverse_path][0]
+            if not mailbox:
+                raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to "
+                                    "send from", 550, "5.1.7")
+            self.account.check(mailbox, "allowed_senders")
+        return mailbox
 
 
-ANYBODY = Principal(Account(), Application("", ""))
+class ClientPolicy(NamedTuple):
+    """What the address of a client decides."""
+
+    anonymous: Principal | None     # the principal without login; None: login is required
+    require_tls: bool
+    tls_min_version: str
 
 
 class Accounts:
     """The accounts of a file, by user name and by network."""
 
     def __init__(self, accounts: Iterable[Account] = ()) -> None:
-        self._by_name = {one.name.casefold(): one for one in accounts}
+        self._by_name = {account.name.casefold(): account for account in accounts}
         self.by_network: dict[Network, list[Account]] = {}
         for account in self:
             for network in account.networks:
@@ -943,27 +983,27 @@ class Accounts:
         return iter(self._by_name.values())
 
     def find(self, name: str) -> Account | None:
-        """Find an account by user name."""
+        """Return the account with a user name; case does not matter."""
         return self._by_name.get(name.casefold())
 
-    def at(self, address: IpAddress | None,
-           config: Config) -> tuple[Principal | None, Config]:
-        """Find who a client is without login, and the settings for where it is."""
-        networks = [one for one in self.by_network if address and address in one]
-        guest: Account | None = None
-        changes: dict[str, Any] = {}
-        for network in sorted(networks, key=lambda one: one.prefixlen):
-            # The most specific one is the last, and prevails.
+    def match_address(self, address: IpAddress | None, config: Config) -> ClientPolicy:
+        """Return the policy for a client by its address."""
+        anonymous: Account | None = None
+        values = {name: getattr(config, name) for name in NETWORK_KEYS}
+        networks = [network for network in self.by_network
+                    if address and address in network]
+        for network in sorted(networks, key=lambda network: network.prefixlen):
+            # The most specific network comes last, so that it overrides the others.
             accounts = self.by_network[network]
-            guest = next((one for one in accounts if one.login == "optional"), None)
+            anonymous = next((account for account in accounts
+                              if account.authentication == "optional"), None)
             for account in accounts:
-                changes.update(account.network_settings)
-        return (Principal(guest, guest.as_application()) if guest else None,
-                dataclasses.replace(config, **changes))
+                values.update(account.network_settings)
+        return ClientPolicy(anonymous.as_principal(config) if anonymous else None, **values)
 
 
 def parse_address(text: str) -> IpAddress | None:
-    """Read a client's address, without its zone; IPv4 in IPv6 is IPv4."""
+    """Parse a client's IP address without its zone; IPv4 in IPv6 becomes IPv4."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -972,8 +1012,8 @@ def parse_address(text: str) -> IpAddress | None:
 
 
 def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]:
-    """Read an accounts file; returns accounts and faulty values, or else contradictions."""
-    # DEFAULT is read as a section like others, so that a fault in it is told once.
+    """Parse an accounts file; return accounts and errors, or conflicts if no errors."""
+    # DEFAULT is parsed like the other sections, so that its errors are reported once.
     parser = configparser.ConfigParser(default_section="", delimiters=("=",),
                                        inline_comment_prefixes=(";", "#"),
                                        interpolation=None)
@@ -991,46 +1031,48 @@ def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]
     accounts = [_make_account(name, defaults, values, config)
                 for name, values in sections.items()]
     if not sections:
-        errors.append("there is no account in it")
+        errors.append("the file contains no account")
     return accounts, errors or list(_account_conflicts(accounts, config))
 
 
 def _syntax_errors(error: configparser.Error) -> Iterator[str]:
-    """Say what is no INI; the error's own text shows the line, and it may be a secret."""
+    """Report invalid lines by number, because the error's own text may show a secret."""
     option = getattr(error, "option", None)
     if option or isinstance(error, configparser.DuplicateSectionError):
         where = f"[{getattr(error, 'section', '')}] {option or ''}".strip()
-        yield f"line {getattr(error, 'lineno', '?')}: {where} is there twice"
+        yield f"line {getattr(error, 'lineno', '?')}: {where} appears twice"
         return
     for number, _ in getattr(error, "errors", None) or [(getattr(error, "lineno", "?"), 0)]:
-        yield f"line {number}: is no [section], key = value or comment that belongs there"
+        yield f"line {number}: must be [section], key = value or a comment"
 
 
 def _parse_section(section: str, pairs: Iterable[tuple[str, str]],
-                  errors: list[str]) -> dict[str, Any]:
-    """Read the keys of a section, as far as they have no faults."""
+                   errors: list[str]) -> dict[str, Any]:
+    """Parse the valid keys of a section, and append the errors of the others."""
     keys = settings_of(Account)
     values: dict[str, Any] = {}
-    for key, text in pairs:
-        one = keys.get(key)
-        if one is None:
-            loggable_username = key if re.fullmatch("[a-z_]{1,40}", key) else "***"
-            errors.append(f"[{section}] {loggable_username}: is no key")
-            continue
-        if "\n" in text and ("=" in text or key not in LIST_KEYS):
-            errors.append(f"[{section}] {key}: goes on in a line that is indented; do not "
+    for name, text in pairs:
+        key = KEY_ALIASES.get(name, name)
+        if key not in keys:
+            shown = name if re.fullmatch("[a-z_]{1,40}", name) else "***"
+            errors.append(f"[{section}] {shown}: unknown key")
+        elif key in values:
+            errors.append(f"[{section}] {key}: appears twice, also under its old name")
+        elif "\n" in text and ("=" in text or key not in LIST_KEYS):
+            errors.append(f"[{section}] {name}: continues on an indented line; do not "
                           "indent keys")
-            continue
-        try:
-            values[key] = one.parse(text or one.default)
-        except ValueError as error:
-            errors.append(f"[{section}] {key} = {one.show(text)}: must be {error}")
+        else:
+            try:
+                values[key] = keys[key].parse(text or keys[key].default)
+            except ValueError as error:
+                shown = keys[key].show(text)
+                errors.append(f"[{section}] {name} = {shown}: must be {error}")
     return values
 
 
 def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, Any],
                   config: Config) -> Account:
-    """Join a section with the defaults; a secret there gives way to any in the section."""
+    """Merge a section with the defaults; any secret in it replaces all default secrets."""
     if SECRET_KEYS & values.keys():
         defaults = {key: defaults[key] for key in defaults.keys() - SECRET_KEYS}
     merged = {**defaults, **values}
@@ -1041,24 +1083,25 @@ def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, A
 
 
 def _account_conflicts(accounts: list[Account], config: Config) -> Iterator[str]:
-    """Find keys that contradict each other, and accounts that cannot be told apart."""
+    """Find conflicts within an account and between accounts."""
     for account in accounts:
         yield from (f"[{account.name}] {text}" for text in account.conflicts(config))
-    names = collections.Counter(one.name.casefold() for one in accounts)
-    yield from (f"[{one.name}] is there twice; case does not matter" for one in accounts
-                if names[one.name.casefold()] > 1)
+    names = collections.Counter(account.name.casefold() for account in accounts)
+    yield from (f"[{account.name}] appears twice; case does not matter"
+                for account in accounts if names[account.name.casefold()] > 1)
     for network, sharing in Accounts(accounts).by_network.items():
-        who = " and ".join(f"[{one.name}]" for one in sharing)
-        if sum(one.login == "optional" for one in sharing) > 1:
-            yield f"{who} networks: both claim {network} without login"
+        sections = " and ".join(f"[{account.name}]" for account in sharing)
+        if sum(account.authentication == "optional" for account in sharing) > 1:
+            yield f"{sections} networks: both claim {network} without login"
         for name in NETWORK_KEYS:
-            if len({one.network_settings.get(name) for one in sharing} - {None}) > 1:
-                yield f"{who} {name}: must be the same, as both have {network}"
+            values = {account.network_settings.get(name) for account in sharing}
+            if len(values - {None}) > 1:
+                yield f"{sections} {name}: must be the same, because both have {network}"
 
 
 @functools.lru_cache
 def has_scrypt() -> bool:
-    """Say whether there is scrypt: LibreSSL has none, and FIPS forbids it."""
+    """Return whether hashlib has scrypt: LibreSSL lacks it, and FIPS mode forbids it."""
     try:
         return bool(hash_password("", bytes(16)))
     except (AttributeError, ValueError):
@@ -1066,33 +1109,33 @@ def has_scrypt() -> bool:
 
 
 def hash_password(password: str, salt: bytes) -> str:
-    """Hash a password with 16 octets of salt: scrypt, RFC 7914, r=8, p=1."""
+    """Hash a password with a salt of 16 bytes: scrypt, RFC 7914, r=8, p=1."""
     digest = hashlib.scrypt(password.encode(), salt=salt, n=SCRYPT_COST, r=8, p=1,
                             maxmem=2 ** 26, dklen=32)
-    return "$".join(["scrypt", *(base64.urlsafe_b64encode(octets).decode().rstrip("=")
-                                 for octets in (salt, digest))])
+    return "$".join(["scrypt", *(base64.urlsafe_b64encode(part).decode().rstrip("=")
+                                 for part in (salt, digest))])
 
 
 def verify_password(password: str, hashed: str) -> bool:
-    """Compare a password with a hash, in constant time."""
+    """Compare a password with a hash in constant time."""
     if not has_scrypt():
-        return False                    # then no account has a hash
+        return False                    # without scrypt no account has a hash
     salt = base64.urlsafe_b64decode(hashed.split("$")[1] + "==")
     return hmac.compare_digest(hash_password(password, salt), hashed)
 
 
 def lookup_name(username: str, delimiter: str) -> str | None:
-    """Find NAME in NAME@lookup, or in NAME@lookup.local for who wants a dot; or None."""
+    """Return NAME of NAME@lookup, or of NAME@lookup.local for devices that want a dot."""
     match = re.fullmatch(rf"(.+){re.escape(delimiter)}lookup(?:\..*)?", username,
                          re.I | re.S)
     return match[1] if match else None
 
 
 def parse_username(username: str, delimiter: str) -> tuple[str, str]:
-    """Read "tenant@client" as the two. Raises AuthError.
+    """Split "tenant@client" into tenant and client. Raises AuthError.
 
-    Each is a UUID or its 22 characters in base64url; the tenant may also be a domain. What
-    follows a dot after the delimiter is ignored: some devices want an e-mail address.
+    Each is a UUID or its 22 characters in base64url; the tenant may also be a domain. Text
+    after a dot in the client is ignored, because some devices require an e-mail address.
     """
     tenant, _, client = username.partition(delimiter)
     try:
@@ -1107,23 +1150,26 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 #
 # Session is the protocol and nothing else: no socket, no clock, no task. Its caller
 #
-#     receive(octets)     gives it what comes from the network, b"" at the end
-#     next_event()        asks what to do now; None is: read more
+#     receive(data)       passes bytes from the network, b"" at the end of the stream
+#     next_event()        asks what to do next; None means: read more
 #     output()            takes the replies that are ready
 #
 # and answers each event but Close: StartTls by tls_started(), Authenticate by
-# authenticated() or refuse(), Deliver by delivered() or refuse(). Until the answer the
-# session works on nothing else, so that pipelined commands wait, and replies to a group
-# of them leave together (RFC 2920 section 3.2).
+# authenticated() or refuse(), Deliver by delivered() or refuse(). Until then the session
+# processes no further input. So pipelined commands wait, and the replies to a group of them
+# leave together (RFC 2920 section 3.2).
 #
 #     CONNECTED --EHLO--> READY --MAIL--> MAIL --RCPT--> RCPT --DATA--> (content)
 #         ^                 ^---------------RSET, EHLO, end of content------'
-#         '---- TLS started: everything said before is forgotten
+#         '---- STARTTLS: the session forgets everything that was said before
+#
+# Phase says which commands are in order, and COMMANDS has a row for each of them. The next
+# input goes to the current reader (`_read`): a command, a response to AUTH, or content.
 
-MAX_COMMAND = 2048              # octets with CRLF; RFC 5321 section 4.5.3.1.4 wants 512
-MAX_AUTH = 12288                # octets with CRLF, RFC 4954 section 4
-MAX_COST = 100                  # of commands since a login or a message was accepted
-PROGRESS_BYTES = 65536                # octets of a message that count as one command
+MAX_COMMAND = 2048              # bytes with CRLF; RFC 5321 section 4.5.3.1.4 wants 512
+MAX_AUTH = 12288                # bytes with CRLF, RFC 4954 section 4
+MAX_COST = 100                  # sum of Reply.cost since the last accepted login or message
+PROGRESS_BYTES = 65536          # bytes of a message that count as progress of the client
 
 _END_OF_DATA = b"\r\n.\r\n"
 _CLIENT_HELLO = b"\x16\x03"     # a TLS record: handshake, version 3.x
@@ -1133,7 +1179,7 @@ HTTP_VERBS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", 
 
 
 class Phase(enum.Enum):
-    """Which commands are in order."""
+    """The phase of a session; replies to commands out of order quote the value."""
 
     CONNECTED = "before EHLO"
     READY = "between messages"
@@ -1143,10 +1189,10 @@ class Phase(enum.Enum):
 
 @dataclass
 class Envelope:
-    """A message on its way in, and whom it is from and for (RFC 5321 section 2.3.1)."""
+    """A message and its SMTP envelope (RFC 5321 section 2.3.1)."""
 
     reverse_path: str
-    recipients: dict[str, str] = field(default_factory=dict)    # by comparable form
+    recipients: dict[str, str] = field(default_factory=dict)    # by normalized mailbox
     message: bytes | bytearray = field(default=b"", repr=False)
 
 
@@ -1163,13 +1209,13 @@ class Authenticate:
 
 
 class Deliver(NamedTuple):
-    """Hand a message on; lines end in CRLF, dot-stuffing is undone."""
+    """Deliver a message; its lines end in CRLF, and dot-stuffing is undone."""
 
     envelope: Envelope
 
 
 class Close(NamedTuple):
-    """Send the output and close; `reason` is for the log."""
+    """Send the output and close the connection; `reason` is for the log."""
 
     reason: str
 
@@ -1178,73 +1224,84 @@ Event = Union[StartTls, Authenticate, Deliver, Close]
 
 
 class MemoryBudget:
-    """What is `free` for messages in flight, of MAX_MEMORY_FOR_MESSAGES, in octets."""
+    """The memory for all messages in flight, in bytes; `free` is what is left of it."""
 
     def __init__(self, limit: int) -> None:
         self.free = limit
 
-    def take(self, octets: int) -> None:
-        """Take octets, or raise TemporaryError if so many are not free."""
-        self.check(octets)
-        self.free -= octets
+    def reserve(self, size: int) -> None:
+        """Reserve bytes. Raises TemporaryError if there are too few."""
+        self.check(size)
+        self.free -= size
 
-    def check(self, octets: int) -> None:
-        """Raise TemporaryError if so many octets are not free."""
-        if octets > self.free:
-            raise TemporaryError("Too much mail at once for the relay's memory; try again "
-                                 "later", 452, "4.3.1")
+    def release(self, size: int) -> None:
+        """Return reserved bytes."""
+        self.free += size
+
+    def check(self, size: int) -> None:
+        """Raise TemporaryError if so many bytes are not free."""
+        if size > self.free:
+            # RFC 5321's text for 452. The admin must act, so the level is not INFO.
+            raise TemporaryError("Insufficient system storage; try again later", 452,
+                                 "4.3.1", cost=0)
 
 
 class Session:
-    """An SMTP session on the server's side, without I/O.
+    """An SMTP server's side of a session, without I/O.
 
     RFC 5321, 1870 SIZE, 2034 ENHANCEDSTATUSCODES, 2920 PIPELINING, 3207 STARTTLS,
     4954 AUTH, 6152 8BITMIME, 6531 SMTPUTF8.
     """
 
-    def __init__(self, config: Config, name: str,
-                 trace: Callable[[str, object], None] | None = None,
+    def __init__(self, config: Config, name: str, policy: ClientPolicy | None = None,
                  memory: MemoryBudget | None = None,
-                 guest: Principal | None = None) -> None:
-        """Begin. A guest may send without login."""
+                 on_line: Callable[[str, object], None] = lambda mark, line: None,
+                 on_refusal: Callable[[RelayError], None] = lambda error: None) -> None:
+        """Create a session for a server called `name`.
+
+        `on_line` gets each line with "<" or ">" for the debug log, without credentials.
+        `on_refusal` gets each error of the client that is not the same as the last error.
+        """
         self._config = config
         self._name = name
+        self._policy = policy or Accounts().match_address(None, config)
         self._memory = memory or MemoryBudget(config.max_memory_for_messages)
-        self._guest = guest
+        self._on_line = on_line
+        self._on_refusal = on_refusal
         self.secure = False
-        self.login = guest              # who may send
-        self._trace = trace or (lambda mark, text: None)
+        self.principal = self._policy.anonymous         # None until a login is accepted
+        self.holds_message = False      # content arrives, or waits for its delivery
         self._phase = Phase.CONNECTED
         self._read = self._read_command
         self._event: Event | None = None
-        self._buffer = bytearray()      # received, not yet worked on
+        self._buffer = bytearray()      # received and not yet processed
         self._eof = False
         self._output: list[bytes] = []
         self._commands = 0
-        self._octets = 0                # of messages
-        self._cost = 0                  # see cost_of
-        self._last_refusal: Reply | None = None            # the last that the log knows of
+        self._content_bytes = 0         # of all messages
+        self._cost = 0                  # toward MAX_COST
+        self._last_refusal: Reply | None = None
         self._envelope = Envelope("")
         self._allow_utf8 = False
-        self._content = bytearray()     # of a message; its octets are taken of _memory
-        self._skip = 0               # octets before it that are the command's CRLF
-        self._refusal: RelayError | None = None         # the content is thrown away
+        self._content = bytearray()     # of a message; its size is reserved in _memory
+        self._skip = 0                  # bytes before it: the CRLF that _data() inserted
+        self._refusal: RelayError | None = None         # if set, content is discarded
         self._mechanism = ""
-        self._answers: list[bytes] = []                 # of the client to AUTH challenges
+        self._responses: list[bytes] = []               # to AUTH challenges
 
-    # The caller's side.
+    # Methods for input and output.
 
     def greet(self) -> None:
-        """Say the first word. RFC 5321 section 4.2: the domain comes first."""
+        """Send the greeting. RFC 5321 section 4.2: the domain comes first."""
         self._send(Reply(220, "", f"{self._name} ESMTP {self._config.server_greeting}"))
 
-    def receive(self, octets: bytes) -> None:
-        """Take octets from the client; none if it will send no more."""
-        self._buffer += octets
-        self._eof = not octets
+    def receive(self, data: bytes) -> None:
+        """Append bytes from the client; b"" means that the client will send no more."""
+        self._buffer += data
+        self._eof = not data
 
     def next_event(self) -> Event | None:
-        """Work on what was received; return what to do now, or None: read more."""
+        """Process the input; return what the caller must do, or None to read more."""
         while self._event is None and self._read():
             pass
         event, self._event = self._event, None
@@ -1258,64 +1315,60 @@ class Session:
 
     @property
     def progress(self) -> int:
-        """A number that grows with each command and each 64 KiB of a message."""
-        return self._commands + self._octets // PROGRESS_BYTES
-
-    @property
-    def holds_message(self) -> bool:
-        """Whether a message is being received, or waits for an answer."""
-        return self._read == self._read_content or (
-            self._read == self._wait and self._phase is Phase.RCPT)
+        """Return a number that grows with each command and each 64 KiB of a message."""
+        return self._commands + self._content_bytes // PROGRESS_BYTES
 
     def end(self, reply: Reply, reason: str) -> None:
-        """Let a reply be the last word, whatever the client was doing."""
+        """Send a final reply and close; `reason` is for the log."""
         self._send(reply)
         self._close(reason)
 
     def reset(self) -> None:
-        """Forget the message that is on its way in."""
-        self._memory.free += len(self._content)
+        """Discard the current message, if any."""
+        self._memory.release(len(self._content))
         self._content = bytearray()
         self._envelope = Envelope("")
         self._allow_utf8 = False
+        self.holds_message = False
         if self._phase is not Phase.CONNECTED:
             self._phase = Phase.READY
 
-    # The caller's answers to events.
+    # Methods that answer events.
 
     def tls_started(self) -> None:
-        """Go on under TLS. What came in the clear is forgotten, RFC 3207 section 4.2."""
+        """Continue under TLS. RFC 3207 section 4.2: forget all that came in the clear."""
         self.secure = True
-        self.login = self._guest
+        self.principal = self._policy.anonymous
         self._phase = Phase.CONNECTED
         self._buffer.clear()
         self._resume()
 
-    def authenticated(self, login: Principal) -> None:
-        """Go on with a client that is who it says."""
-        self.login = login
+    def authenticated(self, principal: Principal) -> None:
+        """Continue after an accepted login."""
+        self.principal = principal
         self._cost = 0
-        self._resume(Reply(235, "2.7.0", "Authentication succeeded"))
+        self._resume(Reply(235, "2.7.0", "Authentication successful"))
 
     def delivered(self, text: str) -> None:
-        """Go on after a message that was accepted."""
+        """Continue after an accepted message; `text` is that of the reply."""
         self._cost = 0
         self._resume(Reply(250, "2.0.0", text))
 
     def refuse(self, reply: Reply) -> None:
-        """Go on after a login or a message that was not accepted."""
+        """Continue after a refused login or message."""
         self._resume(reply)
 
-    # Readers: work on a piece of the input; False if there is no whole one.
+    # Readers: process one unit of the input; return False if it is incomplete.
 
     def _wait(self) -> bool:
+        """Read nothing until the caller answers the event."""
         return False
 
     def _read_command(self) -> bool:
         if (not self.secure and not self._commands
                 and self._buffer.startswith(_CLIENT_HELLO)):
-            self._close("the client speaks TLS from the first octet: set it to STARTTLS, "
-                        "or to the port that SMTPS_PORT opens")
+            self._close("the client starts with TLS: set it to STARTTLS, or to the port of "
+                        "SMTPS_PORT")
             return False
         is_auth = self._buffer[:5].upper() == b"AUTH "
         return self._read_line(self._command, MAX_AUTH if is_auth else MAX_COMMAND)
@@ -1324,16 +1377,16 @@ class Session:
         return self._read_line(self._auth_response, MAX_AUTH)
 
     def _read_line(self, handler: Callable[[str], Reply | None], limit: int) -> bool:
-        """Obey one line; it ends in CRLF and in nothing else."""
+        """Pass a line to a handler; only CRLF ends a line, RFC 5321 section 2.3.8."""
         end = self._buffer.find(b"\r\n")
         if end + 2 > limit or (end < 0 and len(self._buffer) > limit):
-            # What follows may be the rest of it, and is no command.
+            # The next bytes may be the rest of the line, so they cannot be a command.
             status = "5.5.6" if limit == MAX_AUTH else "5.5.2"
-            self.end(Reply(500, status, "The line is too long"), "a line is too long")
+            self.end(Reply(500, status, "Line too long"), "a line is too long")
             return False
         if end < 0:
             if self._eof:
-                self._close("the client hung up")
+                self._close("the client closed the connection")
             return False
         line = bytes(self._buffer[:end])
         del self._buffer[:end + 2]
@@ -1341,65 +1394,66 @@ class Session:
         try:
             reply = handler(_decode_line(line))
         except RelayError as error:
-            self._read = self._read_command         # an error ends AUTH
-            self._log_refusal(error.reply)
-            reply = error.reply
+            self._read = self._read_command         # an error ends the AUTH exchange
+            reply = self._log_refusal(error)
         if reply:
-            self._answer(reply)
+            self._reply(reply)
         return True
 
     def _read_content(self) -> bool:
-        """Take what there is of a message; only CRLF . CRLF ends it."""
+        """Process the content that has arrived; only CRLF . CRLF ends it."""
         end = self._buffer.find(_END_OF_DATA)
-        # What may begin the end waits; a CR is among it, so no CRLF is parted.
-        unsure = (size for size in (4, 3, 2, 1)
-                  if self._buffer.endswith(_END_OF_DATA[:size]))
-        cut = end + 2 if end >= 0 else len(self._buffer) - next(unsure, 0)
-        # A dot at the start of a line was added by the client, RFC 5321 section 4.5.2.
+        # A suffix that may begin the end mark stays in the buffer, a lone CR too. So no
+        # CRLF is split between two parts, and _with_crlf() sees whole lines.
+        partial = (size for size in (4, 3, 2, 1)
+                   if self._buffer.endswith(_END_OF_DATA[:size]))
+        cut = end + 2 if end >= 0 else len(self._buffer) - next(partial, 0)
+        # The client has added a dot to each line that starts with one, RFC 5321 section
+        # 4.5.2.
         part = self._buffer[:cut].replace(b"\r\n.", b"\r\n")
         del self._buffer[:cut]
-        self._octets += cut
+        self._content_bytes += cut
         if part and not self._refusal:
-            self._keep_content(_with_crlf(part[self._skip:]))
+            self._store_content(_with_crlf(part[self._skip:]))
             self._skip = 0
         if end >= 0:
             del self._buffer[:3]
             self._end_content()
             return True
         if self._eof:
-            self._close("the client hung up within a message")
+            self._close("the client closed the connection within a message")
         return False
 
-    def _keep_content(self, part: bytearray) -> None:
+    def _store_content(self, part: bytearray) -> None:
+        """Append a part of the content, or decide to refuse the message."""
         try:
             if len(self._content) + len(part) > self._config.size_limit:
-                raise _above_limit(self._config)
-            self._memory.take(len(part))
+                raise _too_large(self._config)
+            self._memory.reserve(len(part))
             self._content += part
         except RelayError as error:
-            self._memory.free += len(self._content)
+            self._memory.release(len(self._content))
             self._content = bytearray()
             self._refusal = error
 
     def _end_content(self) -> None:
         if self._refusal:
-            self._log_refusal(self._refusal.reply)
-            self._resume(self._refusal.reply)
+            self._resume(self._log_refusal(self._refusal))
             return
-        self._envelope.message = self._content      # no copy: it may be large
-        self._ask(Deliver(self._envelope))
+        self._envelope.message = self._content      # no copy, because it may be large
+        self._emit(Deliver(self._envelope))
 
     # Commands, in the order of RFC 5321 section 4.1.1.
 
     def _ehlo(self, argument: str) -> Reply:
-        # The argument is not checked: devices say anything, and it may not matter,
-        # RFC 5321 section 4.1.4. The reply has no enhanced status code, RFC 2034.
+        # Devices send any argument, and RFC 5321 section 4.1.4 forbids to refuse mail
+        # because of it. RFC 2034 wants no enhanced status code in this reply.
         self._helo(argument)
-        log_in = self.secure or not self._config.require_tls
+        can_log_in = self.secure or not self._policy.require_tls
         return Reply(250, "", "\n".join([
             self._name, f"SIZE {self._config.size_limit}", "PIPELINING", "8BITMIME",
             "SMTPUTF8", "ENHANCEDSTATUSCODES", *["STARTTLS"] * self._offers_tls(),
-            *["AUTH PLAIN LOGIN"] * log_in, "HELP"]))
+            *["AUTH PLAIN LOGIN"] * can_log_in, "HELP"]))
 
     def _helo(self, argument: str) -> Reply:
         self.reset()
@@ -1407,20 +1461,18 @@ class Session:
         return Reply(250, "", self._name)
 
     def _mail(self, argument: str) -> Reply:
-        assert self.login is not None       # the table wants a login
+        assert self.principal is not None       # COMMANDS requires a login
         mailbox, parameters = parse_path(argument, "FROM:")
         for name, value in parameters.items():
             if name not in MAIL_PARAMETERS:
-                raise ProtocolError("MAIL has no such parameter", 555, "5.5.4")
+                raise ProtocolError(f"Unsupported parameter of MAIL: {name}", 555, "5.5.4")
             if not re.fullmatch(MAIL_PARAMETERS[name], value or "", re.I):
-                raise ProtocolError(f"The value of {name} is malformed")
+                raise ProtocolError(f"Invalid value of {name}")
         self._check_ascii(mailbox, "SMTPUTF8" in parameters)
-        account = self.login.account
-        if mailbox and account.message_options(self._config).sender(mailbox):
-            account.check(mailbox, "allowed_senders")   # else after DATA: From decides
+        self.principal.check_reverse_path(mailbox)
         size = int(parameters.get("SIZE") or 0)
         if size > self._config.size_limit:
-            raise _above_limit(self._config)
+            raise _too_large(self._config)
         self._memory.check(size)
         self._envelope = Envelope(mailbox)
         self._allow_utf8 = "SMTPUTF8" in parameters
@@ -1429,33 +1481,35 @@ class Session:
 
     def _check_ascii(self, mailbox: str, allow_utf8: bool) -> None:
         if not allow_utf8 and not mailbox.isascii():
-            raise ProtocolError("This address needs MAIL with SMTPUTF8", 553, "5.6.7")
+            raise ProtocolError("This address requires MAIL with SMTPUTF8", 553, "5.6.7")
 
     def _rcpt(self, argument: str) -> Reply:
+        assert self.principal is not None       # MAIL requires a login
         mailbox, parameters = parse_path(argument, "TO:")
         if parameters:
             raise ProtocolError("RCPT has no parameters here", 555, "5.5.4")
         if not mailbox:
             raise ProtocolError("A recipient must have an address", 501, "5.1.3")
         self._check_ascii(mailbox, self._allow_utf8)
-        assert self.login is not None       # MAIL wants a login
-        self.login.account.check(mailbox, "allowed_recipients")
+        self.principal.account.check(mailbox, "allowed_recipients")
         recipients = self._envelope.recipients
         key = normalize_mailbox(mailbox)
         if key not in recipients and len(recipients) >= self._config.max_recipients:
-            raise TemporaryError("Too many recipients; send the rest separately", 452,
-                                 "4.5.3")
+            raise DeliveryError("Too many recipients; send the rest in another message",
+                                452, "4.5.3")
         recipients.setdefault(key, mailbox)
         self._phase = Phase.RCPT
-        return Reply(250, "2.1.5", "Recipient ok")
+        return Reply(250, "2.1.5", "Recipient ok", cost=0)
 
     def _data(self, argument: str) -> Reply:
-        # The CRLF of the command may begin the end: an empty message is just a dot.
+        # The CRLF of this command can begin the end mark: an empty message is only a dot.
+        # _read_content() drops these two bytes again.
         self._buffer[:0] = b"\r\n"
         self._skip = 2
         self._refusal = None
+        self.holds_message = True
         self._read = self._read_content
-        return Reply(354, "", "Send the message; end it with a dot on a line of its own")
+        return Reply(354, "", "Start mail input; end with <CRLF>.<CRLF>", cost=0)
 
     def _rset(self, argument: str) -> Reply:
         self.reset()
@@ -1469,163 +1523,159 @@ class Session:
 
     def _starttls(self, argument: str) -> Reply:
         if self.secure:
-            raise ProtocolError("TLS is on already", 503, "5.5.1")
+            raise ProtocolError("TLS already active", 503, "5.5.1")
         if not self._offers_tls():
-            raise ProtocolError("This relay has no TLS", 502, "5.5.1")
-        self._ask(StartTls())
-        return Reply(220, "2.0.0", "Ready to start TLS")
+            raise ProtocolError("Command not implemented: this relay has no TLS", 502,
+                                "5.5.1")
+        self._emit(StartTls())
+        return Reply(220, "2.0.0", "Ready to start TLS", cost=0)
 
     def _auth(self, argument: str) -> Reply | None:
-        if self.login and self.login.username:
-            raise ProtocolError("Already logged in", 503, "5.5.1")
+        if self.principal and self.principal.username:
+            raise ProtocolError("Already authenticated", 503, "5.5.1")
         self._mechanism, _, initial = argument.partition(" ")
         self._mechanism = self._mechanism.upper()
         if self._mechanism not in AUTH_CHALLENGES:
-            raise ProtocolError("Use AUTH PLAIN or AUTH LOGIN", 504, "5.5.4")
-        self._answers = []
+            raise ProtocolError("Unrecognized authentication type; use PLAIN or LOGIN", 504,
+                                "5.5.4")
+        self._responses = []
         self._read = self._read_auth
-        if initial:     # "=" is an empty one, RFC 4954 section 4
+        if initial:     # "=" is an empty response, RFC 4954 section 4
             return self._auth_response("" if initial == "=" else initial)
         return self._challenge()
 
     def _auth_response(self, text: str) -> Reply | None:
         if text == "*":
-            raise ProtocolError("Login cancelled", 501, "5.7.0")
-        self._answers.append(decode_base64(text))
-        if len(self._answers) < len(AUTH_CHALLENGES[self._mechanism]):
+            raise ProtocolError("Authentication cancelled", 501, "5.7.0")
+        self._responses.append(decode_base64(text))
+        if len(self._responses) < len(AUTH_CHALLENGES[self._mechanism]):
             return self._challenge()
-        self._ask(self._credentials())
+        self._emit(self._credentials())
         return None
 
     def _challenge(self) -> Reply:
-        challenge = AUTH_CHALLENGES[self._mechanism][len(self._answers)]
-        return Reply(334, "", base64.b64encode(challenge).decode())
+        challenge = AUTH_CHALLENGES[self._mechanism][len(self._responses)]
+        return Reply(334, "", base64.b64encode(challenge).decode(), cost=0)
 
     def _credentials(self) -> Authenticate:
-        """Read the client's answers, RFC 4616 section 2 and the LOGIN of the drafts."""
-        answers, self._answers = self._answers, []
-        authorize = b""
+        """Parse the responses: PLAIN (RFC 4616 section 2), or LOGIN of the drafts."""
+        responses, self._responses = self._responses, []
+        authorization = b""
         if self._mechanism == "PLAIN":
-            if answers[0].count(b"\0") != 2:
-                raise ProtocolError("PLAIN has three parts", 501, "5.5.2")
-            authorize, *answers = answers[0].split(b"\0")
-        if authorize not in (b"", answers[0]):
-            raise ProtocolError("Nobody may act for another user", 501, "5.7.0")
+            if responses[0].count(b"\0") != 2:
+                raise ProtocolError("PLAIN needs three parts", 501, "5.5.2")
+            authorization, *responses = responses[0].split(b"\0")
+        if authorization not in (b"", responses[0]):
+            raise ProtocolError("Acting for another user is not supported", 501, "5.7.0")
         try:
-            return Authenticate(answers[0].decode(), answers[1].decode())
+            return Authenticate(responses[0].decode(), responses[1].decode())
         except UnicodeDecodeError:
-            pass                        # not raised from: it would carry the password
+            pass            # the next error must not refer to this, which has the password
         raise ProtocolError("User name and password must be UTF-8", 501, "5.5.2")
 
-    # Plumbing.
+    # Methods that all commands share.
 
     def _command(self, line: str) -> Reply | None:
         verb, _, argument = line.rstrip(" \t").partition(" ")
         verb = verb.upper() if verb.isascii() else verb     # U+017F would become an S
-        # A client may send its password at the wrong time.
-        self._trace("<", "AUTH ***" if verb == "AUTH" else line if verb in COMMANDS else
-                    f"*** ({len(line)} characters, no command)")
+        # A line that is no command may be a password that came at the wrong time.
+        self._on_line("<", "AUTH ***" if verb == "AUTH" else line if verb in COMMANDS else
+                      f"*** ({len(line)} characters, no command)")
         if verb in HTTP_VERBS:
             self.end(Reply(421, "4.7.0", "This is SMTP, not HTTP"), "HTTP")
             return None
         if verb not in COMMANDS:
-            raise ProtocolError("No such command", 500, "5.5.1")
+            raise ProtocolError("Command not recognized", 500, "5.5.1")
         command = COMMANDS[verb]
         self._check(command, argument)
         handler = command.handler
         return handler if isinstance(handler, Reply) else handler(self, argument)
 
     def _check(self, command: Command, argument: str) -> None:
-        """Refuse a command that is out of order; the only place that does."""
-        if command.secure and self._config.require_tls and not self.secure:
-            raise ProtocolError("Say STARTTLS first", 530, "5.7.0")
-        if command.login and not self.login:
-            raise ProtocolError("Log in first", 530, "5.7.0")
+        """Refuse a command that is out of order. No other place does this."""
+        if command.secure and self._policy.require_tls and not self.secure:
+            # The first sentence is RFC 3207's own text.
+            raise ProtocolError("Must issue a STARTTLS command first", 530, "5.7.0")
+        if command.login and not self.principal:
+            raise ProtocolError("Authentication required", 530, "5.7.0")
         if self._phase not in command.phases:
-            raise ProtocolError(f"Not {self._phase.value}", 503, "5.5.1")
+            raise ProtocolError("Bad sequence of commands: not allowed "
+                                f"{self._phase.value}", 503, "5.5.1")
         if command.argument is not None and command.argument != bool(argument):
-            raise ProtocolError("An argument is needed" if command.argument
-                                else "No argument is allowed")
+            raise ProtocolError("Syntax error: an argument is " + (
+                "required" if command.argument else "not allowed"))
 
     def _offers_tls(self) -> bool:
         return not self.secure and self._config.tls_source != "off"
 
     def _send(self, reply: Reply) -> None:
-        self._trace(">", reply)
+        self._on_line(">", reply)
         self._output.append(bytes(reply))
 
-    def _log_refusal(self, reply: Reply) -> None:
-        """Let the log know of a mistake, but not of one again and again."""
-        if reply != self._last_refusal:
-            self._last_refusal = reply
-            self._trace("!", reply)
+    def _log_refusal(self, error: RelayError) -> Reply:
+        """Report an error, unless it is the same as the last one; return its reply."""
+        if error.reply != self._last_refusal:
+            self._last_refusal = error.reply
+            self._on_refusal(error)
+        return error.reply
 
-    def _answer(self, reply: Reply) -> None:
-        """Send a reply. A session that gets nowhere ends."""
+    def _reply(self, reply: Reply) -> None:
+        """Send a reply. End a session that makes no progress."""
         self._send(reply)
-        self._cost += cost_of(reply)
+        self._cost += reply.cost
         if reply.close:
             self._close(str(reply))
         elif self._cost >= MAX_COST:
             self.end(Reply(421, "4.7.0", "Too many commands or errors without an accepted "
                            "login or message"), "no progress")
 
-    def _ask(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
+        """Pass an event to the caller, and wait for the answer."""
         self._event = event
         self._read = self._wait
 
     def _resume(self, reply: Reply | None = None) -> None:
+        """Read the next command."""
         self._read = self._read_command
         self.reset()
         if reply:
-            self._answer(reply)
+            self._reply(reply)
 
     def _close(self, reason: str) -> None:
         self.reset()
-        self._ask(Close(reason))
-
-
-def cost_of(reply: Reply) -> int:
-    """Weigh a reply by MAX_COST: the third failed login ends a session, the tenth error,
-    the hundredth command. What leads to a message is free, refused recipients too.
-    """
-    if reply.code in (220, 334, 354, 452, 550) or reply.status == "2.1.5":
-        return 0
-    if reply.code == 535:
-        return 34
-    return 10 if 500 <= reply.code < 550 or reply.code in (553, 555) else 1
+        self._emit(Close(reason))
 
 
 def _decode_line(line: bytes) -> str:
     text = line.decode("utf-8", "surrogateescape")
     if _CONTROLS.search(text):
-        raise ProtocolError("A command ends in CRLF and holds no control characters",
+        raise ProtocolError("A command must end in CRLF and contain no control characters",
                             500, "5.5.2")
     return text
 
 
 def _with_crlf(part: bytearray) -> bytearray:
-    """Make every line end CRLF: a lone CR or LF is text that Exchange would eat."""
+    """End each line with CRLF; Exchange would drop a lone CR or LF from the text."""
     if part.count(b"\r\n") == part.count(b"\r") == part.count(b"\n"):
         return part
     return part.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
-def _above_limit(config: Config) -> DeliveryError:
+def _too_large(config: Config) -> DeliveryError:
     limit = config.size_limit
-    more = "" if limit == config.max_message_size else ", as LARGE_MESSAGES=refuse"
-    return DeliveryError(f"The message is too large: {limit} octets are the most{more}",
-                         552, "5.3.4")
+    cause = "" if limit == config.max_message_size else " (LARGE_MESSAGES=refuse)"
+    return DeliveryError("Message size exceeds fixed maximum message size: the limit is "
+                         f"{limit} bytes{cause}", 552, "5.3.4")
 
 
 class Command(NamedTuple):
-    """A row of the table of commands; `argument` None is: as the client likes."""
+    """A row of COMMANDS; `argument`: True required, False forbidden, None optional."""
 
     handler: Callable[[Session, str], Reply | None] | Reply
     phases: frozenset[Phase] = frozenset(Phase)
     argument: bool | None = None
-    secure: bool = False        # only under TLS, while REQUIRE_TLS is true
-    login: bool = False
+    secure: bool = False        # only under TLS if REQUIRE_TLS is true
+    login: bool = False         # only after a login, or for an anonymous client
 
 
 _READY = frozenset({Phase.READY})
@@ -1639,19 +1689,19 @@ COMMANDS: Mapping[str, Command] = {
     "RCPT":     Command(Session._rcpt, frozenset({Phase.MAIL, Phase.RCPT}), argument=True),
     "DATA":     Command(Session._data, frozenset({Phase.RCPT}), argument=False),
     "RSET":     Command(Session._rset, argument=False),
-    "VRFY":     Command(Reply(252, "2.5.0", "Send some mail; Microsoft 365 knows who is "
-                                            "there"), argument=True),
-    "EXPN":     Command(Reply(502, "5.5.1", "EXPN is not available")),
+    "VRFY":     Command(Reply(252, "2.5.0", "Cannot VRFY user, but will accept message and "
+                                            "attempt delivery"), argument=True),
+    "EXPN":     Command(Reply(502, "5.5.1", "Command not implemented", cost=10)),
     "HELP":     Command(Session._help),
     "NOOP":     Command(Reply(250, "2.0.0", "Ok")),
     "QUIT":     Command(Session._quit, argument=False),
 }
 
-MAIL_PARAMETERS: Mapping[str, str] = {      # the pattern of its value
+MAIL_PARAMETERS: Mapping[str, str] = {      # a pattern for the value
     "SIZE":     "[0-9]{1,20}",              # RFC 1870 section 3
     "BODY":     "7BIT|8BITMIME",
     "SMTPUTF8": "",
-    "AUTH":     ".+",                       # nobody's word is trusted, RFC 4954 section 5
+    "AUTH":     ".+",                       # ignored, RFC 4954 section 5
 }
 
 AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
@@ -1910,9 +1960,8 @@ def _parse_from(field: Field) -> list[Address]:
                     f"{name} <".lstrip(), ">")]
 
 
-def edit_from(header: Header, authors: Authors, mailbox: str, policy: str,
-                login: str) -> None:
-    """Make From agree with the mailbox that sends if `policy`, FROM_MISMATCH, wants it."""
+def edit_from(header: Header, authors: Authors, mailbox: str, principal: Principal) -> None:
+    """Make From agree with the mailbox that sends, if FROM_MISMATCH wants it."""
     if not any(found for _, found in authors):
         for one, _ in authors:          # there are empty ones at most
             one.replacement = b""
@@ -1920,8 +1969,8 @@ def edit_from(header: Header, authors: Authors, mailbox: str, policy: str,
         return
     key = normalize_mailbox(mailbox)
     agrees = all(author.key == key for _, found in authors for author in found)
-    if policy == "rewrite" and not agrees:
-        _rewrite_from(header, authors, mailbox, login)
+    if principal.options.from_mismatch == "rewrite" and not agrees:
+        _rewrite_from(header, authors, mailbox, principal.username)
         return
     for one, found in authors:
         names = _QUOTED_TEXT.sub("", one.value.replace("\r\n", ""))
@@ -1981,20 +2030,16 @@ class EditedMessage:
             yield base64.b64encode(self.body[start:start + BASE64_CHUNK])
 
 
-def edit_message(envelope: Envelope, options: MessageOptions,
-                 login: str) -> EditedMessage:
+def edit_message(envelope: Envelope, principal: Principal) -> EditedMessage:
     """Edit the header of a message. Raises DeliveryError."""
     message = envelope.message
     mbox_line = _MBOX_LINE.match(message)
     header = split_header(message, mbox_line.end() if mbox_line else 0)
     authors = [(one, _parse_from(one)) for one in header.find(b"from")]
     named = [author.mailbox for _, found in authors for author in found if author.mailbox]
-    mailbox = options.sender(envelope.reverse_path, named)
-    if not mailbox:
-        raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to send "
-                            "from", 550, "5.1.7")
-    edit_from(header, authors, mailbox, options.from_mismatch, login)
-    edit_recipients(header, envelope.recipients, options.header_recipients)
+    mailbox = principal.sender(envelope.reverse_path, named)
+    edit_from(header, authors, mailbox, principal)
+    edit_recipients(header, envelope.recipients, principal.options.header_recipients)
     octets, body = bytes(header), memoryview(message)[header.end:]
     if len(octets) > MAX_HEADER:
         raise DeliveryError("The header is too large", 552, "5.3.4")
@@ -2186,10 +2231,9 @@ class PreparedMessage(NamedTuple):
 
 
 def prepare_message(envelope: Envelope, config: Config,
-                    login: Principal = ANYBODY) -> PreparedMessage:
+                    principal: Principal) -> PreparedMessage:
     """Do all to a message of a device with that login. Raises DeliveryError."""
-    options = login.account.message_options(config)
-    edited = edit_message(envelope, options, login.username)
+    edited = edit_message(envelope, principal)
     if edited.size <= GRAPH_MESSAGE_LIMIT:
         return PreparedMessage(edited)
     if config.large_messages == "refuse":
@@ -3383,125 +3427,19 @@ def _without_traceback(error: AuthError) -> AuthError:
 
 
 # ---------------------------------------------------------------------------
-# §13  Directory
+# §13  Azure
 #
-# Where accounts are found: in ACCOUNTS_FILE, in the Azure table, or in a user name itself.
+# Azure services that the relay uses as itself, by an identity or application of its own:
+# the table of accounts here, and Key Vault in the section about TLS.
 
-ACCOUNTS_POLL_INTERVAL = 3.0                # seconds between two polls of ACCOUNTS_FILE
-MAX_FAILURES = 10               # of logins from one address, in
-FAILURE_WINDOW = 600.0           # seconds
-FAILURE_DELAY = 0.5             # seconds for each failure before a refusal
-MAX_FAILURE_DELAY = 5.0
-TABLE_CACHE_TTL = 60.0              # seconds that an answer of the table is remembered
-AZURE_RETRY_DELAYS = (1.0, 3.0)       # seconds before Azure is asked again
-STORAGE = "https://storage.azure.com"
-DUMMY_HASH = f"scrypt${'A' * 22}${'A' * 43}"       # a hash that no password has
-_NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")
-
-
-class AccountsFile:
-    """ACCOUNTS_FILE, and the files of secrets that it names."""
-
-    def __init__(self, config: Config) -> None:
-        self.accounts = Accounts()
-        self._config = config
-        # By path, _look() at the last load and at the last poll.
-        self._loaded: dict[str, tuple[int, ...] | None] = {}
-        self._seen: dict[str, tuple[int, ...] | None] = {}
-        self._wake: asyncio.Event | None = None     # to read it at once
-
-    def load(self) -> None:
-        """Read it. Raises ConfigError with all faults; the old accounts stay then."""
-        path = self._config.accounts_file
-        looks = {path: _look(path)}     # taken before the file is read
-        self._loaded = {path: None}         # if this fails, the next poll tries it again
-        try:
-            text = pathlib.Path(path).read_text("utf-8-sig")
-        except (OSError, UnicodeError) as error:    # which may hold the text
-            problem = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
-                              f"{problem}") from None
-        accounts, errors = parse_accounts(text, self._config)
-        found = {"": ""}
-        for account in accounts:
-            name = account.client_secret_file
-            if name not in found:
-                looks[name], found[name] = _look(name), ""
-                try:
-                    found[name] = read_secret(name)
-                except ValueError as error:
-                    errors.append(f"[{account.name}] client_secret_file = {name}: {error}")
-        if errors:
-            raise ConfigError("\n".join(f"{path}: {fault}" for fault in errors))
-        self.accounts = Accounts(
-            dataclasses.replace(account, client_secret=account.client_secret
-                                or found[account.client_secret_file])
-            for account in accounts)
-        self._loaded = looks
-        has_secrets = any(account.client_secret or account.password
-                          for account in self.accounts)
-        for path, look in looks.items() if has_secrets and os.name == "posix" else ():
-            if look and look[-1] & 0o004:
-                log_event(logging.WARNING, "-", "accounts", file=path, problem="all users "
-                          "of this machine can read these secrets; chmod o-r")
-
-    def check_access(self) -> None:
-        """Warn if it could be read as root, and cannot be read again."""
-        for path in self._loaded:
-            if not os.access(path, os.R_OK):
-                log_event(logging.WARNING, "-", "accounts", file=path, problem="a change "
-                          "cannot be read; give the file to the user RUN_AS")
-
-    def ask(self) -> None:
-        """Have it read at once."""
-        if self._wake:
-            self._wake.set()
-
-    async def watch(self) -> None:
-        """Read it when it has changed, and has then not changed for a moment."""
-        self._wake, logged = asyncio.Event(), ""
-        while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), ACCOUNTS_POLL_INTERVAL)
-            is_asked = self._wake.is_set()
-            self._wake.clear()
-            try:
-                # In a thread, and without a deadline: if the disk hangs, only this waits.
-                if await run_in_thread(functools.partial(self._poll, is_asked)):
-                    log_event(logging.INFO, "-", "accounts",
-                              loaded=len(list(self.accounts)))
-                    logged = ""
-                continue
-            except (ConfigError, RelayError) as error:
-                problem = str(error)
-            except Exception as error:          # noqa: BLE001 - else it never looks again
-                problem = type(error).__name__
-            for line in problem.splitlines() if problem != logged else ():
-                log_event(logging.ERROR, "-", "accounts", problem=line,
-                          remedy="fix it; the accounts from before stay in force")
-            logged = problem
-
-    def _poll(self, is_asked: bool) -> bool:
-        """Load the files if asked, or if two polls saw the same change; say whether."""
-        look = {path: _look(path) for path in self._loaded}
-        is_settled, self._seen = look == self._seen, look
-        if not is_asked and (look == self._loaded or not is_settled):
-            return False
-        self.load()
-        return True
-
-
-def _look(path: str) -> tuple[int, ...] | None:
-    """Return what changes when a file does, or None if there is no such file."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+AZURE_RETRY_DELAYS = (1.0, 3.0)     # seconds before Azure is asked again
+TABLE_CACHE_TTL = 60.0          # seconds; a change in the table takes effect after it
+STORAGE = "https://storage.azure.com"       # the resource of a token for Azure Storage
+_NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")      # characters that Azure forbids
 
 
 class AzureClient:
-    """Asks services of Azure as the relay itself."""
+    """Sends requests to Azure services as the relay itself."""
 
     def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
         self._application = relay_identity(config)
@@ -3510,17 +3448,22 @@ class AzureClient:
 
     async def get(self, url: str, resource: str, headers: Mapping[str, str],
                   deadline: float) -> HttpResponse:
-        """Get an answer, with a token for `resource` if given. Raises TemporaryError."""
+        """Send a GET request, with a token if `resource` is not "".
+
+        If the service does not accept the token, retry once with a new token. Raises
+        TemporaryError.
+        """
         headers = {**headers, "User-Agent": USER_AGENT}
-        for _ in ("first", "renewed"):
+        for _ in ("first token", "new token"):
             token = ""
             if resource:
                 token = await self._tokens.get(self._application, deadline, resource)
                 headers["Authorization"] = f"Bearer {token}"
             response = await self._pool.send_with_retries(
                 HttpRequest("GET", url, headers), deadline, AZURE_RETRY_DELAYS)
-            is_stale = (response.status == 401 or response.headers.get("x-ms-error-code")
-                        == "AuthenticationFailed")      # of Tables, with 403
+            code = response.headers.get("x-ms-error-code")
+            # For a token that has expired, Tables sends 403 with this code.
+            is_stale = response.status == 401 or code == "AuthenticationFailed"
             if not (is_stale and token):
                 break
             self._tokens.forget(self._application, token, resource)
@@ -3528,19 +3471,20 @@ class AzureClient:
 
 
 class AccountsTable:
-    """The Azure table of accounts; Microsoft, "Query Entities (REST API)"."""
+    """The accounts in an Azure table; Microsoft, "Query Entities (REST API)"."""
 
     def __init__(self, config: Config, azure: AzureClient,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._azure = azure
         self._partition = config.azure_tables_partition_key
         self._url, _, self._sas = config.azure_tables_url.partition("?")
-        self._found: Cache[tuple[str, ...], tuple[Account | None]] = Cache(clock)
+        # A tuple of one, because the cache cannot store None for "no such account".
+        self._cache: Cache[tuple[str, ...], tuple[Account | None]] = Cache(clock)
 
     async def find(self, name: str, deadline: float) -> Account | None:
-        """Find the account of NAME@lookup. Raises TemporaryError."""
+        """Return the account of NAME@lookup. Raises TemporaryError."""
         if _NO_ROW_KEY.search(name) or len(name.encode("utf-16-le")) > 1024:
-            return None                 # Azure has no such RowKey
+            return None                 # Azure allows no such RowKey
         partition, row = (urllib.parse.quote(key.replace("'", "''"), safe="")
                           for key in (self._partition, name))
         return await self._find(name, f"(PartitionKey='{partition}',RowKey='{row}')", {},
@@ -3548,32 +3492,32 @@ class AccountsTable:
 
     async def find_application(self, tenant: str, client: str,
                                deadline: float) -> Account | None:
-        """Find an account of an application. Raises TemporaryError."""
+        """Return an account with this application. Raises TemporaryError."""
         return await self._find("", "()", _filter(
-            PartitionKey=[self._partition], tenant_id=_forms(tenant),
-            client_id=_forms(client)), deadline)
+            PartitionKey=[self._partition], tenant_id=_spellings(tenant),
+            client_id=_spellings(client)), deadline)
 
     async def check(self, deadline: float) -> None:
         """Raise TemporaryError if the table cannot be read."""
         await self._query("()", _filter(PartitionKey=[self._partition]), deadline)
 
-    async def _find(self, name: str, where: str, query: Mapping[str, str],
+    async def _find(self, name: str, path: str, query: Mapping[str, str],
                     deadline: float) -> Account | None:
-        key = (where, *query.values())
-        known = self._found.get(key)
-        if not known:
-            entity = await self._query(where, query, deadline)
-            known = (None if entity is None else parse_table_account(entity, name),)
-            self._found.put(key, known, TABLE_CACHE_TTL)
-        return known[0]
+        key = (path, *query.values())
+        cached = self._cache.get(key)
+        if not cached:
+            entity = await self._query(path, query, deadline)
+            cached = (None if entity is None else parse_table_account(entity, name),)
+            self._cache.put(key, cached, TABLE_CACHE_TTL)
+        return cached[0]
 
-    async def _query(self, where: str, query: Mapping[str, str],
+    async def _query(self, path: str, query: Mapping[str, str],
                      deadline: float) -> dict[str, Any] | None:
         text = urllib.parse.urlencode(
             {**query, "$select": "tenant_id,client_id,from_email"}, safe="$",
             quote_via=urllib.parse.quote)
         return parse_entity(await self._azure.get(
-            f"{self._url}{where}?{text}{self._sas and '&'}{self._sas}",
+            f"{self._url}{path}?{text}{self._sas and '&'}{self._sas}",
             "" if self._sas else STORAGE,
             {"Accept": "application/json;odata=nometadata",
              "DataServiceVersion": "3.0;NetFx", "x-ms-version": "2020-12-06",
@@ -3581,7 +3525,7 @@ class AccountsTable:
 
 
 def _filter(**columns: Iterable[str]) -> dict[str, str]:
-    """Make a query for one entity that has one of the given values in each column."""
+    """Make a query for one entity whose columns have one of the given values each."""
     conditions = []
     for name, values in columns.items():
         quoted = ("'" + value.replace("'", "''") + "'" for value in values)
@@ -3589,157 +3533,344 @@ def _filter(**columns: Iterable[str]) -> dict[str, str]:
     return {"$filter": " and ".join(conditions), "$top": "1"}
 
 
-def _forms(value: str) -> Iterable[str]:
-    """List the forms in which an ID may be in the table."""
+def _spellings(value: str) -> Iterable[str]:
+    """List the forms that a tenant or client can have in the table."""
     short = [encode_uuid(value)] if decode_uuid(value) else []
     return dict.fromkeys([value, value.upper(), *short])
 
 
+# ---------------------------------------------------------------------------
+# §14  Authentication
+#
+# Authenticator.log_in() decides every login. It finds the account in ACCOUNTS_FILE, in the
+# Azure table or in the user name itself, and checks the password. If the device's password
+# is the application's secret, Entra ID checks it by issuing a token. A login that cannot be
+# checked now gets 454 and not 535, because a device may give up a password after 535.
+
+ACCOUNTS_POLL_INTERVAL = 3.0    # seconds between two checks of ACCOUNTS_FILE for changes
+MAX_FAILURES = 10               # failed logins from an address within
+FAILURE_WINDOW = 600.0          # seconds
+FAILURE_DELAY = 0.5             # seconds before a refusal, for each failure until now
+MAX_FAILURE_DELAY = 5.0
+DUMMY_HASH = f"scrypt${'A' * 22}${'A' * 43}"    # no password has this hash
+
+
+class AccountsFile:
+    """ACCOUNTS_FILE, with the files of secrets that it names."""
+
+    def __init__(self, config: Config) -> None:
+        self.accounts = Accounts()
+        self._config = config
+        # The state of each file by path, at the last load and at the last poll.
+        self._loaded: dict[str, tuple[int, ...] | None] = {}
+        self._polled: dict[str, tuple[int, ...] | None] = {}
+        self._reload: asyncio.Event | None = None
+
+    def load(self) -> None:
+        """Read the files. Raises ConfigError with all errors; the old accounts stay."""
+        path = self._config.accounts_file
+        states = {path: _file_state(path)}      # from before the file is read
+        self._loaded = {path: None}         # if this load fails, the next poll tries again
+        try:
+            text = pathlib.Path(path).read_text("utf-8-sig")
+        except (OSError, UnicodeError) as error:    # UnicodeError quotes the file's text
+            problem = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
+                              f"{problem}") from None
+        accounts, errors = parse_accounts(text, self._config)
+        secrets_by_path = {"": ""}
+        for account in accounts:
+            name = account.client_secret_file
+            if name not in secrets_by_path:
+                states[name], secrets_by_path[name] = _file_state(name), ""
+                try:
+                    secrets_by_path[name] = read_secret(name)
+                except ValueError as error:
+                    errors.append(f"[{account.name}] client_secret_file = {name}: {error}")
+        if errors:
+            raise ConfigError("\n".join(f"{path}: {error}" for error in errors))
+        self.accounts = Accounts(
+            dataclasses.replace(account, client_secret=account.client_secret
+                                or secrets_by_path[account.client_secret_file])
+            for account in accounts)
+        self._loaded = states
+        if any(account.client_secret or account.password for account in self.accounts):
+            self._warn_of_exposed_files()
+
+    def _warn_of_exposed_files(self) -> None:
+        for path, state in self._loaded.items() if os.name == "posix" else ():
+            if state and state[-1] & 0o004:
+                log_event(logging.WARNING, "-", "secrets-exposed", file=path, problem="all "
+                          "users of this machine can read it; chmod o-r")
+
+    def check_access(self) -> None:
+        """Warn if root could read the files, and the user RUN_AS cannot."""
+        for path in self._loaded:
+            if not os.access(path, os.R_OK):
+                log_event(logging.WARNING, "-", "reload-blocked", file=path, problem="the "
+                          "user RUN_AS cannot read it; make this user its owner")
+
+    def request_reload(self) -> None:
+        """Make watch() read the files at once."""
+        if self._reload:
+            self._reload.set()
+
+    async def watch(self) -> None:
+        """Read the files again whenever they have changed; run until cancelled."""
+        self._reload, logged = asyncio.Event(), ""
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._reload.wait(), ACCOUNTS_POLL_INTERVAL)
+            is_requested = self._reload.is_set()
+            self._reload.clear()
+            try:
+                # Without a deadline: if the disk hangs, only this task waits.
+                if await run_in_thread(functools.partial(self._poll, is_requested)):
+                    log_event(logging.INFO, "-", "accounts-loaded",
+                              accounts=len(list(self.accounts)))
+                    logged = ""
+                continue
+            except (ConfigError, RelayError) as error:
+                problem = str(error)
+            except Exception as error:          # noqa: BLE001 - or watching would end
+                problem = type(error).__name__
+            for line in problem.splitlines() if problem != logged else ():
+                log_event(logging.ERROR, "-", "accounts-refused", problem=line,
+                          remedy="fix it; until then the old accounts stay in force")
+            logged = problem
+
+    def _poll(self, is_requested: bool) -> bool:
+        """Load the files if requested, or if two polls saw the same change.
+
+        A file that changes between two polls may be half written. Return whether the files
+        were loaded.
+        """
+        states = {path: _file_state(path) for path in self._loaded}
+        is_settled, self._polled = states == self._polled, states
+        if not is_requested and (states == self._loaded or not is_settled):
+            return False
+        self.load()
+        return True
+
+
+def _file_state(path: str) -> tuple[int, ...] | None:
+    """Return values that change when a file does, its mode last; None if it is missing."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
+
+
 class TooManyFailures(TemporaryError):
-    """Too many logins from one address have failed; no more passwords are checked."""
+    """Too many logins from an address have failed; no more passwords are checked."""
 
 
 class LoginLimiter:
-    """Counts refused logins, by a client's address."""
+    """Counts failed logins by the client's address."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._times: Cache[object, list[float]] = Cache(clock)
+        self._times: Cache[bytes, list[float]] = Cache(clock)
 
     def check(self, address: IpAddress | None) -> None:
-        """Raise TooManyFailures for an address that failed too often."""
+        """Raise TooManyFailures if too many logins from an address have failed."""
         if len(self._recent(address)) >= MAX_FAILURES:
             raise TooManyFailures("Too many failed logins from your address; try again "
                                   "later", 421, "4.7.0", close=True)
 
     def add(self, address: IpAddress | None) -> float:
-        """Count a failure; returns the seconds to wait before it is told."""
+        """Count a failure; return the seconds to wait before the client is told."""
         times = [*self._recent(address), self._clock()]
         self._times.put(client_prefix(address), times, FAILURE_WINDOW)
         return min(len(times) * FAILURE_DELAY, MAX_FAILURE_DELAY)
 
     def _recent(self, address: IpAddress | None) -> list[float]:
         times = self._times.get(client_prefix(address)) or []
-        return [one for one in times if self._clock() < one + FAILURE_WINDOW]
+        return [seconds for seconds in times if self._clock() < seconds + FAILURE_WINDOW]
 
 
 def client_prefix(address: IpAddress | None) -> bytes:
-    """Whoever has an IPv6 address has all of its /64; an IPv4 address has 4 octets."""
+    """Return the bytes that identify a client: an IPv4 address, or a /64 of IPv6.
+
+    A provider usually assigns a whole /64 to a customer, so its addresses are one client.
+    """
     return address.packed[:8] if address else b""
 
 
 class Authenticator:
-    """Finds out who logs in."""
+    """Decides logins: finds the account, checks the password, and limits failures."""
 
-    def __init__(self, config: Config, azure: AzureClient) -> None:
-        self.file = AccountsFile(config)
-        self.table = AccountsTable(config, azure) if config.azure_tables_url else None
-        self.failures = LoginLimiter()
+    def __init__(self, config: Config, accounts_file: AccountsFile,
+                 table: AccountsTable | None, tokens: Tokens,
+                 on_login: Callable[[Application], None] | None) -> None:
+        """Create it; `on_login` is the queue's, and None if there is no queue."""
         self._config = config
-        self._scrypt = threading.Semaphore(2)       # at once, as each takes 32 MiB
+        self._accounts_file = accounts_file
+        self._table = table
+        self._tokens = tokens
+        self._on_login = on_login
+        self._limiter = LoginLimiter()
+        self._scrypt = threading.Semaphore(2)       # checks at once: each takes 32 MiB
 
-    def loggable_username(self, username: str) -> str:
-        """Show a user name for the log; what is none may be a password."""
-        with contextlib.suppress(AuthError):
-            delimiter = self._config.username_delimiter
-            if (self.file.accounts.find(username) or lookup_name(username, delimiter)
-                    or parse_username(username, delimiter)):
-                return username
-        return f"*** ({len(username)} characters)"
+    def policy(self, address: IpAddress | None) -> ClientPolicy:
+        """Return the policy for a client by its address."""
+        return self._accounts_file.accounts.match_address(address, self._config)
 
-    async def find(self, login: Authenticate, address: IpAddress | None,
-                   deadline: float) -> Principal:
-        """Check a login, but for what Entra must say. Raises AuthError, TemporaryError."""
-        name = lookup_name(login.username, self._config.username_delimiter)
-        account = (self.file.accounts.find(login.username)
-                   or (self.file.accounts.find(name) if name else None)
-                   or await self._find_elsewhere(login.username, name, deadline))
+    async def log_in(self, request: Authenticate, address: IpAddress | None,
+                     session_id: str) -> Principal:
+        """Check a login. Raises AuthError, after a delay, and TemporaryError."""
+        user = self._loggable_username(request.username)
+        try:
+            principal = await self._check_login(request, address)
+        except RelayError as error:
+            delay, result, facts = 0.0, "tempfail", dict(error.facts)
+            if isinstance(error, AuthError):
+                delay, result = self._limiter.add(address), "refused"
+                if self.policy(address).anonymous:
+                    facts["remedy"] = "no login is needed from here; disable it there"
+            elif not isinstance(error, TooManyFailures):
+                error = TemporaryError("Temporary authentication failure, the password may "
+                                       f"be right: {error.reply.text}", 454, "4.7.0",
+                                       level=error.level)
+            log_event(error.level, session_id, "auth", user=user, client=address,
+                      result=result, reply=error.reply, **facts)
+            await asyncio.sleep(delay)
+            raise error from None
+        log_event(logging.INFO, session_id, "auth", user=user, result="ok",
+                  account=principal.account.name or None)
+        return principal
+
+    async def _check_login(self, request: Authenticate,
+                           address: IpAddress | None) -> Principal:
+        deadline = time.monotonic() + self._config.upstream_timeout
+        self._limiter.check(address)
+        try:
+            principal = await self._find_principal(request, address, deadline)
+            # If the relay holds the secret, the password was checked above. With a queue
+            # the client need not wait for Microsoft then.
+            if not (self._on_login and principal.application.relay_holds_secret):
+                await self._tokens.get(principal.application, deadline)
+        except AuthError:
+            # Of many guesses at once, none may show by its reply that it was right.
+            self._limiter.check(address)
+            raise
+        self._limiter.check(address)
+        if self._on_login:
+            self._on_login(principal.application)
+        return principal
+
+    async def _find_principal(self, request: Authenticate, address: IpAddress | None,
+                              deadline: float) -> Principal:
+        """Check everything but a secret that Entra ID must check.
+
+        Raises AuthError and TemporaryError.
+        """
+        name = lookup_name(request.username, self._config.username_delimiter)
+        accounts = self._accounts_file.accounts
+        account = (accounts.find(request.username)
+                   or (accounts.find(name) if name else None)
+                   or await self._find_elsewhere(request.username, name, deadline))
         problem = ""
         if account is None:
             problem = "there is no such account"
         elif not account.allows_address(address):
             problem = "not from its networks"
-        elif not account.has_credential:        # Entra will judge the password
-            if login.password:
-                return Principal(account, account.as_application(login.password),
-                             login.username)
+        elif not account.has_credential:        # Entra ID will check the password
+            if request.password:
+                return account.as_principal(self._config, request.password,
+                                            request.username)
             if not account.name:
                 raise AuthError("The password is empty; it must be the client secret")
             problem = "the password is empty"
-        # Every way from here costs one scrypt: nobody learns which names there are.
+        # From here every login costs one scrypt. So its time does not tell whether the
+        # account exists.
         hashed = account.password if account else ""
-        is_right = await self._is_password(login.password, hashed or DUMMY_HASH, address,
-                                           deadline)
+        is_right = await self._verify_password(request.password, hashed or DUMMY_HASH,
+                                               address, deadline)
         if account is None or problem or not is_right:
             raise AuthError(
-                "Wrong user name or password, or not from here; the relay's log says which",
+                "Authentication credentials invalid: wrong user name, password or network; "
+                "the relay's log says which",
                 facts={"account": account.name if account else None, "problem":
                        problem or ("wrong password" if hashed else "it has no password")})
-        return Principal(account, account.as_application(), login.username)
+        return account.as_principal(self._config, username=request.username)
 
     async def _find_elsewhere(self, username: str, name: str | None,
                               deadline: float) -> Account | None:
+        """Find an account that is not in ACCOUNTS_FILE: in the table or the user name."""
         config = self._config
         if name is not None:
-            return await self.table.find(name, deadline) if self.table else None
+            return await self._table.find(name, deadline) if self._table else None
         try:
             tenant, client = parse_username(username, config.username_delimiter)
         except AuthError:
             if config.accounts_file:
-                return None             # as slow as a wrong password, and as silent
+                return None             # the same time and text as for a wrong password
             raise
         if config.allowed_tenants and tenant not in config.allowed_tenants:
-            raise AuthError("This tenant may not log in here, see ALLOWED_TENANTS")
+            raise AuthError("This tenant may not log in here; see ALLOWED_TENANTS")
         if not config.must_have_account:
             return Account("", tenant, client)
-        account = (await self.table.find_application(tenant, client, deadline)
-                   if self.table else None)
+        account = (await self._table.find_application(tenant, client, deadline)
+                   if self._table else None)
         if account is None:
             raise AuthError("Only accounts that the relay knows may log in")
         return account
 
-    async def _is_password(self, password: str, hashed: str, address: IpAddress | None,
-                           deadline: float) -> bool:
-        def check() -> bool:
+    async def _verify_password(self, password: str, hashed: str, address: IpAddress | None,
+                               deadline: float) -> bool:
+        def verify() -> bool:
             with self._scrypt:
-                time_left(deadline)                 # nobody waits any more?
-                self.failures.check(address)        # others may have failed meanwhile
+                time_left(deadline)                 # the client may no longer wait
+                self._limiter.check(address)        # other logins may have failed meanwhile
                 return verify_password(password, hashed)
 
         try:
-            return await result_before(deadline, run_in_thread(check))
+            return await result_before(deadline, run_in_thread(verify))
         except TimeoutError:
             raise TemporaryError("Too many logins at once; try again later") from None
 
+    def _loggable_username(self, username: str) -> str:
+        """Mask a user name that is not valid, because it may be a password."""
+        with contextlib.suppress(AuthError):
+            delimiter = self._config.username_delimiter
+            if (self._accounts_file.accounts.find(username)
+                    or lookup_name(username, delimiter)
+                    or parse_username(username, delimiter)):
+                return username
+        return f"*** ({len(username)} characters)"
+
 
 # ---------------------------------------------------------------------------
-# §14  Graph
+# §15  Graph
 #
-# What is tried again within UPSTREAM_TIMEOUT, as it cannot send a message twice:
+# GraphClient sends a message in one request (sendMail), or as a draft to which it attaches
+# the files. It retries only what cannot send a message twice, within UPSTREAM_TIMEOUT:
 #
-#     401, but of an upload                once, with a new token
-#     429, 503 with Retry-After           after that time, in which the mailbox rests
-#     404 for a draft that is new         a few times: not all servers know it at once
-#     a kept connection that was closed   §11
+#     401, except for an upload           once, with a new token
+#     429, 503 with Retry-After           after that time, for all messages of the mailbox
+#     404 for a new draft                 a few times: not all servers know it at once
+#     a reused connection that was closed (HttpPool does that)
 #
-# Anything else is the answer to the client, or a case for the spool: after a time-out or
-# a 504 the message may be on its way already. A large message takes one slot for all of its
-# requests, and its draft is deleted if any of them fails.
+# Any other error goes to the client, or the message goes to the queue: after a timeout or a
+# 504, Microsoft may have sent it already. A large message holds one slot of its mailbox for
+# all of its requests. If a request fails, the draft is deleted.
 
-REQUESTS_AT_ONCE = 4            # for an application and a mailbox, Graph's own limit
-MIN_RETRY_DELAY = 0.5               # seconds before anything is tried again
-MAX_RETRY_DELAY = 86400.0            # seconds; what is longer is garbage
-DEFAULT_RETRY_DELAY = 5.0           # seconds after a 429 that does not say for how long
+REQUESTS_AT_ONCE = 4            # for an application and a mailbox; Graph's own limit
+MIN_RETRY_DELAY = 0.5           # seconds
+MAX_RETRY_DELAY = 86400.0       # seconds; a longer Retry-After is an error of the server
+DEFAULT_RETRY_DELAY = 5.0       # seconds after a 429 without Retry-After
 DRAFT_RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0)       # seconds, if a new draft is not found
 DISCARD_TIMEOUT = 5.0           # seconds to delete a draft, on top of UPSTREAM_TIMEOUT
-MailboxKey = tuple[str, str, str]       # tenant, client, mailbox: Graph limits these
+MailboxKey = tuple[str, str, str]       # tenant, client, mailbox: Graph's limits are for it
 
 
 class MailboxLimiter:
     """Limits how many messages are sent from a mailbox at once: first come, first served.
 
-    A message from the queue gets a slot when no client waits for one. The queue sends the
-    messages of a mailbox one by one, so it never holds more than one slot.
+    A message from the queue gets a slot only if no client waits for a slot. The queue sends
+    the messages of a mailbox one by one, so it never holds more than one slot.
     """
 
     def __init__(self) -> None:
@@ -3749,11 +3880,11 @@ class MailboxLimiter:
 
     @contextlib.asynccontextmanager
     async def slot(self, deadline: float, *, is_live: bool) -> AsyncIterator[None]:
-        """Hold a slot. Raises TemporaryError if none is free in time."""
+        """Hold a slot. Raises TemporaryError if none is free before the deadline."""
         waiting = self._live if is_live else self._queued
         slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting.append(slot)
-        self._admit()
+        self._grant_slots()
         try:
             if not (slot.done() or await wait_until_done(deadline, slot)):
                 raise TemporaryError("Too many messages for this mailbox at once; try "
@@ -3762,11 +3893,11 @@ class MailboxLimiter:
         finally:
             if slot.done():
                 self.in_use -= 1
-                self._admit()
+                self._grant_slots()
             else:
                 waiting.remove(slot)
 
-    def _admit(self) -> None:
+    def _grant_slots(self) -> None:
         while self.in_use < REQUESTS_AT_ONCE and (self._live or self._queued):
             (self._live or self._queued).popleft().set_result(None)
             self.in_use += 1
@@ -3774,14 +3905,14 @@ class MailboxLimiter:
 
 @dataclass(frozen=True)
 class RequestContext:
-    """On whose behalf Graph is asked, and until when (time.monotonic)."""
+    """The facts that all requests for a message share."""
 
     application: Application
     mailbox: str
     message_id: str
-    deadline: float
-    send_before: float      # to begin a request, as it must have time to be answered
-    key: MailboxKey         # whose limits it is under
+    deadline: float         # for a response, time.monotonic()
+    send_before: float      # for a request, so that there is time for the response
+    key: MailboxKey         # of the limits
 
 
 class GraphClient:
@@ -3791,33 +3922,39 @@ class GraphClient:
         self._config = config
         self._pool = pool
         self._tokens = tokens
-        # A limiter is needed as long as a message holds or waits for one of its slots.
+        # A limiter lives as long as a message holds or waits for one of its slots.
         self._limiters: weakref.WeakValueDictionary[MailboxKey, MailboxLimiter] = (
             weakref.WeakValueDictionary())
         self._resume_at: Cache[MailboxKey, float] = Cache()     # time.monotonic()
 
-    async def send(self, application: Application, message: PreparedMessage, ident: str,
-                   deadline: float, *, is_live: bool = False) -> HttpResponse:
-        """Send a message, `is_live` ones first; returns the 202. Raises RelayError."""
-        mailbox = message.edited.mailbox
-        # A request that is soon cut off may have been obeyed, and nobody would know.
-        latest = deadline - MIN_TIME_LEFT * self._config.upstream_timeout
-        context = RequestContext(application, mailbox, ident, deadline, latest, self._key((
-            application.tenant, application.client, mailbox.lower())))
-        limiter = self._limiters.setdefault(context.key, MailboxLimiter())
-        async with limiter.slot(latest, is_live=is_live):
+    async def send(self, application: Application, message: PreparedMessage,
+                   message_id: str, deadline: float, *, is_live: bool = False
+                   ) -> HttpResponse:
+        """Send a message and return the 202 response. Raises RelayError.
+
+        `is_live` messages, for which a client waits, go before the others.
+        """
+        edited = message.edited
+        # A request that is cut off at the deadline may have sent the message. So none
+        # starts in the last part of the time.
+        send_before = deadline - MIN_TIME_LEFT * self._config.upstream_timeout
+        key = self._key((application.tenant, application.client, edited.mailbox.lower()))
+        context = RequestContext(application, edited.mailbox, message_id, deadline,
+                                 send_before, key)
+        limiter = self._limiters.setdefault(key, MailboxLimiter())
+        async with limiter.slot(send_before, is_live=is_live):
             try:
                 if message.draft:
                     return await self._send_draft(context, message.draft)
-                return await self._ask(context, GraphOperation.SEND, self._request(
-                    context, "sendMail", message.edited.as_base64, headers={
+                return await self._perform(context, GraphOperation.SEND, self._request(
+                    context, "sendMail", edited.as_base64, headers={
                         "Content-Type": "text/plain",
-                        "Content-Length": str((message.edited.size + 2) // 3 * 4)}))
-            except TimeoutError as error:       # of a thread that decodes a file
+                        "Content-Length": str((edited.size + 2) // 3 * 4)}))
+            except TimeoutError as error:       # in a thread that decodes an attachment
                 raise UpstreamUnavailable(error) from None
 
     def throttled_for(self, key: MailboxKey) -> float:
-        """Return for how many seconds Microsoft wants no request for a mailbox."""
+        """Return for how many seconds Microsoft wants no requests for a mailbox."""
         return max(0.0, (self._resume_at.get(self._key(key)) or 0.0) - time.monotonic())
 
     def _key(self, key: MailboxKey) -> MailboxKey:
@@ -3826,63 +3963,65 @@ class GraphClient:
     # Large messages.
 
     async def _send_draft(self, context: RequestContext, draft: Draft) -> HttpResponse:
-        """Make a draft, attach the files, send it; if anything fails, delete it."""
-        # The answer repeats the text, perhaps with an escape for each character.
-        create = self._request(context, "messages", draft.content,
-                               max_bytes=MAX_ANSWER + 6 * len(draft.content))
-        ident = parse_draft_id(await self._ask(context, GraphOperation.CREATE, create))
-        if not ident:
-            raise UpstreamUnavailable("a draft without an id")
-        path = f"messages/{urllib.parse.quote(ident, safe='')}"
+        """Create a draft, attach the files and send it; delete it if anything fails."""
+        # The response repeats the text, and may escape each character with six bytes.
+        response = await self._perform(context, GraphOperation.CREATE, self._request(
+            context, "messages", draft.content,
+            max_bytes=MAX_ANSWER + 6 * len(draft.content)))
+        draft_id = parse_draft_id(response)
+        if not draft_id:
+            raise UpstreamUnavailable("a draft without an ID")
+        path = f"messages/{urllib.parse.quote(draft_id, safe='')}"
         try:
             for attachment in draft.attachments:
                 await self._attach(context, f"{path}/attachments", attachment)
-            return await self._ask(context, GraphOperation.SEND_DRAFT,
-                                   self._request(context, f"{path}/send"))
+            return await self._perform(context, GraphOperation.SEND_DRAFT,
+                                       self._request(context, f"{path}/send"))
         except BaseException:
             await self._discard(context, path)
             raise
 
     async def _attach(self, context: RequestContext, path: str,
                       attachment: Attachment) -> None:
+        """Attach a file: a small file in one request, a large file by upload session."""
         if not attachment.is_large:
-            await self._ask(context, GraphOperation.ATTACH,
-                            self._request(context, path, attachment.as_json))
+            await self._perform(context, GraphOperation.ATTACH,
+                                self._request(context, path, attachment.as_json))
             return
         item = {"attachmentType": "file", "size": attachment.size,
                 **attachment.properties()}
-        response = await self._ask(context, GraphOperation.ATTACH, self._request(
+        response = await self._perform(context, GraphOperation.ATTACH, self._request(
             context, f"{path}/createUploadSession",
             json.dumps({"AttachmentItem": item}).encode()))
         url = parse_upload_url(response)
-        if url[:5] != self._config.graph_endpoint[:5]:      # http: is for tests alone
-            raise UpstreamUnavailable("an upload session without a URL that can be used")
+        if url[:5] != self._config.graph_endpoint[:5]:      # only tests use http:
+            raise UpstreamUnavailable("an upload session without a usable URL")
         await self._upload(context, url, attachment)
 
     async def _upload(self, context: RequestContext, url: str,
                       attachment: Attachment) -> None:
-        """Send a file in pieces, to the host that Graph named, and without the token."""
-        pieces, begin = filter(None, attachment.part.iter_decoded()), 0
+        """Send a file in chunks. The URL holds a secret, so the token is not sent."""
+        chunks, begin = filter(None, attachment.part.iter_decoded()), 0
         while begin < attachment.size:
-            piece = await result_before(context.deadline, run_in_thread(
-                functools.partial(next, pieces, b"")))
-            end = begin + len(piece)
-            response = await self._ask(context, GraphOperation.UPLOAD, HttpRequest(
-                "PUT", url, {
-                    "Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
-                    "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}, piece))
+            chunk = await result_before(context.deadline, run_in_thread(
+                functools.partial(next, chunks, b"")))
+            end = begin + len(chunk)
+            headers = {"Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
+                       "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}
+            response = await self._perform(context, GraphOperation.UPLOAD,
+                                           HttpRequest("PUT", url, headers, chunk))
             if parse_next_range(response) not in (None, end):
-                raise UpstreamUnavailable("a piece of an upload was lost")
+                raise UpstreamUnavailable("a chunk of an upload was lost")
             begin = end
 
     async def _discard(self, context: RequestContext, path: str) -> None:
-        """Delete a draft that is not sent; if that fails it stays, and the log says so."""
+        """Delete a draft that was not sent, or log that it is left in the mailbox."""
         deadline = time.monotonic() + DISCARD_TIMEOUT
         context = dataclasses.replace(context, deadline=deadline, send_before=deadline)
         facts: dict[str, object] = {"problem": "the relay stops"}
         try:
-            await self._ask(context, GraphOperation.DELETE,
-                            self._request(context, path, method="DELETE"))
+            await self._perform(context, GraphOperation.DELETE,
+                                self._request(context, path, method="DELETE"))
             facts = {}
         except RelayError as error:
             facts = {"reply": error.reply, **error.facts}
@@ -3903,17 +4042,18 @@ class GraphClient:
              "Accept": "application/json", "User-Agent": USER_AGENT,
              "client-request-id": context.message_id, **dict(headers)}, body, max_bytes)
 
-    async def _ask(self, context: RequestContext, operation: GraphOperation,
-                   request: HttpRequest) -> HttpResponse:
-        """Send a request until it succeeds. Raises RelayError."""
-        renewed, delays = False, iter(DRAFT_RETRY_DELAYS)
+    async def _perform(self, context: RequestContext, operation: GraphOperation,
+                       request: HttpRequest) -> HttpResponse:
+        """Send a request, and retry as the table above says. Raises RelayError."""
+        has_new_token, draft_delays = False, iter(DRAFT_RETRY_DELAYS)
         while True:
-            held = self.throttled_for(context.key)
-            if held and operation is not GraphOperation.DELETE:     # a draft must not stay
-                if time.monotonic() + held >= context.send_before:
+            throttled = self.throttled_for(context.key)
+            # Deleting is not delayed, or the draft would be left in the mailbox.
+            if throttled and operation is not GraphOperation.DELETE:
+                if time.monotonic() + throttled >= context.send_before:
                     raise TemporaryError(_THROTTLED.text, _THROTTLED.code,
                                          _THROTTLED.status)
-                await asyncio.sleep(held)
+                await asyncio.sleep(throttled)
                 continue
             token, headers = "", request.headers
             if operation is not GraphOperation.UPLOAD:
@@ -3925,53 +4065,58 @@ class GraphClient:
                                              context.deadline)
             if response.status in operation.value:
                 return response
-            if response.status == 401 and token and not renewed:
-                renewed = True
+            if response.status == 401 and token and not has_new_token:
+                has_new_token = True
                 self._tokens.forget(context.application, token)
                 continue
-            pause = _pause(response)
-            if pause > self.throttled_for(context.key):
-                self._resume_at.put(self._key(context.key), time.monotonic() + pause, pause)
+            delay = _throttle_delay(response)
+            if delay > self.throttled_for(context.key):
+                self._resume_at.put(self._key(context.key), time.monotonic() + delay, delay)
             if response.status == 404 and operation in (GraphOperation.ATTACH,
                                                         GraphOperation.SEND_DRAFT):
-                pause = next(delays, 0.0)
-            if not pause or time.monotonic() + pause >= context.send_before:
+                delay = next(draft_delays, 0.0)
+            if not delay or time.monotonic() + delay >= context.send_before:
                 raise graph_error(response, context.mailbox, operation)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(delay)
 
 
-def _pause(response: HttpResponse) -> float:
-    """Seconds for which Microsoft wants no request; 0 is none, or it does not say."""
+def _throttle_delay(response: HttpResponse) -> float:
+    """Return for how many seconds Microsoft wants no request; 0.0 if it does not say."""
     if response.status not in (429, 503):
         return 0.0
-    pause = response.retry_after(time.time())
-    if pause is None or pause > MAX_RETRY_DELAY:
+    delay = response.retry_after(time.time())
+    if delay is None or delay > MAX_RETRY_DELAY:
         return DEFAULT_RETRY_DELAY if response.status == 429 else 0.0
-    return max(pause, MIN_RETRY_DELAY)
+    return max(delay, MIN_RETRY_DELAY)
 
 
 # ---------------------------------------------------------------------------
-# §15  Queue
+# §16  Queue
 #
-#     lock                      locked by the relay that uses the folder; the command line
-#                               appends the IDs of messages that it has changed
-#     queue/ID.eml, ID.json     a message that waits, and its state
+# Messages that Microsoft cannot accept now, in SPOOL_DIRECTORY:
+#
+#     lock                      locked by the relay that uses the directory; the command
+#                               line appends the IDs of messages that it has changed
+#     queue/ID.eml, ID.json     a waiting message, and its state
 #     queue/ID.tmp              a state that is being written
 #     failed/ID.eml, ID.json    a message that failed
 #
-# A message counts when its ID.json is in queue/: the .json is written last and removed
-# first. Its client gets 250 when both files are on the disk; they go when Microsoft has
-# accepted the message. So after a crash a message is there, or was sent, or both: at least
-# once. A mailbox is sent to one message at a time, the least tried first, then the oldest,
-# so that a message that always fails holds up no other. After a failure the mailbox rests.
+# A message is queued as soon as its ID.json is in queue/: ID.json is written last and
+# removed first. The client gets 250 when both files are on the disk. The relay removes them
+# after Microsoft has accepted the message. So after a crash a message is queued, or it was
+# sent, or both: at least once.
+#
+# Each mailbox has a queue and a task of its own, which sends one message at a time: the
+# message with the fewest attempts, then the oldest. So a message that always fails does not
+# block the others. After a failure the task waits (backoff) before the next attempt.
 
-MIN_BACKOFF = 60.0              # seconds before a mailbox is tried again; doubled up to
-MAX_BACKOFF = 1800.0
+MIN_BACKOFF = 60.0              # seconds after the first failure; doubled for each further
+MAX_BACKOFF = 1800.0            # failure up to this
 MIN_FREE_DISK = 67_108_864      # bytes of the disk that stay free
-DISK_TIMEOUT = 10.0             # seconds for one action of the disk
-RECOUNT_INTERVAL = 5.0               # seconds until a full folder is counted again
-MAX_CONCURRENT_DELIVERIES = 20  # messages of the queue on their way at once
-QUEUE_POLL_INTERVAL = 2.0       # seconds until a command is noticed
+DISK_TIMEOUT = 10.0             # seconds for one operation of the disk
+RECOUNT_INTERVAL = 5.0          # seconds until a full directory is measured again
+MAX_CONCURRENT_DELIVERIES = 20  # messages of the queue that are sent at once
+QUEUE_POLL_INTERVAL = 2.0       # seconds until a change by the command line is noticed
 MAX_SLEEP = 30.0                # seconds until a change of ACCOUNTS_FILE is noticed
 
 
@@ -3984,21 +4129,22 @@ class QueueFiles:
         self.queue, self.failed = self._path / "queue", self._path / "failed"
         self._lock: IO[str] | None = None
         self._deadlines: set[float] = set()     # of messages that are being written
-        self._names: list[str] = []             # that the command line has reported
-        self._counting = threading.Lock()       # a thread for each message would be slow
-        self._used, self._count_at = math.inf, -math.inf
+        self._changed_ids: list[str] = []       # as reported by the command line
+        # The directory's size: counting it for each message would take too long.
+        self._size_lock = threading.Lock()
+        self._size, self._count_at = math.inf, -math.inf
 
     def open(self) -> list[QueuedMessage]:
-        """Take the folder for this process; returns what waits. Raises StartError."""
+        """Lock the directory and return the waiting messages. Raises StartError."""
         try:
             self._path.mkdir(0o700, exist_ok=True)
-            found = self._path.stat()
+            status = self._path.stat()
             if fcntl is None:
                 problem = "this system has no file locks"
-            elif found.st_uid != os.geteuid():
-                problem = "belongs to another user; give it to the relay's user (chown)"
-            elif found.st_mode & 0o022:
-                problem = "others can write there; chmod go-w"
+            elif status.st_uid != os.geteuid():
+                problem = "belongs to another user; make the relay's user its owner (chown)"
+            elif status.st_mode & 0o022:
+                problem = "other users can write to it; chmod go-w"
             else:
                 self._lock = open(self._path / "lock", "a+",    # noqa: SIM115
                                   opener=functools.partial(os.open, mode=0o600))
@@ -4008,24 +4154,25 @@ class QueueFiles:
                 _sync(self._path)
                 return self._load()
         except BlockingIOError:
-            problem = "another relay works with it"
+            problem = "another relay is using it"
         except OSError as error:
             problem = f"cannot be used: {error.strerror}: {error.filename}"
         raise StartError(f"SPOOL_DIRECTORY={str(self._path)!r}: {problem}")
 
     def close(self) -> None:
-        """Release the folder."""
+        """Unlock the directory."""
         if self._lock:
             self._lock.close()
 
     def _load(self) -> list[QueuedMessage]:
-        """Read what waits, and tidy up what a crash has left."""
+        """Read the waiting messages, and clean up after a crash."""
         messages = []
         for path, message in self.read_all(self.queue):
             if message and path.with_suffix(".eml").exists():
                 messages.append(message)
                 continue
-            log_event(logging.ERROR, path.stem, "set-aside", file=self.failed / path.name,
+            log_event(logging.ERROR, path.stem, "quarantined",
+                      file=self.failed / path.name,
                       problem="it has no .eml" if message else "it is damaged")
             for source in (path.with_suffix(".eml"), path):
                 with contextlib.suppress(FileNotFoundError):
@@ -4034,46 +4181,52 @@ class QueueFiles:
         for path in self.queue.iterdir():
             is_orphan = path.suffix == ".eml" and not path.with_suffix(".json").exists()
             if is_orphan and f"{path.stem}.json" in failed and path.name not in failed:
-                _move(path, self.failed)        # `spool retry` while a relay started
+                _move(path, self.failed)        # `spool retry` was interrupted
             elif is_orphan or path.suffix == ".tmp":
                 log_event(logging.WARNING, path.stem, "removed", file=path,
-                          problem="the relay ended while it wrote or deleted it")
+                          problem="the relay ended while it wrote or deleted the message")
                 path.unlink()
         return messages
 
-    def read_all(self, folder: pathlib.Path
+    def read_all(self, directory: pathlib.Path
                  ) -> Iterator[tuple[pathlib.Path, QueuedMessage | None]]:
-        """Read the states of all messages in a folder; None: it is damaged."""
-        for path in folder.glob("*.json"):
+        """Read the states of all messages in a directory; None for a damaged state."""
+        for path in directory.glob("*.json"):
             try:
                 message = parse_queued_message(path.read_bytes())
-                yield path, message if message.id == path.stem else None        # a copy
+                # A state with the ID of another message is a copy, so it is damaged.
+                yield path, message if message.id == path.stem else None
             except FileNotFoundError:
-                pass                    # it was sent just now
+                pass                    # the message was sent meanwhile
             except (ValueError, IsADirectoryError):
                 yield path, None
 
     def path(self, message: QueuedMessage) -> pathlib.Path:
-        """Return where the state of a message is while it waits."""
+        """Return the path of a waiting message's state."""
         return self.queue / f"{message.id}.json"
 
     def content(self, message: QueuedMessage, limit: int = -1) -> bytes:
-        """Read a message, or its first bytes."""
+        """Read a message, or its first `limit` bytes."""
         with open(self.path(message).with_suffix(".eml"), "rb") as file:
             return file.read(limit)
 
     def add(self, message: QueuedMessage, parts: list[bytes | memoryview],
-            deadline: float, is_given_up: Callable[[], bool]) -> None:
-        """Store a message, so that a crash does not lose it, but not after the deadline."""
+            deadline: float, is_cancelled: Callable[[], bool]) -> None:
+        """Store a message so that a crash does not lose it.
+
+        After the deadline, or if cancelled, the client was told that the message is not
+        queued. Then it must not stay.
+        """
         if min(self._deadlines, default=deadline) < time.monotonic():
-            raise OSError(errno.EBUSY, "the disk does not answer")  # or memory fills up
+            # Messages would fill the memory while they wait for the disk.
+            raise OSError(errno.EBUSY, "the disk does not respond")
         self._deadlines.add(deadline)
         try:
             self._check_space(message)
             _write(self.path(message).with_suffix(".eml"), parts)
-            self.note(self.path(message), message)
-            if time.monotonic() > deadline or is_given_up():    # its client knows of it
-                raise TimeoutError("time is up")
+            self.save(self.path(message), message)
+            if time.monotonic() > deadline or is_cancelled():
+                raise TimeoutError("the disk is too slow")
         except OSError:
             with contextlib.suppress(OSError):
                 self.remove(self.path(message))
@@ -4082,22 +4235,23 @@ class QueueFiles:
             self._deadlines.discard(deadline)
 
     def _check_space(self, message: QueuedMessage) -> None:
+        """Reserve space for a message. Raises OSError if the disk or directory is full."""
         disk = os.statvfs(self.queue)
         if disk.f_bavail * disk.f_frsize - message.size < MIN_FREE_DISK:
             raise OSError(errno.ENOSPC, f"less than {MIN_FREE_DISK} bytes would be free")
-        with self._counting:
-            is_full = self._used + message.size > self._max_bytes
+        with self._size_lock:
+            is_full = self._size + message.size > self._max_bytes
             if is_full and time.monotonic() >= self._count_at:
-                self._used, self._count_at = 0, time.monotonic() + RECOUNT_INTERVAL
+                self._size, self._count_at = 0, time.monotonic() + RECOUNT_INTERVAL
                 for path in self._path.glob("*/*"):
-                    with contextlib.suppress(FileNotFoundError):    # it was sent just now
-                        self._used += path.stat().st_size
-            if self._used + message.size > self._max_bytes and not message.is_bounce:
+                    with contextlib.suppress(FileNotFoundError):    # it was sent meanwhile
+                        self._size += path.stat().st_size
+            if self._size + message.size > self._max_bytes and not message.is_bounce:
                 raise OSError(errno.EDQUOT, "more than SPOOL_MAX_BYTES")
-            self._used += message.size + len(json.dumps(vars(message)))
+            self._size += message.size + len(json.dumps(vars(message)))
 
-    def note(self, path: pathlib.Path, message: QueuedMessage) -> None:
-        """Write down the state of a message. Raises FileNotFoundError if it was deleted."""
+    def save(self, path: pathlib.Path, message: QueuedMessage) -> None:
+        """Write a message's state. Raises FileNotFoundError if the message was deleted."""
         path.with_suffix(".eml").stat()
         new = path.with_suffix(".tmp")
         _write(new, [json.dumps(vars(message)).encode()])
@@ -4105,235 +4259,246 @@ class QueueFiles:
         _sync(path.parent)
 
     def remove(self, path: pathlib.Path) -> None:
-        """Remove a message."""
+        """Remove a message by the path of its state."""
         for suffix in (".tmp", ".json", ".eml"):
             path.with_suffix(suffix).unlink(missing_ok=True)
         _sync(path.parent)
 
-    # Between two moves queue/ has a .json without .eml, which _load() moves to failed/. So
-    # a crash loses nothing.
+    # Both files move one by one. Between the two moves queue/ has a .json without .eml. If
+    # the relay crashes there, _load() moves the .json to failed/.
 
     def fail(self, message: QueuedMessage) -> None:
         """Move a message to failed/."""
-        with contextlib.suppress(OSError):      # a full disk; if it is gone _move() says so
-            self.note(self.path(message), message)
-        self.failed.mkdir(0o700, exist_ok=True)     # somebody may have tidied up
+        # On a full disk the old state has to do. If the state is gone, _move() raises.
+        with contextlib.suppress(OSError):
+            self.save(self.path(message), message)
+        self.failed.mkdir(0o700, exist_ok=True)     # an admin may have removed it
         for suffix in (".eml", ".json"):
             _move(self.queue / f"{message.id}{suffix}", self.failed)
 
     def retry(self, message: QueuedMessage) -> None:
-        """Move a message from failed/ to queue/, as if it had come just now."""
+        """Move a message from failed/ to queue/, as a new message."""
         message.queued_at, message.attempts = time.time(), 0
-        self.note(self.failed / f"{message.id}.json", message)
+        self.save(self.failed / f"{message.id}.json", message)
         for suffix in (".json", ".eml"):
             _move(self.failed / f"{message.id}{suffix}", self.queue)
 
-    # The command line works beside the relay.
+    # The command line changes messages while the relay runs.
 
-    def report(self, name: str) -> None:
-        """Have the relay look at a message again."""
+    def notify(self, message_id: str) -> None:
+        """Tell the running relay that the command line has changed a message."""
         path = self._path / "lock"
         if path.exists():
             with open(path, "a") as file:
-                file.write(f"{name}\n")
+                file.write(f"{message_id}\n")
 
     def changes(self) -> dict[str, QueuedMessage | None]:
-        """Return what the command line has changed, by ID; None: it is not in queue/."""
-        self._names += self._lock.read().split() if self._lock else []  # since last time
-        found = dict(self.read_all(self.queue)) if self._names else {}
-        names, self._names = self._names, []        # not before they could be read
-        return {name: found.get(self.queue / f"{name}.json") for name in names}
+        """Return the messages that the command line has changed; None if not in queue/."""
+        self._changed_ids += self._lock.read().split() if self._lock else []
+        states = dict(self.read_all(self.queue)) if self._changed_ids else {}
+        # Only now, because read_all() may fail: then the next call repeats it.
+        changed, self._changed_ids = self._changed_ids, []
+        return {name: states.get(self.queue / f"{name}.json") for name in changed}
 
 
 def _write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file that only its owner can read, down to the disk."""
+    """Write a file that only its owner can read, and wait until it is on the disk."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        if os.geteuid() == 0:           # `spool retry` by root, for a relay that is not
+        if os.geteuid() == 0:           # `spool retry` by root; the relay runs as RUN_AS
             os.fchown(file.fileno(), path.parent.stat().st_uid, -1)
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync(folder: pathlib.Path) -> None:
-    """Write the names in a folder down to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(directory: pathlib.Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _move(path: pathlib.Path, folder: pathlib.Path) -> None:
-    path.rename(folder / path.name)
-    _sync(folder)
+def _move(path: pathlib.Path, directory: pathlib.Path) -> None:
+    path.rename(directory / path.name)
+    _sync(directory)
     _sync(path.parent)
 
 
 class MailboxQueue:
-    """The messages of one mailbox, and the task that sends them."""
+    """The messages of a mailbox, and the task that sends them."""
 
     task: asyncio.Task[None]
 
-    def __init__(self, pause: float) -> None:
+    def __init__(self, delay: float) -> None:
+        """Create it; the task waits for `delay` seconds first."""
         self.messages: dict[str, QueuedMessage] = {}        # by ID
-        self.failures = int(pause > 0)          # in a row
-        self.resume_at = time.monotonic() + pause
+        self.failures = int(delay > 0)          # in a row
+        self.resume_at = time.monotonic() + delay
         self.wake = asyncio.Event()
         self.is_sending = False
         self.is_without_secret = False          # and the log says so
 
     def resume(self) -> None:
-        """End the pause."""
+        """End the delay."""
         self.resume_at = 0.0
         self.wake.set()
 
 
 def backoff(failures: int) -> float:
     """Return the seconds to wait after so many failures in a row, 20 % more or less."""
-    pause = min(MIN_BACKOFF * 2.0 ** min(failures - 1, 20), MAX_BACKOFF)
-    return pause * (0.8 + secrets.randbelow(401) / 1000)
+    delay = min(MIN_BACKOFF * 2.0 ** min(failures - 1, 20), MAX_BACKOFF)
+    return delay * (0.8 + secrets.randbelow(401) / 1000)
 
 
 class QueueManager:
-    """Stores messages that Microsoft could not take, and sends them when it can."""
+    """Stores messages that Microsoft could not accept, and sends them later."""
 
-    def __init__(self, config: Config, graph: GraphClient, accounts: AccountsFile,
+    def __init__(self, config: Config, graph: GraphClient, accounts_file: AccountsFile,
                  memory: MemoryBudget, name: str) -> None:
-        """Get ready; `name` is that of this machine."""
+        """Create it for the machine called `name`; start() reads the files."""
         self._config = config
         self._graph = graph
-        self._accounts = accounts
+        self._accounts_file = accounts_file
         self._memory = memory
         self._name = name
         self._files = QueueFiles(config)
         self._mailboxes: dict[tuple[str, str, str], MailboxQueue] = {}
-        # Secrets that devices gave, by tenant and client, while any message needs them.
+        # Secrets that devices gave, by tenant and client, as long as a message needs them.
         self._applications: dict[tuple[str, str], Application] = {}
         self._is_stopping = False
 
     async def start(self) -> None:
-        """Take the folder, and begin to send what is there. Raises StartError."""
-        messages = self._files.open()   # nobody is served yet, so the loop may wait here
+        """Lock the directory, and start to send the messages in it. Raises StartError."""
+        messages = self._files.open()   # the loop may wait, because it serves nobody yet
         self._deliveries = asyncio.Semaphore(MAX_CONCURRENT_DELIVERIES)
         for message in messages:
             self._admit(message)
         if messages:
-            log_event(logging.INFO, "-", "spool", waiting=len(messages))
+            log_event(logging.INFO, "-", "queue-loaded", waiting=len(messages))
         self._watcher = asyncio.ensure_future(self._watch())
 
     def stop(self) -> set[asyncio.Task[None]]:
-        """Begin nothing more; returns what is under way."""
+        """Start no more attempts; return the tasks of attempts in progress."""
         self._is_stopping = True
         self._watcher.cancel()
         for mailbox in self._mailboxes.values():
             if not mailbox.is_sending:
                 mailbox.task.cancel()
-        return {one.task for one in self._mailboxes.values() if one.is_sending}
+        return {mailbox.task for mailbox in self._mailboxes.values() if mailbox.is_sending}
 
     def close(self) -> None:
-        """Release the folder."""
+        """Unlock the directory."""
         self._files.close()
 
     def remember_secret(self, application: Application) -> None:
-        """Take the secret that a device gave, if a message needs it."""
+        """Keep the secret that a device gave, if a waiting message needs it."""
         key = application.tenant, application.client
         mailboxes = [mailbox for other, mailbox in self._mailboxes.items()
                      if other[:2] == key]
         if application.relay_holds_secret or not mailboxes:
             return
-        if key not in self._applications:       # the pauses were for another secret
+        if key not in self._applications:       # the delays were due to another secret
             for mailbox in mailboxes:
                 mailbox.resume()
         self._applications[key] = application
 
     async def put(self, message: QueuedMessage, parts: list[bytes | memoryview],
                   application: Application | None = None) -> None:
-        """Store a message; it is safe when this returns. Raises TemporaryError."""
-        pause = 0.0
-        if application and message.key not in self._mailboxes:      # it has just failed
-            pause = self._graph.throttled_for(message.key) or backoff(1)
-            message.next_attempt_at = time.time() + pause
+        """Store a message; when this returns, it is safe. Raises TemporaryError.
+
+        `application` has just failed to send the message, so its mailbox waits first.
+        """
+        delay = 0.0
+        if application and message.key not in self._mailboxes:
+            delay = self._graph.throttled_for(message.key) or backoff(1)
+            message.next_attempt_at = time.time() + delay
         deadline = time.monotonic() + DISK_TIMEOUT      # add() keeps it, unless it hangs
-        given_up = threading.Event()    # not the future, which would hold itself and parts
+        # The thread asks this event. If it asked the future, the future would hold itself
+        # and the message.
+        cancelled = threading.Event()
         try:
             await result_before(deadline + GRACE, run_in_thread(functools.partial(
-                self._files.add, message, parts, deadline, given_up.is_set)))
+                self._files.add, message, parts, deadline, cancelled.is_set)))
         except OSError as error:
-            raise TemporaryError("The message cannot be queued now; try again later", 452,
-                                 "4.3.1", level=logging.ERROR, facts={
-                                     "spool": error.strerror or str(error)}) from None
+            raise TemporaryError(
+                "Insufficient system storage, cannot queue the message; try again later",
+                452, "4.3.1", level=logging.ERROR, cost=0, facts={
+                    "problem": error.strerror or str(error)}) from None
         finally:
-            given_up.set()
-        self._admit(message, pause).messages[message.id] = message
+            cancelled.set()
+        self._admit(message, delay).messages[message.id] = message
         if application and not application.relay_holds_secret:
             self._applications.setdefault(message.key[:2], application)
 
-    def _admit(self, message: QueuedMessage, pause: float = 0.0) -> MailboxQueue:
-        """Have a stored message sent; if it is the first of its mailbox, after a pause."""
+    def _admit(self, message: QueuedMessage, delay: float = 0.0) -> MailboxQueue:
+        """Add a stored message to its mailbox's queue; a new queue waits first."""
         mailbox = self._mailboxes.get(message.key)
         if not mailbox:
-            mailbox = self._mailboxes[message.key] = MailboxQueue(pause)
-            mailbox.task = asyncio.ensure_future(self._work(message.key, mailbox))
+            mailbox = self._mailboxes[message.key] = MailboxQueue(delay)
+            mailbox.task = asyncio.ensure_future(self._run_mailbox(message.key, mailbox))
         mailbox.messages.setdefault(message.id, message)
         mailbox.wake.set()
         return mailbox
 
-    # One task for a mailbox.
+    # The task of a mailbox.
 
-    async def _work(self, key: tuple[str, str, str], mailbox: MailboxQueue) -> None:
+    async def _run_mailbox(self, key: tuple[str, str, str], mailbox: MailboxQueue) -> None:
         """Send the messages of a mailbox until there are no more."""
         while mailbox.messages and not self._is_stopping:
             mailbox.wake.clear()
-            pause = mailbox.resume_at - time.monotonic()
+            delay = mailbox.resume_at - time.monotonic()
             try:
-                message = self._next(mailbox) if pause <= 0 else None
+                message = self._next_message(mailbox) if delay <= 0 else None
                 if message:
-                    await self._try(mailbox, message)
+                    await self._attempt(mailbox, message)
                 else:
-                    await asyncio.wait_for(mailbox.wake.wait(), min(pause, MAX_SLEEP)
-                                           if pause > 0 else MAX_SLEEP)
+                    await asyncio.wait_for(mailbox.wake.wait(), min(delay, MAX_SLEEP)
+                                           if delay > 0 else MAX_SLEEP)
             except asyncio.TimeoutError:
                 pass
             except Exception:           # or nothing would be sent any more
-                log.error("%s broken", key[2], exc_info=True)
+                log.error("%s internal-error", key[2], exc_info=True)
                 mailbox.resume_at = time.monotonic() + MIN_BACKOFF
         if not mailbox.messages:
             del self._mailboxes[key]
             if all(other[:2] != key[:2] for other in self._mailboxes):
                 self._applications.pop(key[:2], None)
 
-    def _next(self, mailbox: MailboxQueue) -> QueuedMessage | None:
-        """Choose the message to try now."""
-        ready = [one for one in mailbox.messages.values()
-                 if self._application(one) or self._is_expired(one)]
+    def _next_message(self, mailbox: MailboxQueue) -> QueuedMessage | None:
+        """Choose the message to send now; None if the secret of all is unknown."""
+        ready = [message for message in mailbox.messages.values()
+                 if self._find_application(message) or self._is_expired(message)]
         if not ready and not mailbox.is_without_secret:
             message = next(iter(mailbox.messages.values()))
-            log_event(logging.WARNING, message.id, "delayed", sender=message.mailbox,
+            log_event(logging.WARNING, message.id, "deferred", sender=message.mailbox,
                       waiting=len(mailbox.messages),
-                      problem=f"waits until {message.login} logs in")
+                      problem=f"the secret is unknown until {message.login} logs in")
         mailbox.is_without_secret = not ready
-        return min(ready, key=lambda one: (one.attempts, one.queued_at), default=None)
+        return min(ready, key=lambda message: (message.attempts, message.queued_at),
+                   default=None)
 
     def _is_expired(self, message: QueuedMessage) -> bool:
         return time.time() >= message.queued_at + self._config.spool_lifetime
 
-    def _application(self, message: QueuedMessage) -> Application | None:
-        """Find the application that sends a message, if its secret is known now."""
-        accounts, key = self._accounts.accounts, message.key[:2]
+    def _find_application(self, message: QueuedMessage) -> Application | None:
+        """Return the application that sends a message, if its secret is known now."""
+        accounts, key = self._accounts_file.accounts, message.key[:2]
         account = accounts.find(message.account) if message.account else None
         if not (account and account.has_credential):
             if key in self._applications:
                 return self._applications[key]
-            account = next((one for one in accounts if one.has_credential
-                            and (one.tenant_id, one.client_id) == key), None)
+            account = next((account for account in accounts if account.has_credential
+                            and (account.tenant_id, account.client_id) == key), None)
         return account.as_application() if account else None
 
-    async def _try(self, mailbox: MailboxQueue, message: QueuedMessage) -> None:
-        application = self._application(message)
+    async def _attempt(self, mailbox: MailboxQueue, message: QueuedMessage) -> None:
+        """Send a message, or decide what its failure means."""
+        application = self._find_application(message)
         message.attempts += 1
         try:
-            if not application:         # it is too old
+            if not application:         # the message has expired
                 await self._defer(mailbox, message, message.reason, {})
                 return
             async with self._deliveries:
@@ -4344,9 +4509,11 @@ class QueueManager:
             mailbox.messages.pop(message.id, None)
         except FileNotFoundError:
             self._drop(mailbox, message)
-        except (TemporaryError, AccessDenied, AuthError) as error:  # it may be granted yet
-            if isinstance(error, AuthError) and application is self._application(message):
-                self._applications.pop(message.key[:2], None)   # wait for the next login
+        except (TemporaryError, AccessDenied, AuthError) as error:
+            # An admin can still grant the permission, or renew the secret.
+            if (isinstance(error, AuthError)
+                    and application is self._find_application(message)):
+                self._applications.pop(message.key[:2], None)
             await self._defer(mailbox, message, str(error.reply), error.facts)
         except OSError as error:
             await self._defer(mailbox, message, error.strerror or str(error), {})
@@ -4357,44 +4524,46 @@ class QueueManager:
 
     async def _send(self, mailbox: MailboxQueue, message: QueuedMessage,
                     application: Application) -> None:
-        config = self._config           # enough memory is left for what clients send
+        config = self._config
+        # Leave enough memory for the largest message of a client, or half of all.
         self._memory.check(message.size + min(
             config.max_memory_for_messages // 2,
             config.max_memory_for_messages - config.size_limit))
         deadline = time.monotonic() + config.upstream_timeout
-        self._memory.take(message.size)
+        self._memory.reserve(message.size)
         try:
-            outgoing = await result_before(deadline, run_in_thread(lambda: as_stored(
+            prepared = await result_before(deadline, run_in_thread(lambda: as_stored(
                 self._files.content(message), message)))
-            response = await self._graph.send(application, outgoing, message.id, deadline)
+            response = await self._graph.send(application, prepared, message.id, deadline)
         finally:
-            self._memory.free += message.size
+            self._memory.release(message.size)
         message.is_sent, mailbox.failures = True, 0
         log_event(logging.INFO, message.id, "sent", sender=message.mailbox,
                   recipients=len(message.recipients), size=message.size,
-                  tries=message.attempts, request_id=response.headers.get("request-id"),
-                  queued=time.time() - message.queued_at)
+                  attempts=message.attempts,
+                  request_id=response.headers.get("request-id"),
+                  queued_seconds=time.time() - message.queued_at)
 
     async def _defer(self, mailbox: MailboxQueue, message: QueuedMessage, reason: str,
                      facts: Mapping[str, object]) -> None:
-        """Try a message again after a pause, unless it is too old."""
+        """Wait before the next attempt; an expired message fails instead."""
         if self._is_expired(message) and not message.is_sent:
-            await self._fail(mailbox, message, f"It could not be sent for "
-                             f"{self._config.spool_lifetime} seconds; at last: {reason}")
+            await self._fail(mailbox, message, "Message expired: it could not be sent for "
+                             f"{self._config.spool_lifetime} seconds; last error: {reason}")
             return
-        held = self._graph.throttled_for(message.key)
-        mailbox.failures += not held
-        pause = held or backoff(mailbox.failures)
-        mailbox.resume_at = time.monotonic() + pause
-        message.reason, message.next_attempt_at = reason, time.time() + pause
-        log_event(logging.WARNING, message.id, "delayed", sender=message.mailbox,
-                  tries=message.attempts, reply=reason, **facts, again=pause)
-        with contextlib.suppress(OSError):      # the next one writes it
-            await self._on_disk(self._files.note, self._files.path(message), message)
+        throttled = self._graph.throttled_for(message.key)
+        mailbox.failures += not throttled
+        delay = throttled or backoff(mailbox.failures)
+        mailbox.resume_at = time.monotonic() + delay
+        message.reason, message.next_attempt_at = reason, time.time() + delay
+        log_event(logging.WARNING, message.id, "deferred", sender=message.mailbox,
+                  attempts=message.attempts, reply=reason, **facts, delay_seconds=delay)
+        with contextlib.suppress(OSError):      # the next attempt saves the state
+            await self._on_disk(self._files.save, self._files.path(message), message)
 
     async def _fail(self, mailbox: MailboxQueue, message: QueuedMessage,
                     reason: str) -> None:
-        """Give a message up: send a bounce, and move it to failed/."""
+        """End the attempts: send a bounce, and move the message to failed/."""
         failed = dataclasses.replace(message, reason=reason, bounce_sent=False)
         try:
             if message.reverse_path and not message.bounce_sent:
@@ -4405,18 +4574,18 @@ class QueueManager:
             self._drop(mailbox, message)
             return
         except (OSError, TemporaryError) as error:
-            log_event(logging.ERROR, message.id, "spool", problem=error)
+            log_event(logging.ERROR, message.id, "queue-failed", problem=error)
             mailbox.resume_at = time.monotonic() + MIN_BACKOFF
             return
         mailbox.messages.pop(message.id, None)
         log_event(logging.ERROR, message.id, "failed", sender=message.mailbox,
                   recipients=len(message.recipients), size=message.size,
-                  tries=message.attempts, reply=reason,
-                  remedy="see `spool show`, mend it, then `spool retry`")
+                  attempts=message.attempts, reply=reason,
+                  remedy="see `spool show`, fix the cause, then `spool retry`")
 
     async def _send_bounce(self, message: QueuedMessage) -> None:
-        """Queue a notice to the sender of a message. Raises OSError and TemporaryError."""
-        # The ID is always the same, so that a second one takes the place of the first.
+        """Queue a bounce to the sender of a message. Raises OSError and TemporaryError."""
+        # The ID depends on the message only, so a second bounce overwrites the first.
         bounce_id, now = str(uuid.uuid5(uuid.NAMESPACE_OID, message.id)), time.time()
         header = await self._on_disk(self._files.content, message, message.header_size)
         content = make_bounce(message, header, self._name, bounce_id, now)
@@ -4426,41 +4595,222 @@ class QueueManager:
             queued_at=now, attempts=0, next_attempt_at=0.0, reason=""), [content])
 
     def _drop(self, mailbox: MailboxQueue, message: QueuedMessage) -> None:
-        """Forget a message that somebody has deleted."""
+        """Forget a message whose files were deleted."""
         log_event(logging.INFO, message.id, "dropped", sender=message.mailbox)
         mailbox.messages.pop(message.id, None)
 
     async def _on_disk(self, call: Callable[..., T], *arguments: object) -> T:
         return await result_before(time.monotonic() + DISK_TIMEOUT,
-                             run_in_thread(functools.partial(call, *arguments)))
+                                   run_in_thread(functools.partial(call, *arguments)))
 
-    # The command line.
+    # Changes by the command line.
 
     async def _watch(self) -> None:
-        """Look again at messages that the command line has changed."""
+        """Apply the changes that the command line makes; run until cancelled."""
         while True:
             await asyncio.sleep(QUEUE_POLL_INTERVAL)
             try:
-                # Without a deadline: if the disk hangs, only this waits.
-                for name, found in (await run_in_thread(self._files.changes)).items():
-                    self._apply_change(name, found)
-            except Exception as error:      # noqa: BLE001 - or it would never look again
-                log_event(logging.ERROR, "-", "spool", problem=error)
+                # Without a deadline: if the disk hangs, only this task waits.
+                for name, message in (await run_in_thread(self._files.changes)).items():
+                    self._apply_change(name, message)
+            except Exception as error:      # noqa: BLE001 - or watching would end
+                log_event(logging.ERROR, "-", "queue-failed", problem=error)
                 await asyncio.sleep(MIN_BACKOFF)
 
-    def _apply_change(self, name: str, found: QueuedMessage | None) -> None:
-        if found:
-            mailbox = self._admit(found)
-            mailbox.messages[name].attempts = 0     # so that it is the first one
+    def _apply_change(self, message_id: str, message: QueuedMessage | None) -> None:
+        """Retry a changed message at once; None means that it was deleted."""
+        if message:
+            mailbox = self._admit(message)
+            mailbox.messages[message_id].attempts = 0       # so that it is the next
             mailbox.resume()
             return
         for mailbox in self._mailboxes.values():
-            if name in mailbox.messages:
-                self._drop(mailbox, mailbox.messages[name])
+            if message_id in mailbox.messages:
+                self._drop(mailbox, mailbox.messages[message_id])
 
 
 # ---------------------------------------------------------------------------
-# §16  TLS
+# §17  Delivery
+#
+# Delivery.deliver() takes a message from the end of DATA to its reply:
+#
+#     prepare     edit the header: sender and recipients; make a draft if it is large
+#     claim       if the same message was accepted before, repeat that reply
+#     send        Graph; 250 when Microsoft has accepted the message
+#     queue       if Microsoft cannot accept it now; 250 when it is on the disk
+#
+# The message gets one ID here: it is in the reply and the log, it is Graph's
+# client-request-id and the name of the files in the queue.
+
+SMALL_MESSAGE = 65_536          # bytes; a message up to this is edited without a thread,
+SMALL_HEADER = 2048             # if the header ends within this; hostile headers took 9 ms
+MAX_REMEMBERED = 50_000         # accepted messages; some 20 MB
+# The fields of RFC 5322 that identify a message, if they are not empty.
+_IDENTITY = re.compile(rb"^(Message-ID|Date)[ \t]*:(?:(?:\r\n)?[ \t])*[^\s]", re.I | re.M)
+
+
+class Accepted(NamedTuple):
+    """An accepted message, as DuplicateGuard remembers it."""
+
+    message_id: str
+    text: str               # of the reply
+
+
+class DuplicateGuard:
+    """Remembers accepted messages, so that a retransmission is not sent again.
+
+    Only a message with a Message-ID and a Date field can be recognized (RFC 5322 section
+    3.6.4). Without them two equal messages may both be meant: a device repeats an alarm.
+    """
+
+    def __init__(self, window: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Remember messages for `window` seconds; 0 disables the guard."""
+        self._window = window
+        self._in_progress: dict[bytes, asyncio.Future[None]] = {}
+        self._accepted: Cache[bytes, Accepted] = Cache(clock, MAX_REMEMBERED)
+
+    def digest(self, principal: Principal, envelope: Envelope, header: bytes) -> bytes:
+        """Hash account, envelope and content; return b"" for an unrecognizable message."""
+        if not self._window or len({match[1].lower()
+                                    for match in _IDENTITY.finditer(header)}) < 2:
+            return b""
+        digest = hashlib.sha256(repr((
+            principal.account.name, principal.application.tenant,
+            principal.application.client, envelope.reverse_path,
+            sorted(envelope.recipients))).encode())
+        digest.update(envelope.message)
+        return digest.digest()
+
+    @contextlib.asynccontextmanager
+    async def claim(self, digest: bytes, deadline: float) -> AsyncIterator[Accepted | None]:
+        """Wait while the same message is in progress; yield it if it was accepted."""
+        while digest in self._in_progress:
+            if not await wait_until_done(deadline, self._in_progress[digest]):
+                raise TemporaryError("The same message is in progress; try again later",
+                                     451, "4.4.5")
+        if not digest:
+            yield None
+            return
+        self._in_progress[digest] = asyncio.get_running_loop().create_future()
+        try:
+            yield self._accepted.get(digest)
+        finally:
+            self._in_progress.pop(digest).set_result(None)
+
+    def remember(self, digest: bytes, message_id: str, text: str) -> None:
+        """Remember that a message was accepted with this reply."""
+        if digest:
+            self._accepted.put(digest, Accepted(message_id, text), self._window)
+
+
+class Outcome(NamedTuple):
+    """What became of a message that was accepted; `facts` are for the log."""
+
+    event: str
+    text: str               # of the reply
+    facts: Mapping[str, object]
+    level: int = logging.INFO
+
+
+class Delivery:
+    """Delivers the messages of clients to Microsoft 365, or to the queue."""
+
+    def __init__(self, config: Config, graph: GraphClient,
+                 queue_manager: QueueManager | None) -> None:
+        self._config = config
+        self._graph = graph
+        self._queue = queue_manager
+        self._duplicates = DuplicateGuard(config.duplicate_window)
+
+    async def deliver(self, principal: Principal, envelope: Envelope,
+                      session_id: str) -> str:
+        """Send or queue a message; return the text of the reply. Raises RelayError."""
+        message_id, started = str(uuid.uuid4()), time.monotonic()
+        deadline = started + self._config.upstream_timeout
+        facts: dict[str, object] = {
+            "session": session_id, "account": principal.account.name or None,
+            "sender": envelope.reverse_path, "recipients": len(envelope.recipients),
+            "size": len(envelope.message)}
+        try:
+            message, digest = await self._prepare(principal, envelope, deadline)
+            facts.update(sender=message.edited.mailbox, size=message.edited.size)
+            if message.draft:
+                facts["attachments"] = len(message.draft.attachments)
+            async with self._duplicates.claim(digest, deadline) as accepted:
+                if accepted:
+                    outcome = Outcome("repeated", accepted.text,
+                                      {"first": accepted.message_id})
+                else:
+                    outcome = await self._send(principal, envelope, message, message_id,
+                                               deadline)
+                    self._duplicates.remember(digest, message_id, outcome.text)
+        except asyncio.CancelledError:
+            log_event(logging.WARNING, message_id, "aborted", **facts,
+                      problem="the relay stops; the message may have been sent")
+            raise
+        except RelayError as error:
+            reply = error.reply         # not changed: others may have the same token error
+            log_event(error.level, message_id, "refused", **{
+                **facts, **error.facts, "reply": reply}, seconds=time.monotonic() - started)
+            raise RelayError(f"{reply.text}, id {message_id}", reply.code, reply.status,
+                             close=reply.close, cost=reply.cost) from None
+        log_event(outcome.level, message_id, outcome.event, **{**facts, **outcome.facts},
+                  seconds=time.monotonic() - started)
+        return outcome.text
+
+    async def _prepare(self, principal: Principal, envelope: Envelope,
+                       deadline: float) -> tuple[PreparedMessage, bytes]:
+        """Prepare a message and hash it, in a thread if it is large."""
+        def prepare() -> tuple[PreparedMessage, bytes]:
+            message = prepare_message(envelope, self._config, principal)
+            return message, self._duplicates.digest(principal, envelope,
+                                                    message.edited.original_header)
+        if (len(envelope.message) < SMALL_MESSAGE
+                and envelope.message.find(b"\r\n\r\n", 0, SMALL_HEADER) >= 0):
+            return prepare()
+        try:
+            return await result_before(deadline, run_in_thread(prepare))
+        except TimeoutError:
+            raise TemporaryError("The message takes too long to process; try again later"
+                                 ) from None
+
+    async def _send(self, principal: Principal, envelope: Envelope,
+                    message: PreparedMessage, message_id: str, deadline: float) -> Outcome:
+        """Send a message through Graph, or queue it for a temporary error."""
+        application, facts = principal.application, {}
+        try:
+            response = await self._graph.send(application, message, message_id, deadline,
+                                              is_live=True)
+        except asyncio.CancelledError:
+            if not self._queue:
+                raise
+            reason = "the relay stops"
+        except AuthError as error:      # the secret has changed since the login
+            raise TemporaryError("Microsoft no longer accepts this login; log in again",
+                                 421, "4.7.0", close=True,
+                                 facts={**error.facts, "entra": error.reply.text}) from None
+        except TemporaryError as error:
+            if not self._queue:
+                raise
+            reason, facts = str(error.reply), {**error.facts, "reply": error.reply}
+        else:
+            if self._queue:
+                self._queue.remember_secret(application)
+            return Outcome("sent", f"Accepted by Microsoft 365, id {message_id}",
+                           {"request_id": response.headers.get("request-id")})
+        edited, return_path = message.edited, envelope.reverse_path
+        if return_path:                 # the bounce goes to a mailbox that exists
+            return_path = principal.account.from_email or return_path
+        await self._queue.put(QueuedMessage(
+            message_id, principal.account.name, application.tenant, application.client,
+            edited.mailbox, return_path, list(envelope.recipients.values()),
+            len(edited.header), edited.size, False, time.time(), 1, 0.0, reason),
+            [edited.header, edited.body], application)
+        return Outcome("queued", f"Queued, id {message_id}", facts, logging.WARNING)
+
+
+# ---------------------------------------------------------------------------
+# §18  TLS
 
 TLS_VERSIONS: Mapping[str, ssl.TLSVersion] = {
     "1.0": ssl.TLSVersion.TLSv1, "1.1": ssl.TLSVersion.TLSv1_1,
@@ -4670,279 +5020,109 @@ def _private_file(octets: bytes) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------
-# §17  Server
+# §19  Server
+#
+# Relay is the place where the parts above are put together. Server accepts connections
+# within the limits. Connection is the shell of a Session: it moves bytes, keeps time, does
+# the TLS handshake, and passes logins to the Authenticator and messages to the Delivery.
+# run() starts and stops it all.
 
-READ_SIZE = 16384               # octets; a TLS record has no more
-SMALL_MESSAGE = 65_536          # octets; it is edited without a thread
-SMALL_HEADER = 2048             # octets; hostile headers of this size took up to 9 ms
+READ_SIZE = 16384               # bytes; a TLS record has no more
 HANDSHAKE_TIMEOUT = 30.0        # seconds
-NO_PROGRESS_TIMEOUT = 3600.0    # seconds without a login or a message that was accepted
-LINGER = 1                      # second for the last reply to leave, and a close_notify
+NO_PROGRESS_TIMEOUT = 3600.0    # seconds without an accepted login or message
+LINGER = 1                      # second for the last reply, and for the end of TLS
 BACKLOG = 1000                  # connections that wait to be accepted
-SPARE_FILES = 100               # that no client gets, so that Microsoft can be reached
-MAX_REMEMBERED = 50_000         # accepted messages; some 20 MB
+SPARE_FILES = 100               # file descriptors kept for connections to Microsoft
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# The fields of RFC 5322 that identify a message, if they are not empty.
-_IDENTITY = re.compile(rb"^(Message-ID|Date)[ \t]*:(?:(?:\r\n)?[ \t])*[^\s]", re.I | re.M)
 
-_STOPPING = Reply(421, "4.3.2", "The relay is being stopped; try again later")
-
-
-class DuplicateGuard:
-    """Remembers accepted messages, so that a retransmission is not sent again.
-
-    Only a message with a Message-ID and a Date field can be recognized (RFC 5322 section
-    3.6.4). Without them two equal messages may both be meant: a device repeats an alarm.
-    """
-
-    def __init__(self, window: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Remember messages for `window` seconds; 0 disables the guard."""
-        self._window = window
-        self._under_way: dict[bytes, asyncio.Future[None]] = {}
-        self._accepted: Cache[bytes, tuple[str, str]] = Cache(clock, MAX_REMEMBERED)
-
-    def digest(self, login: Principal, envelope: Envelope, header: bytes) -> bytes:
-        """Hash account, envelope and content; return b"" for an unrecognizable message."""
-        if not self._window or len({match[1].lower()
-                                    for match in _IDENTITY.finditer(header)}) < 2:
-            return b""
-        digest = hashlib.sha256(repr((
-            login.account.name, login.application.tenant, login.application.client,
-            envelope.reverse_path, sorted(envelope.recipients))).encode())
-        digest.update(envelope.message)
-        return digest.digest()
-
-    @contextlib.asynccontextmanager
-    async def claim(self, digest: bytes,
-                    deadline: float) -> AsyncIterator[tuple[str, str] | None]:
-        """Wait for others with this message; yield id and reply if accepted, or None."""
-        while digest in self._under_way:
-            if not await wait_until_done(deadline, self._under_way[digest]):
-                raise TemporaryError("The same message is on its way; try again later", 451,
-                                     "4.4.5")
-        if not digest:
-            yield None
-            return
-        self._under_way[digest] = asyncio.get_running_loop().create_future()
-        try:
-            yield self._accepted.get(digest)
-        finally:
-            self._under_way.pop(digest).set_result(None)
-
-    def accepted(self, digest: bytes, ident: str, reply: str) -> None:
-        """Remember that a message was accepted."""
-        if digest:
-            self._accepted.put(digest, (ident, reply), self._window)
+_STOPPING = Reply(421, "4.3.2", "The relay is shutting down; try again later")
 
 
 class Relay:
-    """What a login and a message mean: the sections above, joined."""
+    """The parts of a relay, put together."""
 
     def __init__(self, config: Config, microsoft: Any = None) -> None:
-        """Join them; `microsoft` replaces Tokens and Graph. Raises ConfigError."""
-        pool = HttpPool(config.endpoints)
+        """Create the parts; `microsoft` replaces Tokens and GraphClient in the demo.
+
+        Raises ConfigError.
+        """
         self.config = config
-        self._pool = pool
-        self._tokens = microsoft or Tokens(config, pool)
-        self._graph = microsoft or GraphClient(config, pool, self._tokens)
-        self.directory = Authenticator(config, AzureClient(config, pool, self._tokens))
-        self.memory = MemoryBudget(config.max_memory_for_messages)
-        host = socket.gethostname()     # this asks no DNS
+        host = socket.gethostname()     # does not ask the DNS
         self.name = config.server_name or (
             host if re.fullmatch(_HOST_NAME, host) else "localhost")
-        self._duplicates = DuplicateGuard(config.duplicate_window)
-        self.spool = QueueManager(config, self._graph, self.directory.file, self.memory,
-                                  self.name) if config.spool_directory else None
-        self._watcher: asyncio.Task[None] | None = None
+        self.memory = MemoryBudget(config.max_memory_for_messages)
+        self.accounts_file = AccountsFile(config)
         if config.accounts_file:
-            self.directory.file.load()
+            self.accounts_file.load()
+        self._pool = HttpPool(config.endpoints)
+        self._tokens = microsoft or Tokens(config, self._pool)
+        self._table = AccountsTable(config, AzureClient(
+            config, self._pool, self._tokens)) if config.azure_tables_url else None
+        self._graph = microsoft or GraphClient(config, self._pool, self._tokens)
+        self.queue = QueueManager(config, self._graph, self.accounts_file, self.memory,
+                                  self.name) if config.spool_directory else None
+        self.authenticator = Authenticator(
+            config, self.accounts_file, self._table, self._tokens,
+            self.queue.remember_secret if self.queue else None)
+        self.delivery = Delivery(config, self._graph, self.queue)
+        self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to watch ACCOUNTS_FILE, and to send what is queued. Raises StartError."""
-        if self.config.must_have_account and self.directory.table:
+        """Start to watch ACCOUNTS_FILE and to send queued messages. Raises StartError."""
+        if self.config.must_have_account and self._table:
             try:
-                await self.directory.table.check(self._deadline())
+                await self._table.check(time.monotonic() + self.config.upstream_timeout)
             except TemporaryError as error:
                 raise StartError("ACCOUNTS_REQUIRED=true, and the table cannot be read: "
                                  f"{printable_ascii(str(error))}"
                                  f"{format_fields(error.facts)}") from None
         if self.config.accounts_file:
-            self._watcher = asyncio.ensure_future(self.directory.file.watch())
-        if self.spool:                  # the last, as what it begins must not be cut off
-            await self.spool.start()
+            self._watcher = asyncio.ensure_future(self.accounts_file.watch())
+        if self.queue:      # comes last, because a failed start would cut off its messages
+            await self.queue.start()
 
     def close(self) -> None:
-        """Close what is open to Microsoft, and end what is under way."""
+        """Close the connections to Microsoft, and release the queue."""
         if self._watcher:
             self._watcher.cancel()
         self._pool.close()
-        if self.spool:
-            self.spool.close()
-
-    async def log_in(self, request: Authenticate, address: IpAddress | None,
-                     ident: str) -> Principal:
-        """Check a login. Raises AuthError, after a pause, and TemporaryError."""
-        user = self.directory.loggable_username(request.username)
-        failures = self.directory.failures
-        try:
-            login = await self._check_login(request, address)
-        except RelayError as error:
-            pause, result, facts = 0.0, "tempfail", dict(error.facts)
-            if isinstance(error, AuthError):
-                pause, result = failures.add(address), "refused"
-                if self.directory.file.accounts.at(address, self.config)[0]:
-                    facts["remedy"] = "from here no login is needed: switch it off there"
-            elif not isinstance(error, TooManyFailures):
-                error = TemporaryError("The password cannot be checked now, it may be "
-                                       f"right: {error.reply.text}", 454, "4.7.0",
-                                       level=error.level)
-            log_event(error.level, ident, "auth", user=user, client=address, result=result,
-                      reply=error.reply, **facts)
-            await asyncio.sleep(pause)
-            raise error from None
-        log_event(logging.INFO, ident, "auth", user=user, result="ok",
-                  account=login.account.name or None)
-        return login
-
-    async def _check_login(self, request: Authenticate,
-                           address: IpAddress | None) -> Principal:
-        failures, deadline = self.directory.failures, self._deadline()
-        failures.check(address)
-        try:
-            login = await self.directory.find(request, address, deadline)
-            # With a spool who has given the right password need not wait for Microsoft.
-            if not (self.spool and login.application.relay_holds_secret):
-                await self._tokens.get(login.application, deadline)
-        except AuthError:
-            failures.check(address)     # who guesses at once must not see by the replies
-            raise                       # which guess was right
-        failures.check(address)
-        if self.spool:
-            self.spool.remember_secret(login.application)
-        return login
-
-    async def deliver(self, login: Principal, envelope: Envelope, session: str) -> str:
-        """Send a message, or queue it; returns the text of the reply. Raises RelayError."""
-        ident, started, deadline = str(uuid.uuid4()), time.monotonic(), self._deadline()
-        account = login.account
-        facts: dict[str, object] = {
-            "session": session, "account": account.name or None,
-            "sender": envelope.reverse_path, "recipients": len(envelope.recipients),
-            "size": len(envelope.message)}
-        try:
-            message, digest = await self._prepare(login, envelope, deadline)
-            facts.update(sender=message.edited.mailbox, size=message.edited.size)
-            if not account.message_options(self.config).sender(envelope.reverse_path):
-                account.check(message.edited.mailbox, "allowed_senders")
-            if message.draft:
-                facts["attachments"] = len(message.draft.attachments)
-            async with self._duplicates.claim(digest, deadline) as first:
-                if first:
-                    level, event = logging.INFO, "repeated"
-                    facts["first"], text = first
-                else:
-                    level, event, text = await self._send(login, envelope, message, ident,
-                                                          deadline, facts)
-                    self._duplicates.accepted(digest, ident, text)
-        except asyncio.CancelledError:
-            log_event(logging.WARNING, ident, "cut", **{
-                **facts, "problem": "the relay stops; it may have been sent"})
-            raise
-        except RelayError as error:
-            reply = error.reply         # of a token, others may have the same error
-            log_event(error.level, ident, "refused", **{**facts, **error.facts,
-                      "reply": reply}, seconds=time.monotonic() - started)
-            raise RelayError(f"{reply.text}, id {ident}", reply.code, reply.status,
-                             close=reply.close) from None
-        log_event(level, ident, event, **facts, seconds=time.monotonic() - started)
-        return text
-
-    async def _prepare(self, login: Principal, envelope: Envelope,
-                       deadline: float) -> tuple[PreparedMessage, bytes]:
-        """Edit a message. Use a thread if it is large: 150 MB, or a million lines."""
-        def edit() -> tuple[PreparedMessage, bytes]:
-            message = prepare_message(envelope, self.config, login)
-            return message, self._duplicates.digest(login, envelope,
-                                                    message.edited.original_header)
-        if (len(envelope.message) < SMALL_MESSAGE
-                and envelope.message.find(b"\r\n\r\n", 0, SMALL_HEADER) >= 0):
-            return edit()
-        try:
-            return await result_before(deadline, run_in_thread(edit))
-        except TimeoutError:
-            raise TemporaryError("The message takes too long to read; try again later"
-                                 ) from None
-
-    async def _send(self, login: Principal, envelope: Envelope, message: PreparedMessage,
-                    ident: str, deadline: float,
-                    facts: dict[str, object]) -> tuple[int, str, str]:
-        """Send or queue a message; returns level and event to log, and the reply's text."""
-        application = login.application
-        try:
-            response = await self._graph.send(application, message, ident, deadline,
-                                              is_live=True)
-        except asyncio.CancelledError:
-            if not self.spool:
-                raise
-            reason = "the relay stops"
-        except AuthError as error:              # the secret has changed since the login
-            raise TemporaryError("Microsoft no longer accepts this login; log in again",
-                                 421, "4.7.0", close=True,
-                                 facts=error.facts | {"entra": error.reply.text}) from None
-        except TemporaryError as error:
-            if not self.spool:
-                raise
-            facts.update(error.facts, reply=error.reply)
-            reason = str(error.reply)
-        else:
-            facts["request_id"] = response.headers.get("request-id")
-            if self.spool:
-                self.spool.remember_secret(application)
-            return logging.INFO, "sent", f"Accepted by Microsoft 365, id {ident}"
-        edited = message.edited
-        await self.spool.put(QueuedMessage(
-            ident, login.account.name, application.tenant, application.client,
-            edited.mailbox, envelope.reverse_path and (
-                login.account.from_email or envelope.reverse_path),
-            list(envelope.recipients.values()), len(edited.header), edited.size, False,
-            time.time(), 1, 0.0, reason), [edited.header, edited.body], application)
-        return logging.WARNING, "queued", f"Queued, id {ident}"
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self.config.upstream_timeout
+        if self.queue:
+            self.queue.close()
 
 
 class Connection:
-    """A client's connection: the shell around a Session."""
+    """A client's connection: the shell of a Session."""
 
     def __init__(self, relay: Relay, contexts: Mapping[str, ssl.SSLContext],
                  address: IpAddress | None, reader: asyncio.StreamReader,
                  writer: asyncio.StreamWriter, *, implicit_tls: bool) -> None:
-        """Begin to serve the client, in `task`."""
-        self.ident = secrets.token_hex(4)
-        self.site = client_prefix(address)
+        """Start to serve the client, in `task`."""
+        self.session_id = secrets.token_hex(4)
+        self.client_prefix = client_prefix(address)
         self.is_running = False
         self.is_stopping = False
+        self.policy = relay.authenticator.policy(address)
         self._relay = relay
         self._address = address
-        self.guest, config = relay.directory.file.accounts.at(address, relay.config)
-        self._context = contexts.get(config.tls_min_version)
+        self._context = contexts.get(self.policy.tls_min_version)
         self._reader = reader
         self._writer = writer
-        self._plain_writer = writer     # asyncio closes its transport when it is collected
-        self._session = Session(config, relay.name, self._trace, relay.memory, self.guest)
+        # Kept, because asyncio closes a writer's transport when the writer is collected.
+        self._plain_writer = writer
+        self._session = Session(relay.config, relay.name, self.policy, relay.memory,
+                                self._log_line, self._log_refusal)
         self._timeout = relay.config.client_timeout
-        self._progress = -1             # of the session, when this began:
-        self._deadline = 0.0            # for the command under way
+        self._progress = -1             # Session.progress when the deadline was set
+        self._deadline = 0.0            # for the current command
         self._accepted_at = time.monotonic()        # the last login or message
         self.task = asyncio.ensure_future(self._run(implicit_tls))
 
     async def _run(self, implicit_tls: bool) -> None:
-        """Serve the client until one of us leaves."""
+        """Serve the client until either side closes the connection."""
         self.is_running = True
         reason = "the relay stops"
         try:
-            if implicit_tls:            # nothing may be awaited before, see _start_tls
+            if implicit_tls:            # there must be no await before, see _start_tls()
                 await self._start_tls()
             self._session.greet()
             reason = await self._serve()
@@ -4952,27 +5132,26 @@ class Connection:
         except asyncio.CancelledError:
             self._writer.write(bytes(_STOPPING))
         except Exception:
-            log.error("%s broken", self.ident, exc_info=True)
-            reason = "a defect of the relay"
-            self._writer.write(bytes(Reply(421, "4.3.0", "The relay has a problem; try "
-                                                         "again later")))
+            log.error("%s internal-error", self.session_id, exc_info=True)
+            reason = "internal error"
+            self._writer.write(bytes(Reply(421, "4.3.0", "Internal error, try again")))
         self._session.reset()
-        self.is_running = False         # what follows ends soon, and is not to be cut off
-        log_event(logging.INFO, self.ident, "disconnected", reason=reason)
-        await self._close_writer()
+        self.is_running = False         # closing takes LINGER at most; do not cancel it
+        log_event(logging.INFO, self.session_id, "disconnected", reason=reason)
+        await self._close()
 
     def stop(self) -> None:
-        """Leave as soon as no message is lost by it."""
+        """End the connection as soon as no message is lost by that."""
         self.is_stopping = True
-        # A task that has not begun would not begin, and so not close the connection.
+        # A task that has not started yet must start, because it closes the connection.
         if self.is_running and not self._session.holds_message:
             self.task.cancel()
 
     async def _serve(self) -> str:
-        """Do what the session asks for; returns the reason of its end."""
+        """Do what the session asks for; return the reason why it ended."""
         while True:
             if self._session.holds_message:
-                pass                    # the client must hear what becomes of it
+                pass                    # the client must get the reply to its message
             elif self.is_stopping:
                 self._session.end(_STOPPING, "the relay stops")
             elif time.monotonic() > self._accepted_at + NO_PROGRESS_TIMEOUT:
@@ -4980,7 +5159,7 @@ class Connection:
                                                       "or message"), "no progress")
             event = self._session.next_event()
             if isinstance(event, StartTls):
-                # What comes behind the 220 is for the handshake.
+                # The bytes that follow the 220 are for the handshake.
                 self._writer.transport.pause_reading()      # type: ignore[attr-defined]
             if replies := self._session.output():
                 await self._send(replies)
@@ -4989,29 +5168,30 @@ class Connection:
             if event is None:
                 await self._read()
             else:
-                await self._answer(event)
+                await self._handle(event)
 
-    async def _answer(self, event: StartTls | Authenticate | Deliver) -> None:
+    async def _handle(self, event: StartTls | Authenticate | Deliver) -> None:
+        """Do what an event asks for, and pass the result to the session."""
         try:
             if isinstance(event, StartTls):
                 await self._start_tls()
             elif isinstance(event, Authenticate):
-                self._session.authenticated(await self._relay.log_in(
-                    event, self._address, self.ident))
+                self._session.authenticated(await self._relay.authenticator.log_in(
+                    event, self._address, self.session_id))
             else:
-                assert self._session.login is not None      # MAIL needs a login
-                self._session.delivered(await self._relay.deliver(
-                    self._session.login, event.envelope, self.ident))
+                assert self._session.principal is not None      # MAIL requires a login
+                self._session.delivered(await self._relay.delivery.deliver(
+                    self._session.principal, event.envelope, self.session_id))
         except RelayError as error:
             self._session.refuse(error.reply)
         else:
             self._accepted_at = time.monotonic()
-        self._progress = -1             # the client was not waited for
+        self._progress = -1             # that time does not count against the client
 
     async def _send(self, replies: bytes) -> None:
-        """Send replies; a client that does not read is cut off."""
+        """Send replies; abort the connection if the client does not read them."""
         self._writer.write(replies)
-        # wait_for() could lose the cancellation by which stop() ends a connection.
+        # Not wait_for(), which can lose the cancellation that stop() requests.
         timer = asyncio.get_running_loop().call_later(
             self._timeout, self._writer.transport.abort)
         try:
@@ -5020,11 +5200,11 @@ class Connection:
             timer.cancel()
 
     async def _read(self) -> None:
-        """Give the session what the client sends, unless it takes too long."""
+        """Pass input to the session. End it if the client makes no progress in time."""
         if self._progress != self._session.progress:
             self._progress = self._session.progress
             self._deadline = time.monotonic() + self._timeout
-        # wait_for() would make a task for each read.
+        # Not wait_for(), which would create a task for each read.
         timer = asyncio.get_running_loop().call_later(
             self._deadline - time.monotonic(), self._time_out)
         try:
@@ -5033,16 +5213,16 @@ class Connection:
             timer.cancel()
 
     def _time_out(self) -> None:
-        self._session.end(Reply(421, "4.4.2", "Waited too long for you; goodbye"),
+        self._session.end(Reply(421, "4.4.2", "Timeout exceeded, closing connection"),
                           "timed out")
         self._writer.transport.pause_reading()      # type: ignore[attr-defined]
-        self._reader.feed_eof()                     # after it, data would be a fault
+        self._reader.feed_eof()                     # a reader accepts no data after EOF
 
     async def _start_tls(self) -> None:
         """Do the handshake. Raises OSError.
 
         StreamWriter.start_tls() would keep what came in the clear (CVE-2011-0411). Here the
-        new reader has seen nothing, and asyncio reads nothing for the old one between
+        new reader has seen nothing, and asyncio reads nothing for the old reader between
         pause_reading(), or the start of a new connection's task, and the first await.
         """
         assert self._context is not None
@@ -5054,60 +5234,58 @@ class Connection:
                 self._writer.transport, protocol, self._context, server_side=True,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
         except BaseException:
-            self._writer.transport.abort()      # nobody tells its protocol of the end
+            self._writer.transport.abort()      # its protocol does not learn of the end
             raise
         assert transport is not None
         protocol.connection_made(transport)
         self._reader = reader
         self._writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         self._session.tls_started()
-        log_event(logging.INFO, self.ident, "tls",
+        log_event(logging.INFO, self.session_id, "tls",
                   version=self._writer.get_extra_info("ssl_object").version(),
                   cipher=self._writer.get_extra_info("cipher")[0])
 
-    async def _close_writer(self) -> None:
-        # Python 3.9 knows only below TLS that a connection is gone.
+    async def _close(self) -> None:
+        # In Python 3.9 only the transport below TLS knows that the connection is closed.
         if not (self._plain_writer.transport.is_closing()
                 or self._writer.transport.is_closing()):
             self._writer.close()
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._writer.wait_closed(), LINGER)
-        # Not that of TLS: once it is closing it does nothing more, and waits for ever until
-        # a client takes what is left. Nor one that is at its end: asyncio fails there.
+        # The transport of TLS would wait without end for a client that does not read, so
+        # abort the transport below it. asyncio fails if the socket is already closed.
         if self._plain_writer.get_extra_info("socket").fileno() >= 0:
             self._plain_writer.transport.abort()
 
-    def _trace(self, mark: str, what: object) -> None:
-        if mark == "!":
-            # MAX_MEMORY_FOR_MESSAGES is too small for what comes; all else is the client's.
-            is_ours = isinstance(what, Reply) and what.status == "4.3.1"
-            log_event(logging.WARNING if is_ours else logging.INFO, self.ident, "refused",
-                      reply=what)
-        elif log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s %s", self.ident, mark, quote_value(what))
+    def _log_line(self, mark: str, line: object) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %s %s", self.session_id, mark, quote_value(line))
+
+    def _log_refusal(self, error: RelayError) -> None:
+        log_event(error.level, self.session_id, "refused", reply=error.reply)
 
 
 class Server:
-    """Accepts connections, within the limits."""
+    """Accepts connections within the limits."""
 
     def __init__(self, relay: Relay, contexts: Mapping[str, ssl.SSLContext]) -> None:
-        """Get ready; `contexts` are by TLS_MIN_VERSION, and none for no TLS."""
+        """Create it; `contexts` are by TLS_MIN_VERSION, and empty without TLS."""
         self._relay = relay
         self._contexts = contexts
         self._connections: set[Connection] = set()
         self._is_stopping = False
-        # A connection needs a file, and may need a second one to reach Microsoft.
+        # A connection needs a file descriptor, and perhaps a second to reach Microsoft.
         limit = raise_open_files(2 * relay.config.max_connections + 2 * SPARE_FILES)
         self._client_files = limit - min(SPARE_FILES, limit / 2)
 
     async def run(self, sockets: list[tuple[socket.socket, bool]],
                   stop: asyncio.Event) -> None:
-        """Serve until `stop` on bound sockets, each with whether it is for implicit TLS."""
+        """Serve on bound sockets until `stop`; True marks a socket for implicit TLS."""
         servers = []
         for sock, implicit_tls in sockets:
             accept = functools.partial(self._accept, implicit_tls)
-            # With a backlog of 1: when there are no more file descriptors, asyncio tries
-            # as often as that each second, and logs each.
+            # asyncio accepts as many connections at once as its own backlog says, and logs
+            # each failure. If no file descriptor is left, 1 keeps that to one line.
             servers.append(await asyncio.start_server(accept, sock=sock, backlog=1))
             sock.listen(BACKLOG)
             log_event(logging.INFO, "-", "listening", address=sock.getsockname()[0],
@@ -5116,73 +5294,77 @@ class Server:
         await stop.wait()
         self._is_stopping = True
         log_event(logging.INFO, "-", "stopping", connections=len(self._connections))
-        with contextlib.suppress(NotImplementedError):      # of Windows
+        with contextlib.suppress(NotImplementedError):      # on Windows
             for sock, _ in sockets:
                 asyncio.get_running_loop().remove_reader(sock)
-        for _ in range(3):              # turns that asyncio needs to begin a connection
-            await asyncio.sleep(0)      # which it has accepted; after close() it fails
+        # asyncio needs some turns of the loop to start a connection that it has accepted.
+        # After close() that would fail.
+        for _ in range(3):
+            await asyncio.sleep(0)
         for server in servers:
             server.close()
         await self._drain()
 
     async def _drain(self) -> None:
-        """Let messages in flight end, then cut what is left."""
+        """Let messages in flight finish, then abort the rest."""
         for connection in list(self._connections):
             connection.stop()
         tasks = {connection.task for connection in self._connections}
-        if self._relay.spool:
-            tasks |= self._relay.spool.stop()
+        if self._relay.queue:
+            tasks |= self._relay.queue.stop()
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self._relay.config.shutdown_timeout)
             for task in late:
                 task.cancel()
             if late:
-                log_event(logging.WARNING, "-", "cut", connections=len(late))
-                # What is left is queued, which may take the disk as long as ever.
+                log_event(logging.WARNING, "-", "aborted", connections=len(late))
+                # Their messages are queued now, which may take the full DISK_TIMEOUT.
                 await asyncio.wait(late, timeout=GRACE + (
-                    DISCARD_TIMEOUT + DISK_TIMEOUT if self._relay.spool else 0.0))
+                    DISCARD_TIMEOUT + DISK_TIMEOUT if self._relay.queue else 0.0))
 
     def _accept(self, implicit_tls: bool, reader: asyncio.StreamReader,
                 writer: asyncio.StreamWriter) -> None:
         sock = writer.get_extra_info("socket")
-        with contextlib.suppress(OSError):      # a reply that waits for an ACK takes 40 ms
+        with contextlib.suppress(OSError):      # without it some replies take 40 ms more
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = writer.get_extra_info("peername")
         address = parse_address(peer[0]) if peer else None
         client = str(address or "unknown")
-        problem = self._find_problem(client_prefix(address), sock.fileno())
+        problem = self._limit_reached(client_prefix(address), sock.fileno())
         if problem:
             if not implicit_tls:
                 writer.write(bytes(Reply(421, "4.7.0", f"{problem}; try again later")))
             writer.close()
-            log_event(logging.WARNING, "-", "turned-away", client=client, reason=problem)
+            log_event(logging.WARNING, "-", "connection-refused", client=client,
+                      reason=problem)
             return
         connection = Connection(self._relay, self._contexts, address, reader, writer,
                                 implicit_tls=implicit_tls)
-        connection.is_stopping = self._is_stopping      # asyncio had accepted it already
+        connection.is_stopping = self._is_stopping      # if asyncio accepted it before
         self._connections.add(connection)
         connection.task.add_done_callback(
             lambda task: self._connections.discard(connection))
-        guest = connection.guest
-        log_event(logging.INFO, connection.ident, "connected", client=client,
+        anonymous = connection.policy.anonymous
+        log_event(logging.INFO, connection.session_id, "connected", client=client,
                   port=writer.get_extra_info("sockname")[1],
-                  account=guest.account.name if guest else None)
+                  account=anonymous.account.name if anonymous else None)
 
-    def _find_problem(self, site: bytes, file: int) -> str:
+    def _limit_reached(self, prefix: bytes, file: int) -> str:
+        """Return the limit that a new connection exceeds, as a sentence, or ""."""
         config = self._relay.config
         if file >= self._client_files:
             return "Too many connections for the limit of open files"
         if len(self._connections) >= config.max_connections:
             return "Too many connections"
-        most = config.max_connections_per_client
-        if len(self._connections) >= most <= sum(
-                connection.site == site for connection in self._connections):
+        limit = config.max_connections_per_client
+        if len(self._connections) >= limit <= sum(
+                connection.client_prefix == prefix for connection in self._connections):
             return "Too many connections from your address"
         return ""
 
 
 def open_listeners(config: Config) -> list[tuple[socket.socket, bool]]:
-    """Open the ports; each with whether it is for implicit TLS. Raises StartError."""
+    """Open the ports; True marks a port for implicit TLS. Raises StartError."""
     sockets = [(_listen(config, "SMTP_PORT", config.smtp_port), False)]
     if config.smtps_port:
         sockets.append((_listen(config, "SMTPS_PORT", config.smtps_port), True))
@@ -5192,7 +5374,7 @@ def open_listeners(config: Config) -> list[tuple[socket.socket, bool]]:
 def _listen(config: Config, setting_name: str, port: int) -> socket.socket:
     is_dual = not config.listen_address and socket.has_dualstack_ipv6()
     host = "::" if is_dual else config.listen_address or "0.0.0.0"
-    if host.lower() == "localhost":     # its first address may be ::1 alone
+    if host.lower() == "localhost":     # it may resolve to ::1 only
         host = "127.0.0.1"
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -5205,17 +5387,17 @@ def _listen(config: Config, setting_name: str, port: int) -> socket.socket:
 
 
 def drop_privileges(user: str) -> None:
-    """Give up root's rights, its groups too. Raises ConfigError, StartError."""
+    """Become a user, with this user's groups only. Raises ConfigError and StartError."""
     if not user:
         return
     try:
         entry = pwd.getpwnam(user)
     except (AttributeError, KeyError):      # AttributeError: this system has no users
         raise ConfigError(f"RUN_AS={user!r}: must be the name of a user of this system, or "
-                          "nothing") from None
+                          "empty") from None
     if os.geteuid() != 0:
-        log_event(logging.INFO, "-", "stays", run_as=user,
-                  reason="only root can become another user")
+        log_event(logging.INFO, "-", "run-as-ignored", run_as=user,
+                  reason="not started as root")
         return
     try:
         os.initgroups(user, entry.pw_gid)
@@ -5227,14 +5409,15 @@ def drop_privileges(user: str) -> None:
 
 
 def raise_open_files(wanted: int) -> float:
-    """Raise the soft limit of open files to `wanted` if possible; returns the limit."""
+    """Raise the soft limit of open files to `wanted` if possible; return the limit."""
     if resource is None:
         return math.inf
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < wanted:              # RLIM_INFINITY is -1, or very large
+    if 0 <= soft < wanted:              # RLIM_INFINITY is -1 or very large
         limit = min(wanted, hard) if hard >= 0 else wanted
-        with contextlib.suppress(OSError, ValueError):      # macOS and sandboxes have more
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))       # limits
+        # macOS and sandboxes can refuse a limit below the hard limit.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
     return soft if soft >= 0 else math.inf
 
@@ -5242,14 +5425,14 @@ def raise_open_files(wanted: int) -> float:
 def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> None:
     """Call `stop` at SIGTERM or SIGINT, `reload` at SIGHUP; a second stop ends at once.
 
-    All three are always handled: the relay as PID 1 of a container has no default action,
-    and SIGHUP would end it elsewhere. Windows lacks the loop's add_signal_handler().
+    All three need a handler: PID 1 of a container has no default action, and elsewhere
+    SIGHUP would end the relay. Windows lacks the loop's add_signal_handler().
     """
     def handle(number: int, frame: object) -> None:
         if number in STOP_SIGNALS:
             for each in STOP_SIGNALS:
                 signal.signal(each, lambda number, _: os._exit(128 + number))
-        with contextlib.suppress(RuntimeError):         # the loop has ended already
+        with contextlib.suppress(RuntimeError):         # the loop may have ended
             (stop if number in STOP_SIGNALS else reload)()
 
     for number in (*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -5258,13 +5441,16 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
 
 def run(config: Config, on_listening: Callable[[int], None] | None = None,
         microsoft: Any = None) -> None:
-    """Serve until a signal; `announce` gets the port. Raises ConfigError, StartError."""
-    handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has begun yet
+    """Serve until a signal. Raises ConfigError and StartError.
+
+    `on_listening` gets the port; `microsoft` is for the demo, see Relay.
+    """
+    handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has started yet
     contexts = make_tls_contexts(config)
     relay = Relay(config, microsoft)
     sockets = open_listeners(config)
     drop_privileges(config.run_as)
-    relay.directory.file.check_access()
+    relay.accounts_file.check_access()
     if on_listening:
         on_listening(sockets[0][0].getsockname()[1])
     asyncio.run(_run(relay, contexts, sockets))
@@ -5273,18 +5459,18 @@ def run(config: Config, on_listening: Callable[[int], None] | None = None,
 async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
                sockets: list[tuple[socket.socket, bool]]) -> None:
     loop = asyncio.get_running_loop()
-    # Such as that there are no more file descriptors.
+    # Called for errors outside of tasks, such as accept() without free file descriptors.
     loop.set_exception_handler(lambda _, context: log_event(
-        logging.ERROR, "-", "asyncio", problem=context.get("message"),
+        logging.ERROR, "-", "internal-error", problem=context.get("message"),
         error=context.get("exception")))
     stop = asyncio.Event()
     try:
         await relay.start()
-        soon, file = loop.call_soon_threadsafe, relay.directory.file
-        with contextlib.suppress(NotImplementedError):      # of Windows
-            # This has any signal wake the loop, also one that comes just before it sleeps.
+        soon, accounts_file = loop.call_soon_threadsafe, relay.accounts_file
+        with contextlib.suppress(NotImplementedError):      # on Windows
+            # With it any signal wakes the loop, even just before the loop sleeps.
             loop.add_signal_handler(signal.SIGTERM, stop.set)
-        handle_signals(lambda: soon(stop.set), lambda: soon(file.ask))
+        handle_signals(lambda: soon(stop.set), lambda: soon(accounts_file.request_reload))
         await Server(relay, contexts).run(sockets, stop)
     finally:
         relay.close()
@@ -5292,7 +5478,7 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
 
 
 # ---------------------------------------------------------------------------
-# §18  Demo
+# §20  Demo
 
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
 
@@ -5364,7 +5550,7 @@ Stop with Ctrl-C.
 
 
 # ---------------------------------------------------------------------------
-# §19  Explain
+# §21  Explain
 #
 # What would become of a message, told without any network by the code that would do it.
 
@@ -5372,7 +5558,7 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
     """Print what the relay would do; returns whether it would send the message."""
     try:
         envelope = _receive(config, message, sender, recipients)
-        outgoing = prepare_message(envelope, config)
+        outgoing = prepare_message(envelope, config, Account().as_principal(config))
     except RelayError as error:
         print(f"Refused: {error.reply}")
         return False
@@ -5400,9 +5586,9 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
 def _receive(config: Config, message: bytes, sender: str,
              recipients: Iterable[str]) -> Envelope:
     """Say to a Session what a device would. Raises RelayError with its first refusal."""
-    session = Session(config, "explain", _raise_refusal)
+    session = Session(config, "explain", on_refusal=_raise_refusal)
     session.tls_started()
-    session.authenticated(Principal(Account(), Application("", ""), "explain"))
+    session.authenticated(Account().as_principal(config, username="explain"))
     utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
     lines = ["EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
              *(f"RCPT TO:<{one}>" for one in recipients), "DATA", ""]
@@ -5416,9 +5602,8 @@ def _receive(config: Config, message: bytes, sender: str,
     return event.envelope
 
 
-def _raise_refusal(mark: str, what: object) -> None:
-    if mark == "!" and isinstance(what, Reply):
-        raise RelayError(what.text, what.code, what.status)
+def _raise_refusal(error: RelayError) -> None:
+    raise error
 
 
 def _edits(before: bytes, after: bytes) -> Iterator[str]:
@@ -5439,7 +5624,7 @@ def escape_unprintable(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------
-# §20  Command line
+# §22  Command line
 
 def serve(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Run the relay. Raises ConfigError, StartError."""
@@ -5500,11 +5685,12 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
     address = parse_address(arguments.match)
     if address is None:
         raise ConfigError(f"{arguments.match!r} is no IP address")
-    guest, config = file.accounts.at(address, config)
+    policy = file.accounts.match_address(address, config)
+    anonymous = f"as [{policy.anonymous.account.name}]" if policy.anonymous else "no"
     print(f"{address}\n"
-          f"without login:    {f'as [{guest.account.name}]' if guest else 'no'}\n"
-          f"require_tls:      {str(config.require_tls).lower()}\n"
-          f"tls_min_version:  {config.tls_min_version}\n"
+          f"without login:    {anonymous}\n"
+          f"require_tls:      {str(policy.require_tls).lower()}\n"
+          f"tls_min_version:  {policy.tls_min_version}\n"
           "may log in as:    "
           + (" ".join(f"[{one.name}]" for one in file.accounts
                       if (one.password or not one.has_credential)
@@ -5542,7 +5728,7 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
                                     else math.inf):
             if action == "drop":
                 files.remove(path)
-                files.report(path.stem)
+                files.notify(path.stem)
             elif action in ("list", "show"):
                 print(describe_message(path, message))
                 if action == "show":
@@ -5551,7 +5737,7 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
             elif message and (wanted or path.parent == files.queue):
                 if path.parent == files.failed:
                     files.retry(message)
-                files.report(message.id)
+                files.notify(message.id)
                 print(f"{message.id} is tried again; if the relay lacks its secret, when "
                       f"{message.login} logs in")
     except OSError as error:
