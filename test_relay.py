@@ -3470,7 +3470,7 @@ class EntraAnswerTests(unittest.TestCase):
 
 
 class GraphAnswerTests(unittest.TestCase):
-    """Each response of Graph has its reply; SendTests sends the whole TABLE."""
+    """Errors of Graph, and the replies they become; SendTests sends the whole TABLE."""
 
     TABLE = [(int(error[:3]), error[4:], wanted) for wanted, errors in {
         "550 5.7.1": "403 ErrorAccessDenied, 403 erroraccessdenied, 403 SomethingNew, 403",
@@ -3513,12 +3513,12 @@ class QueuedMessageTests(unittest.TestCase):
     """The state file of a queued message, its bounce, and its line in `spool list`."""
 
     def test_a_state_file_is_read_completely_or_refused(self) -> None:
-        whole = vars(make_message(recipients=["a@x.y", "\u00fc@x.y"], reason="a\nb\u00fc"))
-        self.assertEqual(vars(relay.parse_queued_message(json.dumps(whole).encode())), whole)
-        without = {name: whole[name] for name in whole if name != "mailbox"}
+        state = vars(make_message(recipients=["a@x.y", "\u00fc@x.y"], reason="a\nb\u00fc"))
+        self.assertEqual(vars(relay.parse_queued_message(json.dumps(state).encode())), state)
+        without = {name: state[name] for name in state if name != "mailbox"}
         for text in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, *(
                 json.dumps(values).encode() for values in (without, *(
-                    {**whole, **change} for change in (
+                    {**state, **change} for change in (
                         {"size": "15"}, {"size": True}, {"attempts": 1.0}, {"is_bounce": 0},
                         {"junk": 1}, {"recipients": "a@x.y"}, {"queued_at": None}))))):
             with self.subTest(text[-30:]), self.assertRaises(ValueError):
@@ -3770,7 +3770,7 @@ class HttpsTests(HangCase):
         port, begun = int(self.fake.url.rpartition(":")[2]), {}
 
         def begin(request: str, way: str, **settings: str) -> None:
-            client = self.with_environ({}, UPSTREAM_TIMEOUT=str(SHORT), **settings)
+            client = self.connect(self.another(UPSTREAM_TIMEOUT=str(SHORT), **settings))
             if request == "send":
                 self.assertReply(client.log_in(password=self.password), "235 2.7.0")
             begun[request, way] = (Waiting(client, login_line()) if request == "token" else
@@ -3789,14 +3789,14 @@ class HttpsTests(HangCase):
             with self.subTest(request, way=way):
                 self.assertTimely(waiting, "454 4.7.0" if request == "token" else "451 4.4.1")
         self.assertEqual(self.fake.asked("send"), [])
-        wait_for(lambda: not calls_under_way())     # although all of Between still hangs
+        wait_for(lambda: not calls_under_way())     # although every Between still hangs
 
 
 @unittest.mock.patch.object(relay, "GRACE", HANGING)    # so only the thread enforces the deadline
 class HangTests(HangCase):
-    """Microsoft stops responding, at any point of a response."""
+    """Microsoft stops responding, at any point of an exchange."""
 
-    # Logins and messages are tested with every stop, the other requests with some.
+    # Token and send requests are tested with every stop, the other requests with some.
     cases = [(request, where) for request in STOPPED_KINDS for where in STOPS
              if where in ("before the headers", "in the body") or request in ("token", "send")
              or (request, where) in (("put", "half of the request"), ("imds", "in the headers"))]
@@ -3887,7 +3887,7 @@ class SlowWorkTests(HangCase):
     """The machine is too slow to process a message before the deadline."""
 
     def test_a_client_gets_its_reply_in_time_while_its_message_is_processed(self) -> None:
-        """The messages are slow to parse, to attach a file of, and to upload a chunk of."""
+        """The slow step is parsing, then adding an attachment, then uploading a chunk."""
         fake, running = self.beside()
         clients = [self.logged_in(running=running) for _ in range(3)]
         in_thread = lambda *_: threading.current_thread().name == "relay-call"  # noqa: E731
@@ -3934,7 +3934,7 @@ class LookUpTests(HangCase):
         self.assertEqual(clients[0].log_in()[:9], "235 2.7.0")
 
     def test_a_message_is_freed_although_its_look_up_hangs(self) -> None:
-        """Only the thread stays. No garbage collection is needed to free the message."""
+        """Only the thread stays. The message is freed without a garbage collection."""
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
@@ -4031,8 +4031,8 @@ class SignInTests(RelayCase):
             self.assertEqual(request.form["client_secret"], self.password)
             self.assertEqual(request.form["client_id"], CLIENT)
 
-    def test_a_token_tells_the_tenant_id_of_a_domain(self) -> None:
-        """A token without a valid tenant ID is used, and the domain stays as it is."""
+    def test_a_domain_is_resolved_to_the_tenant_id_in_its_token(self) -> None:
+        """If a token has no valid tenant ID, the domain stays as it is."""
         def jwt(claims: Any) -> str:
             payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode()
             return f"e30.{payload.rstrip('=')}.signature"
@@ -4092,7 +4092,7 @@ class SignInTests(RelayCase):
                     self.assertNotIn("said=", line)
 
     def test_no_secret_stays_in_memory_after_a_failed_login(self) -> None:
-        """No garbage collection is needed, and the cached refusal does not hold it."""
+        """It is freed without a garbage collection, and the cached refusal does not hold it."""
         client = self.connect()
         gc.collect()
         gc.disable()
@@ -4335,8 +4335,8 @@ class AccountLoginTests(AccountCase):
         self.assertReply(client.post(sender="a@b.c"), "550 5.7.1")
         self.assertReply(client.post(), "250 2.0.0")
 
-    def test_the_reason_of_a_refused_login_is_in_the_log_only(self) -> None:
-        """One password is hashed for every login, so the time does not reveal accounts."""
+    def test_the_reason_for_a_refused_login_is_only_in_the_log(self) -> None:
+        """Each login hashes one password, so the time does not reveal which accounts exist."""
         replies = set()
         for user, password, problem in (
                 ("scan2", "wrong", "wrong password"), ("scan2", "", "wrong password"),
@@ -4403,7 +4403,7 @@ class AccountLoginTests(AccountCase):
             self.assertEqual(sorted(self.fake.delivered[-1].recipients), recipients)
 
     def test_allowed_senders_apply_to_from_if_it_decides_the_sender(self) -> None:
-        """From decides with the null reverse-path, and with SENDER_FROM=header."""
+        """From decides if the reverse-path is null, or with SENDER_FROM=header."""
         by_header = self.another(SENDER_FROM="header")
         for running, sender in ((self.running, ""), (by_header, "root@printer.local")):
             client = self.logged_in_as("own.secret", self.password, running)
@@ -4508,7 +4508,7 @@ class AccountLoginTests(AccountCase):
         for _, text in kept.find("auth"):
             self.assertEqual("no login is needed" in text, "client=127.0.0.2" in text)
 
-    def test_two_passwords_are_hashed_at_once_and_other_logins_wait(self) -> None:
+    def test_two_passwords_are_hashed_at_a_time_and_other_logins_wait(self) -> None:
         """The event loop is not blocked, and a login that gives up hashes nothing."""
         running = self.another(UPSTREAM_TIMEOUT="1.5")
         places = running.relay.directory._scrypt
@@ -4629,7 +4629,7 @@ class ReloadTests(AccountCase):
 
     def test_an_invalid_version_is_reported_once_and_the_old_one_stays(self) -> None:
         with kept_log() as kept:
-            for number in (1, 2):               # each time once
+            for number in (1, 2):               # once after each change
                 self.write(ACCOUNTS.replace("from_email", "form_email") + "[b]\nx = y\n")
                 wait_for(lambda: str(kept.lines).count("[b] x: is no key") == number)  # noqa: B023
                 self.write(ACCOUNTS.replace("[scan2]", f"[scan{number + 2}]"))
@@ -4681,7 +4681,7 @@ class ReloadTests(AccountCase):
             for load in (file.load, lambda: file._poll(False)):     # noqa: B023
                 with self.subTest(word), self.assertRaises(relay.ConfigError) as caught:
                     load()
-                    file._poll(False)       # the first poll only sees the change
+                    file._poll(False)       # a first poll only notices the change
                 self.assertIn(word, str(caught.exception))
 
     def test_a_new_time_size_or_inode_makes_the_relay_read_the_file(self) -> None:
@@ -4888,7 +4888,7 @@ class TableTests(RelayCase):
         self.assertEqual(self.fake.asked("table"), [])
         self.assertReply(self.log_in("a.b@lookup", running=own), "235 2.7.0")
 
-    def test_ids_in_the_table_can_have_each_form_that_they_have_in_a_login(self) -> None:
+    def test_ids_in_the_table_can_have_every_form_that_a_login_accepts(self) -> None:
         tenant = "aaaaaaaa-1111-4111-8111-111111111111"
         own = self.another(ACCOUNTS_REQUIRED="true")
         for form, user in ((tenant, ""), (tenant.upper(), ""), (relay.encode_uuid(tenant), ""),
@@ -4945,7 +4945,7 @@ class SendTests(RelayCase):
                                r"request-id=graph-request-1 seconds=\d+\.\d{3}$")
 
     def test_a_message_is_sent_from_the_mailbox_of_its_sender(self) -> None:
-        """It is percent-encoded in the path. With the null reverse-path it is that of From."""
+        """With the null reverse-path the address in From counts. URLs are percent-encoded."""
         client, head = self.logged_in(), b"From: Me <me@x.y>\r\nTo: a@x.y\r\n\r\n"
         for sender, path in (("a/b?c#d@x.y", "a%2Fb%3Fc%23d%40x.y"),
                              ("g#EXT#@x.y", "g%23EXT%23%40x.y"), ("", "me%40x.y"),
@@ -5012,7 +5012,7 @@ class SendTests(RelayCase):
                     wait_for(lambda: number in self.fake.closed)    # noqa: B023
 
     def test_a_connection_is_not_reused_after_a_broken_body(self) -> None:
-        """Its late rest would be read as the response to another message."""
+        """The rest could be read as the response to another message."""
         client = self.logged_in()
         for chunks in (b"zz\r\n", b"11170\r\n" + b"x" * 70_000 + b"\r\n0\r\n\r\n"):
             def broken(sock: socket.socket, _: Request, chunks: bytes = chunks) -> bool:
@@ -5146,7 +5146,7 @@ class SendTests(RelayCase):
 
     @unittest.mock.patch.object(relay, "DEFAULT_RETRY_DELAY", 99.0)
     def test_the_longest_retry_after_counts_up_to_half_an_hour(self) -> None:
-        """It also counts for messages that wait already."""
+        """It also defers messages that already wait."""
         for longest in ("99", "999999999"):
             self.open_lines()
             self.fake.reset()
@@ -5208,7 +5208,7 @@ class SendTests(RelayCase):
                 self.assertReply(reply, wanted)
                 self.assertEqual(len(self.fake.asked("send")), before + 1)
 
-    def test_four_messages_at_once_are_sent_from_a_mailbox_and_others_wait(self) -> None:
+    def test_a_mailbox_sends_four_messages_at_a_time_and_others_wait(self) -> None:
         self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 4)
         messages = [begin_message(self.logged_in(), b"", sender)
                     for sender in (SENDER, SENDER.title()) * 5]     # the same mailbox
@@ -5313,7 +5313,7 @@ class LargeMessageTests(RelayCase):
         self.assertEqual(self.fake.deleted, [])
         self.assertEqual({request.headers["user-agent"] for request in self.fake.requests},
                          {relay.USER_AGENT})
-        # All requests have one id, except the upload: that goes to another host.
+        # All requests have the same id. The upload has none, because it goes to another host.
         message_id = reply.rpartition(" ")[2]
         for request in self.fake.requests[1:]:
             self.assertEqual(request.headers.get("client-request-id"),
@@ -5347,7 +5347,7 @@ class LargeMessageTests(RelayCase):
         self.assertTrue(self.fake.sent_drafts[0].files[0][1] == SCAN_OCTETS)
         self.assertEqual(len(self.fake.asked("put")), 2)
 
-    def test_a_long_text_can_be_repeated_in_the_response(self) -> None:
+    def test_a_response_that_repeats_a_long_text_is_read(self) -> None:
         for text in ("<\u00fc>" * 900_000, "<" * 3_200_000):
             self.fake.reset()
             message = crlf(NAMED + "Content-Type: text/html\n\n" + text + "\n")
@@ -5379,7 +5379,7 @@ class LargeMessageTests(RelayCase):
         self.assertEqual([level for level, _ in kept.find("refused")], ["WARNING", "INFO"])
 
     def test_a_message_is_deferred_if_a_delay_leaves_too_little_time(self) -> None:
-        """A tenth of UPSTREAM_TIMEOUT must be left for a request, which is cut off otherwise."""
+        """A tenth of UPSTREAM_TIMEOUT must be left, or the request might be cut off."""
         client = self.logged_in()
         self.fake.will("send", graph_says(429, "X", retry_after="28.5"))
         begun = time.monotonic()
@@ -5400,7 +5400,7 @@ class DraftFaultTests(RelayCase):
     """Each step of a large message can fail: reply, requests, deletion and log."""
 
     settings = {"UPSTREAM_TIMEOUT": "30"}
-    UPLOADED = scan(32_000)[0]          # two pieces
+    UPLOADED = scan(32_000)[0]          # two chunks
     MESSAGE = crlf(multipart("mixed", PLAIN, PDF, UPLOADED, header=NAMED))
     # In the response to "open" these are not valid upload URLs.
     BAD_URLS = ("http://outlook.office.com/x", "ftp://127.0.0.1/x", "//127.0.0.1/x", "", 5, None,
@@ -5513,7 +5513,7 @@ class DraftFaultTests(RelayCase):
                                   kept.find("draft-left")], [("WARNING", True)] * bool(logged))
 
     def test_no_message_stays_in_memory_after_its_reply(self) -> None:
-        """No garbage collection is needed: it might not run for a long time."""
+        """It is freed without a garbage collection, which might not run for a long time."""
         client, large = self.logged_in(), self.MESSAGE
         signed = large.replace(b"multipart/mixed", b"multipart/signed")
 
@@ -5536,7 +5536,7 @@ class DraftFaultTests(RelayCase):
                 self.fake.will(step, *([action] if action else []))
                 self.fake.will("token", *([say(503)] if name == "renewal" else []))
                 self.assertEqual(client.post_octets(message, SENDER, ["a@x.y"])[:3], wanted)
-                wait_for(lambda: not held())            # the reply comes a moment before
+                wait_for(lambda: not held())            # the reply is sent a moment before
         self.assertEqual(self.running.ask(lambda: self.running.server._relay.memory.free),
                          268_435_456)
 
@@ -5613,7 +5613,7 @@ class LimiterTests(unittest.TestCase):
                 self.assertEqual(asyncio.run(play(cancelled)), order)
 
     def test_a_message_that_gets_no_slot_does_not_stay_in_memory(self) -> None:
-        """No garbage collection is needed."""
+        """It is freed without a garbage collection."""
         async def wait(limiter: relay.MailboxLimiter, message: relay.Envelope) -> None:
             async with limiter.slot(time.monotonic() + 0.02, is_live=True):
                 self.fail(f"a fifth slot, {message}")
