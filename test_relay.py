@@ -3447,22 +3447,22 @@ class MemoryTests(unittest.TestCase):
 
 
 class EntraAnswerTests(unittest.TestCase):
-    """What Entra's answers mean, facts 1.2 to 1.5; see SignInTests too."""
+    """Token responses of Entra ID are read correctly; SignInTests has the errors."""
 
-    def test_tokens(self) -> None:
-        lives: tuple[tuple[Any, float], ...] = (
+    def test_a_token_response_gives_the_token_and_its_lifetime(self) -> None:
+        lifetimes: tuple[tuple[Any, float], ...] = (
             (3599, 3299), ("3599", 3299), (300, 0), (301, 1), (0, 0), (-5, 0), (None, 0),
             ("soon", 0), ([], 0), ("nan", 0), ("inf", 0), (10 ** 400, 0), (1e9, 86400))
-        # App Service says when it ends, in text; IMDS says both, in text.
-        for expires_in, expires_on, life in (
-                *((expires_in, None, life) for expires_in, life in lives),
+        # App Service gives expires_on, IMDS gives both; both write numbers as strings.
+        for expires_in, expires_on, lifetime in (
+                *((expires_in, None, lifetime) for expires_in, lifetime in lifetimes),
                 (None, "1600", 300), ("600", "9", 300)):
             with self.subTest(expires_in, expires_on=expires_on):
                 self.assertEqual(relay.parse_token(response(200, {
                     "token_type": "Bearer", "access_token": "eyJ", "expires_in": expires_in,
-                    "expires_on": expires_on}), "s", 1000.0), ("eyJ", life))
+                    "expires_on": expires_on}), "s", 1000.0), ("eyJ", lifetime))
 
-    def test_the_secret_is_never_repeated(self) -> None:
+    def test_the_secret_is_removed_from_the_text_of_an_error(self) -> None:
         with self.assertRaises(relay.AuthError) as caught:
             relay.parse_token(response(401, aadsts(7000215, "invalid_client",
                                                   "no hid den&, no hid+den%26!")), "hid den&", 0)
@@ -3470,9 +3470,9 @@ class EntraAnswerTests(unittest.TestCase):
 
 
 class GraphAnswerTests(unittest.TestCase):
-    """Which answer is which reply: the table of the contract."""
+    """Errors of Graph, and the replies they become; SendTests sends the whole TABLE."""
 
-    TABLE = [(int(answer[:3]), answer[4:], wanted) for wanted, answers in {
+    TABLE = [(int(error[:3]), error[4:], wanted) for wanted, errors in {
         "550 5.7.1": "403 ErrorAccessDenied, 403 erroraccessdenied, 403 SomethingNew, 403",
         "550 5.7.60": "403 ErrorSendAsDenied",
         "550 5.1.8": "404 ErrorInvalidUser, 404 ResourceNotFound, 404 ErrorNonExistentMailbox, "
@@ -3487,16 +3487,16 @@ class GraphAnswerTests(unittest.TestCase):
                      "503 ErrorServerBusy, 504 UnknownError, 509, 599, 408, 408 RequestTimeout",
         "554 5.6.0": "400 ErrorMimeContentInvalidBase64String, 400, 405, 411, 415, 409 Odd",
         "554 5.3.0": "200, 201, 204, 302, 200 ErrorAccessDenied",
-    }.items() for answer in answers.split(", ")]
+    }.items() for error in errors.split(", ")]
 
-    def test_garbage(self) -> None:
+    def test_an_unreadable_error_body_leaves_the_status_to_decide(self) -> None:
         for body in (b"", b"null", b"5", b"[]", b'{"error": 5}', b'{"error": {"code": []}}',
                      b'{"error": {}}', b"\xff", b"[" * 100_000, b'{"error": {"code": "Err'):
             with self.subTest(body[:20]):
                 self.assertEqual(relay.graph_error(response(403, body), SENDER).reply.status,
                                  "5.7.1")
 
-    def test_retry_after(self) -> None:
+    def test_retry_after_is_a_number_or_a_date_and_anything_else_is_ignored(self) -> None:
         now = 1_800_000_000.0
         for text, seconds in (
                 ("0", 0), ("7", 7), (" 7 ", 7), ("2.128", 2.128),
@@ -3510,28 +3510,27 @@ class GraphAnswerTests(unittest.TestCase):
 
 
 class QueuedMessageTests(unittest.TestCase):
-    """What is in the files of the queue, and what is said when it failed."""
+    """The state file of a queued message, its bounce, and its line in `spool list`."""
 
-    def test_a_state(self) -> None:
-        whole = vars(make_message(recipients=["a@x.y", "\u00fc@x.y"], reason="a\nb\u00fc"))
-        found = relay.parse_queued_message(json.dumps(whole).encode())
-        self.assertEqual(vars(found), whole)
-        without = {name: whole[name] for name in whole if name != "mailbox"}
+    def test_a_state_file_is_read_completely_or_refused(self) -> None:
+        state = vars(make_message(recipients=["a@x.y", "\u00fc@x.y"], reason="a\nb\u00fc"))
+        self.assertEqual(vars(relay.parse_queued_message(json.dumps(state).encode())), state)
+        without = {name: state[name] for name in state if name != "mailbox"}
         for text in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, *(
                 json.dumps(values).encode() for values in (without, *(
-                    {**whole, **change} for change in (
+                    {**state, **change} for change in (
                         {"size": "15"}, {"size": True}, {"attempts": 1.0}, {"is_bounce": 0},
                         {"junk": 1}, {"recipients": "a@x.y"}, {"queued_at": None}))))):
             with self.subTest(text[-30:]), self.assertRaises(ValueError):
                 relay.parse_queued_message(text)
 
-    def test_backoff(self) -> None:
+    def test_the_backoff_doubles_up_to_its_maximum_and_varies_by_a_fifth(self) -> None:
         with patient_for(MIN_BACKOFF=60.0, MAX_BACKOFF=1800.0):
             for failures, wanted in ((1, 60), (2, 120), (3, 240), (6, 1800), (10_000, 1800)):
-                pauses = [relay.backoff(failures) / wanted for _ in range(200)]
-                self.assertTrue(0.8 <= min(pauses) < 0.9 and 1.1 < max(pauses) <= 1.201, pauses)
+                delays = [relay.backoff(failures) / wanted for _ in range(200)]
+                self.assertTrue(0.8 <= min(delays) < 0.9 and 1.1 < max(delays) <= 1.201, delays)
 
-    def test_a_bounce(self) -> None:
+    def test_a_bounce_is_valid_whatever_the_message_contains(self) -> None:
         header = b"Subject: =?utf-8?Q?Sc=C3=A4n?=\r\n of today\r\nTo: a@x.y\r\n"
         message = make_message(recipients=["a@x.y", "\u00fc@x.y"], attempts=4,
                                reason="550 5.1.8 no mailbox \u2713")
@@ -3548,7 +3547,7 @@ class QueuedMessageTests(unittest.TestCase):
                      "\u00fc@x.y\r\nReceived:   Tue, 14 Nov 2023 22:13:20 -0000\r\n",
                      "Attempts:   4\r\nReason:     550 5.1.8 no mailbox ?\r\nID:         8d6f"):
             self.assertIn(part, text)
-        # A subject that is not text, and as many and as long lines as possible.
+        # The subject cannot be decoded; there are as many and as long lines as possible.
         message.recipients = [f"{chr(0x20ac) * 60}-{number}@example.com" for number in range(500)]
         message.reason *= 200
         header = b"Subject: =?utf-7?Q?+2AA-?=" + b"\r\n s" * 600 + b"\r\n"
@@ -3559,7 +3558,7 @@ class QueuedMessageTests(unittest.TestCase):
         content = relay.make_bounce(make_message(), b"", "relay.test", "0a1b", 0.0)
         self.assertEqual(content.count(b"Subject:"), 1)
 
-    def test_how_it_is_listed(self) -> None:
+    def test_the_list_shows_only_the_facts_that_apply(self) -> None:
         for folder, values, word, is_there in (
                 ("queue", {"account": "scanner8"}, "account=scanner8", True),
                 ("queue", {}, "account", False), ("queue", {}, "notice", False),
@@ -3567,15 +3566,15 @@ class QueuedMessageTests(unittest.TestCase):
                 ("queue", {"next_attempt_at": 4e9}, "again=2096-10-02T07:06:40Z", True),
                 ("queue", {"next_attempt_at": 5.0}, "again", False),
                 ("failed", {"next_attempt_at": 4e9}, "again", False)):
-            said = relay.describe_message(pathlib.Path(folder) / "8d6f.json",
+            line = relay.describe_message(pathlib.Path(folder) / "8d6f.json",
                                           make_message(**values))
-            self.assertEqual(word in said, is_there, said)
+            self.assertEqual(word in line, is_there, line)
 
 
 class LogTests(unittest.TestCase):
-    """One line for an event, whatever is in it."""
+    """Each event is one line, whatever its values contain."""
 
-    def test_values_are_escaped(self) -> None:
+    def test_values_that_could_break_a_line_are_escaped_and_long_ones_cut(self) -> None:
         for value, wanted in (("plain@x.y", "plain@x.y"), ("a b", '"a b"'), ("", '""'),
                               ("a\r\nERROR b", '"a\\r\\nERROR b"'), ('a"b', '"a\\"b"'),
                               ("\x1b[1m", '"\\x1b[1m"'), ("\u202e\u00fc", '"\\u202e\\xfc"'),
@@ -3585,12 +3584,12 @@ class LogTests(unittest.TestCase):
                 self.assertEqual(relay.quote_value(value), wanted)
         self.assertLess(len(relay.quote_value("x" * 100_000)), 1100)
 
-    def test_facts_follow_the_id_and_none_is_left_out(self) -> None:
+    def test_fields_follow_the_id_and_fields_without_a_value_are_omitted(self) -> None:
         with kept_log() as kept:
             relay.log_event(logging.INFO, "id", "sent", request_id="r", size=5, other=None)
         self.assertEqual(kept.lines, [("INFO", "id sent request-id=r size=5")])
 
-    def test_a_full_pipe_blocks_nobody_and_keeps_the_exit_status(self) -> None:
+    def test_a_full_stderr_pipe_blocks_nothing_and_the_exit_status_is_right(self) -> None:
         code = ("import smtp_oauth_relay as r, logging, sys\n"
                 "r.LOG_QUEUE = 1000\n"
                 "with r.logging_to_stderr('INFO'):\n"
@@ -3605,7 +3604,7 @@ class LogTests(unittest.TestCase):
                     self.assertEqual(process.stdout.readline(), "done\n")
                     self.assertEqual(process.wait(PATIENCE), status)
 
-    def test_lines_are_whole_have_a_zone_and_lost_ones_are_counted(self) -> None:
+    def test_lines_are_complete_with_a_time_zone_and_lost_lines_are_counted(self) -> None:
         lines: queue.Queue[Any] = queue.Queue(2)
         handler = relay.LogQueue(lines)
         for number in range(4):
@@ -3630,9 +3629,9 @@ class LogTests(unittest.TestCase):
 
 
 class ThreadTests(HangCase):
-    """Calls run in idle threads where there are some, and in as many as it takes."""
+    """A call runs in an idle thread, or in a new one if no thread is idle."""
 
-    def test_threads_are_used_again_and_end_when_they_are_idle(self) -> None:
+    def test_idle_threads_are_reused_and_end_after_a_timeout(self) -> None:
         gate, seen = threading.Event(), set()
 
         def call(number: int) -> int:
@@ -3641,27 +3640,27 @@ class ThreadTests(HangCase):
             return number
 
         async def play(numbers: range) -> bool:
-            return await asyncio.gather(*[
-                relay.run_in_thread(functools.partial(call, one)) for one in numbers]) == [*numbers]
+            return await asyncio.gather(*[relay.run_in_thread(functools.partial(call, number))
+                                          for number in numbers]) == [*numbers]
         with unittest.mock.patch.object(relay, "THREAD_IDLE_TIMEOUT", 0.2), \
                 concurrent.futures.ThreadPoolExecutor(4) as loops:
             first = loops.submit(asyncio.run, play(range(50)))
-            wait_for(lambda: len(seen) == 50)           # none waits for another
+            wait_for(lambda: len(seen) == 50)           # no call waits for another
             gate.set()
             rounds = [loops.submit(asyncio.run, play(range(10))) for _ in range(300)]
-            self.assertTrue(all(one.result() for one in (first, *rounds)))
+            self.assertTrue(all(result.result() for result in (first, *rounds)))
             self.assertLess(len(seen), 300)             # of 3,050 calls, 40 at once
-            # The system gives the number of a thread that has ended to another one.
-            wait_for(lambda: not any(one.name == "relay-call" and one.ident in seen
-                                     for one in threading.enumerate()))
+            # The system reuses the number of a thread that has ended, so the name counts too.
+            wait_for(lambda: not any(thread.name == "relay-call" and thread.ident in seen
+                                     for thread in threading.enumerate()))
 
 
 class HttpsTests(HangCase):
-    """Microsoft over TLS: verified, kept, and through a proxy."""
+    """HTTPS to Microsoft: verified certificates, kept connections, and proxies."""
 
     @classmethod
     def setUpClass(cls) -> None:
-        """Trust the CA of the tests as an admin would: SSL_CERT_FILE."""
+        """Trust the CA of the tests with SSL_CERT_FILE, as an administrator does."""
         clean = {name: value for name, value in os.environ.items()
                  if name != "SSL_CERT_DIR" and "proxy" not in name.lower()}
         change = unittest.mock.patch.dict(
@@ -3674,7 +3673,7 @@ class HttpsTests(HangCase):
         cls.running = Running(cls.config(UPSTREAM_TIMEOUT="10"))
 
     def with_environ(self, variables: dict[str, str], **settings: str) -> Client:
-        """Connect to a relay with an environment."""
+        """Start a relay with these environment variables and connect to it."""
         change = unittest.mock.patch.dict(os.environ, variables)
         change.start()
         self.addCleanup(change.stop)
@@ -3682,30 +3681,29 @@ class HttpsTests(HangCase):
         self.addCleanup(running.stop)
         return self.connect(running)
 
-    def test_messages_and_uploads_over_https(self) -> None:
+    def test_messages_and_uploads_go_over_https_and_plain_http_is_refused(self) -> None:
         client = self.logged_in()
         for _ in range(3):
             self.assertReply(client.post(), "250 2.0.0")
         self.assertEqual(len({request.connection for request in self.fake.requests}), 1)
-        # An upload goes to the host that Graph names.
+        # An upload goes to the host in the URL that Graph returns.
         self.assertReply(client.post_octets(LARGE, SENDER, ["a@x.y"]), "250 2.0.0")
         self.assertTrue(self.fake.sent_drafts[0].files[0][1] == SCAN_OCTETS)
         self.assertEqual({request.headers["host"].partition(":")[0]
                           for request in self.fake.asked("put")}, {"127.0.0.1"})
-        # Plain http is refused here, for this machine too.
+        # A plain http URL is refused if Graph is at an https URL, even for this machine.
         url = self.fake.url.replace("https:", "http:")
         self.fake.will("open", say(201, {"uploadUrl": f"{url}/upload/0?authtoken=a%2Fb"}))
         self.assertReply(client.post_octets(LARGE, SENDER, ["a@x.y"]), "451 4.4.1")
         self.assertEqual(len(self.fake.deleted), 1)
 
-    def test_what_cannot_be_reached(self) -> None:
-        """The device is told to try again, and the log says why."""
+    def test_an_unreachable_service_defers_the_login_and_the_log_has_the_cause(self) -> None:
         proxy = Between(self, "")
         for variables, authority, problem in (
                 ({"SSL_CERT_FILE": FILES["expired.pem"]}, self.fake.url,
                  "CERTIFICATE_VERIFY_FAILED"),
                 ({}, f"http://127.0.0.1:{free_port()}", "refused"),
-                ({"HTTPS_PROXY": f"127.0.0.1:{proxy.port}"},    # and a URL without a port
+                ({"HTTPS_PROXY": f"127.0.0.1:{proxy.port}"},    # with a URL without a port
                  "https://login.microsoftonline.com", "407")):
             with self.subTest(problem), kept_log() as kept:
                 client = self.with_environ(variables, AZURE_AUTHORITY_HOST=authority)
@@ -3714,11 +3712,11 @@ class HttpsTests(HangCase):
         self.assertEqual(self.fake.requests, [])
         self.assertEqual(proxy.asked, [("login.microsoftonline.com:443", "")])
 
-    def test_a_url_without_a_port(self) -> None:
-        asked = []
+    def test_a_url_without_a_port_has_the_default_port_of_its_scheme(self) -> None:
+        requested = []
 
         def look_up(host: str, port: int, *_: Any) -> None:
-            asked.append((host, port))
+            requested.append((host, port))
             raise socket.gaierror("unknown")
         for url, proxy, wanted in (
                 ("https://graph.microsoft.com/v1.0", "", ("graph.microsoft.com", 443)),
@@ -3730,9 +3728,9 @@ class HttpsTests(HangCase):
                     unittest.mock.patch.object(socket, "getaddrinfo", look_up):
                 asyncio.run(relay.HttpPool([url]).send(relay.HttpRequest("GET", url, {}),
                                                        time.monotonic() + PATIENCE))
-            self.assertEqual(asked.pop(), wanted)
+            self.assertEqual(requested.pop(), wanted)
 
-    def test_a_machine_that_has_no_more_threads(self) -> None:
+    def test_a_login_is_deferred_if_no_thread_can_be_started(self) -> None:
         start, client = threading.Thread.start, self.connect()
 
         def refuse(thread: threading.Thread) -> None:
@@ -3744,7 +3742,7 @@ class HttpsTests(HangCase):
             self.assertReply(client.log_in(password=self.password), "454 4.7.0")
         self.assertReply(client.log_in(password=self.password), "235 2.7.0")
 
-    def test_the_proxy_is_used_with_its_credentials(self) -> None:
+    def test_a_proxy_is_used_with_its_credentials_unless_no_proxy_excludes_the_host(self) -> None:
         proxy = Between(self, "")
         for name, user, wanted in (("HTTPS_PROXY", "me:p%40ss", b"me:p@ss"),
                                    ("https_proxy", "me", b"me:")):
@@ -3756,113 +3754,113 @@ class HttpsTests(HangCase):
                 self.assertEqual(proxy.asked.pop(), (
                     self.fake.url.partition("//")[2],
                     f"Basic {base64.b64encode(wanted).decode()}"))
-                self.assertEqual(proxy.asked, [])       # the connection was kept
-        # NO_PROXY counts.
+                self.assertEqual(proxy.asked, [])       # the connection was reused
+        # A host in NO_PROXY is reached directly.
         dead = "http://127.0.0.1:9"
         client = self.with_environ({"HTTPS_PROXY": dead,
                                     "NO_PROXY": self.fake.url.partition("//")[2]})
         self.assertReply(client.log_in(), "235 2.7.0")
-        # This machine over http needs none.
+        # A plain http URL of this machine is reached directly.
         with alone() as (fake, _):
             client = self.with_environ({"http_proxy": dead, "https_proxy": dead, "NO_PROXY": ""},
                                        AZURE_AUTHORITY_HOST=fake.url)
             self.assertReply(client.log_in(), "235 2.7.0")
 
-    def test_what_hangs_before_the_request_is_sent(self) -> None:
-        """In connect(), in the handshake, or at the proxy."""
+    def test_a_connect_a_handshake_or_a_proxy_that_hangs_ends_at_the_deadline(self) -> None:
         port, begun = int(self.fake.url.rpartition(":")[2]), {}
 
-        def begin(kind: str, way: str, **settings: str) -> None:
-            client = self.with_environ({}, UPSTREAM_TIMEOUT=str(SHORT), **settings)
-            if kind == "send":
+        def begin(request: str, way: str, **settings: str) -> None:
+            client = self.connect(self.another(UPSTREAM_TIMEOUT=str(SHORT), **settings))
+            if request == "send":
                 self.assertReply(client.log_in(password=self.password), "235 2.7.0")
-            begun[kind, way] = (Waiting(client, login_line()) if kind == "token" else
-                                begin_message(client, SIMPLE))
+            begun[request, way] = (Waiting(client, login_line()) if request == "token" else
+                                   begin_message(client, SIMPLE))
         for way in ("half", "trickle"):
             proxy = Between(self, way)
             with unittest.mock.patch.dict(
                     os.environ, HTTPS_PROXY=f"http://a:b@127.0.0.1:{proxy.port}"):
                 begin("token", f"proxy, {way}")
                 wait_for(functools.partial(getattr, proxy, "asked"))
-        # Where a full backlog hangs; elsewhere it refuses.
+        # A full backlog makes connect() hang on Linux; other systems refuse the connection.
         for way in ("full",) * (sys.platform == "linux") + ("silent", "half", "trickle"):
-            for kind, name in (("token", "AZURE_AUTHORITY_HOST"), ("send", "GRAPH_ENDPOINT")):
-                begin(kind, way, **{name: f"https://localhost:{Between(self, way, port).port}"})
-        for (kind, way), waiting in begun.items():
-            with self.subTest(kind, way=way):
-                self.assertTimely(waiting, "454 4.7.0" if kind == "token" else "451 4.4.1")
+            for request, name in (("token", "AZURE_AUTHORITY_HOST"), ("send", "GRAPH_ENDPOINT")):
+                begin(request, way, **{name: f"https://localhost:{Between(self, way, port).port}"})
+        for (request, way), waiting in begun.items():
+            with self.subTest(request, way=way):
+                self.assertTimely(waiting, "454 4.7.0" if request == "token" else "451 4.4.1")
         self.assertEqual(self.fake.asked("send"), [])
-        wait_for(lambda: not calls_under_way())     # the gates still hang
+        wait_for(lambda: not calls_under_way())     # although every Between still hangs
 
 
-@unittest.mock.patch.object(relay, "GRACE", HANGING)    # only the thread keeps its deadline
+@unittest.mock.patch.object(relay, "GRACE", HANGING)    # so only the thread enforces the deadline
 class HangTests(HangCase):
-    """Microsoft stops answering, anywhere."""
+    """Microsoft stops responding, at any point of an exchange."""
 
-    # All stops for a login and a message, for the others only some.
-    cases = [(kind, where) for kind in STOPPED_KINDS for where in STOPS
-             if where in ("before the headers", "in the body") or kind in ("token", "send")
-             or (kind, where) in (("put", "half of the request"), ("imds", "in the headers"))]
+    # Token and send requests are tested with every stop, the other requests with some.
+    cases = [(request, where) for request in STOPPED_KINDS for where in STOPS
+             if where in ("before the headers", "in the body") or request in ("token", "send")
+             or (request, where) in (("put", "half of the request"), ("imds", "in the headers"))]
 
-    def test_what_who_waits_hears_and_when(self) -> None:
-        """One after the other comes to its stop, as all at once might be late; then all wait."""
+    def test_a_waiting_client_gets_the_right_reply_at_the_deadline(self) -> None:
+        """The stops are reached one after another, because all at once might be late."""
         plays = {}
-        # Those with files first: they have more time, so that they come to their stop.
-        for kind, where in sorted(self.cases, key=lambda case: -self.time_of(case[0])):
-            fake, running = self.beside(UPSTREAM_TIMEOUT=str(self.time_of(kind)))
-            plays[kind, where] = fake, running, stop_at(fake, self.connect(running), kind, where)
-        for (kind, where), (fake, running, waiting) in plays.items():
-            with self.subTest(kind, where=where):
-                wanted = "454 4.7.0" if STOPPED_KINDS[kind][0] is None else "451 4.4.1"
-                if kind.startswith("send") and "body" in where:     # the status is known
+        # Requests for files come first: they have more time, and need it to reach their stop.
+        for request, where in sorted(self.cases, key=lambda case: -self.time_of(case[0])):
+            fake, running = self.beside(UPSTREAM_TIMEOUT=str(self.time_of(request)))
+            plays[request, where] = fake, running, stop_at(
+                fake, self.connect(running), request, where)
+        for (request, where), (fake, running, waiting) in plays.items():
+            with self.subTest(request, where=where):
+                wanted = "454 4.7.0" if STOPPED_KINDS[request][0] is None else "451 4.4.1"
+                if request.startswith("send") and "body" in where:      # the status is known
                     wanted = "452 4.2.2" if "after" in where else "550 5.7.1"
-                self.assertTimely(waiting, wanted, self.time_of(kind))
-                # What may have been obeyed is not asked again; nothing went out later.
-                self.assertEqual(len(fake.asked(kind)), 1)
+                self.assertTimely(waiting, wanted, self.time_of(request))
+                # A request that may have been obeyed is not retried; nothing is sent later.
+                self.assertEqual(len(fake.asked(request)), 1)
                 self.assertEqual((fake.delivered, fake.drafts), ([], {}))
                 self.assertEqual(len(fake.deleted), int(
-                    kind in ("attach", "open", "put", "send-draft")))
+                    request in ("attach", "open", "put", "send-draft")))
                 self.served(running, "secret")      # on another connection
 
     @staticmethod
-    def time_of(kind: str) -> float:
-        """UPSTREAM_TIMEOUT for a stop."""
-        return 2 * SHORT if STOPPED_KINDS[kind][0] == TWO_FILES else SHORT
+    def time_of(request: str) -> float:
+        """Return the UPSTREAM_TIMEOUT for a stop."""
+        return 2 * SHORT if STOPPED_KINDS[request][0] == TWO_FILES else SHORT
 
-    def test_others_notice_nothing_and_the_relay_stops(self) -> None:
-        """All of it at once, for as long as it takes to look at others."""
+    def test_other_clients_are_served_meanwhile_and_the_relay_can_stop(self) -> None:
+        """All stops hang at once, until the other clients have been served."""
         fake, running = self.beside(UPSTREAM_TIMEOUT="3600", SHUTDOWN_TIMEOUT="0.1")
-        waiting = {f"{kind} {where}": stop_at(
-            fake, self.connect(running), kind, where, password=f"{kind} {where}",
-            sender=f"{number}@example.com") for number, (kind, where) in enumerate(self.cases)
-            if kind != "imds"}              # all who look into the table need its token
+        waiting = {f"{request} {where}": stop_at(
+            fake, self.connect(running), request, where, password=f"{request} {where}",
+            sender=f"{number}@example.com") for number, (request, where) in enumerate(self.cases)
+            if request != "imds"}           # every look-up in the table needs its token
         for number in range(relay.REQUESTS_AT_ONCE):
-            waiting[f"turn {number}"] = stop_at(
+            waiting[f"slot {number}"] = stop_at(
                 fake, self.connect(running), "send", "before the headers",
-                password=f"turn {number}", sender="turn@example.com")
+                password=f"slot {number}", sender="slot@example.com")
         before = len(fake.asked("send"))
         waiting["fifth"] = begin_message(
-            self.logged_in(running=running), SIMPLE, "turn@example.com")
+            self.logged_in(running=running), SIMPLE, "slot@example.com")
         self.served(running, "secret")
         self.served(running, "another", "1@example.com", TWO_FILES)
         self.assertEqual(self.connect(running).log_in(LOOK_UP_USER)[:9], "235 2.7.0")
         self.assertEqual(len(fake.asked("send")), before + 1)
-        self.assertEqual([name for name, one in waiting.items() if not one.is_waiting], [])
+        self.assertEqual([name for name, client in waiting.items() if not client.is_waiting], [])
         begun = time.monotonic()
         running.stop()
         self.assertLess(time.monotonic() - begun, PATIENCE)
-        self.assertEqual({name: one.hear()[:9] for name, one in waiting.items()},
+        self.assertEqual({name: client.hear()[:9] for name, client in waiting.items()},
                          dict.fromkeys(waiting, "421 4.3.2"))
-        # Who is cancelled cuts off its exchange.
+        # A cancelled task closes its connection to Microsoft, so its call ends.
         wait_for(lambda: not calls_under_way())
-        self.assertTrue(+fake._busy, "the calls ended only because the stand-in did")
+        self.assertTrue(+fake._busy, "the calls ended only because the fake had ended")
 
     @unittest.mock.patch.object(relay, "DISCARD_TIMEOUT", HANGING)
-    def test_who_waits_for_a_turn(self) -> None:
+    def test_a_client_that_waits_for_a_slot_gets_its_reply_in_time(self) -> None:
         fake, running = self.beside()
         clients = [self.logged_in(running=running)
                    for _ in range(relay.REQUESTS_AT_ONCE + 1)]
-        # The drafts cannot be deleted either: so the turns are taken until the release.
+        # Deleting the drafts hangs too, so the slots stay in use until the release.
         fake.will("attach", *[fake.hang] * relay.REQUESTS_AT_ONCE)
         fake.will("delete", *[fake.hang] * relay.REQUESTS_AT_ONCE)
         waiting = []
@@ -3871,25 +3869,25 @@ class HangTests(HangCase):
             wait_for(lambda: len(fake.asked("attach")) == len(waiting))
         fifth = begin_message(clients[-1], SIMPLE)
         self.served(running, "secret")
-        # It gives up a little earlier: a turn at the last moment would be of no use.
+        # It is deferred a little earlier, because a slot at the last moment is of no use.
         self.assertTimely(fifth, "451 4.4.5", SHORT * (1 - relay.MIN_TIME_LEFT))
-        self.assertTrue(all(one.is_waiting for one in waiting))
+        self.assertTrue(all(client.is_waiting for client in waiting))
         fake.release.set()
-        for one in waiting:
-            self.assertEqual(one.hear()[:9], "451 4.4.1")
-        self.assertEqual([one.mailbox for one in fake.delivered], ["other@example.com"])
+        for blocked in waiting:
+            self.assertEqual(blocked.hear()[:9], "451 4.4.1")
+        self.assertEqual([message.mailbox for message in fake.delivered], ["other@example.com"])
         self.assertEqual(len(fake.asked("send")), 1)
-        self.served(running, "secret", SENDER)      # the turns are there again
+        self.served(running, "secret", SENDER)      # the slots are free again
 
 
-MEDIUM = crlf(multipart("mixed", PLAIN, scan(2_500_000)[0], header=NAMED))      # no upload
+MEDIUM = crlf(multipart("mixed", PLAIN, scan(2_500_000)[0], header=NAMED))      # no upload session
 
 
 class SlowWorkTests(HangCase):
-    """A machine that is too slow for a message."""
+    """The machine is too slow to process a message before the deadline."""
 
-    def test_what_who_waits_hears_and_when(self) -> None:
-        """While it is read, while a file is put into a request, or a piece of it is."""
+    def test_a_client_gets_its_reply_in_time_while_its_message_is_processed(self) -> None:
+        """The slow step is parsing, then adding an attachment, then uploading a chunk."""
         fake, running = self.beside()
         clients = [self.logged_in(running=running) for _ in range(3)]
         in_thread = lambda *_: threading.current_thread().name == "relay-call"  # noqa: E731
@@ -3904,19 +3902,19 @@ class SlowWorkTests(HangCase):
                 work.is_on = message == MEDIUM
                 waiting.append(begin_message(client, message, f"{len(message)}@example.com"))
                 self.assertTrue(work.arrived.acquire(timeout=PATIENCE))
-            for one, wanted in zip(waiting, ("451 4.3.0", "451 4.4.1", "451 4.4.1")):
-                self.assertTimely(one, wanted)
+            for blocked, wanted in zip(waiting, ("451 4.3.0", "451 4.4.1", "451 4.4.1")):
+                self.assertTimely(blocked, wanted)
             self.assertEqual(len(fake.deleted), 2)
-            wait_for(lambda: calls_under_way() == 3)   # those that deleted have ended
-        self.assertEqual([fake.asked(kind) for kind in ("send", "attach", "put")], [[], [], []])
+            wait_for(lambda: calls_under_way() == 3)   # the calls that delete have ended
+        self.assertEqual([fake.asked(step) for step in ("send", "attach", "put")], [[], [], []])
 
 
 class LookUpTests(HangCase):
-    """The system does not say where Microsoft is."""
+    """The look-up of the address of a Microsoft host hangs."""
 
-    MANY = 60           # more than any default pool has threads
+    MANY = 60           # more than the threads of any default pool
 
-    def test_many_look_ups_hang_and_others_are_served(self) -> None:
+    def test_many_hanging_look_ups_do_not_affect_other_clients(self) -> None:
         fake, running = self.beside("AZURE_AUTHORITY_HOST")
         self.served(running, "known")
         clients = [self.connect(running) for _ in range(self.MANY)]
@@ -3925,20 +3923,18 @@ class LookUpTests(HangCase):
             waiting = [Waiting(client, login_line(password=f"secret {number}"))
                        for number, client in enumerate(clients)]
             look_ups.wait(self.MANY)
-            self.served(running, "known")           # all hang still, and will until released
-            for one in waiting:
-                self.assertTimely(one, "454 4.7.0")
+            self.served(running, "known")           # all look-ups still hang
+            for blocked in waiting:
+                self.assertTimely(blocked, "454 4.7.0")
             self.served(running, "known")
             wait_for(lambda: calls_under_way() == self.MANY)
-            asked = len(fake.requests)
+            before = len(fake.requests)
         wait_for(lambda: not calls_under_way())
-        self.assertEqual(len(fake.requests), asked)     # nothing was sent later
+        self.assertEqual(len(fake.requests), before)    # nothing was sent later
         self.assertEqual(clients[0].log_in()[:9], "235 2.7.0")
 
-    def test_a_message_is_not_kept_while_its_look_up_hangs(self) -> None:
-        """Only its thread is, and not even until the garbage collector comes: the client has
-        its answer, and sends it again.
-        """
+    def test_a_message_is_freed_although_its_look_up_hangs(self) -> None:
+        """Only the thread stays. The message is freed without a garbage collection."""
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
@@ -3948,10 +3944,10 @@ class LookUpTests(HangCase):
             waiting = [begin_message(client, message, f"{len(message)}@example.com")
                        for client, message in zip(clients, (BULKY, TWO_FILES))]
             look_ups.wait(2)
-            for one in waiting:
-                self.assertTimely(one, "451 4.4.1")
+            for blocked in waiting:
+                self.assertTimely(blocked, "451 4.4.1")
             held = (relay.HttpRequest, relay.EditedMessage, relay.Draft, relay.Attachment)
-            wait_for(lambda: not any(isinstance(one, held) for one in gc.get_objects()))
+            wait_for(lambda: not any(isinstance(item, held) for item in gc.get_objects()))
             wait_for(lambda: calls_under_way() == 2)
         wait_for(lambda: not calls_under_way())
         self.assertEqual((fake.asked("send"), fake.asked("draft")), ([], []))
@@ -3977,12 +3973,12 @@ class LookUpTests(HangCase):
             self.assertEqual(process.stdout.readline(), "hangs\n")
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(PATIENCE), 0)
-            said = wait_for_line(process, "stopped") + process.stderr.read()
-            self.assertNotIn("Traceback", said)
+            log = wait_for_line(process, "stopped") + process.stderr.read()
+            self.assertNotIn("Traceback", log)
             self.assertReply(waiting.hear(), "421 4.3.2")
 
 
-# AADSTS number, HTTP status, error, a word of the remedy.
+# The AADSTS number, the HTTP status, the error, and words of the remedy.
 REFUSALS = (
     (7000215, 401, "invalid_client", "value, not its ID"),
     (7000222, 401, "invalid_client", "expired"),
@@ -3998,7 +3994,7 @@ REFUSALS = (
     (1234567, 400, "something_new", "see the log"),
     *((code, 400, "something_new", "something_new: ") for code in (-3, 10 ** 4000)),
 )
-# What says nothing of the password.
+# Responses that say nothing about the secret.
 TRANSIENT = (
     response(429, b"Too Many Requests", retry_after="60"),
     response(429, aadsts(90055, "temporarily_unavailable")),
@@ -4011,7 +4007,7 @@ TRANSIENT = (
     *(response(400, body) for body in list[Any]((
         b'{"error":"invalid_cl', {"error": {"code": "x"}}, {"error": None}, []))),
     response(403, b"null"), response(200, b""), response(200, {}),
-    *(response(200, {"access_token": one}) for one in ("", None, 5, "a b", "a\r\nX: y")),
+    *(response(200, {"access_token": token}) for token in ("", None, 5, "a b", "a\r\nX: y")),
     response(200, b'{"access_token": "abc'), response(200, b"[" * 100_000),
     response(200, b"\xff\xfe"), response(201, {"access_token": "abc"}),
     response(302, b"", location="https://elsewhere.example"),
@@ -4019,11 +4015,11 @@ TRANSIENT = (
 
 
 class SignInTests(RelayCase):
-    """A login is a request for a token."""
+    """A login as TENANT@CLIENT requests a token from Entra ID."""
 
     settings = UNHURRIED
 
-    def test_good_logins(self) -> None:
+    def test_a_login_requests_a_token_with_the_credentials_of_the_device(self) -> None:
         self.password = "s&c=r+t~% \u00fc"
         for user in (USER, f"Contoso.com@{SHORT_CLIENT}.local"):
             self.assertReply(self.log_in(user), "235 2.7.0")
@@ -4035,15 +4031,15 @@ class SignInTests(RelayCase):
             self.assertEqual(request.form["client_secret"], self.password)
             self.assertEqual(request.form["client_id"], CLIENT)
 
-    def test_a_domain_and_the_tenants_id_are_one_tenant(self) -> None:
-        """Once a token has said so; what says nothing does no harm."""
+    def test_a_domain_is_resolved_to_the_tenant_id_in_its_token(self) -> None:
+        """If a token has no valid tenant ID, the domain stays as it is."""
         def jwt(claims: Any) -> str:
             payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode()
             return f"e30.{payload.rstrip('=')}.signature"
         good = jwt({"tid": TENANT.upper()})
         for tenant, token, wanted, requests in (
                 ("one.example", good, TENANT, 1), (TENANT, "", TENANT, 0),
-                ("one.example", "", TENANT, 0), (CLIENT, good, CLIENT, 1),    # never for an ID
+                ("one.example", "", TENANT, 0), (CLIENT, good, CLIENT, 1),    # an ID stays
                 *((f"d{number}.example", token, f"d{number}.example", 1)
                   for number, token in enumerate((
                       "opaque", "a.b.c", f"a.{'W1tb' * 10_000}.c", jwt({}), jwt([]),
@@ -4055,49 +4051,48 @@ class SignInTests(RelayCase):
                 self.assertEqual(self.running.relay._tokens.resolve(tenant), wanted)
                 self.assertEqual(len(self.fake.asked("token")), requests)
 
-    def test_a_malformed_name_is_refused_without_asking(self) -> None:
+    def test_a_malformed_login_is_refused_without_a_request(self) -> None:
         for user, password, has_hint in (("scanner", "x", True), ("", "x", True),
                                          (f"{TENANT}@lookup", "x", False), (USER, "", False)):
             reply = self.assertReply(self.log_in(user, password), "535 5.7.8")
             self.assertEqual("TENANT@CLIENT" in reply, has_hint)
         self.assertEqual(self.fake.requests, [])
 
-    def test_each_refusal_of_entra(self) -> None:
-        """The reply says the number and what to do."""
+    def test_each_refusal_of_entra_is_replied_to_with_its_number_and_a_remedy(self) -> None:
         for number, (code, status, error, word) in enumerate(REFUSALS):
             with self.subTest(word), kept_log() as kept:
                 is_odd = not 0 < code < 10 ** 9
-                answer = aadsts(code, error)
+                body = aadsts(code, error)
                 if is_odd:
-                    answer["error_description"] = "odd"
-                self.fake.will("token", say(status, answer))
+                    body["error_description"] = "odd"
+                self.fake.will("token", say(status, body))
                 reply = self.assertReply(self.log_in(password=f"{self.password} {number}"),
                                          "535 5.7.8")
                 self.assertIn(word, reply)
                 self.assertEqual(reply.startswith(f"535 5.7.8 AADSTS{code}: "), not is_odd)
                 self.assertEqual(f" aadsts={code} " in kept.find("auth")[0][1], not is_odd)
 
-    def test_each_passing_failure_of_entra(self) -> None:
-        """What says nothing of the password, and what is no answer."""
-        for octets in (b"", b"HTTP/1.1", b"nonsense\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n",
-                       b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{\"acc",
+    def test_each_temporary_failure_of_entra_defers_the_login(self) -> None:
+        """The response is broken, or says nothing about the secret."""
+        for received in (b"", b"HTTP/1.1", b"nonsense\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n",
+                         b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{\"acc",
                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
                        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
                        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
                        b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"[" * 100_000,
                        b"\x16\x03\x01\0\0", *TRANSIENT):
-            with self.subTest(str(octets)[:60]), kept_log() as kept:
-                self.fake.will("token", utter(octets) if isinstance(octets, bytes) else say(
-                    octets.status, octets.body, **octets.headers))
+            with self.subTest(str(received)[:60]), kept_log() as kept:
+                self.fake.will("token", utter(received) if isinstance(received, bytes) else say(
+                    received.status, received.body, **received.headers))
                 self.assertReply(self.log_in(), "454 4.7.0")
                 line = kept.find("auth")[0][1]
                 self.assertIn("result=tempfail", line)
-                self.assertEqual('said="Too Many Requests"' in line, octets is TRANSIENT[0])
-                if octets in TRANSIENT and octets.status == 200:
+                self.assertEqual('said="Too Many Requests"' in line, received is TRANSIENT[0])
+                if received in TRANSIENT and received.status == 200:
                     self.assertNotIn("said=", line)
 
-    def test_no_secret_is_held_when_a_login_has_failed(self) -> None:
-        """Not even until the garbage collector comes, nor by a refusal that is remembered."""
+    def test_no_secret_stays_in_memory_after_a_failed_login(self) -> None:
+        """It is freed without a garbage collection, and the cached refusal does not hold it."""
         client = self.connect()
         gc.collect()
         gc.disable()
@@ -4105,11 +4100,11 @@ class SignInTests(RelayCase):
         self.fake.will("token", say(503), utter(b""), say(401, aadsts(7000215, "invalid_client")))
         for wanted in ("454 4.7.0", "454 4.7.0", "535 5.7.8", "535 5.7.8"):
             self.assertReply(client.log_in(password=self.password), wanted)
-            wait_for(lambda: not [one for one in gc.get_objects() if isinstance(
-                one, relay.Application) and one.secret == self.password])
+            wait_for(lambda: not [item for item in gc.get_objects() if isinstance(
+                item, relay.Application) and item.secret == self.password])
         self.assertEqual(len(self.fake.asked("token")), 3)
 
-    def test_one_request_serves_all_who_need_the_same(self) -> None:
+    def test_simultaneous_logins_with_the_same_secret_share_one_request(self) -> None:
         self.fake.will("token", self.fake.hang_then(self.fake.accept))
         clients = [self.connect() for _ in range(5)]
         with kept_log() as kept:
@@ -4123,18 +4118,18 @@ class SignInTests(RelayCase):
         self.assertEqual(len(self.fake.asked("token")), 1)
         self.assertEqual(len(kept.find("result=ok")), 5)
 
-    def test_a_wrong_secret_never_meets_the_token_of_another(self) -> None:
+    def test_a_token_is_never_used_for_another_secret_tenant_or_application(self) -> None:
         self.assertReply(self.log_in(), "235 2.7.0")
         self.fake.will("token", say(401, aadsts(7000215, "invalid_client")))
         self.assertReply(self.log_in(password=self.password + "x"), "535 5.7.8")
         self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}"), "235 2.7.0")
         self.assertReply(self.log_in(f"{TENANT}@{TENANT}"), "235 2.7.0")
         self.assertEqual(len(self.fake.asked("token")), 4)
-        self.fake.will("token", say(503))           # a passing failure is not remembered
+        self.fake.will("token", say(503))           # a temporary failure is not cached
         self.assertReply(self.log_in(password="other"), "454 4.7.0")
         self.assertReply(self.log_in(password="other"), "235 2.7.0")
 
-    def test_the_log_of_a_login(self) -> None:
+    def test_the_log_of_a_login_has_its_result_and_no_secret(self) -> None:
         with kept_log() as kept:
             self.fake.will("token", say(401, aadsts(7000222, "invalid_client", "It expired.")))
             self.log_in()
@@ -4145,14 +4140,14 @@ class SignInTests(RelayCase):
                      "535 5.7.8"):
             self.assertIn(word, refused[1])
         self.assertEqual(fine[1][8:], f" auth user={USER} result=ok")
-        self.assertEqual([one[0] for one in kept.find("auth")], ["WARNING", "INFO", "INFO"])
+        self.assertEqual([level for level, _ in kept.find("auth")], ["WARNING", "INFO", "INFO"])
         self.assertNotIn("secret", malformed[1])
         for hidden in (self.password, plain(USER, self.password).decode(), "token-"):
             self.assertNotIn(hidden, repr(kept.lines))
 
 
 class CacheTests(RelayCase):
-    """Tokens and refusals are kept for their time, and not too many of them."""
+    """The cache of tokens and refusals: its keys, TTLs and size."""
 
     def tokens(self) -> tuple[relay.Tokens, Clock]:
         clock = Clock()
@@ -4164,8 +4159,7 @@ class CacheTests(RelayCase):
         return asyncio.run(tokens.get(relay.Application(TENANT, CLIENT, secret),
                                       time.monotonic() + PATIENCE, resource))
 
-    def test_how_long_answers_are_kept(self) -> None:
-        """A token until five minutes before its end, a refusal for 30 seconds."""
+    def test_a_token_expires_five_minutes_early_and_a_refusal_after_30_seconds(self) -> None:
         tokens, clock = self.tokens()
         first = self.get(tokens, "s")
         for step, is_kept in ((3599 - 300 - 1.0, True), (1.0, False)):
@@ -4187,50 +4181,50 @@ class CacheTests(RelayCase):
         for refused, resource, left in (("another", "", {token, other}), (token, vault, {
                 token, other}), (other, vault, {token}), (token, "", set())):
             tokens.forget(relay.Application(TENANT, CLIENT, "s"), refused, resource)
-            found = {self.get(tokens, "s"), self.get(tokens, "s", vault)}
-            self.assertEqual(found & {token, other}, left)
+            current = {self.get(tokens, "s"), self.get(tokens, "s", vault)}
+            self.assertEqual(current & {token, other}, left)
 
-    def test_the_hash_of_a_secret_is_keyed(self) -> None:
+    def test_a_cache_key_depends_on_the_cache_and_on_the_kind_of_credential(self) -> None:
         (tokens, _), (others, _) = self.tokens(), self.tokens()
-        one = relay.Application(TENANT, CLIENT, "s")
-        keys = {tokens._key(one, "r"), others._key(one, "r"), tokens._key(
-            dataclasses.replace(one, credential="managed-identity"), "r")}
+        application = relay.Application(TENANT, CLIENT, "s")
+        keys = {tokens._key(application, "r"), others._key(application, "r"), tokens._key(
+            dataclasses.replace(application, credential="managed-identity"), "r")}
         self.assertEqual(len(keys), 3)
 
-    def test_a_cache(self) -> None:
+    def test_an_expired_entry_is_gone_and_a_full_cache_drops_the_oldest(self) -> None:
         clock = Clock()
         cache: relay.Cache[int, str] = relay.Cache(clock)
         cache.put(1, "a", 10.0)
         self.assertEqual((cache.get(1), cache.get(2)), ("a", None))
         clock.now += 10.0
         self.assertIsNone(cache.get(1))
-        for number in (*range(relay.MAX_CACHED + 10), 10, 2000):    # what is put again is new
+        for number in (*range(relay.MAX_CACHED + 10), 10, 2000):    # a replaced entry is new
             cache.put(number, str(number), 10.0)
         self.assertEqual([cache.get(number) for number in (9, 10, 11, 12, 2000)],
                          [None, "10", None, "12", "2000"])
 
 
 class IdentityTests(RelayCase):
-    """Who the relay is to Azure, facts 6; asked here for a token of Graph."""
+    """The identity of the relay itself at Azure; here it requests tokens for Graph."""
 
     def ask(self, resource: Any = "", timeout: Any = PATIENCE, **settings: str) -> str:
-        """Ask for a token of `resource` as the relay; returns it."""
+        """Return a token for `resource`, requested with the identity of the relay."""
         config = self.config(**{"AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url, **settings})
         with contextlib.closing(relay.HttpPool(config.endpoints)) as pool:
             return asyncio.run(relay.Tokens(config, pool).get(
                 relay.relay_identity(config), time.monotonic() + timeout, resource))
 
     def failure(self, **settings: Any) -> str:
-        """Ask in vain; returns what the log says of it."""
+        """Return the log fields of a request that fails."""
         with self.assertRaises(relay.TemporaryError) as caught:
             self.ask(**settings)
         return relay.format_fields(caught.exception.facts)
 
     def form(self) -> dict[str, str]:
-        """The fields of the last request for a token."""
+        """Return the form of the last token request."""
         return self.fake.asked("token")[-1].form
 
-    def test_a_secret_comes_first(self) -> None:
+    def test_a_client_secret_takes_precedence_over_other_identities(self) -> None:
         self.ask(AZURE_TENANT_ID=TENANT, AZURE_CLIENT_ID=CLIENT, AZURE_CLIENT_SECRET="s&",
                  AZURE_FEDERATED_TOKEN_FILE="/t", IDENTITY_ENDPOINT=f"{self.fake.url}/msi/token",
                  IDENTITY_HEADER="header", resource="https://vault.azure.net")
@@ -4238,7 +4232,7 @@ class IdentityTests(RelayCase):
                                        "scope": "https://vault.azure.net/.default",
                                        "grant_type": "client_credentials"})
 
-    def test_a_workload_identity(self) -> None:
+    def test_a_workload_identity_sends_what_its_token_file_holds_now(self) -> None:
         path = FILES.write("federated", "eyJ.assertion.1\n")
         settings = {"AZURE_TENANT_ID": TENANT, "AZURE_CLIENT_ID": CLIENT,
                     "AZURE_FEDERATED_TOKEN_FILE": path,
@@ -4248,7 +4242,7 @@ class IdentityTests(RelayCase):
             "client_id": CLIENT, "client_assertion": "eyJ.assertion.1",
             "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
             "scope": f"{self.fake.url}/.default", "grant_type": "client_credentials"})
-        FILES.write("federated", "eyJ.assertion.2")         # Kubernetes renews it
+        FILES.write("federated", "eyJ.assertion.2")         # as Kubernetes renews it
         self.ask(**settings)
         self.assertEqual(self.form()["client_assertion"], "eyJ.assertion.2")
         self.fake.will("token", say(401, aadsts(700024, "invalid_client", "eyJ.assertion.2!")))
@@ -4258,11 +4252,11 @@ class IdentityTests(RelayCase):
             self.assertIn(f"{path}: must hold one line of", self.failure(**settings))
         settings["AZURE_FEDERATED_TOKEN_FILE"] = path = FILES["fifo"]
         self.assertIn("No such file", self.failure(**settings))
-        os.mkfifo(path)                         # a file that hangs, as one far away may
+        os.mkfifo(path)                         # reading hangs, as on a network file system
         self.addCleanup(os.close, os.open(path, os.O_RDWR))
         self.assertIn(f"{path}: time is up", self.failure(timeout=0.2, **settings))
 
-    def test_app_service_and_container_apps(self) -> None:
+    def test_the_identity_of_app_service_comes_from_identity_endpoint(self) -> None:
         settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token", "IDENTITY_HEADER": "header"}
         self.ask(resource="https://storage.azure.com", **settings)
         self.ask(AZURE_CLIENT_ID=CLIENT, **settings)
@@ -4281,23 +4275,23 @@ class IdentityTests(RelayCase):
         settings["IDENTITY_ENDPOINT"] = "https://10.0.0.1:2377/metadata"
         self.assertIn("IDENTITY_ENDPOINT must be an http:// URL", self.failure(**settings))
 
-    def test_imds(self) -> None:
-        for alone in ({"IDENTITY_HEADER": "header"}, {"IDENTITY_ENDPOINT": "http://127.0.0.1:1"}):
-            self.ask(AZURE_CLIENT_ID=CLIENT, **alone)       # this is not App Service
+    def test_a_virtual_machine_gets_its_identity_from_the_metadata_endpoint(self) -> None:
+        for half in ({"IDENTITY_HEADER": "header"}, {"IDENTITY_ENDPOINT": "http://127.0.0.1:1"}):
+            self.ask(AZURE_CLIENT_ID=CLIENT, **half)        # App Service sets both
             request = self.fake.asked("imds").pop()
             self.assertEqual(
                 request.path, "/metadata/identity/oauth2/token?api-version=2018-02-01"
                 f"&resource={urllib.parse.quote(self.fake.url, safe='')}&client_id={CLIENT}")
             self.assertNotIn("content-length", request.headers)
-        self.assertEqual([one.kind for one in self.fake.requests], ["imds"] * 2)
+        self.assertEqual([request.kind for request in self.fake.requests], ["imds"] * 2)
 
     @unittest.mock.patch.object(relay, "IDENTITY_TIMEOUT", relay.IDENTITY_TIMEOUT)
     @unittest.mock.patch.object(relay, "IDENTITY_RETRY_DELAYS", (0.0,) * 5)
-    def test_imds_that_fails(self) -> None:
+    def test_the_metadata_endpoint_is_retried_while_there_is_time(self) -> None:
         self.fake.will("imds", say(404), say(410), say(429), say(500, b"<html>"))
         self.ask()
         self.assertEqual(len(self.fake.asked("imds")), 5)
-        relay.IDENTITY_RETRY_DELAYS = (PATIENCE,) * 5     # but not if there is no time for it
+        relay.IDENTITY_RETRY_DELAYS = (PATIENCE,) * 5     # there is no time for a retry
         self.fake.will("imds", say(404))
         self.assertIn("status=404", self.failure(timeout=PATIENCE - 0.1))
         for status in (400, 401):
@@ -4314,8 +4308,8 @@ class IdentityTests(RelayCase):
                           self.failure(timeout=timeout))
         self.assertLess(time.monotonic() - begun, PATIENCE / 2)
 
-    def test_no_proxy_for_what_is_near(self) -> None:
-        """Nothing listens at the proxy: who asks it gets no answer."""
+    def test_identity_requests_never_go_through_a_proxy(self) -> None:
+        """Nothing listens at the proxy, so a request through it would fail."""
         with at_environ(HTTP_PROXY="http://127.0.0.1:1", http_proxy="http://127.0.0.1:1",
                         HTTPS_PROXY="http://127.0.0.1:1", NO_PROXY=""):
             self.ask()
@@ -4323,9 +4317,9 @@ class IdentityTests(RelayCase):
 
 
 class AccountLoginTests(AccountCase):
-    """A device logs in with a short name."""
+    """Accounts of ACCOUNTS_FILE: their logins, networks, senders and recipients."""
 
-    def test_a_short_name_and_a_short_password(self) -> None:
+    def test_a_short_name_and_its_password_stand_for_the_secret_of_the_relay(self) -> None:
         running = self.another()
         for name in ("scan2", "SCAN2", "scan2@lookup", "Scan2@lookup.local"):
             with self.subTest(name):
@@ -4333,16 +4327,16 @@ class AccountLoginTests(AccountCase):
         request, = self.fake.asked("token")
         self.assertEqual(request.form["client_secret"], "secret of the relay")
         self.assertEqual(request.path, f"/{TENANT}/oauth2/v2.0/token")
-        self.assertEqual({one.mailbox for one in self.fake.delivered}, {"scanner@example.com"})
+        self.assertEqual({sent.mailbox for sent in self.fake.delivered}, {"scanner@example.com"})
 
-    def test_the_password_may_be_the_secret(self) -> None:
+    def test_the_password_of_a_device_can_be_the_client_secret(self) -> None:
         client = self.logged_in_as("own.secret", self.password)
         self.assertEqual(self.fake.asked("token")[0].form["client_secret"], self.password)
         self.assertReply(client.post(sender="a@b.c"), "550 5.7.1")
         self.assertReply(client.post(), "250 2.0.0")
 
-    def test_what_is_wrong_is_told_to_the_log_alone(self) -> None:
-        """And each login costs as much, whether there is such an account or not."""
+    def test_the_reason_for_a_refused_login_is_only_in_the_log(self) -> None:
+        """Each login hashes one password, so the time does not reveal which accounts exist."""
         replies = set()
         for user, password, problem in (
                 ("scan2", "wrong", "wrong password"), ("scan2", "", "wrong password"),
@@ -4366,7 +4360,7 @@ class AccountLoginTests(AccountCase):
         self.assertEqual(self.fake.requests, [])
 
     @needs_loopbacks
-    def test_networks(self) -> None:
+    def test_an_account_is_used_from_its_networks_only(self) -> None:
         self.assertReply(self.come_from("127.0.0.3").log_in("inside", PASSWORD), "235 2.7.0")
         self.assertReply(self.come_from("127.0.0.4").log_in("inside", PASSWORD), "535 5.7.8")
         with kept_log() as kept:
@@ -4379,7 +4373,7 @@ class AccountLoginTests(AccountCase):
             self.assertReply(self.come_from(address).post(), reply)
         self.assertEqual(len(self.fake.delivered), 2)
 
-    def test_it_sends_as_its_mailbox_and_keeps_the_name(self) -> None:
+    def test_an_account_sends_as_its_mailbox_and_keeps_the_display_name(self) -> None:
         by_header = self.another(SENDER_FROM="header")
         for running, sender in ((self.running, "printer@localhost.localdomain"),
                                 (self.running, ""), (self.running, "scanner@example.com"),
@@ -4398,18 +4392,18 @@ class AccountLoginTests(AccountCase):
                 LARGE, "other@x.y", ["a@x.y"])
             self.assertIn("as scanner@example.com", self.assertReply(reply, "552 5.3.4"))
 
-    def test_nobody_else_gets_it_even_if_the_header_says_so(self) -> None:
+    def test_allowed_recipients_apply_to_the_header_too_if_it_is_kept(self) -> None:
         running = self.another(HEADER_RECIPIENTS="keep")
-        for user, whom, reply in (("scan2", ["a@x.y"], "550 5.7.1"),
-                                  (USER, ["a@x.y", "o@evil.example"], "250 2.0.0")):
+        for user, recipients, reply in (("scan2", ["a@x.y"], "550 5.7.1"),
+                                        (USER, ["a@x.y", "o@evil.example"], "250 2.0.0")):
             client = self.logged_in_as(user, running=running)
             self.assertReply(client.post(recipients=("o@evil.example",), sender="any@b.c"), reply)
             client.say("RSET")
             self.assertReply(client.post(b"To: a@x.y, o@evil.example\r\n\r\nText\r\n"), "250 2.0.0")
-            self.assertEqual(sorted(self.fake.delivered[-1].recipients), whom)
+            self.assertEqual(sorted(self.fake.delivered[-1].recipients), recipients)
 
-    def test_a_sender_that_only_the_header_names(self) -> None:
-        """With MAIL FROM:<> and SENDER_FROM=header allowed_senders are about From alone."""
+    def test_allowed_senders_apply_to_from_if_it_decides_the_sender(self) -> None:
+        """From decides if the reverse-path is null, or with SENDER_FROM=header."""
         by_header = self.another(SENDER_FROM="header")
         for running, sender in ((self.running, ""), (by_header, "root@printer.local")):
             client = self.logged_in_as("own.secret", self.password, running)
@@ -4418,7 +4412,7 @@ class AccountLoginTests(AccountCase):
                 self.assertReply(client.post(message, sender=sender), reply)
         self.assertEqual(len(self.fake.delivered), 2)
 
-    def test_allow_lists(self) -> None:
+    def test_only_the_allowed_accounts_and_tenants_can_log_in(self) -> None:
         for running, wanted in (
                 (self.another(ACCOUNTS_REQUIRED="true"),
                  {USER: "535 5.7.8", "scan2": "235 2.7.0"}),
@@ -4429,13 +4423,13 @@ class AccountLoginTests(AccountCase):
                   f"{CLIENT}@{CLIENT}": "535 5.7.8 This tenant may not log in here, see ALLOWED"})):
             for user, reply in wanted.items():
                 with self.subTest(user), kept_log() as kept:
-                    said = self.log_in(user, running=running)
-                    self.assertTrue(said.startswith(reply), said)
+                    received = self.log_in(user, running=running)
+                    self.assertTrue(received.startswith(reply), received)
                     self.assertEqual("Only accounts that the relay knows" in str(kept.lines),
                                      reply == "535 5.7.8")
 
     @needs_loopbacks
-    def test_the_relays_own_secret_is_no_fault_of_the_device(self) -> None:
+    def test_an_expired_secret_of_the_relay_defers_logins_and_messages(self) -> None:
         running = self.another()
         self.fake.will("token", *[say(401, aadsts(7000222, "invalid_client"))] * 2)
         with kept_log() as kept:
@@ -4445,9 +4439,9 @@ class AccountLoginTests(AccountCase):
         self.assertNotIn("secret of the relay", str(kept.lines))
         client = self.come_from("127.0.0.2", running)           # without login
         self.assertIn("AADSTS7000222", self.assertReply(client.post(), "451 4.7.0"))
-        self.assertReply(client.say("NOOP"), "250 2.0.0")       # it may go on
+        self.assertReply(client.say("NOOP"), "250 2.0.0")       # the session goes on
 
-    def test_an_account_without_any_secret(self) -> None:
+    def test_an_account_can_use_a_managed_identity_or_a_workload_identity(self) -> None:
         self.assertReply(self.logged_in_as("cloud").post(), "250 2.0.0")
         request, = self.fake.asked("imds")
         self.assertNotIn("client_id", request.path)
@@ -4462,7 +4456,7 @@ class AccountLoginTests(AccountCase):
         form = self.fake.asked("token")[0].form
         self.assertEqual((form["client_id"], form["client_assertion"]), (CLIENT, "eyJ.of.account"))
 
-    def test_without_scrypt_in_this_python(self) -> None:
+    def test_without_scrypt_an_account_with_a_password_is_an_error_and_others_work(self) -> None:
         self.addCleanup(relay.has_scrypt.cache_clear)
         relay.has_scrypt.cache_clear()
         with hashed_passwords() as scrypt:
@@ -4475,20 +4469,20 @@ class AccountLoginTests(AccountCase):
             self.assertReply(self.log_in("a", self.password, running), "235 2.7.0")
 
     @needs_loopbacks
-    def test_a_login_where_none_is_needed(self) -> None:
+    def test_a_needless_login_that_is_refused_has_a_remedy_in_the_log(self) -> None:
         with kept_log() as kept:
             client = self.come_from("127.0.0.2")
             self.assertReply(client.log_in("printer", "x"), "535 5.7.8")
             self.assertReply(client.post(), "250 2.0.0")
             self.fake.will("token", say(503))
             self.assertReply(self.come_from("127.0.0.2").log_in(USER, "x"), "454 4.7.0")
-        line, passing = kept.find("auth")
+        line, temporary = kept.find("auth")
         self.assertIn("client=127.0.0.2", line[1])
         self.assertIn("from here no login is needed", line[1])
-        self.assertNotIn("remedy", passing[1])
+        self.assertNotIn("remedy", temporary[1])
 
     @needs_loopbacks
-    def test_what_is_allowed_without_login(self) -> None:
+    def test_the_restrictions_of_an_account_apply_without_login(self) -> None:
         client = self.connect(self.with_accounts(
             f"[a]\n{APPLICATION}client_secret = s\nlogin = optional\nnetworks = 127.0.0.0/8\n"
             "from_email = scanner@b.c\nallowed_senders = example.com\nallowed_recipients = x.y\n"))
@@ -4499,7 +4493,7 @@ class AccountLoginTests(AccountCase):
         self.assertEqual(self.fake.delivered[0].mailbox, "scanner@b.c")
 
     @needs_loopbacks
-    def test_two_that_are_refused_by_one_answer_are_told_apart_in_the_log(self) -> None:
+    def test_clients_refused_by_one_shared_response_have_a_remedy_of_their_own(self) -> None:
         self.fake.will("token", self.fake.hang_then(say(401, aadsts(7000215, "invalid_client"))))
         clients = [self.connect(), self.come_from("127.0.0.2")]
         with kept_log() as kept:
@@ -4514,8 +4508,8 @@ class AccountLoginTests(AccountCase):
         for _, text in kept.find("auth"):
             self.assertEqual("no login is needed" in text, "client=127.0.0.2" in text)
 
-    def test_passwords_are_checked_two_at_once(self) -> None:
-        """While both are busy others wait, the loop goes on, and who gives up costs nothing."""
+    def test_two_passwords_are_hashed_at_a_time_and_other_logins_wait(self) -> None:
+        """The event loop is not blocked, and a login that gives up hashes nothing."""
         running = self.another(UPSTREAM_TIMEOUT="1.5")
         places = running.relay.directory._scrypt
         with hashed_passwords() as scrypt:
@@ -4530,50 +4524,50 @@ class AccountLoginTests(AccountCase):
 
 
 class FailureTests(AccountCase):
-    """Who guesses passwords is slowed down, and shut out for a while."""
+    """Failed logins are delayed, then their address is blocked for a while."""
 
     @unittest.mock.patch.object(relay, "FAILURE_DELAY", 0.5)
-    def test_the_pauses_and_the_end(self) -> None:
+    def test_delays_grow_with_each_failure_until_the_address_is_blocked(self) -> None:
         clock = Clock()
         failures = relay.LoginLimiter(clock)
-        one, other = map(relay.parse_address, ("192.0.2.1", "192.0.2.2"))
-        pauses = []
+        guesser, other = map(relay.parse_address, ("192.0.2.1", "192.0.2.2"))
+        delays = []
         for _ in range(10):
-            failures.check(one)
-            pauses.append(failures.add(one))
+            failures.check(guesser)
+            delays.append(failures.add(guesser))
             clock.now += 1
-        self.assertEqual(pauses, [0.5 * number for number in range(1, 11)])
+        self.assertEqual(delays, [0.5 * number for number in range(1, 11)])
         with self.assertRaises(relay.TooManyFailures) as caught:
-            failures.check(one)
+            failures.check(guesser)
         self.assertTrue(caught.exception.reply.close)
         failures.check(other)
-        clock.now += 600 - 10 + 0.5         # the first is forgotten
-        failures.check(one)
-        self.assertEqual(failures.add(one), 5.0)
+        clock.now += 600 - 10 + 0.5         # the first failure is forgotten
+        failures.check(guesser)
+        self.assertEqual(failures.add(guesser), 5.0)
         clock.now += 10_000
-        self.assertEqual(failures.add(one), 0.5)
-        for number in range(10):            # who has an IPv6 address has a whole network
+        self.assertEqual(failures.add(guesser), 0.5)
+        for number in range(10):            # a host with IPv6 has a /64 of addresses
             failures.add(relay.parse_address(f"2001:db8::{number}"))
         failures.check(relay.parse_address("2001:db8:0:1::1"))
         with self.assertRaises(relay.TooManyFailures):
             failures.check(relay.parse_address("2001:db8::1:2:3:4"))
 
     @needs_loopbacks
-    def test_who_guesses_at_once_learns_nothing(self) -> None:
-        """Ten guesses are judged; the right one behind them is answered as the wrong ones."""
+    def test_simultaneous_guesses_above_the_limit_reveal_nothing(self) -> None:
+        """Ten guesses are checked; the correct one after them gets the reply of the wrong ones."""
         clients = [self.come_from("127.0.0.8") for _ in range(40)]
         lines = [f"AUTH PLAIN {plain('scan2', password).decode()}\r\n".encode()
                  for password in ["wrong"] * 39 + [PASSWORD]]
-        self.running.ask(lambda: None)      # or epoll may name the last connection first
+        self.running.ask(lambda: None)      # otherwise epoll may report the last connection first
         for client, line in zip(clients, lines):
             client.sock.sendall(line)
         replies = [client.next_reply() for client in clients]
         self.assertLessEqual(sum(reply.startswith("535") for reply in replies), 12)
         self.assertReply(replies[-1], "421 4.7.0")
-        self.assertGreater(len([one for one in replies if one == replies[-1]]), 25)
+        self.assertGreater(replies.count(replies[-1]), 25)
 
     @needs_loopbacks
-    def test_a_right_secret_behind_too_many_wrong_ones(self) -> None:
+    def test_a_correct_secret_is_refused_after_too_many_wrong_ones(self) -> None:
         failures, address = self.running.relay.directory.failures, "127.0.0.10"
         self.fake.will("token", self.fake.hang_then(self.fake.accept))
         client = self.come_from(address)
@@ -4585,7 +4579,7 @@ class FailureTests(AccountCase):
         self.assertReply(client.next_reply(), "421 4.7.0")
 
     @needs_loopbacks
-    def test_too_many_failures(self) -> None:
+    def test_a_blocked_address_is_disconnected_and_others_are_not_affected(self) -> None:
         begun = time.monotonic()
         with unittest.mock.patch.object(relay, "FAILURE_DELAY", 0.5):
             self.assertReply(self.log_in("scan2", "wrong"), "535 5.7.8")
@@ -4595,31 +4589,31 @@ class FailureTests(AccountCase):
         for user in ("scan2", USER):
             client = self.come_from("127.0.0.9")
             self.assertReply(client.log_in(user, PASSWORD), "421 4.7.0")
-            self.assertEqual(client.next_reply(), "")           # it is closed
+            self.assertEqual(client.next_reply(), "")           # the relay closes the connection
         self.assertEqual(self.fake.requests, [])
         self.assertReply(self.log_in("scan2", PASSWORD), "235 2.7.0")
 
 
-ACCOUNTS_POLL_INTERVAL = relay.ACCOUNTS_POLL_INTERVAL       # as it is; setUpModule makes it shorter
+ACCOUNTS_POLL_INTERVAL = relay.ACCOUNTS_POLL_INTERVAL       # before setUpModule shortens it
 
 
 class ReloadTests(AccountCase):
-    """The accounts may change while mail flows."""
+    """ACCOUNTS_FILE can change while the relay runs."""
 
     def setUp(self) -> None:
-        """Have a file of one's own."""
+        """Start a relay that has a file of its own."""
         super().setUp()
         self.path = FILES.write(f"{self.id()}.ini", ACCOUNTS)
         self.running = self.another(ACCOUNTS_FILE=self.path)
 
     def write(self, text: str, name: str = "") -> None:
-        """Replace a file at one stroke."""
+        """Replace a file atomically."""
         path = pathlib.Path(name or self.path)
         path.with_suffix(".new").write_text(text)
         os.replace(path.with_suffix(".new"), path)
 
     def loaded(self) -> relay.AccountsFile:
-        """Read the file as a relay does, which looks at it only when asked to."""
+        """Load the file as a relay does, but without polling it."""
         file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
         file.load()
         return file
@@ -4633,33 +4627,33 @@ class ReloadTests(AccountCase):
         self.assertReply(self.log_in("scan3"), "235 2.7.0")
         self.assertReply(client.post(), "250 2.0.0")
 
-    def test_a_faulty_version_is_reported_once_and_the_old_one_stays(self) -> None:
+    def test_an_invalid_version_is_reported_once_and_the_old_one_stays(self) -> None:
         with kept_log() as kept:
-            for number in (1, 2):               # once for each time
+            for number in (1, 2):               # once after each change
                 self.write(ACCOUNTS.replace("from_email", "form_email") + "[b]\nx = y\n")
                 wait_for(lambda: str(kept.lines).count("[b] x: is no key") == number)  # noqa: B023
                 self.write(ACCOUNTS.replace("[scan2]", f"[scan{number + 2}]"))
                 wait_for(lambda: len(kept.find("loaded=6")) == number)      # noqa: B023
-                faults = [level for level, text in kept.find("accounts")
+                levels = [level for level, text in kept.find("accounts")
                           if "[scan2] form_email: is no key" in text]
-                self.assertEqual(faults, ["ERROR"] * number)
+                self.assertEqual(levels, ["ERROR"] * number)
         self.assertReply(self.log_in("scan4"), "235 2.7.0")
 
-    def test_what_cannot_be_read(self) -> None:
+    def test_an_unreadable_version_is_reported_once_and_the_old_one_stays(self) -> None:
         with kept_log() as kept:
             os.unlink(self.path)
             wait_for(lambda: "No such file" in str(kept.lines))
             watched = self.running.relay.directory.file
-            for _ in range(2):              # at the second look the first has ended
+            for _ in range(2):              # at the second request the first poll has ended
                 self.running.ask(watched.ask)
                 wait_for(lambda: not watched._wake.is_set())
             self.assertEqual(str(kept.lines).count("No such file"), 1)
-            for octets, problem in ((b"[\xff]", "UTF-8"), (b"", "there is no account")):
-                pathlib.Path(self.path).write_bytes(octets)
+            for data, problem in ((b"[\xff]", "UTF-8"), (b"", "there is no account")):
+                pathlib.Path(self.path).write_bytes(data)
                 wait_for(lambda: problem in str(kept.lines))    # noqa: B023
         self.assertReply(self.log_in("scan2"), "235 2.7.0")
 
-    def test_a_secret_in_a_file_of_its_own(self) -> None:
+    def test_a_client_secret_file_is_read_again_after_a_change(self) -> None:
         secret = FILES.write("graph-secret", "first~secret\n")
         with kept_log() as kept:
             self.write(ACCOUNTS.replace("client_secret = secret of the relay",
@@ -4671,31 +4665,31 @@ class ReloadTests(AccountCase):
             os.unlink(secret)
             wait_for(lambda: "client_secret_file" in str(kept.lines))
         self.assertReply(self.log_in("scan2"), "235 2.7.0")
-        self.assertEqual([one.form["client_secret"] for one in self.fake.asked("token")],
+        self.assertEqual([login.form["client_secret"] for login in self.fake.asked("token")],
                          ["first~secret", "second~secret"])
 
-    def test_faulty_files(self) -> None:
+    def test_an_unusable_client_secret_file_is_an_error_at_each_load(self) -> None:
         secret = FILES.write("faulty-secret", "")
-        for name, octets, word in (
+        for name, data, word in (
                 (secret, b"", "one line"), (secret, b"a\nb", "one line"),
                 (secret, b"\xff", "one line"), (FILES["none"], b"", "No such file"),
                 (FILES.folder, b"", "Is a directory"),
                 ("a\0b", b"", "client_secret_file = a\0b: ")):
             self.write(f"[a]\n{APPLICATION}client_secret_file = {name}\npassword = {HASH}\n")
-            pathlib.Path(secret).write_bytes(octets)
+            pathlib.Path(secret).write_bytes(data)
             file = relay.AccountsFile(self.config(ACCOUNTS_FILE=self.path))
             for load in (file.load, lambda: file._poll(False)):     # noqa: B023
                 with self.subTest(word), self.assertRaises(relay.ConfigError) as caught:
                     load()
-                    file._poll(False)       # the first one has only looked
+                    file._poll(False)       # a first poll only notices the change
                 self.assertIn(word, str(caught.exception))
 
-    def test_what_is_a_change(self) -> None:
-        """Time, size and file, each alone; it is read at the second poll that sees it the
-        same, whatever the clock says, and once.
+    def test_a_new_time_size_or_inode_makes_the_relay_read_the_file(self) -> None:
+        """Each is a change by itself. The second poll that sees the same state reads the file
+        once, whatever the time of day is.
         """
         path, file = pathlib.Path(self.path), self.loaded()
-        self.assertLess(2.5 * ACCOUNTS_POLL_INTERVAL, 10)       # seconds, says the README
+        self.assertLess(2.5 * ACCOUNTS_POLL_INTERVAL, 10)       # seconds; the README promises it
         for change, is_same_time in (
                 (lambda: os.utime(path, (1, 1)), False),
                 (lambda: os.utime(path, (2 ** 32, 2 ** 32)), False),
@@ -4706,15 +4700,15 @@ class ReloadTests(AccountCase):
             if is_same_time:
                 os.utime(path, ns=(before, before))
             self.assertEqual([file._poll(False) for _ in range(4)], [False, True, False, False])
-        for text in (ACCOUNTS[:300], f"{ACCOUNTS}[new]\n"):     # half of a file is not read
+        for text in (ACCOUNTS[:300], f"{ACCOUNTS}[new]\n"):     # half a file is not read
             self.write(text)
             self.assertFalse(file._poll(False))
         self.assertTrue(file._poll(False))
         self.assertEqual(len(list(file.accounts)), 7)
         self.write(ACCOUNTS)
-        self.assertTrue(file._poll(True))           # on SIGHUP at once
+        self.assertTrue(file._poll(True))           # SIGHUP reads it at once
 
-    def test_what_fails_for_a_moment_is_tried_again(self) -> None:
+    def test_a_temporary_error_is_retried_at_the_next_poll(self) -> None:
         file = self.loaded()
         self.write(f"{ACCOUNTS}[new]\n")
         file._poll(False)
@@ -4728,13 +4722,13 @@ class ReloadTests(AccountCase):
         self.assertEqual([file._poll(False) for _ in range(2)], [True, False])
         self.assertEqual(len(list(file.accounts)), 7)
 
-    def test_nothing_ends_the_watch(self) -> None:
-        """Whatever goes wrong once, the next change is seen."""
+    def test_no_error_ends_the_polling(self) -> None:
+        """The next change is loaded, whatever the error was."""
         watched = self.running.relay.directory.file
-        for trap in (MemoryError("hidden"), relay.TemporaryError("x"), ValueError("hidden")):
-            with kept_log() as kept, unittest.mock.patch.object(watched, "load", side_effect=trap):
+        for error in (MemoryError("hidden"), relay.TemporaryError("x"), ValueError("hidden")):
+            with kept_log() as kept, unittest.mock.patch.object(watched, "load", side_effect=error):
                 self.running.ask(watched.ask)
-                wait_for(lambda: [one for one in kept.find("accounts") if one[0] == "ERROR"])
+                wait_for(lambda: "ERROR" in dict(kept.find("accounts")))
             self.assertNotIn("hidden", str(kept.lines))
         with kept_log() as kept:
             self.write(f"{ACCOUNTS}[new]\n")
@@ -4743,26 +4737,26 @@ class ReloadTests(AccountCase):
 
 @unittest.mock.patch.object(relay, "AZURE_RETRY_DELAYS", (0.0, 0.0))
 class TableTests(RelayCase):
-    """Accounts in an Azure table, facts 7."""
+    """Accounts in an Azure table; Microsoft, "Query Entities"."""
 
     settings = UNHURRIED
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
-        """Settings with a table, read with a managed identity."""
+        """Return settings with a table that is read with a managed identity."""
         return super().config(**{
             "AZURE_TABLES_URL": f"{cls.fake.url}/account/users",
             "AZURE_POD_IDENTITY_AUTHORITY_HOST": cls.fake.url, **settings})
 
     def setUp(self) -> None:
-        """Have entries, and a relay that remembers none."""
+        """Fill the table and start a relay whose cache is empty."""
         super().setUp()
         entry = {"tenant_id": TENANT, "client_id": CLIENT}
         self.fake.entities = dict.fromkeys(ODD_NAMES, entry)
         self.fake.entities["app1"] = {**entry, "from_email": "app1@example.com"}
         self.running = self.another()
 
-    def test_a_name_of_the_table(self) -> None:
+    def test_an_account_of_the_table_logs_in_and_sends_as_its_mailbox(self) -> None:
         with kept_log() as kept:
             client = self.logged_in("app1@lookup")
         self.assertIn(" account=app1", kept.find("auth")[0][1])
@@ -4779,7 +4773,7 @@ class TableTests(RelayCase):
         self.assertEqual(request.headers["accept"], "application/json;odata=nometadata")
         self.assertIn("resource=https%3A%2F%2Fstorage.azure.com", self.fake.asked("imds")[0].path)
 
-    def test_odd_names_are_data(self) -> None:
+    def test_an_odd_name_is_escaped_in_the_request_or_refused_without_one(self) -> None:
         for names, reply, requests in (
                 (ODD_NAMES, "235 2.7.0", 1), (("none", "' or 'a' eq 'a", "APP1"), "535 5.7.8", 1),
                 (("a/b", "a\\b", "a#b", "a?b", "x" * 513, "\u0085"), "535 5.7.8", 0)):
@@ -4789,15 +4783,15 @@ class TableTests(RelayCase):
                     self.assertReply(self.log_in(f"{name}@lookup"), reply)
                     self.assertEqual(len(self.fake.asked("table")) - before, requests)
 
-    def test_answers_are_remembered_for_a_minute(self) -> None:
+    def test_accounts_and_missing_accounts_are_cached_for_a_minute(self) -> None:
         self.running.relay.directory.table._found._clock = clock = Clock()
-        for pause, requests in ((0, 2), (0, 2), (59, 2), (2, 4)):
-            clock.now += pause
+        for delay, requests in ((0, 2), (0, 2), (59, 2), (2, 4)):
+            clock.now += delay
             self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
             self.assertReply(self.log_in("none@lookup"), "535 5.7.8")
             self.assertEqual(len(self.fake.asked("table")), requests)
 
-    def test_a_table_that_cannot_be_read_is_no_wrong_password(self) -> None:
+    def test_a_table_that_cannot_be_read_defers_the_login(self) -> None:
         xml = b"<?xml version=\"1.0\"?><Error><Code>AuthenticationFailed</Code></Error>"
         entry = {"tenant_id": TENANT, "client_id": CLIENT}
         for number, (word, *actions) in enumerate((
@@ -4824,20 +4818,20 @@ class TableTests(RelayCase):
                 self.assertIn(word, kept.find("auth")[0][1])
                 self.assertNotEqual(kept.find("auth")[0][0], "INFO")
 
-    def test_what_passes_is_tried_again(self) -> None:
+    def test_temporary_errors_of_the_table_are_retried_while_there_is_time(self) -> None:
         self.fake.will("table", say(503), say(500), say(401))
         self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
-        self.assertEqual(len(self.fake.asked("imds")), 2)       # the token is another one
+        self.assertEqual(len(self.fake.asked("imds")), 2)       # with a new token
         for name, status in zip(ODD_NAMES, (429, 500, 502, 503, 504)):
             self.fake.will("table", say(status))
             self.assertReply(self.log_in(f"{name}@lookup"), "235 2.7.0")
-        relay.AZURE_RETRY_DELAYS = (PATIENCE, PATIENCE)       # but not if there is no time for it
+        relay.AZURE_RETRY_DELAYS = (PATIENCE, PATIENCE)       # there is no time for a retry
         self.fake.will("table", say(503))
         with kept_log() as kept:
             self.assertReply(self.log_in("late@lookup"), "454 4.7.0")
         self.assertIn("status=503", kept.find("auth")[0][1])
 
-    def test_neither_secret_nor_sas_is_logged(self) -> None:
+    def test_neither_the_secret_nor_the_sas_is_logged(self) -> None:
         sas = "sv=2020-12-06&sp=r&sig=hid%2Fden%3D"
         own = self.another(AZURE_TENANT_ID=TENANT, AZURE_CLIENT_ID=CLIENT,
                            AZURE_CLIENT_SECRET="hidden")
@@ -4854,11 +4848,11 @@ class TableTests(RelayCase):
         self.assertNotIn("hid", str(kept.lines))
         request = self.fake.asked("table")[0]
         self.assertTrue(request.path.endswith(f"&{sas}"))
-        self.assertNotIn("authorization", request.headers)      # it needs no identity
+        self.assertNotIn("authorization", request.headers)      # a SAS needs no identity
         self.assertEqual(self.fake.asked("imds"), [])
 
-    def test_an_allow_list(self) -> None:
-        # Without it a direct login goes on beside the table, and does not ask it.
+    def test_the_table_can_be_the_list_of_the_applications_that_can_log_in(self) -> None:
+        # If the table is not required, a login as TENANT@CLIENT does not query it.
         self.assertReply(self.log_in(f"{CLIENT}@{CLIENT}"), "235 2.7.0")
         self.assertEqual(self.fake.asked("table"), [])
         self.fake.entities = {"x": self.fake.entities["app1"]}
@@ -4867,7 +4861,7 @@ class TableTests(RelayCase):
                 own = self.another(**{setting: "true"})
                 self.fake.reset()
                 client = self.logged_in(running=own)
-                self.assertNotIn("account=", str(kept.lines))       # it has no name
+                self.assertNotIn("account=", str(kept.lines))       # the account has no name
                 self.assertReply(client.post(), "250 2.0.0")
                 self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
                 for user in (f"{CLIENT}@{CLIENT}", f"o'brien.example@{CLIENT}"):
@@ -4882,11 +4876,11 @@ class TableTests(RelayCase):
         self.fake.reset()
         for user in (USER, f"contoso.com@{CLIENT}", "app1@lookup"):
             self.assertReply(self.log_in(user, running=own), "535 5.7.8")
-        by_filter, by_key = (urllib.parse.unquote(one.path) for one in self.fake.asked("table"))
+        by_filter, by_key = (urllib.parse.unquote(query.path) for query in self.fake.asked("table"))
         self.assertIn("(PartitionKey='o''p q',RowKey='app1')", by_key)
         self.assertIn("(PartitionKey eq 'o''p q') and ", by_filter)
 
-    def test_the_file_is_asked_first(self) -> None:
+    def test_the_file_takes_precedence_over_the_table(self) -> None:
         path = FILES.write("first.ini", f"[App1]\n{APPLICATION}from_email = file@example.com\n")
         own = self.another(ACCOUNTS_FILE=path)
         self.assertReply(self.logged_in("app1@lookup", running=own).post(), "250 2.0.0")
@@ -4894,7 +4888,7 @@ class TableTests(RelayCase):
         self.assertEqual(self.fake.asked("table"), [])
         self.assertReply(self.log_in("a.b@lookup", running=own), "235 2.7.0")
 
-    def test_ids_in_the_table_may_be_written_as_devices_may(self) -> None:
+    def test_ids_in_the_table_can_have_every_form_that_a_login_accepts(self) -> None:
         tenant = "aaaaaaaa-1111-4111-8111-111111111111"
         own = self.another(ACCOUNTS_REQUIRED="true")
         for form, user in ((tenant, ""), (tenant.upper(), ""), (relay.encode_uuid(tenant), ""),
@@ -4903,16 +4897,16 @@ class TableTests(RelayCase):
             self.fake.entities = {"x": {"tenant_id": form, "client_id": client}}
             self.assertReply(self.log_in(user or f"{tenant}@{client}", running=own), "235 2.7.0")
 
-    def test_table_and_entra_share_the_time_of_a_login(self) -> None:
+    def test_the_table_and_entra_share_the_deadline_of_a_login(self) -> None:
         own = self.another(AZURE_TABLES_URL=f"{self.fake.url}/account/users?sig=x")
         pool = own.relay._pool
         with unittest.mock.patch.object(pool, "send", wraps=pool.send) as send:
             self.assertReply(self.log_in("app1@lookup", running=own), "235 2.7.0")
-        self.assertEqual([one.kind for one in self.fake.requests], ["table", "token"])
+        self.assertEqual([request.kind for request in self.fake.requests], ["table", "token"])
         first, second = send.call_args_list
         self.assertEqual(first.args[1], second.args[1])
 
-    def test_the_start_tries_the_table(self) -> None:
+    def test_the_relay_does_not_start_if_a_required_table_cannot_be_read(self) -> None:
         async def start() -> None:
             own = relay.Relay(self.config(AZURE_TABLES_FORCE_USAGE="true"))
             try:
@@ -4928,11 +4922,11 @@ class TableTests(RelayCase):
 
 
 class SendTests(RelayCase):
-    """250 means that Graph said 202, and nothing else does."""
+    """The relay replies 250 if Graph responds 202, and only then."""
 
     settings = UNHURRIED
 
-    def test_a_message_goes_out_as_it_came(self) -> None:
+    def test_a_message_is_sent_unchanged_and_logged_with_the_id_of_its_reply(self) -> None:
         message = (b"From: Scan <scanner@example.com>\r\nTo: a@x.y\r\nSubject:  odd \t x\r\n"
                    b"\r\n.dot\r\n..\r\nna\xefve\0\r\n" + b"x" * 5000 + b"\r\n")
         with kept_log() as kept:
@@ -4942,16 +4936,16 @@ class SendTests(RelayCase):
         self.assertEqual(delivered, Delivered(SENDER, message, ["a@x.y"]))
         self.assertEqual(request.path, "/v1.0/users/scanner%40example.com/sendMail")
         self.assertNotIn(b"\n", request.body)
-        ident = request.headers["client-request-id"]
-        self.assertEqual(reply, f"250 2.0.0 Accepted by Microsoft 365, id {ident}")
+        message_id = request.headers["client-request-id"]
+        self.assertEqual(reply, f"250 2.0.0 Accepted by Microsoft 365, id {message_id}")
         (level, line), = kept.find("sent")
         self.assertEqual(level, "INFO")
-        self.assertRegex(line, rf"^{ident} sent session=[0-9a-f]{{8}} sender={SENDER} "
+        self.assertRegex(line, rf"^{message_id} sent session=[0-9a-f]{{8}} sender={SENDER} "
                                rf"recipients=1 size={len(message)} "
                                r"request-id=graph-request-1 seconds=\d+\.\d{3}$")
 
-    def test_whose_mailbox_it_is(self) -> None:
-        """The sender's, encoded whole; with the null reverse-path that of From."""
+    def test_a_message_is_sent_from_the_mailbox_of_its_sender(self) -> None:
+        """With the null reverse-path the address in From counts. URLs are percent-encoded."""
         client, head = self.logged_in(), b"From: Me <me@x.y>\r\nTo: a@x.y\r\n\r\n"
         for sender, path in (("a/b?c#d@x.y", "a%2Fb%3Fc%23d%40x.y"),
                              ("g#EXT#@x.y", "g%23EXT%23%40x.y"), ("", "me%40x.y"),
@@ -4963,7 +4957,7 @@ class SendTests(RelayCase):
         self.assertEqual(len(self.fake.asked("send")), 5)
 
     @unittest.mock.patch.object(relay, "DEFAULT_RETRY_DELAY", 99.0)
-    def test_each_answer_of_graph(self) -> None:
+    def test_each_error_of_graph_has_its_reply_and_its_line_in_the_log(self) -> None:
         client = self.logged_in()
         for status, code, wanted in GraphAnswerTests.TABLE:
             with self.subTest(f"{status} {code}"), kept_log() as kept:
@@ -4971,8 +4965,8 @@ class SendTests(RelayCase):
                                say(status, b"" if status == 204 else b"<html>oops"))
                 self.open_lines()
                 reply = self.assertReply(client.post(), wanted)
-                ident = self.fake.asked("send")[-1].headers["client-request-id"]
-                self.assertTrue(reply.endswith(f", id {ident}"))
+                message_id = self.fake.asked("send")[-1].headers["client-request-id"]
+                self.assertTrue(reply.endswith(f", id {message_id}"))
                 self.assertEqual(SENDER in reply, wanted in ("550 5.7.1", "550 5.1.8", "452 4.2.2",
                                                              "550 5.7.60"))
                 (level, line), = kept.find("refused")
@@ -4984,10 +4978,10 @@ class SendTests(RelayCase):
         self.assertEqual(self.fake.delivered, [])
         self.assertReply(client.post(), "250 2.0.0")
 
-    def test_broken_answers(self) -> None:
-        """A status counts, whatever becomes of the body; what is broken before is no answer."""
+    def test_a_status_counts_even_if_the_rest_of_the_response_is_broken(self) -> None:
+        """A response that breaks off before its header is complete counts only if it is a 202."""
         client, head = self.logged_in(), b"HTTP/1.1 403 No\r\n"
-        cases = [(octets, "451 4.4.1") for octets in (
+        cases = [(data, "451 4.4.1") for data in (
             b"", b"HTTP/1.1", b"nonsense\r\n\r\n", b"HTTP/1.1 20 OK\r\n\r\n",
             b"HTTP/1.1 103 Early\r\n\r\n", head + b"X: " + b"y" * 70_000,
             head + b"X: y\r\n" * 200 + b"\r\n")]
@@ -4995,7 +4989,7 @@ class SendTests(RelayCase):
                   for status, wanted in ((413, "552 5.3.4"), (403, "550 5.7.1"), (500, "451 4.3.0"))
                   for rest in (b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
                                b"Content-Length: 50\r\n\r\n{", b"Connection: close\r\n\r\n<html>")]
-        cases += [(octets, "250 2.0.0") for octets in (
+        cases += [(data, "250 2.0.0") for data in (
             b"HTTP/1.1 202 Accepted\r\n", b"HTTP/1.1 202\r\n",
             b"HTTP/1.1 202 Accepted\r\nContent-Length: 50\r\n\r\nabc",
             b"HTTP/1.1 202 Accepted\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
@@ -5003,22 +4997,22 @@ class SendTests(RelayCase):
             b"HTTP/1.1 202 Accepted\r\n\x00\xff broken\r\n\r\n",
             b"HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\nHTTP/1.1 202 Accepted\r\n",
             b"HTTP/1.1 202 Accepted\r\nRetry-After: 9\r\n\r\n")]
-        for octets, wanted in cases:
+        for data, wanted in cases:
             for reset in (False, True):
-                with self.subTest(octets[:60], reset=reset):
+                with self.subTest(data[:60], reset=reset):
                     before = len(self.fake.asked("send"))
-                    self.fake.will("send", utter(octets, reset=reset))
+                    self.fake.will("send", utter(data, reset=reset))
                     reply = client.post()
-                    # A reset may take the status line with it, before it is read.
+                    # A reset can discard the status line before it is read.
                     if not reset or not reply.startswith("451 4.4.1"):
                         self.assertReply(reply, wanted)
                     self.assertEqual(len(self.fake.asked("send")), before + 1)
-                    # Or the next message might meet the end of this connection.
+                    # Otherwise the next message might be sent on this closing connection.
                     number = self.fake.asked("send")[-1].connection
                     wait_for(lambda: number in self.fake.closed)    # noqa: B023
 
-    def test_after_a_broken_body_nothing_else_is_read_from_there(self) -> None:
-        """What comes late would be taken for the answer to another message."""
+    def test_a_connection_is_not_reused_after_a_broken_body(self) -> None:
+        """The rest could be read as the response to another message."""
         client = self.logged_in()
         for chunks in (b"zz\r\n", b"11170\r\n" + b"x" * 70_000 + b"\r\n0\r\n\r\n"):
             def broken(sock: socket.socket, _: Request, chunks: bytes = chunks) -> bool:
@@ -5030,8 +5024,7 @@ class SendTests(RelayCase):
             first, second = (request.connection for request in self.fake.asked("send")[-2:])
             self.assertNotEqual(first, second)
 
-    def test_a_202_of_which_the_rest_hangs(self) -> None:
-        """It is not waited for, whatever its form."""
+    def test_a_202_counts_at_once_although_its_body_hangs(self) -> None:
         client = self.logged_in()
         for header in (b"Content-Length: 9999\r\n", b"Connection: close\r\n",
                        b"Transfer-Encoding: chunked\r\nConnection: close\r\n"):
@@ -5045,13 +5038,12 @@ class SendTests(RelayCase):
                     self.fake.reset()
 
     @unittest.mock.patch.object(relay, "DEFAULT_RETRY_DELAY", relay.DEFAULT_RETRY_DELAY)
-    def test_what_is_tried_again(self) -> None:
-        """Only what cannot send a message twice."""
+    def test_only_a_request_that_cannot_have_sent_the_message_is_retried(self) -> None:
         date = email.utils.formatdate(time.time() + 1, usegmt=True)
-        unauthorized = graph_says(401, "ErrorAccessDenied")     # of 401 no code counts
+        unauthorized = graph_says(401, "ErrorAccessDenied")     # with 401 the code does not matter
         self.assertEqual(relay.DEFAULT_RETRY_DELAY, 5)
-        # The pause if Microsoft says none, answers, reply, requests to send and for tokens.
-        for pause, answers, wanted, sends, tokens in (
+        # The delay without Retry-After, the responses, the reply, send and token requests.
+        for delay, actions, wanted, sends, tokens in (
                 (99, (self.fake.expire,), "250 2.0.0", 2, 2),
                 (99, (unauthorized,) * 5, "451 4.7.0", 2, 2),
                 (99, (graph_says(429, "X", retry_after="0"),), "250 2.0.0", 2, 1),
@@ -5070,34 +5062,34 @@ class SendTests(RelayCase):
                 self.fake.reset()
                 self.open_lines()
                 self.password += "."
-                relay.DEFAULT_RETRY_DELAY = pause
-                self.fake.will("send", *answers)
+                relay.DEFAULT_RETRY_DELAY = delay
+                self.fake.will("send", *actions)
                 begun = time.monotonic()
                 self.assertReply(self.logged_in().post(), wanted)
                 self.assertLess(time.monotonic() - begun, PATIENCE / 2)
                 if (sends, tokens) == (2, 1):
                     self.assertGreaterEqual(time.monotonic() - begun, 0.2)
-                self.assertEqual([len(self.fake.asked(one)) for one in ("send", "token")],
+                self.assertEqual([len(self.fake.asked(name)) for name in ("send", "token")],
                                  [sends, tokens])
                 self.assertEqual(len(self.fake.delivered), wanted == "250 2.0.0")
 
-    def test_a_session_outlives_its_token_until_a_renewal_is_refused(self) -> None:
+    def test_a_session_renews_its_token_and_ends_when_a_renewal_is_refused(self) -> None:
         self.fake.will("token", say(200, {"access_token": "short", "expires_in": 300}))
         client = self.logged_in()
         self.assertReply(client.post(), "250 2.0.0")
         self.assertEqual(len(self.fake.asked("token")), 2)
         refused = say(401, aadsts(7000222, "invalid_client"))
-        for answer, wanted in ((say(503), "451 4.7.0"), (refused, "421 4.7.0")):
+        for action, wanted in ((say(503), "451 4.7.0"), (refused, "421 4.7.0")):
             self.assertReply(client.post(), "250 2.0.0")
             self.fake.will("send", self.fake.expire)
-            self.fake.will("token", answer)
+            self.fake.will("token", action)
             self.assertReply(client.post(), wanted)
         self.assertEqual(client.next_reply(), "")
         self.assertIn("AADSTS7000222", self.assertReply(
             self.connect().log_in(password=self.password), "535 5.7.8"))
 
-    def test_a_429_is_for_all_of_its_mailbox_and_for_no_other(self) -> None:
-        """Nobody tries in turn: who waits is told at once, and who comes later too."""
+    def test_a_429_defers_all_messages_of_its_mailbox_and_no_others(self) -> None:
+        """Waiting and later messages are deferred at once, without a request for each."""
         clients, go = [self.begun() for _ in range(7)], threading.Event()
 
         def throttle(sock: socket.socket, request: Request) -> bool:
@@ -5119,9 +5111,9 @@ class SendTests(RelayCase):
         self.assertEqual(len(self.fake.asked("send")), 4)
         self.assertReply(self.logged_in().post(sender="other@example.com"), "250 2.0.0")
 
-    def test_a_burst_is_carried_by_waiting(self) -> None:
-        """Microsoft takes 8 messages, then none for half a second, and so on; that begins
-        when somebody asks, as a slow machine might not do so before its end.
+    def test_a_burst_above_the_rate_limit_is_sent_after_waiting(self) -> None:
+        """Microsoft accepts 8 messages, then none for half a second, and so on. The half second
+        begins with the next request, because a slow machine might otherwise miss it.
         """
         opens_at, taken, refused = 0.0, itertools.count(1), []
 
@@ -5146,23 +5138,23 @@ class SendTests(RelayCase):
         replies = at_once(send, {str(number): (number,) for number in range(8)})
         for reply in itertools.chain.from_iterable(replies.values()):
             self.assertReply(reply, "250 2.0.0")
-        self.assertEqual(len({one.message for one in self.fake.delivered}), 40)
+        self.assertEqual(len({delivered.message for delivered in self.fake.delivered}), 40)
         self.assertEqual(len(self.fake.delivered), 40)
-        # Each time those on their way are told, and then nobody asks until it is open.
+        # Each time only requests under way are refused; the others wait until it is over.
         self.assertLessEqual(len(refused), 4 * 5)
         self.assertGreater(len(refused), 0)
 
     @unittest.mock.patch.object(relay, "DEFAULT_RETRY_DELAY", 99.0)
-    def test_the_longest_pause_counts_and_has_an_end(self) -> None:
-        """For a message that waits already, too, and whatever Microsoft says."""
+    def test_the_longest_retry_after_counts_up_to_half_an_hour(self) -> None:
+        """It also defers messages that already wait."""
         for longest in ("99", "999999999"):
             self.open_lines()
             self.fake.reset()
             clients = [self.begun() for _ in range(3)]
-            for client, pause in zip(clients, ("1", longest, "0")):
+            for client, seconds in zip(clients, ("1", longest, "0")):
                 self.fake.will("send", self.fake.hang_then(
-                    graph_says(429, "X", retry_after=pause)))
-                client.send(pause.encode() + b"\r\n.\r\n")
+                    graph_says(429, "X", retry_after=seconds)))
+                client.send(seconds.encode() + b"\r\n.\r\n")
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
             self.fake.release.set()
             for client in clients:
@@ -5172,24 +5164,24 @@ class SendTests(RelayCase):
             self.assertLessEqual(self.running.ask(lambda: self.running.relay._graph.throttled_for(
                 (TENANT, CLIENT, SENDER))), 1800)
 
-    def test_a_connection_that_is_idle_for_long_is_closed(self) -> None:
+    def test_an_idle_connection_is_closed_after_the_keepalive_timeout(self) -> None:
         with unittest.mock.patch.object(relay, "KEEPALIVE_TIMEOUT", 0.1):
             client = self.logged_in()
             wait_for(lambda: self.fake.requests[0].connection in self.fake.closed)
         self.assertReply(client.post(), "250 2.0.0")
 
-    def test_a_connection_that_is_closed_while_a_request_is_written(self) -> None:
-        """Nothing can have happened: so it is sent again, if the connection was a kept one."""
+    def test_a_request_that_is_cut_off_while_written_is_sent_again(self) -> None:
+        """A reused connection is replaced once; the message cannot have been sent yet."""
         client = self.logged_in()
         for times, wanted in ((2, "451 4.4.1"), (1, "250 2.0.0")):
-            # So that one is kept, for which the system does not take 4 MB at once yet.
+            # This leaves an idle connection whose send buffer is still smaller than 4 MB.
             self.assertReply(client.post(), "250 2.0.0")
             self.fake.requests.clear()
             self.fake.will("send", *[BeforeBody(utter(b"", reset=True))] * times)
             self.assertReply(client.post(BULKY + b"%d" % times), wanted)
             self.assertEqual(len(self.fake.asked("send")), 2)
 
-    def test_two_that_wait_for_one_token_hear_their_own_id(self) -> None:
+    def test_clients_that_wait_for_one_token_get_replies_with_their_own_ids(self) -> None:
         clients = [self.logged_in() for _ in range(2)]
         self.running.ask(self.running.relay._tokens._answers._values.clear)
         self.fake.will("token", self.fake.hang_then(say(503)))
@@ -5197,32 +5189,32 @@ class SendTests(RelayCase):
         free = self.running._config.max_memory_for_messages - 2 * len(SIMPLE)
         wait_for(lambda: self.running.ask(lambda: self.running.relay.memory.free <= free))
         self.fake.release.set()
-        idents = [re.findall(", id [0-9a-f-]{36}", self.assertReply(one.hear(), "451 4.7.0"))
-                  for one in waiting]
-        self.assertEqual([len(found) for found in idents], [1, 1])
+        for client in waiting:
+            reply = self.assertReply(client.hear(), "451 4.7.0")
+            self.assertEqual(len(re.findall(", id [0-9a-f-]{36}", reply)), 1)
 
-    def test_an_early_answer_counts_although_the_request_is_not_taken(self) -> None:
-        """And there is no second request, on a connection that was kept too."""
+    def test_a_response_before_the_end_of_the_request_counts(self) -> None:
+        """There is no second request, although the connection was a reused one."""
         client = self.logged_in()
         for status, wanted in ((413, "552 5.3.4"), (202, "250 2.0.0")):
             with self.subTest(status):
-                self.assertReply(client.post(), "250 2.0.0")        # so that one is kept
+                self.assertReply(client.post(), "250 2.0.0")        # leaves an idle connection
                 before = len(self.fake.asked("send"))
                 self.fake.will("send", BeforeBody(utter(
                     b"HTTP/1.1 %d Early\r\nContent-Length: 0\r\n\r\n" % status)))
                 reply = client.post(BULKY)
                 if reply.startswith("451 4.4.1"):
-                    self.skipTest("the kernel threw the answer away when it reset")
+                    self.skipTest("the kernel discarded the response because of the reset")
                 self.assertReply(reply, wanted)
                 self.assertEqual(len(self.fake.asked("send")), before + 1)
 
-    def test_four_at_once_for_a_mailbox_and_the_others_wait(self) -> None:
+    def test_a_mailbox_sends_four_messages_at_a_time_and_others_wait(self) -> None:
         self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 4)
         messages = [begin_message(self.logged_in(), b"", sender)
                     for sender in (SENDER, SENDER.title()) * 5]     # the same mailbox
         for _ in range(4):
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        # Waiting holds no thread.
+        # Waiting messages hold no thread.
         wait_for(lambda: calls_under_way() == 4)
         # Another mailbox does not wait.
         self.assertReply(self.logged_in().post(sender="other@example.com"), "250 2.0.0")
@@ -5235,8 +5227,8 @@ class SendTests(RelayCase):
             self.assertReply(message.hear(), "250 2.0.0")
         self.assertEqual(self.fake.most_busy, 4)
 
-    def test_a_kept_connection_is_looked_at_before_it_is_written_to(self) -> None:
-        """It is closed, or the server will send no more, or sent what nobody asked for."""
+    def test_an_idle_connection_is_checked_before_it_is_reused(self) -> None:
+        """The server has closed it, or shut down its side, or sent an unexpected response."""
         def speak() -> None:
             for sock in list(self.fake._sockets):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -5250,7 +5242,7 @@ class SendTests(RelayCase):
             first, second = self.fake.asked("send")[-2:]
             self.assertNotEqual(first.connection, second.connection)
 
-    def test_an_error_body_that_takes_its_time_is_read(self) -> None:
+    def test_a_slow_error_body_is_read(self) -> None:
         body = json.dumps({"error": {"code": "ErrorQuotaExceeded"}}).encode()
 
         def slow(sock: socket.socket, request: Request) -> bool:
@@ -5261,7 +5253,7 @@ class SendTests(RelayCase):
         self.fake.will("send", slow)
         self.assertReply(self.logged_in().post(), "452 4.2.2")
 
-    def test_the_envelope_decides_who_gets_it(self) -> None:
+    def test_a_message_goes_to_the_recipients_of_the_envelope_and_nobody_else(self) -> None:
         client = self.logged_in()
         for header, recipients in (
                 ("To: a@x.y, b@x.y", ("a@x.y", "b@x.y")),
@@ -5275,9 +5267,9 @@ class SendTests(RelayCase):
                 self.assertReply(client.post(header.encode("latin-1") + b"\r\n\r\nText\r\n",
                                              recipients=recipients), "250 2.0.0")
                 self.assertEqual(self.fake.delivered[-1].recipients,
-                                 sorted(one.lower() for one in recipients))
+                                 sorted(address.lower() for address in recipients))
 
-    def test_what_comes_after_a_refused_message_is_another(self) -> None:
+    def test_a_refused_message_does_not_affect_the_next_one(self) -> None:
         client = self.logged_in()
         self.fake.will("send", graph_says(404, "ErrorInvalidUser"))
         self.assertReply(client.post(b"\r\nfirst\r\n", "b@x.y", ("b@x.y",)), "550 5.1.8")
@@ -5288,16 +5280,16 @@ class SendTests(RelayCase):
 
 
 class LargeMessageTests(RelayCase):
-    """What is too large for one request goes as a draft, whole or not at all."""
+    """A message too large for one request is sent as a draft, completely or not at all."""
 
     settings = {"UPSTREAM_TIMEOUT": "30"}
 
     def post(self, client: Client, message: bytes = LARGE, *recipients: str) -> str:
         return client.post_octets(message, SENDER, recipients or ("a@x.y",))
 
-    def test_a_scan(self) -> None:
-        small, small_octets = scan(100_000, "image/tiff", "=?utf-8?B?w7w=?=.tif")
-        image, image_octets = scan(3_130_000, "image/png", "logo.png")
+    def test_a_large_message_becomes_a_draft_with_all_its_parts(self) -> None:
+        small, small_data = scan(100_000, "image/tiff", "=?utf-8?B?w7w=?=.tif")
+        image, image_data = scan(3_130_000, "image/png", "logo.png")
         message = crlf(multipart(
             "mixed", multipart("related", HTML, f"Content-ID: <logo@x.y>\n{image}"), small, SCAN,
             header=NAMED + "Subject: =?utf-8?B?w7w=?=\nX-Scanner: 7\nReply-To: r@x.y\n"))
@@ -5313,21 +5305,21 @@ class LargeMessageTests(RelayCase):
              "contentId": "logo@x.y"},
             {"name": "\u00fc.tif", "contentType": "image/tiff"},
             {"name": "scan.pdf", "contentType": "application/pdf"}])
-        self.assertTrue([octets for _, octets in draft.files]
-                        == [image_octets, small_octets, SCAN_OCTETS])
+        self.assertTrue([data for _, data in draft.files]
+                        == [image_data, small_data, SCAN_OCTETS])
         self.assertEqual([request.kind for request in self.fake.requests],
                          ["token", "draft", "open", "put", "put", "attach", "open", "put",
                           "put", "send-draft"])
         self.assertEqual(self.fake.deleted, [])
-        self.assertEqual({one.headers["user-agent"] for one in self.fake.requests},
+        self.assertEqual({request.headers["user-agent"] for request in self.fake.requests},
                          {relay.USER_AGENT})
-        # One id for all of it, but for the upload, which is another host's.
-        ident = reply.rpartition(" ")[2]
+        # All requests have the same id. The upload has none, because it goes to another host.
+        message_id = reply.rpartition(" ")[2]
         for request in self.fake.requests[1:]:
             self.assertEqual(request.headers.get("client-request-id"),
-                             ident if request.kind != "put" else None)
+                             message_id if request.kind != "put" else None)
         (_, line), = kept.find("sent")
-        self.assertTrue(line.startswith(f"{ident} sent "))
+        self.assertTrue(line.startswith(f"{message_id} sent "))
         self.assertIn(f" size={len(message) + len('Bcc: h@x.y') + 2} attachments=3 ", line)
 
     def test_the_limits_of_one_request_and_of_an_upload_session_are_exact(self) -> None:
@@ -5336,39 +5328,40 @@ class LargeMessageTests(RelayCase):
                              (3_129_999, "draft", "attach", "send-draft"),
                              (3_130_000, "draft", "open", "put", "put", "send-draft")):
             self.fake.reset()
-            file, octets = scan(size, name="\u20ac" * 250)
+            file, data = scan(size, name="\u20ac" * 250)
             is_file = len(kinds) > 2
             self.assertReply(self.post(client, crlf(multipart(
                 "mixed", file, header=NAMED)) if is_file else
                 head + b"x" * (size - len(head) - 2) + b"\r\n"), "250 2.0.0")
-            self.assertEqual([one.kind for one in self.fake.requests if one.kind != "token"], kinds)
+            self.assertEqual([request.kind for request in self.fake.requests
+                              if request.kind != "token"], kinds)
             if is_file:
-                self.assertTrue(self.fake.sent_drafts[0].files[0][1] == octets)
+                self.assertTrue(self.fake.sent_drafts[0].files[0][1] == data)
             elif kinds == ["send"]:
                 self.assertEqual(len(self.fake.requests[-1].body), 4_194_304)
 
-    def test_pieces_in_which_there_is_nothing_are_not_sent(self) -> None:
+    def test_line_breaks_in_base64_do_not_become_empty_chunks(self) -> None:
         head, _, text = SCAN.partition("\n\n")
         message = crlf(multipart("mixed", f"{head}\n\n" + "\n" * 2_000_000 + text, header=NAMED))
         self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
         self.assertTrue(self.fake.sent_drafts[0].files[0][1] == SCAN_OCTETS)
         self.assertEqual(len(self.fake.asked("put")), 2)
 
-    def test_a_long_text_that_comes_back_in_the_answer(self) -> None:
+    def test_a_response_that_repeats_a_long_text_is_read(self) -> None:
         for text in ("<\u00fc>" * 900_000, "<" * 3_200_000):
             self.fake.reset()
             message = crlf(NAMED + "Content-Type: text/html\n\n" + text + "\n")
             self.assertReply(self.post(self.logged_in(), message), "250 2.0.0")
             self.assertTrue(self.fake.sent_drafts[0].properties["body"]["content"] == text + "\r\n")
 
-    def test_what_cannot_be_said_is_refused_and_nothing_is_asked(self) -> None:
+    def test_a_message_that_a_draft_cannot_hold_is_refused_without_a_request(self) -> None:
         client = self.logged_in()
         message = crlf(multipart("signed", PLAIN, SCAN, header=NAMED))
         self.assertIn("is signed", self.assertReply(self.post(client, message), "552 5.3.4"))
-        self.assertEqual([one.kind for one in self.fake.requests], ["token"])
+        self.assertEqual([request.kind for request in self.fake.requests], ["token"])
         self.assertReply(client.post(), "250 2.0.0")
 
-    def test_the_memory_of_a_client_that_is_gone(self) -> None:
+    def test_the_memory_of_a_disconnected_client_is_released(self) -> None:
         client, memory = self.begun(), self.running.server._relay.memory
         client.send(b"x" * 1000 + b"\r\nx")
         wait_for(lambda: memory.free < 268_435_456)
@@ -5376,7 +5369,7 @@ class LargeMessageTests(RelayCase):
         client.close()
         wait_for(lambda: memory.free == 268_435_456)
 
-    def test_too_little_memory_is_a_warning_and_a_mistake_of_the_client_is_not(self) -> None:
+    def test_too_little_memory_is_logged_as_a_warning_and_a_client_error_as_info(self) -> None:
         client, memory = self.logged_in(), self.running.server._relay.memory
         self.running.ask(lambda: memory.take(268_435_456))
         self.addCleanup(self.running.ask, lambda: memory.take(-268_435_456))
@@ -5385,8 +5378,8 @@ class LargeMessageTests(RelayCase):
             self.assertReply(client.say("MAIL FROM:<a>"), "501 5.1.7")
         self.assertEqual([level for level, _ in kept.find("refused")], ["WARNING", "INFO"])
 
-    def test_what_is_sent_late_would_be_cut_off(self) -> None:
-        """A tenth of UPSTREAM_TIMEOUT must be left, or the pause is too long."""
+    def test_a_message_is_deferred_if_a_delay_leaves_too_little_time(self) -> None:
+        """A tenth of UPSTREAM_TIMEOUT must be left, or the request might be cut off."""
         client = self.logged_in()
         self.fake.will("send", graph_says(429, "X", retry_after="28.5"))
         begun = time.monotonic()
@@ -5404,17 +5397,17 @@ SOON = graph_says(429, "X", retry_after="0")
     relay, GRAPH_MESSAGE_LIMIT=31_457, LARGE_ATTACHMENT=31_300, UPLOAD_PIECE=39_322,
     MIN_RETRY_DELAY=0.01, DRAFT_RETRY_DELAYS=(0.01, 0.02))
 class DraftFaultTests(RelayCase):
-    """Each step of a large message may fail: what is answered, asked, deleted and logged."""
+    """Each step of a large message can fail: reply, requests, deletion and log."""
 
     settings = {"UPSTREAM_TIMEOUT": "30"}
-    UPLOADED = scan(32_000)[0]          # two pieces
+    UPLOADED = scan(32_000)[0]          # two chunks
     MESSAGE = crlf(multipart("mixed", PLAIN, PDF, UPLOADED, header=NAMED))
-    # In "open" these are no place for a file.
+    # In the response to "open" these are not valid upload URLs.
     BAD_URLS = ("http://outlook.office.com/x", "ftp://127.0.0.1/x", "//127.0.0.1/x", "", 5, None,
                 "http://u:p@127.0.0.1/upload/0", "http://127.0.0.1:0/x", "http://127.0.0.1:99999/x",
                 "http://127.0.0.1/a b", "http://127.0.0.1/\r\nX: y", "https://", "http://[::1",
                 "https://\u00fc", "http://x/?authtoken=a%2Fb")
-    # What comes of these answers, in these steps: reply, and requests of the step.
+    # The steps, the responses to them, the reply, and the number of requests of the step.
     TABLE: tuple[tuple[str, tuple[Action, ...], str, int], ...] = (
         ("draft attach open put send-draft", (graph_says(403, "ErrorQuotaExceeded"),),
          "452 4.2.2", 1),
@@ -5426,23 +5419,23 @@ class DraftFaultTests(RelayCase):
         ("draft attach open send-draft", (say(302),), "554 5.3.0", 1),
         ("send-draft", (say(200),), "554 5.3.0", 1),
         ("draft", (graph_says(404, "ErrorInvalidUser"),), "550 5.1.8", 1),
-        # The upload is between Graph and Exchange, and has no token.
+        # The upload goes to Exchange without a token, so its statuses say nothing about access.
         ("put", (graph_says(400, "BadRequest"),), "451 4.3.0", 1),
         ("put", (say(302),), "451 4.3.0", 1), ("put", (say(401),), "451 4.3.0", 1),
         ("put", (say(404),), "451 4.3.0", 1),
-        # A missing right; nothing is remembered.
+        # A missing permission is not remembered.
         ("draft attach open", (graph_says(403, "ErrorAccessDenied"),),
          "552 5.3.4 The message is larger than 3 MB, and to send such as scanner@example.com "
          "the application needs the right Mail.ReadWrite", 1),
         ("send-draft", (graph_says(403, "ErrorAccessDenied"),), "550 5.7.1", 1),
-        # A draft that not all servers know yet; the mailbox was there a moment ago.
+        # Not all servers have the new draft yet; the mailbox existed a moment ago.
         ("attach open send-draft", (NOT_FOUND, NOT_FOUND), "250 2.0.0", 3),
         ("attach open send-draft", (NOT_FOUND,) * 5, "451 4.3.0", 3),
         ("attach open send-draft", (graph_says(404, "ErrorInvalidUser"),) * 5, "451 4.3.0", 3),
-        # Tried again, as it does no harm.
+        # A retry is harmless.
         ("draft attach open put send-draft", (SOON,), "250 2.0.0", 2),
         ("draft attach open put send-draft", (say(503, retry_after="0.1"),), "250 2.0.0", 2),
-        # Garbage.
+        # Invalid bodies.
         *(("draft", (say(201, body),), "451 4.4.1", 1) for body in (
             b"", {"id": 5}, {"id": ""}, b"[" * 1000, {"id": "\ud800"}, {"id": "a b"})),
         *(("open", (say(201, body),), "451 4.4.1", 1) for body in (
@@ -5459,20 +5452,20 @@ class DraftFaultTests(RelayCase):
         self.open_lines()
         return client.post_octets(self.MESSAGE, SENDER, ["a@x.y"])
 
-    def test_each_step(self) -> None:
+    def test_each_failure_of_a_step_has_its_reply_and_no_secret_is_logged(self) -> None:
         client = self.logged_in()
         with kept_log() as all_kept:
-            for steps, answers, wanted, requests in self.TABLE:
+            for steps, actions, wanted, requests in self.TABLE:
                 for step in steps.split():
                     with self.subTest(step, wanted=wanted), kept_log() as kept:
                         self.fake.reset()
-                        self.fake.will(step, *answers)
+                        self.fake.will(step, *actions)
                         self.assertTrue(self.post(client).startswith(f"{wanted} "), wanted)
                         is_sent = wanted == "250 2.0.0"
                         asked = self.fake.asked(step)
                         self.assertEqual(len(asked), requests + (is_sent and step == "put"))
                         self.assertEqual(len(self.fake.deleted), not is_sent and step != "draft")
-                        self.assertEqual([one.sent for one in self.fake.drafts.values()],
+                        self.assertEqual([draft.sent for draft in self.fake.drafts.values()],
                                          [True] * is_sent)
                         self.assertEqual(self.fake.asked("other"), [])
                         self.assertEqual(len(kept.find("sent")), is_sent)
@@ -5483,7 +5476,7 @@ class DraftFaultTests(RelayCase):
                        "JVBER"):
             self.assertNotIn(hidden, shown)
 
-    def test_other_statuses_of_success(self) -> None:
+    def test_other_statuses_of_success_are_accepted(self) -> None:
         self.fake.will("draft", say(200, {"id": "x"}))
         self.fake.will("attach", say(200, {"id": "x"}))
         self.fake.will("open", say(200, {"uploadUrl": self.fake.upload_url.format(0)}))
@@ -5491,7 +5484,7 @@ class DraftFaultTests(RelayCase):
         self.fake.will("send-draft", say(202))
         self.assertReply(self.post(self.logged_in()), "250 2.0.0")
 
-    def test_a_new_token_in_each_step(self) -> None:
+    def test_each_step_renews_an_expired_token(self) -> None:
         for step in ("draft", "attach", "open", "send-draft", "delete"):
             with self.subTest(step):
                 client = self.logged_in()
@@ -5499,12 +5492,12 @@ class DraftFaultTests(RelayCase):
                 self.fake.will(step, self.fake.expire)
                 self.fake.will("put", *[say(500)] * (step == "delete"))
                 self.assertReply(self.post(client), "451" if step == "delete" else "250")
-                self.assertEqual([len(self.fake.asked(one)) for one in (step, "token")], [2, 1])
+                self.assertEqual([len(self.fake.asked(name)) for name in (step, "token")], [2, 1])
 
-    def test_the_draft_is_deleted(self) -> None:
+    def test_the_draft_of_a_failed_message_is_deleted_or_the_log_says_why_not(self) -> None:
         client = self.logged_in()
-        # The answers, and the requests, how many drafts are left, and what is logged.
-        for answers, requests, left, logged in (
+        # The responses, the number of requests and of drafts left, and the log.
+        for actions, requests, left, logged in (
                 ((), 1, 0, ""), ((NOT_FOUND,), 1, 1, ""),      # it was sent after all
                 ((SOON, SOON), 3, 0, ""),
                 ((say(500),), 1, 1, 'reply="451 4.3.0'), ((utter(b""),), 1, 1, 'reply="451 4.4.1'),
@@ -5512,25 +5505,25 @@ class DraftFaultTests(RelayCase):
             with self.subTest(requests=requests, logged=logged), kept_log() as kept:
                 self.fake.reset()
                 self.fake.will("put", say(500))
-                self.fake.will("delete", *answers)
+                self.fake.will("delete", *actions)
                 self.assertReply(self.post(client), "451 4.3.0")
                 self.assertEqual(len(self.fake.asked("delete")), requests)
                 self.assertEqual(len(self.fake.drafts), left)
                 self.assertEqual([(level, logged in line) for level, line in
                                   kept.find("draft-left")], [("WARNING", True)] * bool(logged))
 
-    def test_no_message_is_held_when_it_has_failed(self) -> None:
-        """Not even until the garbage collector comes: it may not, for a long time."""
+    def test_no_message_stays_in_memory_after_its_reply(self) -> None:
+        """It is freed without a garbage collection, which might not run for a long time."""
         client, large = self.logged_in(), self.MESSAGE
         signed = large.replace(b"multipart/mixed", b"multipart/signed")
 
         def held() -> list[object]:
-            return [one for one in gc.get_objects() if isinstance(one, relay.HttpRequest)
-                    or (isinstance(one, relay.Envelope) and one.message)]
+            return [item for item in gc.get_objects() if isinstance(item, relay.HttpRequest)
+                    or (isinstance(item, relay.Envelope) and item.message)]
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
-        for name, kind, action, message, wanted in (
+        for name, step, action, message, wanted in (
                 ("refused", "", None, signed, "552"), ("junk", "draft", utter(b"x"), large, "451"),
                 ("error", "put", say(500), large, "451"),
                 ("reset", "put", utter(b""), large, "451"),
@@ -5539,19 +5532,19 @@ class DraftFaultTests(RelayCase):
                 ("error", "send", say(500), b"\r\n", "451"),
                 ("renewal", "send", self.fake.expire, b"\r\n", "451"),
                 ("sent", "", None, large, "250")):
-            with self.subTest(name, kind=kind):
-                self.fake.will(kind, *([action] if action else []))
+            with self.subTest(name, step=step):
+                self.fake.will(step, *([action] if action else []))
                 self.fake.will("token", *([say(503)] if name == "renewal" else []))
                 self.assertEqual(client.post_octets(message, SENDER, ["a@x.y"])[:3], wanted)
-                wait_for(lambda: not held())            # the reply comes a moment earlier
+                wait_for(lambda: not held())            # the reply is sent a moment before
         self.assertEqual(self.running.ask(lambda: self.running.server._relay.memory.free),
                          268_435_456)
 
-    def test_answers_about_an_upload(self) -> None:
+    def test_only_valid_upload_urls_and_ranges_are_accepted(self) -> None:
         for url, is_good in (("https://outlook.office.com/a?b=c", True), ("https:///a", False),
                              ("http://127.0.0.1/a", True), ("http://10.0.0.1/a", False)):
-            answer = response(201, {"uploadUrl": url})
-            self.assertEqual(relay.parse_upload_url(answer), url * is_good)
+            session = response(201, {"uploadUrl": url})
+            self.assertEqual(relay.parse_upload_url(session), url * is_good)
         for ranges, wanted in ((["7"], 7), (["7-"], 7), (["7-9"], 7), ([7], 7), ([], None),
                                (["x"], None), ("7", None)):
             for name in ("NextExpectedRanges", "nextExpectedRanges"):
@@ -5560,11 +5553,11 @@ class DraftFaultTests(RelayCase):
 
 
 class SlowUploadTests(RelayCase):
-    """UPSTREAM_TIMEOUT is the whole of an upload too."""
+    """UPSTREAM_TIMEOUT includes the upload of a file."""
 
-    def test_a_draft_is_not_sent_when_its_time_is_almost_over(self) -> None:
-        """It would be cut off, and nobody would hear whether it was sent."""
-        config = self.config(UPSTREAM_TIMEOUT="86400")      # of it a tenth must be left
+    def test_a_draft_is_not_sent_shortly_before_the_deadline(self) -> None:
+        """If the request were cut off, it would be unknown whether the message was sent."""
+        config = self.config(UPSTREAM_TIMEOUT="86400")      # a tenth of it must be left
         pool = relay.HttpPool([self.fake.url])
         graph = relay.GraphClient(config, pool, relay.Tokens(config, pool))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, bytearray(LARGE))
@@ -5587,18 +5580,18 @@ class SlowUploadTests(RelayCase):
 
 
 class LimiterTests(unittest.TestCase):
-    """A mailbox has REQUESTS_AT_ONCE slots; none is lost, and none is made up."""
+    """A mailbox always has REQUESTS_AT_ONCE slots, whatever is cancelled."""
 
     @contextlib.asynccontextmanager
     async def full(self) -> AsyncIterator[relay.MailboxLimiter]:
-        """A limiter with all slots in use."""
+        """Provide a limiter with all slots in use."""
         limiter = relay.MailboxLimiter()
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(relay.REQUESTS_AT_ONCE):
                 await stack.enter_async_context(limiter.slot(0.0, is_live=True))
             yield limiter
 
-    def test_first_come_first_served_and_the_queue_last(self) -> None:
+    def test_clients_get_slots_in_order_of_arrival_and_the_queue_gets_them_last(self) -> None:
         async def work(limiter: relay.MailboxLimiter, name: str, order: list[str]) -> None:
             async with limiter.slot(time.monotonic() + PATIENCE, is_live=name != "q"):
                 order.append(name)
@@ -5608,7 +5601,7 @@ class LimiterTests(unittest.TestCase):
             async with self.full() as limiter:
                 tasks = [asyncio.ensure_future(work(limiter, name, order)) for name in "1q23456"]
                 await asyncio.sleep(0)
-            # The first four have a slot, and do not know it yet.
+            # The first four have a slot, but have not run since.
             for number in cancelled:
                 tasks[number].cancel()
             _, late = await asyncio.wait(tasks, timeout=PATIENCE / 2)
@@ -5619,8 +5612,8 @@ class LimiterTests(unittest.TestCase):
             with self.subTest(cancelled):
                 self.assertEqual(asyncio.run(play(cancelled)), order)
 
-    def test_a_message_that_gets_no_slot_is_not_held(self) -> None:
-        """Not even until the garbage collector comes."""
+    def test_a_message_that_gets_no_slot_does_not_stay_in_memory(self) -> None:
+        """It is freed without a garbage collection."""
         async def wait(limiter: relay.MailboxLimiter, message: relay.Envelope) -> None:
             async with limiter.slot(time.monotonic() + 0.02, is_live=True):
                 self.fail(f"a fifth slot, {message}")
@@ -5633,24 +5626,24 @@ class LimiterTests(unittest.TestCase):
                     await wait(limiter, message)
                 self.assertEqual(str(caught.exception.reply)[:9], "451 4.4.5")
                 del message, caught
-            await asyncio.sleep(0)              # this step still has the future that ended
+            await asyncio.sleep(0)              # the current step still refers to the future
             return held() is not None
         gc.disable()
         self.addCleanup(gc.enable)
         self.assertFalse(asyncio.run(play()))
 
-    def test_cancellations_and_time_outs(self) -> None:
+    def test_no_slot_is_lost_by_cancellations_and_timeouts(self) -> None:
         async def play() -> int:
-            limiter, busy, most = relay.MailboxLimiter(), 0, 0
+            limiter, busy, peak = relay.MailboxLimiter(), 0, 0
             chance = random.Random(7)
 
             async def worker() -> None:
-                nonlocal busy, most
+                nonlocal busy, peak
                 with contextlib.suppress(relay.TemporaryError, asyncio.CancelledError):
                     async with limiter.slot(time.monotonic() + chance.random() / 50,
                                             is_live=chance.random() < 0.8):
                         busy += 1
-                        most = max(most, busy)
+                        peak = max(peak, busy)
                         try:
                             await asyncio.sleep(chance.random() / 200)
                         finally:
@@ -5663,7 +5656,7 @@ class LimiterTests(unittest.TestCase):
                     task.cancel()
                 await asyncio.wait(tasks)
             self.assertEqual((busy, limiter.in_use), (0, 0))
-            return most
+            return peak
         self.assertEqual(asyncio.run(play()), relay.REQUESTS_AT_ONCE)
 
 
