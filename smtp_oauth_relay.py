@@ -2230,8 +2230,8 @@ class PreparedMessage(NamedTuple):
     draft: Draft | None = None
 
 
-def prepare_message(envelope: Envelope, config: Config,
-                    principal: Principal) -> PreparedMessage:
+def prepare_message(envelope: Envelope, principal: Principal,
+                    config: Config) -> PreparedMessage:
     """Do all to a message of a device with that login. Raises DeliveryError."""
     edited = edit_message(envelope, principal)
     if edited.size <= GRAPH_MESSAGE_LIMIT:
@@ -4762,7 +4762,7 @@ class Delivery:
                        deadline: float) -> tuple[PreparedMessage, bytes]:
         """Prepare a message and hash it, in a thread if it is large."""
         def prepare() -> tuple[PreparedMessage, bytes]:
-            message = prepare_message(envelope, self._config, principal)
+            message = prepare_message(envelope, principal, self._config)
             return message, self._duplicates.digest(principal, envelope,
                                                     message.edited.original_header)
         if (len(envelope.message) < SMALL_MESSAGE
@@ -5558,7 +5558,7 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
     """Print what the relay would do; returns whether it would send the message."""
     try:
         envelope = _receive(config, message, sender, recipients)
-        outgoing = prepare_message(envelope, config, Account().as_principal(config))
+        outgoing = prepare_message(envelope, Account().as_principal(config), config)
     except RelayError as error:
         print(f"Refused: {error.reply}")
         return False

@@ -697,7 +697,13 @@ def parse(text: str, **settings: str) -> list[relay.Account]:
     return accounts
 
 
-LOGIN_OF_TESTS = relay.Principal(relay.Account(), relay.Application("", ""), "test")
+LOGIN_OF_TESTS = relay.Account().as_principal(relay.Config(), username="test")
+
+
+def policy_of(account: relay.Account, config: relay.Config) -> relay.ClientPolicy:
+    """Return a policy under which a client needs no login for an account."""
+    return relay.Accounts().match_address(None, config)._replace(
+        anonymous=account.as_principal(config))
 
 
 def accept(session: relay.Session, event: relay.Event) -> None:
@@ -717,9 +723,9 @@ class Dialogue:
                  answer: Callable[[relay.Session, relay.Event], None] = accept,
                  **options: Any) -> None:
         self.log: list[tuple[str, object]] = []
-        self.session = relay.Session(config, "relay.test",
-                                     lambda mark, what: self.log.append((mark, what)),
-                                     **options)
+        self.session = relay.Session(
+            config, "relay.test", on_line=lambda mark, line: self.log.append((mark, line)),
+            on_refusal=lambda error: self.log.append(("!", error.reply)), **options)
         if secure:
             self.session.tls_started()
         self.answer = answer
@@ -815,8 +821,8 @@ def prepared(message: bytes, *recipients: str, sender: str = SENDER, login: str 
     """What becomes of a message for these recipients."""
     envelope = relay.Envelope(sender, {relay.normalize_mailbox(one): one for one in recipients},
                               bytearray(message))
-    options = relay.Account().message_options(make_config(**settings))
-    outcome = relay.edit_message(envelope, options, login)
+    outcome = relay.edit_message(
+        envelope, relay.Account().as_principal(make_config(**settings), username=login))
     return outcome.header + bytes(outcome.body)
 
 
@@ -844,8 +850,8 @@ def take_apart(message: bytes, *recipients: str, **settings: str) -> relay.Draft
     envelope = relay.Envelope(SENDER, {relay.normalize_mailbox(one): one for one in recipients},
                               bytearray(crlf(message)))
     return relay.make_draft(envelope.message,
-                            relay.edit_message(envelope, relay.Account().message_options(
-                                make_config(**settings)), ""))
+                            relay.edit_message(envelope, relay.Account().as_principal(
+                                make_config(**settings))))
 
 
 def octets_of(attachment: relay.Attachment) -> bytes:
@@ -1315,7 +1321,7 @@ class Running:
 
     def forget_failures(self) -> None:
         """Start counting refused logins from zero."""
-        self.ask(self.relay.directory.failures._times._values.clear)
+        self.ask(self.relay.authenticator._limiter._times._values.clear)
 
     def begin_stop(self) -> None:
         """Do what SIGTERM does."""
@@ -2447,9 +2453,10 @@ require_tls = true
                 ("fd00::1", "office", True, "1.2"), ("fe80::1%eth0", None, True, "1.2"),
                 ("::ffff:10.1.0.1", "old", False, "1.0"), ("unknown", None, True, "1.2")):
             with self.subTest(address):
-                login, config = accounts.at(relay.parse_address(address), tls_config())
+                policy = accounts.match_address(relay.parse_address(address), tls_config())
+                login = policy.anonymous
                 self.assertEqual(login and login.account.name, guest)
-                self.assertEqual((config.require_tls, config.tls_min_version), (require_tls, least))
+                self.assertEqual(policy[1:], (require_tls, least))
                 if login:
                     self.assertEqual(login.application.secret, "s")
 
@@ -2742,10 +2749,9 @@ class SessionTests(SessionCase):
                     self.assertNotIn(hidden, shown)
 
     def test_senders_and_recipients(self) -> None:
-        login = relay.Principal(relay.Account("scan2", allowed_senders=("a.b",),
-                                          allowed_recipients=("d.e", "boss@f.g")),
-                            relay.Application("", "", "s"), "scan2")
-        dialogue = Dialogue(tls_config(), secure=True, guest=login)
+        policy = policy_of(relay.Account("scan2", allowed_senders=("a.b",),
+                                         allowed_recipients=("d.e", "boss@f.g")), tls_config())
+        dialogue = Dialogue(tls_config(), secure=True, policy=policy)
         said = dialogue.feed(b"EHLO x\r\nMAIL FROM:<x@b.c>\r\nMAIL FROM:<x@A.B>\r\n"
                              b"RCPT TO:<x@y.z>\r\nRCPT TO:<x@d.e>\r\nRCPT TO:<Boss@f.g>\r\n"
                              + b"RCPT TO:<other@f.g>\r\n" * 150 + b"DATA\r\nText\r\n.\r\n")
@@ -3163,10 +3169,10 @@ class DraftTests(unittest.TestCase):
         config = make_config(LARGE_MESSAGES="refuse")
         message = bytearray(crlf(NAMED + "\n").ljust(3_145_728, b"x"))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, message)
-        self.assertIsNone(relay.prepare_message(envelope, config).draft)
+        self.assertIsNone(relay.prepare_message(envelope, LOGIN_OF_TESTS, config).draft)
         envelope.recipients["b@x.y"] = "b@x.y"
         with self.assertRaisesRegex(relay.DeliveryError, "LARGE_MESSAGES=refuse") as caught:
-            relay.prepare_message(envelope, config)
+            relay.prepare_message(envelope, LOGIN_OF_TESTS, config)
         self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
 
     def test_encodings(self) -> None:
@@ -4511,7 +4517,7 @@ class AccountLoginTests(AccountCase):
     def test_two_passwords_are_hashed_at_a_time_and_other_logins_wait(self) -> None:
         """The event loop is not blocked, and a login that gives up hashes nothing."""
         running = self.another(UPSTREAM_TIMEOUT="1.5")
-        places = running.relay.directory._scrypt
+        places = running.relay.authenticator._scrypt
         with hashed_passwords() as scrypt:
             for number, wanted in enumerate(("235 2.7.0", "235 2.7.0", "454 4.7.0")):
                 if number:
@@ -4568,7 +4574,7 @@ class FailureTests(AccountCase):
 
     @needs_loopbacks
     def test_a_correct_secret_is_refused_after_too_many_wrong_ones(self) -> None:
-        failures, address = self.running.relay.directory.failures, "127.0.0.10"
+        failures, address = self.running.relay.authenticator._limiter, "127.0.0.10"
         self.fake.will("token", self.fake.hang_then(self.fake.accept))
         client = self.come_from(address)
         client.putcmd(f"AUTH PLAIN {plain(USER, self.password).decode()}")
@@ -4643,9 +4649,9 @@ class ReloadTests(AccountCase):
         with kept_log() as kept:
             os.unlink(self.path)
             wait_for(lambda: "No such file" in str(kept.lines))
-            watched = self.running.relay.directory.file
+            watched = self.running.relay.accounts_file
             for _ in range(2):              # at the second request the first poll has ended
-                self.running.ask(watched.ask)
+                self.running.ask(watched.request_reload)
                 wait_for(lambda: not watched._wake.is_set())
             self.assertEqual(str(kept.lines).count("No such file"), 1)
             for data, problem in ((b"[\xff]", "UTF-8"), (b"", "there is no account")):
@@ -4724,10 +4730,10 @@ class ReloadTests(AccountCase):
 
     def test_no_error_ends_the_polling(self) -> None:
         """The next change is loaded, whatever the error was."""
-        watched = self.running.relay.directory.file
+        watched = self.running.relay.accounts_file
         for error in (MemoryError("hidden"), relay.TemporaryError("x"), ValueError("hidden")):
             with kept_log() as kept, unittest.mock.patch.object(watched, "load", side_effect=error):
-                self.running.ask(watched.ask)
+                self.running.ask(watched.request_reload)
                 wait_for(lambda: "ERROR" in dict(kept.find("accounts")))
             self.assertNotIn("hidden", str(kept.lines))
         with kept_log() as kept:
@@ -4784,7 +4790,7 @@ class TableTests(RelayCase):
                     self.assertEqual(len(self.fake.asked("table")) - before, requests)
 
     def test_accounts_and_missing_accounts_are_cached_for_a_minute(self) -> None:
-        self.running.relay.directory.table._found._clock = clock = Clock()
+        self.running.relay._table._cache._clock = clock = Clock()
         for delay, requests in ((0, 2), (0, 2), (59, 2), (2, 4)):
             clock.now += delay
             self.assertReply(self.log_in("app1@lookup"), "235 2.7.0")
@@ -5371,8 +5377,8 @@ class LargeMessageTests(RelayCase):
 
     def test_too_little_memory_is_logged_as_a_warning_and_a_client_error_as_info(self) -> None:
         client, memory = self.logged_in(), self.running.server._relay.memory
-        self.running.ask(lambda: memory.take(268_435_456))
-        self.addCleanup(self.running.ask, lambda: memory.take(-268_435_456))
+        self.running.ask(lambda: memory.reserve(268_435_456))
+        self.addCleanup(self.running.ask, lambda: memory.reserve(-268_435_456))
         with kept_log() as kept:
             self.assertReply(client.say(f"MAIL FROM:<{SENDER}> SIZE=1"), "452 4.3.1")
             self.assertReply(client.say("MAIL FROM:<a>"), "501 5.1.7")
@@ -5561,7 +5567,7 @@ class SlowUploadTests(RelayCase):
         pool = relay.HttpPool([self.fake.url])
         graph = relay.GraphClient(config, pool, relay.Tokens(config, pool))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, bytearray(LARGE))
-        draft = relay.prepare_message(envelope, config).draft
+        draft = relay.prepare_message(envelope, LOGIN_OF_TESTS, config).draft
         now = time.monotonic()
         context = relay.RequestContext(
             relay.Application(TENANT, CLIENT, self.password), SENDER, "id",
@@ -5690,8 +5696,8 @@ class SpoolTests(SpoolCase):
         self.assertRegex(kept.find("sent")[0][1], rf"^{ident} sent sender={SENDER} recipients=1 "
                          rf"size=\d+ tries={len(self.fake.asked('send'))} "
                          r"request-id=graph-request-1 queued=\d")
-        self.assertEqual(kept.find("delayed")[0][0], "WARNING")
-        first, second = re.findall(r"again=([0-9.]+)", str(kept.find("delayed")))[:2]
+        self.assertEqual(kept.find("deferred")[0][0], "WARNING")
+        first, second = re.findall(r"again=([0-9.]+)", str(kept.find("deferred")))[:2]
         self.assertTrue(float(first) > 0.07 and float(second) > 0.13, (first, second))
 
     def test_it_goes_out_as_it_would_have_gone_at_first(self) -> None:
@@ -5762,7 +5768,7 @@ class SpoolTests(SpoolCase):
         state = ["file", ".tmp to queue/.json", "queue"]
         steps: tuple[tuple[Callable[[], None], list[str]], ...] = (
             (lambda: files.add(message, [b"x" * 15], math.inf, bool), ["file", *state]),
-            (lambda: files.note(path, message), state),
+            (lambda: files.save(path, message), state),
             (lambda: files.fail(message), [
                 *state, ".eml to failed/.eml", "failed", "queue", ".json to failed/.json",
                 "failed", "queue"]),
@@ -5778,7 +5784,7 @@ class SpoolTests(SpoolCase):
                 self.assertEqual(calls, wanted)
                 calls.clear()
         with self.assertRaises(FileNotFoundError):      # somebody deleted it meanwhile
-            files.note(path, message)
+            files.save(path, message)
         self.assertEqual(list(self.folder.glob("*/*")), [])
 
     def test_the_least_tried_first_then_the_oldest(self) -> None:
@@ -5823,11 +5829,11 @@ class SpoolTests(SpoolCase):
         self.fake.will("send", say(503), note(say(429, retry_after="4")), note(self.fake.accept))
         with kept_log() as kept:
             self.enqueue(client, "1")
-            wait_for(lambda: kept.find("delayed"))
+            wait_for(lambda: kept.find("deferred"))
             self.enqueue(client, "2")               # at once, without a request
         self.wait_until_empty()
         self.assertGreaterEqual(times[1] - times[0], 4)
-        self.assertRegex(kept.find("delayed")[0][1], r"again=[1-4]\.")
+        self.assertRegex(kept.find("deferred")[0][1], r"again=[1-4]\.")
         self.assertEqual(len(self.fake.asked("send")), 4)
 
     def test_live_traffic_comes_first_and_no_more_than_four(self) -> None:
@@ -5876,17 +5882,17 @@ class SpoolTests(SpoolCase):
         asked = len(self.fake.asked("send"))
         with kept_log() as kept:
             running = self.start()
-            wait_for(lambda: kept.find("delayed"))
+            wait_for(lambda: kept.find("deferred"))
             another = self.connect(running)             # another application does not help it
             another.log_in(f"{TENANT}@{TENANT}", self.password)
             self.assertReply(self.post(another, "other"), "250 2.0.0")
             self.assertEqual(len(self.fake.asked("send")), asked + 1)
             self.log_in_to(running)
             self.wait_until_empty()
-        self.assertIn(f"waits until {USER} logs in", kept.find("delayed")[0][1])
-        self.assertEqual(len(kept.find("delayed")), 1)
+        self.assertIn(f"waits until {USER} logs in", kept.find("deferred")[0][1])
+        self.assertEqual(len(kept.find("deferred")), 1)
         self.assertEqual(self.subjects(), [b"other", b"s"])
-        wait_for(lambda: not running.ask(lambda: running.relay.spool._applications))
+        wait_for(lambda: not running.ask(lambda: running.relay.queue._applications))
 
     def test_a_secret_that_is_no_longer_accepted_is_forgotten(self) -> None:
         running = self.start()
@@ -5931,7 +5937,7 @@ class SpoolTests(SpoolCase):
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         client.close()                          # so that nothing else is under way
         running.begin_stop()
-        wait_for(lambda: running.ask(lambda: running.relay.spool._is_stopping))
+        wait_for(lambda: running.ask(lambda: running.relay.queue._is_stopping))
         self.fake.release.set()
         running.wait()
         self.assertEqual((len(self.fake.delivered), self.waiting()), (1, []))
@@ -5965,13 +5971,13 @@ class SpoolTests(SpoolCase):
                 self.be_down()
                 self.enqueue(client)
                 left = spare + self.only()[1].size - 1      # a byte less than it needs
-                running.ask(lambda: memory.take(10_000_000 - left))     # noqa: B023
+                running.ask(lambda: memory.reserve(10_000_000 - left))     # noqa: B023
                 wait_for(lambda: running.ask(lambda: memory.free) == left)      # noqa: B023
                 self.be_up()
                 asked = len(self.fake.asked("send"))
                 wait_for(lambda: "452 4.3.1" in str(kept.lines))
                 self.assertEqual(len(self.fake.asked("send")), asked)
-                running.ask(lambda: memory.take(-1))        # noqa: B023
+                running.ask(lambda: memory.reserve(-1))        # noqa: B023
                 self.wait_until_empty()
                 self.assertEqual(running.ask(lambda: memory.free), left + 1)    # noqa: B023
                 running.stop()
@@ -6017,7 +6023,7 @@ class FailedTests(SpoolCase):
     def test_a_second_notice_takes_the_place_of_the_first(self) -> None:
         running, sizes = self.start(), []
         self.rest_long()
-        spool = running.relay.spool
+        spool = running.relay.queue
         for size in (11, 12):
             message = make_message(size=size, queued_at=time.time())
             asyncio.run_coroutine_threadsafe(
@@ -6081,7 +6087,7 @@ class FailedTests(SpoolCase):
                                  (delivered, failed))
                 self.assertEqual({level for level, _ in kept.find("failed")},
                                  {"ERROR"} if failed else set())
-                self.assertIn(f'reply="{reply}', str(kept.find("failed") or kept.find("delayed")))
+                self.assertIn(f'reply="{reply}', str(kept.find("failed") or kept.find("deferred")))
         self.fake.reset()
         shutil.rmtree(self.failed, ignore_errors=True)
         self.fake.will("send", say(503), say(400))
@@ -6201,11 +6207,11 @@ class FullSpoolTests(SpoolCase):
                                         side_effect=pathlib.Path.glob) as glob:
             self.enqueue(client, *"abc")
         self.assertEqual(glob.call_count, 1)
-        self.assertGreaterEqual(running.relay.spool._files._used, sum(      # with the states
+        self.assertGreaterEqual(running.relay.queue._files._size, sum(      # with the states
             path.stat().st_size for path in self.queue.iterdir()))
 
     def test_a_message_that_cannot_be_stored_is_not_held(self) -> None:
-        spool = self.start(SPOOL_MAX_BYTES="1000").relay.spool
+        spool = self.start(SPOOL_MAX_BYTES="1000").relay.queue
 
         class Octets(bytearray):
             pass
@@ -6320,7 +6326,7 @@ class SlowDiskTests(HangCase):
         os.unlink(path)
         self.pipe("slow.ini")
         wait_for(calls_under_way)
-        running.ask(running.relay.directory.file.ask)
+        running.ask(running.relay.accounts_file.request_reload)
         self.served(running, "secret")
         running.stop()
 
@@ -6358,7 +6364,7 @@ from_email = scan@example.com
         self.fake.will("send", say(429, retry_after="1000"))
         running.ask(running.relay._tokens._tenants._values.clear)   # as after a start
         self.enqueue(client)
-        mailbox, = running.relay.spool._mailboxes.values()
+        mailbox, = running.relay.queue._mailboxes.values()
         self.assertGreater(mailbox.resume_at, time.monotonic() + 900)
         self.assertEqual(self.only()[1].tenant, "one.example")
 
@@ -6496,15 +6502,15 @@ class SpoolStartTests(SpoolCase):
             ({"queue/ID.eml": eml, "queue/ID.json": state, "queue/ID.tmp": b"{"}, "", "removed",
              [b"s"]),
             # while it was moved to failed/, or from there
-            ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "set-aside", []),
+            ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "quarantined", []),
             ({"queue/ID.eml": eml, "failed/ID.json": state}, "failed", "listening", []),
             ({"queue/ID.eml": b"x", "failed/ID.json": state, "failed/ID.eml": eml}, "failed",
              "removed", []),
             # damaged, or not the state of this message
-            ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "set-aside", []),
-            ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "set-aside", []),
+            ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "quarantined", []),
+            ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "quarantined", []),
             ({"queue/ID.json": state.replace(b"ID", b"other"), "queue/ID.eml": eml}, "failed",
-             "set-aside", []),
+             "quarantined", []),
             ({"queue/ID.json": state, "queue/ID.eml": eml[:-9]}, "failed", "failed",
              [b"Undelivered mail"]))
         for number, (files, wanted, event, subjects) in enumerate(cases):
@@ -6582,7 +6588,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         for path in self.queue.iterdir():       # as somebody may do without the command line
             path.unlink()
         with kept_log() as kept:
-            for mailbox in list(running.relay.spool._mailboxes.values()):
+            for mailbox in list(running.relay.queue._mailboxes.values()):
                 running.ask(mailbox.resume)
             wait_for(lambda: kept.find("dropped"))
 
@@ -6593,14 +6599,14 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.enqueue(client, sender=SENDER)
         wait_for(lambda: self.fake.delivered)                   # the notice
         self.wait_until_empty()
-        wait_for(lambda: not running.ask(lambda: running.relay.spool._applications))
+        wait_for(lambda: not running.ask(lambda: running.relay.queue._applications))
         path, _ = self.only("failed")
         self.assertRegex(self.spool(), rf"^failed  {path.stem} .*reason=.554 5.6.0")
         self.assertEqual(self.spool("retry"), "")               # only what waits
         self.age(path)
         with kept_log() as kept:
             self.spool("retry", path.stem)
-            wait_for(lambda: kept.find("delayed"))              # the secret was forgotten
+            wait_for(lambda: kept.find("deferred"))              # the secret was forgotten
         self.assertFalse(self.only()[1].bounce_sent)            # it begins anew
         self.fake.will("send", say(400))                        # and its sender is told again
         self.log_in_to(running)
@@ -6944,7 +6950,7 @@ class DuplicateTests(RelayCase):
     def forget(self) -> None:
         """Begin a case: nothing was sent yet."""
         self.fake.reset()
-        self.running.ask(self.running.relay._duplicates._accepted._values.clear)
+        self.running.ask(self.running.relay.delivery._duplicates._accepted._values.clear)
 
     def sends(self, content: bytes = IDENTIFIED, running: Running | None = None) -> Client:
         """Send the content of a message, and do not wait for the reply."""
@@ -7026,7 +7032,7 @@ class DuplicateTests(RelayCase):
                 asked = self.fake.asked("send")
                 self.assertEqual(len(asked), requests)
                 self.assertTrue(reply.endswith(asked[-1].headers["client-request-id"]))
-        self.assertEqual(self.running.relay._duplicates._under_way, {})
+        self.assertEqual(self.running.relay.delivery._duplicates._in_progress, {})
 
     def test_the_second_has_its_own_deadline(self) -> None:
         running = self.another(UPSTREAM_TIMEOUT="2")
@@ -7037,8 +7043,8 @@ class DuplicateTests(RelayCase):
         self.assertRegex(replies[1], "^451 4.4.[15] ")
 
     def test_the_window(self) -> None:
-        clock = self.running.relay._duplicates._accepted._clock = Clock()
-        self.addCleanup(setattr, self.running.relay._duplicates._accepted, "_clock", time.monotonic)
+        clock = self.running.relay.delivery._duplicates._accepted._clock = Clock()
+        self.addCleanup(setattr, self.running.relay.delivery._duplicates._accepted, "_clock", time.monotonic)
         for pause, number in ((0, 1), (899, 1), (2, 2)):    # a repetition adds no time
             clock.now += pause
             self.assertReply(self.sends().next_reply(), "250 2.0.0")
@@ -7267,7 +7273,7 @@ class ConnectionLimitTests(TlsCase):
         with kept_log() as kept:
             said = self.read(self.raw())
         self.assertTrue(said.startswith(b"421 4.7.0 Too many connections from your"), said)
-        self.assertEqual(kept.find("turned-away")[0][0], "WARNING")
+        self.assertEqual(kept.find("connection-refused")[0][0], "WARNING")
         self.assertEqual(self.read(self.raw(smtps=True)), b"")
         held[0].close()
         wait_for(lambda: self.running.ask(lambda: len(self.running.server._connections)) < 3)
@@ -7286,7 +7292,7 @@ class ConnectionLimitTests(TlsCase):
                      "2001:db8:0:1::1")
         with kept_log() as kept:
             self.running.ask(lambda: list(map(come, addresses)))    # all before the first ends
-        (_, line), = kept.find("turned-away")
+        (_, line), = kept.find("connection-refused")
         self.assertIn("client=2001:db8::3 ", line)
 
 
@@ -7599,7 +7605,7 @@ class OverloadTests(unittest.TestCase):
                     with self.crowd(watched, 300, hear=b"421 4.7.0 Too many connections;"), \
                             self.crowd(watched, 300, smtps=True, hear=b"", sources=300):
                         self.assertServed(client)
-                        wait_for(lambda: watched.events["turned-away"] == 600)
+                        wait_for(lambda: watched.events["connection-refused"] == 600)
                         wait_for(lambda: watched.descriptors() <= count + 1)
                 wait_for(lambda: watched.descriptors() < count)
                 wait_for(lambda: watched.events["disconnected"] == 21)
@@ -8958,9 +8964,8 @@ def config_of(offers_tls: bool, require_tls: bool, size: int) -> relay.Config:
         MOST_RECIPIENTS), REQUIRE_TLS=str(require_tls).lower(), MAX_MESSAGE_SIZE=str(size))
 
 
-GUEST_OF_TESTS = relay.Principal(relay.Account("guest", allowed_senders=("a@b.c",),
-                                           allowed_recipients=("d@e.f", "ok.example")),
-                             relay.Application("", ""), "")
+GUEST_OF_TESTS = relay.Account("guest", allowed_senders=("a@b.c",),
+                               allowed_recipients=("d@e.f", "ok.example"))
 
 
 class Play:
@@ -8971,10 +8976,10 @@ class Play:
         self.ends = [*cuts, len(octets)]
         self.memory = relay.MemoryBudget(scene.memory)
         self.decisions = Decisions(chance)
+        config = config_of(scene.offers_tls, scene.require_tls, scene.size)
         self.dialogue = Dialogue(
-            config_of(scene.offers_tls, scene.require_tls, scene.size), secure=scene.secure,
-            answer=self.decisions, memory=self.memory,
-            guest=GUEST_OF_TESTS if scene.guest else None)
+            config, secure=scene.secure, answer=self.decisions, memory=self.memory,
+            policy=policy_of(GUEST_OF_TESTS, config) if scene.guest else None)
 
     def run(self, late: random.Random | None = None, *, eof: bool, packets: int = -1) -> None:
         """Feed packets, all or so many; with `late` answers to events come late."""
@@ -9604,7 +9609,7 @@ def what_is_left(running: Running) -> list[str]:
         joined = running.relay
         held = {"connections": len(running.server._connections),
                 # This one, the server's, and that of the spool.
-                "tasks": len(asyncio.all_tasks()) - 2 - (joined.spool is not None),
+                "tasks": len(asyncio.all_tasks()) - 2 - (joined.queue is not None),
                 "memory": joined.config.max_memory_for_messages - joined.memory.free,
                 "slots": sum(one.in_use for one in joined._graph._limiters.values()),
                 "fetches": len(joined._tokens._fetches), "loop errors": len(running.loop_errors)}
@@ -9670,7 +9675,7 @@ def fuzz_spool(seed: str, timeout: float = 1.5) -> list[str]:
             tempfile.TemporaryDirectory() as folder:
         problems = fuzz_round(
             seed, timeout=timeout, law=Law(at_least_once=True), SPOOL_DIRECTORY=folder,
-            is_over=lambda running: running.ask(lambda: not running.relay.spool._mailboxes))
+            is_over=lambda running: running.ask(lambda: not running.relay.queue._mailboxes))
         left = [str(path) for path in pathlib.Path(folder).glob("*/*")]
     return problems + left
 
