@@ -5962,7 +5962,7 @@ class SpoolTests(SpoolCase):
         self.assertEqual(len(self.fake.delivered), 1)
 
     def test_a_queued_message_waits_while_memory_is_short(self) -> None:
-        """Half of MAX_MEMORY_FOR_MESSAGES is reserved for clients, if any message still fits."""
+        """Half of the memory is reserved for clients, or less if MAX_MESSAGE_SIZE needs more."""
         for spare, size in ((5_000_000, "1000000"), (1_000_000, "9000000")):
             with self.subTest(size), kept_log() as kept:
                 running = self.start(UPSTREAM_TIMEOUT="3", MAX_MEMORY_FOR_MESSAGES="10000000",
@@ -6360,7 +6360,7 @@ from_email = scan@example.com
             self.assertReply(client.post(message), "250 2.0.0")
         self.assertEqual(len(self.fake.delivered), 1)
         self.fake.will("send", say(429, retry_after="1000"))
-        running.ask(running.relay._tokens._tenants._values.clear)   # as after a restart
+        running.ask(running.relay._tokens._tenants._values.clear)   # as after a start
         self.enqueue(client)
         mailbox, = running.relay.spool._mailboxes.values()
         self.assertGreater(mailbox.resume_at, time.monotonic() + 900)
@@ -6452,7 +6452,7 @@ class SpoolStartTests(SpoolCase):
         running = self.start()
         self.assertEnds("another relay works with it")
         running.stop()
-        error = OSError(errno.EROFS, "Read-only file system")       # as root, mock it
+        error = OSError(errno.EROFS, "Read-only file system")       # root ignores modes
         with unittest.mock.patch.object(os, "open", side_effect=error):
             with self.assertRaisesRegex(relay.StartError, "SPOOL_DIRECTORY=.*Read-only file"):
                 relay.QueueFiles(self.config(**self.settings_of())).open()
@@ -6545,7 +6545,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.be_down()
         self.enqueue(client, "\x1b[31mred", recipients=("a@x.y", "B@X.y"))
         message_id, = self.waiting()
-        (self.queue / "6f.eml").write_bytes(b"{")          # as while a message is written
+        (self.queue / "6f.eml").write_bytes(b"{")          # a message being written
         wait_for(lambda: self.only()[1].attempts > 1)
         self.assertRegex(self.spool(), rf"(?m)^waiting {message_id} queued=20\d\d-\d\d-\d\dT"
                          rf"[0-9:]+Z size=\d+ sender={SENDER} recipients=a@x.y,B@X.y tries=\d+ "
@@ -6914,11 +6914,11 @@ login = optional
             sock = socket.create_connection(("127.0.0.1", self.running._config.smtps_port),
                                             PATIENCE, (address, 0))
             self.addCleanup(sock.close)
-            said = b""
+            received = b""
             with contextlib.suppress(OSError), OldTlsTests.old_client("1.0").wrap_socket(
                     sock, server_hostname="localhost") as tls:
-                said = self.read_until(tls, b"\r\n")
-            self.assertEqual(said[:4], wanted)
+                received = self.read_until(tls, b"\r\n")
+            self.assertEqual(received[:4], wanted)
 
     def test_plaintext_is_accepted_from_its_network_only(self) -> None:
         client = self.come_from("127.0.0.3")
@@ -7266,8 +7266,8 @@ class ConnectionLimitTests(TlsCase):
     def test_connections_above_the_limit_of_one_client_get_421(self) -> None:
         held = [self.connect() for _ in range(3)]
         with kept_log() as kept:
-            said = self.read(self.raw())
-        self.assertTrue(said.startswith(b"421 4.7.0 Too many connections from your"), said)
+            reply = self.read(self.raw())
+        self.assertTrue(reply.startswith(b"421 4.7.0 Too many connections from your"), reply)
         self.assertEqual(kept.find("turned-away")[0][0], "WARNING")
         self.assertEqual(self.read(self.raw(smtps=True)), b"")
         held[0].close()
@@ -7316,21 +7316,21 @@ class LimitTests(TlsCase):
                 for line in sent.replace(b"*", login_line(password=self.password)
                                          ).splitlines(keepends=True):
                     sock.sendall(line)
-                said = self.read_until(sock, b"354 ") if slow and sent else b""
+                received = self.read_until(sock, b"354 ") if slow and sent else b""
                 sock.settimeout(0.05 if slow else PATIENCE)
                 for byte in itertools.cycle(split_octets(slow)):
                     sock.sendall(byte)
                     with contextlib.suppress(socket.timeout):
-                        said += sock.recv(1000)
-                    if b"421 4.4.2" in said or time.monotonic() - begun > PATIENCE:
+                        received += sock.recv(1000)
+                    if b"421 4.4.2" in received or time.monotonic() - begun > PATIENCE:
                         break
-                return said + self.read(sock), time.monotonic() - begun
+                return received + self.read(sock), time.monotonic() - begun
         cases = {f"{name}{', TLS' * is_tls}": (*case, is_tls)
                  for name, case in self.CASES.items() for is_tls in (False, True)}
         self.logged_in()            # caches the token, so that no login waits
-        for name, (said, seconds) in at_once(play, cases).items():
+        for name, (received, seconds) in at_once(play, cases).items():
             with self.subTest(name):
-                self.assertTrue(said.splitlines()[-1].startswith(b"421 4.4.2 "), said)
+                self.assertTrue(received.splitlines()[-1].startswith(b"421 4.4.2 "), received)
                 self.assertGreaterEqual(seconds, 1.5)
                 self.assertLess(seconds, PATIENCE)
 
@@ -7424,7 +7424,7 @@ class ShutdownTests(RelayCase):
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         assert deaf.sock is not None
         deaf.sock.settimeout(0.3)
-        deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)     # full soon
+        deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)     # fills soon
         with contextlib.suppress(OSError):
             while True:
                 deaf.sock.sendall(b"HELP\r\n" * 1_000)
@@ -7513,7 +7513,7 @@ class OverloadTests(unittest.TestCase):
 
             def settle() -> None:
                 wait_for(lambda: watched.events["disconnected"] == watched.events["connected"])
-                wait_for(lambda: watched.left() <= before)      # fewer if a thread has ended
+                wait_for(lambda: watched.left() <= before)      # less if a thread has ended
             settle()
             watched.forget_peak()
             yield watched
@@ -9096,7 +9096,7 @@ class TrackedMessage:
     plan: dict[str, collections.deque[str]] = dataclasses.field(default_factory=dict)
     faults: list[str] = dataclasses.field(default_factory=list)         # that have occurred
     began: list[float] = dataclasses.field(default_factory=list)        # sent, without a reply yet
-    replies: list[tuple[str, str]] = dataclasses.field(default_factory=list)    # with message ID
+    replies: list[tuple[str, str]] = dataclasses.field(default_factory=list)    # reply, message ID
     unanswered: int = 0     # how often it was sent completely without receiving a reply
     deliveries: list[Delivery] = dataclasses.field(default_factory=list)
     # Deliveries without a timely success response, by message ID. The relay cannot know them.
@@ -9701,7 +9701,7 @@ class Soak:
         self.drafts_reported = 0
         self.start: dict[str, int] = {}
         self.begun = time.monotonic()
-        self.delivered = 0              # of messages that are forgotten
+        self.delivered = 0              # of forgotten messages
 
     def run(self, seconds: float, workers: int = 8) -> list[str]:
         """Run visitors for so many seconds; returns the problems."""
