@@ -18,8 +18,8 @@ Helpers come first, then the tests in the order of the program's sections:
     §15         SpoolTests FailedTests FullSpoolTests SlowDiskTests SpoolAccountTests
                 SpoolStartTests SpoolCommandTests KillTests
     §16         VaultTests OldTlsTests NetworkTlsTests
-    §17         DuplicateTests ShellTests DeafTests ConnectionLimitTests LimitTests
-                ShutdownTests OverloadTests ResetTests ServeTests
+    §17         DuplicateTests ConnectionTests SlowReaderTests ConnectionLimitTests
+                LimitTests ShutdownTests OverloadTests ResetTests ServeTests
     §18 to §20  DemoTests ExplainTests CommandLineTests AccountCommandTests
     the whole   FuzzTests
 
@@ -5667,16 +5667,16 @@ class LimiterTests(unittest.TestCase):
 
 
 class SpoolTests(SpoolCase):
-    """What Microsoft cannot take now is on the disk before its client is told 250."""
+    """A message that Microsoft cannot accept now is on disk before its client gets 250."""
 
     def test_a_message_is_queued_and_sent_later(self) -> None:
         client = self.log_in_to(self.start())
         self.be_down()
         with kept_log() as kept:
             reply = self.assertReply(self.post(client), "250 2.0.0")
-            ident = re.fullmatch("250 2.0.0 Queued, id ([0-9a-f-]{36})", reply)[1]
+            message_id = re.fullmatch("250 2.0.0 Queued, id ([0-9a-f-]{36})", reply)[1]
             path, message = self.only()
-            self.assertEqual((path.stem, message.recipients), (ident, ["a@x.y"]))
+            self.assertEqual((path.stem, message.recipients), (message_id, ["a@x.y"]))
             for file in self.queue.iterdir():
                 self.assertEqual(file.stat().st_mode & 0o777, 0o600)
                 for hidden in (self.password.encode(), plain(USER, self.password), b"token-"):
@@ -5686,42 +5686,42 @@ class SpoolTests(SpoolCase):
             self.assertRegex(self.only()[1].reason, "^451 4.3.0 ")
             self.be_up()
             self.wait_until_empty()
-        self.assertEqual([(one.recipients, one.message) for one in self.fake.delivered],
-                         [(["a@x.y"], stored)])         # any mail program can open it
-        self.assertEqual({one.headers["client-request-id"] for one in self.fake.asked("send")},
-                         {ident})
+        sent, = self.fake.delivered
+        self.assertEqual((sent.recipients, sent.message), (["a@x.y"], stored))  # RFC 5322 on disk
+        self.assertEqual({request.headers["client-request-id"]
+                          for request in self.fake.asked("send")}, {message_id})
         (level, line), = kept.find("queued")
-        self.assertEqual((level, line.split()[0]), ("WARNING", ident))
+        self.assertEqual((level, line.split()[0]), ("WARNING", message_id))
         self.assertIn('reply="451 4.3.0', line)
-        self.assertRegex(kept.find("sent")[0][1], rf"^{ident} sent sender={SENDER} recipients=1 "
-                         rf"size=\d+ tries={len(self.fake.asked('send'))} "
+        self.assertRegex(kept.find("sent")[0][1], rf"^{message_id} sent sender={SENDER} "
+                         rf"recipients=1 size=\d+ tries={len(self.fake.asked('send'))} "
                          r"request-id=graph-request-1 queued=\d")
         self.assertEqual(kept.find("deferred")[0][0], "WARNING")
         first, second = re.findall(r"again=([0-9.]+)", str(kept.find("deferred")))[:2]
         self.assertTrue(float(first) > 0.07 and float(second) > 0.13, (first, second))
 
-    def test_it_goes_out_as_it_would_have_gone_at_first(self) -> None:
+    def test_a_queued_message_is_sent_exactly_like_an_immediate_one(self) -> None:
         client = self.log_in_to(self.start())
         message = b"Subject: s\r\nTo: a@x.y, other@x.y\r\n\r\nT\xc3\xa9xt\r\n..\r\n"
         big = crlf(multipart("mixed", PDF, SCAN, header=NAMED))
-        for name, octets in (("small", message), ("no header", b"Time: 12:00\r\nText\r\n"),
+        for name, content in (("small", message), ("no header", b"Time: 12:00\r\nText\r\n"),
                              ("big", big)):
             with self.subTest(name):
                 self.fake.reset()
-                self.assertReply(client.post_octets(octets, SENDER, ["a@x.y"]), "250 2.0.0")
+                self.assertReply(client.post_octets(content, SENDER, ["a@x.y"]), "250 2.0.0")
                 self.be_down(times=1)
                 self.fake.will("draft", say(503))
-                self.assertIn("Queued", client.post_octets(octets + b"\r\n", SENDER, ["a@x.y"]))
+                self.assertIn("Queued", client.post_octets(content + b"\r\n", SENDER, ["a@x.y"]))
                 self.wait_until_empty()
                 if name == "big":
                     first, second = self.fake.sent_drafts
                     self.assertEqual((first.properties, first.files),
                                      (second.properties, second.files))
                 else:
-                    once, again = (one.message for one in self.fake.delivered)
+                    once, again = (sent.message for sent in self.fake.delivered)
                     self.assertEqual(once + b"\r\n", again)
 
-    def test_what_is_queued_and_what_is_not(self) -> None:
+    def test_temporary_failures_are_queued_and_permanent_ones_are_refused(self) -> None:
         client = self.log_in_to(self.start(UPSTREAM_TIMEOUT="3"))
         self.rest_long()
         cases: tuple[tuple[Action, str], ...] = (
@@ -5740,13 +5740,13 @@ class SpoolTests(SpoolCase):
         self.fake.will("send", self.fake.expire)
         self.fake.will("token", say(503))
         self.enqueue(client, sender="s98@example.com")
-        self.fake.will("send", self.fake.expire)            # the device must log in again
+        self.fake.will("send", self.fake.expire)            # renewing the token is refused
         self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
         self.assertReply(self.post(client, sender="s99@example.com"), "421 4.7.0")
         self.assertEqual(len(self.waiting()), 11)
 
-    def test_each_change_is_on_the_disk_at_once(self) -> None:
-        """Files, names, and in which order; power loss may come between any two."""
+    def test_each_change_is_synced_to_disk_in_a_safe_order(self) -> None:
+        """Power may fail between any two steps; files and directories are synced in this order."""
         files = relay.QueueFiles(self.config(**self.settings_of()))
         self.assertEqual(files.open(), [])
         self.addCleanup(files.close)
@@ -5783,12 +5783,12 @@ class SpoolTests(SpoolCase):
                 step()
                 self.assertEqual(calls, wanted)
                 calls.clear()
-        with self.assertRaises(FileNotFoundError):      # somebody deleted it meanwhile
-            files.save(path, message)
+        with self.assertRaises(FileNotFoundError):      # it was deleted meanwhile
+            files.note(path, message)
         self.assertEqual(list(self.folder.glob("*/*")), [])
 
-    def test_the_least_tried_first_then_the_oldest(self) -> None:
-        """So two messages that always fail, the oldest, hold up no other."""
+    def test_messages_with_the_fewest_attempts_go_first_then_the_oldest(self) -> None:
+        """Two old messages that always fail therefore do not delay the others."""
         def choose(sock: socket.socket, request: Request) -> bool:
             is_bad = b"bad" in base64.b64decode(request.body)
             action = say(500) if is_bad or not is_up.is_set() else self.fake.accept
@@ -5817,7 +5817,7 @@ class SpoolTests(SpoolCase):
         self.wait_until_empty()
         self.assertEqual((self.subjects(), self.fake.most_busy), ([b"2", b"1", b"3"], 1))
 
-    def test_retry_after_is_obeyed(self) -> None:
+    def test_retry_after_delays_the_whole_mailbox(self) -> None:
         times = []
 
         def note(action: Action) -> Action:
@@ -5829,32 +5829,32 @@ class SpoolTests(SpoolCase):
         self.fake.will("send", say(503), note(say(429, retry_after="4")), note(self.fake.accept))
         with kept_log() as kept:
             self.enqueue(client, "1")
-            wait_for(lambda: kept.find("deferred"))
-            self.enqueue(client, "2")               # at once, without a request
+            wait_for(lambda: kept.find("delayed"))
+            self.enqueue(client, "2")               # immediately, without a request to Graph
         self.wait_until_empty()
         self.assertGreaterEqual(times[1] - times[0], 4)
         self.assertRegex(kept.find("deferred")[0][1], r"again=[1-4]\.")
         self.assertEqual(len(self.fake.asked("send")), 4)
 
-    def test_live_traffic_comes_first_and_no_more_than_four(self) -> None:
+    def test_new_messages_go_before_queued_ones_and_at_most_four_at_once(self) -> None:
         running = self.start(UPSTREAM_TIMEOUT="60")
         client = self.log_in_to(running)
         self.rest_long()
         self.be_down(times=1)
-        self.enqueue(client, "spooled")
+        self.enqueue(client, "queued")
         may_end = threading.Semaphore(0)
 
         def accept(sock: socket.socket, request: Request) -> bool:
             may_end.acquire(timeout=PATIENCE)
             return self.fake.accept(sock, request)
 
-        def wait_for_requests(begun: int, in_line: int) -> None:
+        def wait_for_requests(begun: int, waiting: int) -> None:
             wait_for(lambda: len(self.fake.asked("send")) == begun)
-            wait_for(lambda: running.waiting() == in_line)
+            wait_for(lambda: running.waiting() == waiting)
         self.be_up(*[accept] * 7)
         messages = []
         for number in range(6):
-            if number == 4:                     # what was spooled waits before the last two
+            if number == 4:                     # the queued message waits before the last two
                 wait_for_requests(5, 0)
                 call_main("spool", "retry", **self.settings_of())
                 wait_for_requests(5, 1)
@@ -5862,18 +5862,18 @@ class SpoolTests(SpoolCase):
                                           b"Subject: %d\r\n\r\n" % number))
             if number >= 4:
                 wait_for_requests(5, number - 2)
-        for in_line in (3, 2, 1, 0):            # one ends, and the next one begins
-            wait_for_requests(8 - in_line, in_line)
+        for waiting in (3, 2, 1, 0):            # a request ends and the next one begins
+            wait_for_requests(8 - waiting, waiting)
             may_end.release()
         may_end.release(3)
         for message in messages:
             self.assertReply(message.hear(), "250 2.0.0")
         wait_for(lambda: not self.waiting())
-        self.assertEqual([re.search(rb"Subject: (\w+)", base64.b64decode(one.body))[1]
-                          for one in self.fake.asked("send")[5:]], [b"4", b"5", b"spooled"])
+        self.assertEqual([re.search(rb"Subject: (\w+)", base64.b64decode(request.body))[1]
+                          for request in self.fake.asked("send")[5:]], [b"4", b"5", b"queued"])
         self.assertEqual(self.fake.most_busy, 4)
 
-    def test_after_a_restart_it_waits_for_the_secret(self) -> None:
+    def test_after_a_restart_a_message_waits_until_its_application_logs_in(self) -> None:
         running = self.start()
         self.be_down()
         self.enqueue(self.log_in_to(running))
@@ -5882,8 +5882,8 @@ class SpoolTests(SpoolCase):
         asked = len(self.fake.asked("send"))
         with kept_log() as kept:
             running = self.start()
-            wait_for(lambda: kept.find("deferred"))
-            another = self.connect(running)             # another application does not help it
+            wait_for(lambda: kept.find("delayed"))
+            another = self.connect(running)             # another application's secret is not used
             another.log_in(f"{TENANT}@{TENANT}", self.password)
             self.assertReply(self.post(another, "other"), "250 2.0.0")
             self.assertEqual(len(self.fake.asked("send")), asked + 1)
@@ -5894,12 +5894,12 @@ class SpoolTests(SpoolCase):
         self.assertEqual(self.subjects(), [b"other", b"s"])
         wait_for(lambda: not running.ask(lambda: running.relay.queue._applications))
 
-    def test_a_secret_that_is_no_longer_accepted_is_forgotten(self) -> None:
+    def test_a_refused_secret_is_forgotten_until_the_next_login(self) -> None:
         running = self.start()
         client = self.log_in_to(running)
 
         def expire(sock: socket.socket, request: Request) -> bool:
-            self.rest_long()                    # a new secret ends the next pause
+            self.rest_long()                    # only a new secret can end the next delay
             return self.fake.expire(sock, request)
         self.fake.will("send", say(503), expire)
         self.fake.will("token", say(401, aadsts(7000222, "invalid_client")))
@@ -5909,8 +5909,8 @@ class SpoolTests(SpoolCase):
         self.wait_until_empty()
         self.assertEqual(len(self.fake.delivered), 1)
 
-    def test_a_message_in_flight_is_queued_when_the_relay_stops(self) -> None:
-        """A slow disk is waited for, longer than for anything else."""
+    def test_a_message_in_progress_is_queued_when_the_relay_stops(self) -> None:
+        """Writing to a slow disk may take longer than SHUTDOWN_TIMEOUT and GRACE."""
         self.let("GRACE", 0.05)
         real = os.fsync
 
@@ -5928,21 +5928,21 @@ class SpoolTests(SpoolCase):
         self.assertReply(client.next_reply(), "421 4.3.2")
         self.assertEqual(len(self.waiting()), 1)
 
-    def test_a_try_under_way_ends_before_the_relay_does(self) -> None:
+    def test_an_attempt_in_progress_ends_before_the_relay_stops(self) -> None:
         running = self.start(UPSTREAM_TIMEOUT="30")
         client = self.log_in_to(running)
         self.be_down(times=1)
         self.fake.will("send", self.fake.hang_then(self.fake.accept))
         self.enqueue(client)
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-        client.close()                          # so that nothing else is under way
+        client.close()                          # so that nothing else is in progress
         running.begin_stop()
         wait_for(lambda: running.ask(lambda: running.relay.queue._is_stopping))
         self.fake.release.set()
         running.wait()
         self.assertEqual((len(self.fake.delivered), self.waiting()), (1, []))
 
-    def test_what_was_sent_and_cannot_be_removed_is_not_sent_again(self) -> None:
+    def test_a_sent_message_whose_files_cannot_be_removed_is_not_sent_again(self) -> None:
         real = pathlib.Path.unlink
         refused = threading.Semaphore(0)
 
@@ -5960,8 +5960,8 @@ class SpoolTests(SpoolCase):
         self.wait_until_empty()
         self.assertEqual(len(self.fake.delivered), 1)
 
-    def test_a_full_memory_delays_it(self) -> None:
-        """Half of it is for clients, if they can still send one of any size."""
+    def test_a_queued_message_waits_while_memory_is_short(self) -> None:
+        """Half of the memory is reserved for clients, or less if MAX_MESSAGE_SIZE needs more."""
         for spare, size in ((5_000_000, "1000000"), (1_000_000, "9000000")):
             with self.subTest(size), kept_log() as kept:
                 running = self.start(UPSTREAM_TIMEOUT="3", MAX_MEMORY_FOR_MESSAGES="10000000",
@@ -5970,8 +5970,8 @@ class SpoolTests(SpoolCase):
                 client = self.log_in_to(running)
                 self.be_down()
                 self.enqueue(client)
-                left = spare + self.only()[1].size - 1      # a byte less than it needs
-                running.ask(lambda: memory.reserve(10_000_000 - left))     # noqa: B023
+                left = spare + self.only()[1].size - 1      # one byte less than the message needs
+                running.ask(lambda: memory.take(10_000_000 - left))     # noqa: B023
                 wait_for(lambda: running.ask(lambda: memory.free) == left)      # noqa: B023
                 self.be_up()
                 asked = len(self.fake.asked("send"))
@@ -5982,8 +5982,8 @@ class SpoolTests(SpoolCase):
                 self.assertEqual(running.ask(lambda: memory.free), left + 1)    # noqa: B023
                 running.stop()
 
-    def test_a_clock_that_is_set(self) -> None:
-        """No pause depends on it, and what seems too old is tried once more."""
+    def test_setting_the_clock_neither_delays_nor_fails_a_message(self) -> None:
+        """Delays do not depend on it, and a message that seems too old gets another attempt."""
         client = self.log_in_to(self.start())
         real = time.time
         for change in (10_000, -10 ** 8):
@@ -5995,10 +5995,9 @@ class SpoolTests(SpoolCase):
 
 
 class FailedTests(SpoolCase):
-    """What is given up is kept, and its sender is told."""
+    """A failed message is kept, and its sender gets a bounce."""
 
-    def test_a_restart_before_a_message_is_moved(self) -> None:
-        """Its sender is told once."""
+    def test_a_failed_message_is_moved_after_a_restart_and_bounced_once(self) -> None:
         running = self.start()
         self.be_down()
         self.rest_long()
@@ -6020,7 +6019,7 @@ class FailedTests(SpoolCase):
         wait_for(lambda: not path.exists())
         self.assertTrue(self.only()[1].is_bounce)
 
-    def test_a_second_notice_takes_the_place_of_the_first(self) -> None:
+    def test_a_second_bounce_replaces_the_first(self) -> None:
         running, sizes = self.start(), []
         self.rest_long()
         spool = running.relay.queue
@@ -6032,20 +6031,19 @@ class FailedTests(SpoolCase):
                       for one in mailbox.messages.values()]
         self.assertEqual(sizes, [11, 12])
 
-    def test_files_that_somebody_has_removed(self) -> None:
+    def test_a_message_whose_files_were_deleted_is_dropped_without_an_error(self) -> None:
         running = self.start()
         self.be_down()
         self.enqueue(self.log_in_to(running))
         running.stop()
         with kept_log() as kept:
-            self.start(SPOOL_LIFETIME="1")          # it waits for its secret
+            self.start(SPOOL_LIFETIME="1")          # the message waits for its secret
             for path in self.queue.iterdir():
                 path.unlink()
             wait_for(lambda: kept.find("dropped"))
         self.assertEqual([level for level, _ in kept.lines if level == "ERROR"], [])
 
-    def test_a_state_that_cannot_be_read_now(self) -> None:
-        """It is neither forgotten nor set aside."""
+    def test_a_state_file_that_cannot_be_read_now_is_neither_dropped_nor_moved(self) -> None:
         running = self.start()
         self.be_down()
         self.enqueue(self.log_in_to(running))
@@ -6061,23 +6059,23 @@ class FailedTests(SpoolCase):
                 files.open()
         self.assertEqual((self.waiting(), kept.find("dropped")), ([path.stem], []))
 
-    def test_what_becomes_of_a_message_and_who_is_told(self) -> None:
+    def test_a_permanent_failure_is_bounced_and_a_missing_permission_is_retried(self) -> None:
         self.let("RECOUNT_INTERVAL", 0.0)
-        running = self.start(SPOOL_MAX_BYTES="1000")        # a notice has no such limit
+        running = self.start(SPOOL_MAX_BYTES="1000")        # the limit does not apply to a bounce
         client = self.log_in_to(running)
-        right, mailbox = graph_says(403, "ErrorAccessDenied"), say(404)
-        # The sender and what Microsoft says after 503; what is delivered, and what fails.
+        permission, mailbox = graph_says(403, "ErrorAccessDenied"), say(404)
+        # Sender, responses after a 503; delivered subjects, number of failed messages, reply.
         cases: tuple[tuple[str, list[Action], list[bytes], int, str], ...] = (
             (SENDER, [say(400)], [b"Undelivered mail"], 1, "554 5.6.0"),
             (SENDER, [say(400), say(503), say(503)], [b"Undelivered mail"], 1, "554 5.6.0"),
-            (SENDER, [say(400), say(400)], [], 2, "554 5.6.0"),         # no notice of a notice
+            (SENDER, [say(400), say(400)], [], 2, "554 5.6.0"),         # no bounce of a bounce
             ("", [say(400)], [], 1, "554 5.6.0"),
-            (SENDER, [right, right], [b"s"], 0, "550 5.7.1"),           # they may come yet
+            (SENDER, [permission] * 2, [b"s"], 0, "550 5.7.1"),         # may be granted later
             (SENDER, [mailbox, mailbox], [b"s"], 0, "550 5.1.8"))
         for number, (sender, actions, delivered, failed, reply) in enumerate(cases):
             with self.subTest(number=number), kept_log() as kept:
                 self.fake.reset()
-                shutil.rmtree(self.failed, ignore_errors=True)      # as somebody may
+                shutil.rmtree(self.failed, ignore_errors=True)      # as an administrator might
                 self.fake.will("send", say(503), *actions)
                 self.assertIn("Queued", client.post(
                     b"From: Boss@example.com\r\nSubject: s\r\n\r\nText\r\n", sender=sender))
@@ -6103,9 +6101,9 @@ class FailedTests(SpoolCase):
                          ("Boss@example.com", ["boss@example.com"]))
         for part in (path.stem.encode(), b"\r\nSubject:    s\r\n", b"Auto-Submitted: auto-replied"):
             self.assertIn(part, bounce.message)
-        self.assertNotIn(b"Text", bounce.message)           # of the message
+        self.assertNotIn(b"Text", bounce.message)           # only the header is returned
 
-    def test_a_message_that_is_too_old(self) -> None:
+    def test_a_message_older_than_spool_lifetime_fails(self) -> None:
         def accept_bounce(sock: socket.socket, request: Request) -> bool:
             is_bounce = b"auto-replied" in base64.b64decode(request.body)
             return (self.fake.accept if is_bounce else say(404))(sock, request)
@@ -6121,13 +6119,12 @@ class FailedTests(SpoolCase):
         self.assertIn(b"at last: 550 5.1.8", self.fake.delivered[-1].message)
 
     def refuse_bad(self, sock: socket.socket, request: Request) -> bool:
-        """Action: refuse for good what is called so, but no notice of it."""
+        """Action: refuse messages with the subject "bad" permanently, but not their bounces."""
         message = base64.b64decode(request.body)
         is_bad = b"Subject: bad" in message and b"auto-replied" not in message
         return (say(400) if is_bad else self.fake.accept)(sock, request)
 
-    def test_a_notice_that_cannot_be_stored(self) -> None:
-        """The message waits until its sender can be told."""
+    def test_a_failed_message_waits_while_its_bounce_cannot_be_stored(self) -> None:
         client = self.log_in_to(self.start())
         self.be_down()
         self.enqueue(client, "bad")
@@ -6140,7 +6137,7 @@ class FailedTests(SpoolCase):
         self.assertIn("cannot be queued", kept.find("spool")[0][1])
         self.assertEqual(self.subjects(), [b"Undelivered mail"])
 
-    def test_what_cannot_be_moved_holds_up_no_other(self) -> None:
+    def test_a_failed_message_that_cannot_be_moved_does_not_delay_others(self) -> None:
         real, refused = pathlib.Path.rename, threading.Semaphore(0)
 
         def rename(source: pathlib.Path, target: Any) -> Any:
@@ -6159,7 +6156,7 @@ class FailedTests(SpoolCase):
         self.wait_until_empty()
         self.assertEqual(sorted(self.subjects()), [b"Undelivered mail", b"good"])
 
-    def test_a_message_that_is_too_old_and_whose_secret_is_not_known(self) -> None:
+    def test_a_too_old_message_whose_secret_is_unknown_fails(self) -> None:
         running = self.start()
         self.be_down()
         self.assertIn("Queued", self.log_in_to(running).post(b"From: me@x.y\r\n\r\n", sender=""))
@@ -6171,7 +6168,7 @@ class FailedTests(SpoolCase):
 
 
 class FullSpoolTests(SpoolCase):
-    """A queue that cannot take a message: 452, and nothing is half there."""
+    """A queue that cannot store a message answers 452 and leaves no files."""
 
     def assertTakesNothing(self, client: Client, word: str) -> None:
         before = {path.stem for path in self.queue.glob("*")}
@@ -6180,25 +6177,25 @@ class FullSpoolTests(SpoolCase):
         self.assertEqual({path.stem for path in self.queue.glob("*")}, before)
         level, line = kept.find("refused")[0]
         self.assertEqual(level, "ERROR")
-        for part in (word, "status=503", "452 4.3.1"):      # and why it was to be queued at all
+        for part in (word, "status=503", "452 4.3.1"):      # and why it was to be queued
             self.assertIn(part, line)
 
-    def test_max_bytes(self) -> None:
+    def test_a_full_queue_directory_refuses_with_452(self) -> None:
         self.let("RECOUNT_INTERVAL", 0.0)
         client = self.log_in_to(self.start(SPOOL_MAX_BYTES="1000"))
         self.be_down()
-        self.enqueue(client, "one" * 300)
+        self.enqueue(client, "big" * 300)
         self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
         self.be_up()
         self.wait_until_empty()
-        (self.failed / "x").write_bytes(b"x" * 1400)        # what has failed counts
+        (self.failed / "x").write_bytes(b"x" * 1400)        # failed messages count
         self.be_down()
         self.assertTakesNothing(client, "SPOOL_MAX_BYTES")
         (self.failed / "x").unlink()
         self.enqueue(client)
 
-    def test_the_folder_is_not_counted_for_each_message(self) -> None:
-        """That would take long where many wait."""
+    def test_the_directory_is_not_measured_for_each_message(self) -> None:
+        """That would be slow with many queued messages."""
         running = self.start()
         client = self.log_in_to(running)
         self.be_down()
@@ -6210,24 +6207,24 @@ class FullSpoolTests(SpoolCase):
         self.assertGreaterEqual(running.relay.queue._files._size, sum(      # with the states
             path.stat().st_size for path in self.queue.iterdir()))
 
-    def test_a_message_that_cannot_be_stored_is_not_held(self) -> None:
-        spool = self.start(SPOOL_MAX_BYTES="1000").relay.queue
+    def test_a_message_that_cannot_be_stored_is_freed_from_memory(self) -> None:
+        spool = self.start(SPOOL_MAX_BYTES="1000").relay.spool
 
-        class Octets(bytearray):
+        class Content(bytearray):        # weak references need a class
             pass
 
         async def put() -> Any:
-            octets = Octets(5000)
+            content = Content(5000)
             with self.assertRaises(relay.TemporaryError):
-                await spool.put(make_message(size=5000), [memoryview(octets)])
-            return weakref.ref(octets)
+                await spool.put(make_message(size=5000), [memoryview(content)])
+            return weakref.ref(content)
         gc.disable()
         self.addCleanup(gc.enable)
         held = asyncio.run(put())
         wait_for(lambda: held() is None, 2)
 
-    def test_a_message_that_is_cut_off_while_it_is_stored(self) -> None:
-        """Its client hears 421: so it must not stay."""
+    def test_a_message_aborted_while_it_is_stored_is_removed(self) -> None:
+        """Its client gets 421 and will send it again."""
         running, release, hung = self.start(SHUTDOWN_TIMEOUT="0.1"), threading.Event(), []
 
         def hang(descriptor: int) -> None:
@@ -6244,12 +6241,12 @@ class FullSpoolTests(SpoolCase):
             wait_for(lambda: not calls_under_way())
         self.assertEqual(list(self.queue.iterdir()), [])
 
-    def test_a_disk_that_is_full_or_gone_or_fails(self) -> None:
+    def test_a_full_or_missing_or_failing_disk_refuses_with_452(self) -> None:
         self.assertEqual(relay.MIN_FREE_DISK, 64 * 1024 * 1024)
         client = self.log_in_to(self.start())
         self.be_down()
         for number in (errno.EIO, errno.ENOSPC):
-            for name in ("file", "queue"):          # in which it is noticed
+            for name in ("file", "queue"):          # where fsync() fails
 
                 def fail(descriptor: int) -> None:
                     is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
@@ -6265,7 +6262,7 @@ class FullSpoolTests(SpoolCase):
         (self.folder / "elsewhere").rename(self.queue)
         self.enqueue(client)
 
-    def test_a_disk_that_hangs(self) -> None:
+    def test_a_hanging_disk_refuses_with_452_and_stores_nothing_later(self) -> None:
         client = self.log_in_to(self.start())
         self.be_down()
         release, hung = threading.Event(), []
@@ -6277,10 +6274,10 @@ class FullSpoolTests(SpoolCase):
             with patient_for(DISK_TIMEOUT=0.2, GRACE=0.05), kept_log() as kept:
                 self.assertReply(self.post(client, "refused"), "452 4.3.1")
             self.assertIn("time is up", kept.find("refused")[0][1])
-            with patient_for(DISK_TIMEOUT=3600.0):      # the next one need not wait
+            with patient_for(DISK_TIMEOUT=3600.0):      # the next message does not wait for it
                 self.assertTakesNothing(client, "the disk does not answer")
             self.assertEqual(len(hung), 1)
-            release.set()                           # it comes late, and must not stay
+            release.set()                           # the late write must be removed
             wait_for(lambda: not calls_under_way())
         self.assertEqual((list(self.queue.iterdir()), self.fake.delivered), ([], []))
         self.enqueue(client)
@@ -6288,27 +6285,27 @@ class FullSpoolTests(SpoolCase):
 
 @unittest.skipUnless(hasattr(os, "mkfifo"), "needs a file that hangs")
 class SlowDiskTests(HangCase):
-    """Reading a file hangs, as on a disk that is not there: here it is a pipe."""
+    """Reading a file hangs, as on a lost network disk; here the file is a named pipe."""
 
     def pipe(self, name: str) -> str:
-        """Make a file that nobody can open until there is somebody who writes."""
+        """Make a named pipe: opening it for reading blocks until it is opened for writing."""
         path = FILES[name]
         os.mkfifo(path)
 
         def is_read() -> bool:
-            with contextlib.suppress(OSError):      # end a read, if there is one
+            with contextlib.suppress(OSError):      # end a read in progress
                 os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
             return not calls_under_way()
 
-        def let_go() -> None:
-            # Not at once: who opens it only later would find nobody.
+        def release() -> None:
+            # Keep it open for writing: a reader that opens it later would block forever.
             os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
             wait_for(is_read)
             os.unlink(path)
-        self.addCleanup(let_go)
+        self.addCleanup(release)
         return path
 
-    def test_the_token_of_a_workload_identity(self) -> None:
+    def test_a_login_times_out_while_the_workload_identity_token_hangs(self) -> None:
         _, running = self.beside(AZURE_TENANT_ID=TENANT, AZURE_CLIENT_ID=CLIENT,
                                  AZURE_FEDERATED_TOKEN_FILE=self.pipe("token"))
         client = self.connect(running)
@@ -6319,8 +6316,8 @@ class SlowDiskTests(HangCase):
         self.assertIn(f"{FILES['token']}: time is up",
                       "".join(text for _, text in kept.find("result=tempfail")))
 
-    def test_the_accounts_file(self) -> None:
-        """The accounts from before stay in force, and the relay can be stopped."""
+    def test_the_previous_accounts_serve_while_the_accounts_file_hangs(self) -> None:
+        """The relay can still be stopped."""
         path = FILES.write("slow.ini", f"[a]\n{APPLICATION}\n")
         _, running = self.beside(ACCOUNTS_FILE=path)
         os.unlink(path)
@@ -6332,7 +6329,7 @@ class SlowDiskTests(HangCase):
 
 
 class SpoolAccountTests(SpoolCase, AccountCase):
-    """Accounts of ACCOUNTS_FILE need nobody's login."""
+    """Queued messages of accounts in ACCOUNTS_FILE are sent without a new login."""
 
     def settings_of(self, **settings: str) -> dict[str, str]:
         return super().settings_of(ACCOUNTS_FILE=FILES.write("spool.ini", f"""
@@ -6347,8 +6344,8 @@ from_email = scan@example.com
     def log_in_to(self, running: Running) -> Client:
         return self.logged_in("scanner8", "tenletters", running)
 
-    def test_a_tenant_that_is_given_as_a_domain(self) -> None:
-        """That its ID becomes known changes neither its queue nor what is a duplicate."""
+    def test_a_tenant_given_as_a_domain_has_one_queue_and_one_set_of_duplicates(self) -> None:
+        """Learning the tenant's ID changes neither its queue nor the detection of duplicates."""
         running = self.another(**SpoolCase.settings_of(self, ACCOUNTS_FILE=FILES.write(
             "domain.ini", "[scanner8]\ntenant_id = one.example\nclient_secret = s\n"
             f"client_id = {CLIENT}\npassword = {HASH}\n")))
@@ -6368,13 +6365,13 @@ from_email = scan@example.com
         self.assertGreater(mailbox.resume_at, time.monotonic() + 900)
         self.assertEqual(self.only()[1].tenant, "one.example")
 
-    def test_after_a_restart_it_is_sent(self) -> None:
-        """The oldest first; and one that is too old is tried once more."""
+    def test_after_a_restart_messages_are_sent_without_a_login(self) -> None:
+        """The oldest go first, and a message that is too old gets another attempt."""
         for is_old in (False, True):
             running = self.start()
             client = self.log_in_to(running)
             self.be_down()
-            self.rest_long()                    # a restart ends a pause
+            self.rest_long()                    # a restart ends the delay
             self.enqueue(client, *"12345")
             running.stop()
             for path in self.queue.glob("*.json"):
@@ -6388,22 +6385,21 @@ from_email = scan@example.com
             running.stop()
             if not is_old:
                 self.assertEqual(self.subjects(), [b"1", b"2", b"3", b"4", b"5"])
-        self.assertEqual({one.mailbox for one in self.fake.delivered}, {"scan@example.com"})
+        self.assertEqual({sent.mailbox for sent in self.fake.delivered}, {"scan@example.com"})
         self.assertEqual(len(self.fake.delivered), 10)
         self.assertEqual(list(self.failed.iterdir()), [])
 
-    def test_it_logs_in_and_sends_while_microsoft_is_down(self) -> None:
+    def test_a_client_logs_in_and_sends_while_microsoft_is_down(self) -> None:
         running = self.start()
         self.fake.will("token", *[say(503)] * 1000)
         self.enqueue(self.log_in_to(running))
-        other = self.connect(running)               # who this is only Microsoft knows
+        other = self.connect(running)               # only Microsoft can verify this login
         self.assertReply(other.log_in(password=self.password), "454 4.7.0")
         self.assertReply(self.connect(running).log_in("scanner8", "wrong"), "535 5.7.8")
         self.be_up()
         self.wait_until_empty()
 
-    def test_who_gets_the_notice(self) -> None:
-        """from_email says who, but not whether."""
+    def test_from_email_gets_the_bounces_unless_the_reverse_path_is_empty(self) -> None:
         client = self.log_in_to(self.start())
         for sender, wanted in (("", ""), (SENDER, "scan@example.com")):
             self.be_down(times=1)
@@ -6411,8 +6407,8 @@ from_email = scan@example.com
             self.assertEqual(self.only()[1].reverse_path, wanted)
             self.wait_until_empty()
 
-    def test_an_account_that_is_taken_away(self) -> None:
-        """Its secret is not kept beside the file."""
+    def test_a_message_waits_while_its_account_is_missing_from_the_file(self) -> None:
+        """The queue holds no copy of its secret."""
         running = self.start()
         client = self.log_in_to(running)
         self.be_down()
@@ -6423,20 +6419,18 @@ from_email = scan@example.com
             renamed = text.replace("[scanner8]", "[scanner9]")
             FILES.write("spool.ini", renamed.replace(CLIENT, TENANT))   # another application
             wait_for(lambda: "waits until scanner8 logs in" in str(kept.lines))
-        FILES.write("spool.ini", renamed)       # the same one by another name will do
+        FILES.write("spool.ini", renamed)       # the same application under another name
         self.be_up()
         self.wait_until_empty()
 
 
 class SpoolStartTests(SpoolCase):
-    """A folder that cannot be used ends the relay at its start, with a reason; what a crash
-    has left does not.
-    """
+    """An unusable queue directory ends the start with a reason; remains of a crash do not."""
 
     def assertEnds(self, word: str, **settings: str) -> None:
         environ = {"SMTP_PORT": "0", "LISTEN_ADDRESS": "127.0.0.1", "TLS_SOURCE": "off",
                    "REQUIRE_TLS": "false", **self.settings_of(**settings)}
-        if "RUN_AS" in settings:        # not this process
+        if "RUN_AS" in settings:        # this process must not change its user
             with start_program(**environ) as process:
                 _, err = process.communicate(timeout=PATIENCE)
             status = process.returncode
@@ -6447,7 +6441,7 @@ class SpoolStartTests(SpoolCase):
         self.assertIn(word, err)
         self.assertNotIn("Traceback", err)
 
-    def test_what_cannot_be_used(self) -> None:
+    def test_an_unusable_directory_ends_the_start_and_a_missing_one_is_made(self) -> None:
         self.assertEnds("Not a directory", SPOOL_DIRECTORY=FILES["key.pem"] + "/x")
         self.assertEnds("cannot be used", SPOOL_DIRECTORY=FILES["key.pem"])
         self.assertEnds("No such file", SPOOL_DIRECTORY=str(self.folder / "a" / "b"))
@@ -6457,17 +6451,17 @@ class SpoolStartTests(SpoolCase):
         running = self.start()
         self.assertEnds("another relay works with it")
         running.stop()
-        error = OSError(errno.EROFS, "Read-only file system")       # root has no other way
+        error = OSError(errno.EROFS, "Read-only file system")       # root ignores modes
         with unittest.mock.patch.object(os, "open", side_effect=error):
             with self.assertRaisesRegex(relay.StartError, "SPOOL_DIRECTORY=.*Read-only file"):
                 relay.QueueFiles(self.config(**self.settings_of())).open()
-        made = self.folder / "made"             # and it makes what is missing
+        made = self.folder / "made"             # a missing directory is made
         self.start(SPOOL_DIRECTORY=str(made)).stop()
         self.assertEqual(made.stat().st_mode & 0o777, 0o700)
 
     @unittest.skipUnless(os.geteuid() == 0, "needs root")
-    def test_one_of_another_user(self) -> None:
-        self.folder = pathlib.Path(tempfile.mkdtemp())      # where everybody can come
+    def test_a_directory_of_another_user_is_refused(self) -> None:
+        self.folder = pathlib.Path(tempfile.mkdtemp())      # every user can reach this place
         self.addCleanup(shutil.rmtree, self.folder)
         self.folder.chmod(0o755)
         os.chown(self.folder, 65534, 65534)
@@ -6483,7 +6477,7 @@ class SpoolStartTests(SpoolCase):
         os.chown(self.folder, 0, 0)
         self.assertEnds("belongs to another user", RUN_AS="nobody")
 
-    def test_what_a_crash_has_left(self) -> None:
+    def test_files_left_by_a_crash_are_sent_or_removed_or_set_aside(self) -> None:
         running = self.start()
         self.be_down()
         self.enqueue(self.log_in_to(running))
@@ -6494,21 +6488,21 @@ class SpoolStartTests(SpoolCase):
         state = path.read_bytes().replace(message.id.encode(), b"ID")
         for left in self.queue.iterdir():
             left.unlink()
-        # The files; where they are in the end, the log has it, and what is sent. The first
-        # is so before there is a .json, and after a .json was removed.
+        # Files; where they are in the end, event of the log, subjects sent. The first case occurs
+        # before a .json is written and after it was removed.
         cases: tuple[tuple[dict[str, bytes], str, str, list[bytes]], ...] = (
             ({"queue/ID.eml": eml}, "", "removed", []),
             ({"queue/ID.eml": eml[:9], "queue/ID.tmp": b"{"}, "", "removed", []),
             ({"queue/ID.eml": eml, "queue/ID.json": state, "queue/ID.tmp": b"{"}, "", "removed",
              [b"s"]),
-            # while it was moved to failed/, or from there
-            ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "quarantined", []),
+            # while the message was moved to failed/, or from there
+            ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "set-aside", []),
             ({"queue/ID.eml": eml, "failed/ID.json": state}, "failed", "listening", []),
             ({"queue/ID.eml": b"x", "failed/ID.json": state, "failed/ID.eml": eml}, "failed",
              "removed", []),
-            # damaged, or not the state of this message
-            ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "quarantined", []),
-            ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "quarantined", []),
+            # damaged state, or the state of another message
+            ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "set-aside", []),
+            ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "set-aside", []),
             ({"queue/ID.json": state.replace(b"ID", b"other"), "queue/ID.eml": eml}, "failed",
              "quarantined", []),
             ({"queue/ID.json": state, "queue/ID.eml": eml[:-9]}, "failed", "failed",
@@ -6536,32 +6530,32 @@ class SpoolStartTests(SpoolCase):
 
 
 class SpoolCommandTests(SpoolCase, ProgramCase):
-    """The command line shows and changes the queue, beside the running relay too."""
+    """The spool command shows and changes the queue, also while the relay runs."""
 
     def spool(self, *arguments: str, wanted: int = 0) -> str:
         status, out, err = self.outcome("spool", *arguments, **self.settings_of())
         self.assertEqual(status, wanted, err)
         return out
 
-    def test_list_and_show(self) -> None:
+    def test_list_and_show_print_the_queued_messages(self) -> None:
         running = self.start()
         self.assertEqual(self.spool(), "The spool is empty.\n")
         client = self.log_in_to(running)
         self.be_down()
         self.enqueue(client, "\x1b[31mred", recipients=("a@x.y", "B@X.y"))
-        ident, = self.waiting()
-        (self.queue / "6f.eml").write_bytes(b"{")          # as one that is being written
+        message_id, = self.waiting()
+        (self.queue / "6f.eml").write_bytes(b"{")          # a message being written
         wait_for(lambda: self.only()[1].attempts > 1)
-        self.assertRegex(self.spool(), rf"(?m)^waiting {ident} queued=20\d\d-\d\d-\d\dT[0-9:]+Z "
-                         rf"size=\d+ sender={SENDER} recipients=a@x.y,B@X.y tries=\d+ "
+        self.assertRegex(self.spool(), rf"(?m)^waiting {message_id} queued=20\d\d-\d\d-\d\dT"
+                         rf"[0-9:]+Z size=\d+ sender={SENDER} recipients=a@x.y,B@X.y tries=\d+ "
                          r'reason="451 4.3.0 .*"( again=\S+)?$')
         self.assertEqual(self.spool().count("\n"), 1)
-        shown = self.spool("show", ident)
+        shown = self.spool("show", message_id)
         self.assertIn("\nSubject: \\x1b[31mred\n", shown)
         self.assertTrue(shown.endswith("\nText\n"), shown)
         self.assertIn("no such", self.spool("show", "../lock", wanted=1))
 
-    def test_retry_and_drop_beside_the_relay(self) -> None:
+    def test_retry_and_drop_work_while_the_relay_runs(self) -> None:
         running = self.start()
         client = self.log_in_to(running)
         self.rest_long()
@@ -6574,64 +6568,64 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         wait_for(lambda: len(self.waiting()) == 2)
         self.assertEqual(self.subjects(), [b"2"])
         with kept_log() as kept:
-            self.log_in_to(running)                             # this does not end a pause
+            self.log_in_to(running)                             # this does not end a delay
             self.assertEqual(self.spool("drop", idents[b"1"]), "")
             wait_for(lambda: kept.find("dropped"))
         self.assertEqual(kept.find("dropped")[0][1].split()[0], idents[b"1"])
-        self.assertEqual(len(self.fake.asked("send")), 4)       # the other still rests
+        self.assertEqual(len(self.fake.asked("send")), 4)       # the other one is still delayed
         self.spool("retry")
         self.wait_until_empty()
         self.assertEqual(self.subjects(), [b"2", b"3"])
         self.assertEqual(self.spool("drop", wanted=2), "")
         self.be_down(times=1)
         self.enqueue(client)
-        for path in self.queue.iterdir():       # as somebody may do without the command line
+        for path in self.queue.iterdir():       # as an administrator might with rm
             path.unlink()
         with kept_log() as kept:
             for mailbox in list(running.relay.queue._mailboxes.values()):
                 running.ask(mailbox.resume)
             wait_for(lambda: kept.find("dropped"))
 
-    def test_what_failed_can_be_tried_again(self) -> None:
+    def test_a_failed_message_can_be_retried_and_is_bounced_again(self) -> None:
         running = self.start()
         client = self.log_in_to(running)
         self.fake.will("send", say(503), say(400))
         self.enqueue(client, sender=SENDER)
-        wait_for(lambda: self.fake.delivered)                   # the notice
+        wait_for(lambda: self.fake.delivered)                   # the bounce
         self.wait_until_empty()
         wait_for(lambda: not running.ask(lambda: running.relay.queue._applications))
         path, _ = self.only("failed")
         self.assertRegex(self.spool(), rf"^failed  {path.stem} .*reason=.554 5.6.0")
-        self.assertEqual(self.spool("retry"), "")               # only what waits
+        self.assertEqual(self.spool("retry"), "")               # only waiting messages
         self.age(path)
         with kept_log() as kept:
             self.spool("retry", path.stem)
-            wait_for(lambda: kept.find("deferred"))              # the secret was forgotten
-        self.assertFalse(self.only()[1].bounce_sent)            # it begins anew
-        self.fake.will("send", say(400))                        # and its sender is told again
+            wait_for(lambda: kept.find("delayed"))              # the secret was forgotten
+        self.assertFalse(self.only()[1].bounce_sent)            # it starts over
+        self.fake.will("send", say(400))                        # and its sender gets a bounce again
         self.log_in_to(running)
         wait_for(lambda: len(self.fake.delivered) == 2)
         self.wait_until_empty()
         self.assertEqual(self.only("failed")[1].attempts, 1)
 
-    def test_without_a_relay(self) -> None:
+    def test_the_commands_work_without_a_running_relay(self) -> None:
         running = self.start()
         client = self.log_in_to(running)
         self.be_down()
         self.enqueue(client, "1")
         running.stop()
-        ident, = self.waiting()
+        message_id, = self.waiting()
         files = relay.QueueFiles(running.relay.config)
         with unittest.mock.patch.object(pathlib.Path, "read_bytes", side_effect=FileNotFoundError):
-            self.assertEqual(list(files.read_all(self.queue)), [])      # it was sent just now
+            self.assertEqual(list(files.read_all(self.queue)), [])      # sent meanwhile
         (self.failed / "junk.json").write_bytes(b"junk")
         self.assertRegex(self.spool("list"), "^waiting .*\ndamaged junk file=.*\n$")
-        self.spool("retry", ident)
+        self.spool("retry", message_id)
         self.assertEqual(self.spool("retry", "junk"), "")
         self.assertEqual(self.spool("show", wanted=2), "")
         self.spool("drop", "junk")
-        shutil.rmtree(self.failed)              # somebody has tidied up
-        self.spool("drop", ident)
+        shutil.rmtree(self.failed)              # as an administrator might
+        self.spool("drop", message_id)
         self.assertEqual(self.spool(), "The spool is empty.\n")
         for folder, wanted, word in (("", 2, "SPOOL_DIRECTORY is not set"),
                                      (str(self.folder / "none"), 1, "No such file")):
@@ -6644,14 +6638,14 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
 class KillTests(unittest.TestCase):
     """kill -9 at any moment loses nothing:  python3 test_relay.py kill --times N --seed S"""
 
-    def test_some_kills(self) -> None:
+    def test_kill_9_at_random_moments_loses_no_accepted_message(self) -> None:
         kills = Kills(seed="1")
-        told = kills.run(6)
-        self.assertGreater(len(kills.accepted), 20, told)
+        summary = kills.run(6)
+        self.assertGreater(len(kills.accepted), 20, summary)
 
 
-# A root, an intermediate and a server's certificate, as Key Vault gives them: in PKCS#12
-# of the old kind (RC2-40, 3DES, MAC of one iteration), and as PEM.
+# The root of VAULT_PEM, which has an intermediate's and a server's certificate. The tests give
+# these as PEM and as PKCS#12, also in the old format of Key Vault (RC2-40, 3DES, SHA-1 MAC).
 
 ROOT_CERT = pem("CERTIFICATE", """\
 MIIBbjCCARSgAwIBAgIUaMxfz+TTbLIAV8hd7TmMrMl5Ho0wCgYIKoZIzj0EAwIwFDESMBAGA1UEAwwJVGVzdCBSb290
@@ -6664,22 +6658,23 @@ bDros0TcJ1njqy1uJSwy/n569B180lmaZA==
 
 
 class VaultTests(RelayCase):
-    """A certificate in Key Vault, facts 8."""
+    """A certificate from Azure Key Vault."""
 
     def vault(self, **settings: str) -> dict[str, str]:
         return {"TLS_SOURCE": "keyvault", "AZURE_KEY_VAULT_URL": self.fake.url,
                 "AZURE_KEY_VAULT_CERT_NAME": "relay", "REQUIRE_TLS": "true",
                 "AZURE_POD_IDENTITY_AUTHORITY_HOST": self.fake.url, **settings}
 
-    def give(self, value: str, kind: str = "application/x-pkcs12") -> None:
-        """Have a secret in the vault."""
-        self.fake.secret = {"value": value, "contentType": kind, "attributes": {"enabled": True},
+    def give(self, value: str, content_type: str = "application/x-pkcs12") -> None:
+        """Store a secret in the vault."""
+        self.fake.secret = {"value": value, "contentType": content_type,
+                            "attributes": {"enabled": True},
                             "id": f"{self.fake.url}/secrets/relay/1"}
 
-    def test_the_key_is_nobodys_else_and_soon_gone(self) -> None:
-        """In memory, or on disk where memfd_create() or /proc is missing."""
+    def test_the_key_file_is_private_and_removed_after_use(self) -> None:
+        """It is in memory, or on disk if memfd_create() or /proc is missing."""
         folder = tempfile.mkdtemp(dir=FILES.folder)
-        refuse = unittest.mock.Mock(side_effect=OSError(errno.ENOSYS, "as of an old kernel"))
+        refuse = unittest.mock.Mock(side_effect=OSError(errno.ENOSYS, "as on an old kernel"))
         for create, number in ((getattr(os, "memfd_create", refuse), int(not IS_LINUX)),
                                (refuse, 1), (lambda name: 10 ** 6, 1)):
             with unittest.mock.patch.object(os, "memfd_create", create, create=True), \
@@ -6689,33 +6684,33 @@ class VaultTests(RelayCase):
                 self.assertEqual(len(os.listdir(folder)), number)
                 if number and os.name == "posix":
                     self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
-                raise relay.StartError("while it is there")
+                raise relay.StartError("while the file exists")
             self.assertFalse(os.path.exists(path))
             self.assertEqual(os.listdir(folder), [])
 
     def export(self, pem: str, *options: str) -> bytes:
-        """Make PKCS#12; of the new kind (AES), if no options make it old."""
+        """Make PKCS#12 with AES, unless the options choose old algorithms."""
         return subprocess.run(
             ["openssl", "pkcs12", "-export", "-passout", "pass:", "-keypbe", "AES-256-CBC",
              "-certpbe", "AES-256-CBC", "-macalg", "sha256", *options],
             input=pem.encode(), check=True, capture_output=True).stdout
 
     def old_pfx(self) -> bytes:
-        """Make PKCS#12 of the old kind (RC2), for which OpenSSL 3 needs an option."""
-        known = subprocess.run(["openssl", "pkcs12", "-help"], capture_output=True).stderr
+        """Make PKCS#12 with RC2, which OpenSSL 3 does only with -legacy."""
+        options = subprocess.run(["openssl", "pkcs12", "-help"], capture_output=True).stderr
         return self.export(VAULT_PEM, "-keypbe", "PBE-SHA1-3DES", "-certpbe", "PBE-SHA1-RC2-40",
-                           "-macalg", "sha1", *["-legacy"] * (b"-legacy" in known))
+                           "-macalg", "sha1", *["-legacy"] * (b"-legacy" in options))
 
     @needs_openssl
-    def test_each_kind(self) -> None:
-        """The chain leads to the root alone: the intermediate one is sent too."""
+    def test_pkcs12_and_pem_certificates_are_served_with_their_chain(self) -> None:
+        """The client trusts only the root, so the relay must send the intermediate certificate."""
         old, new = base64.encodebytes(self.old_pfx()).decode(), self.export(VAULT_PEM)
-        for value, kind in ((old.replace("\n", ""), "application/x-pkcs12"),
-                            (old, "application/x-pkcs12"),
-                            (base64.b64encode(new).decode(), "application/x-pkcs12"),
-                            (VAULT_PEM, "application/x-pem-file"), (VAULT_PEM, "")):
-            with self.subTest(value[:20], kind=kind):
-                self.give(value, kind)
+        for value, content_type in (
+                (old.replace("\n", ""), "application/x-pkcs12"), (old, "application/x-pkcs12"),
+                (base64.b64encode(new).decode(), "application/x-pkcs12"),
+                (VAULT_PEM, "application/x-pem-file"), (VAULT_PEM, "")):
+            with self.subTest(value[:20], content_type=content_type):
+                self.give(value, content_type)
                 with Client(self.another(**self.vault()).port) as client:
                     client._host = "localhost"
                     client.starttls(context=ssl.create_default_context(cadata=ROOT_CERT))
@@ -6726,22 +6721,22 @@ class VaultTests(RelayCase):
         self.assertIn("resource=https%3A%2F%2Fvault.azure.net", self.fake.asked("imds")[0].path)
 
     @needs_openssl
-    def test_pkcs12_is_converted_in_order_or_the_problem_is_named(self) -> None:
+    def test_pkcs12_becomes_pem_in_order_or_the_error_names_the_problem(self) -> None:
         def blocks(pem: str) -> list[str]:
-            return [re.sub(r"\s", "", one) for one in
+            return [re.sub(r"\s", "", block) for block in
                     re.findall("-----BEGIN.*?-----END [A-Z ]+-----", pem, re.S)]
         good = self.export(VAULT_PEM)
-        for octets in (self.old_pfx(), good):
-            self.assertEqual(blocks(relay.pfx_to_pem(octets).decode()), blocks(VAULT_PEM))
-        for octets, word in ((b"", "openssl"), (b"garbage", "openssl"), (good[:-1], "openssl"),
-                             (good[:600] + b"\0" * 500, "openssl"),
-                             (self.export(ROOT_CERT, "-nokeys"), "no private key")):
-            with self.subTest(octets[:10]), self.assertRaisesRegex(ValueError, word):
-                relay.pfx_to_pem(octets)
+        for pfx in (self.old_pfx(), good):
+            self.assertEqual(blocks(relay.pfx_to_pem(pfx).decode()), blocks(VAULT_PEM))
+        for pfx, word in ((b"", "openssl"), (b"garbage", "openssl"), (good[:-1], "openssl"),
+                          (good[:600] + b"\0" * 500, "openssl"),
+                          (self.export(ROOT_CERT, "-nokeys"), "no private key")):
+            with self.subTest(pfx[:10]), self.assertRaisesRegex(ValueError, word):
+                relay.pfx_to_pem(pfx)
 
     @unittest.skipUnless(os.name == "posix", "needs a script as a command")
     @unittest.mock.patch.object(relay, "OPENSSL_TIMEOUT", 0.1)
-    def test_an_openssl_command_that_is_missing_or_hangs(self) -> None:
+    def test_a_missing_or_hanging_openssl_command_is_reported(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
         self.give("AAAA")
         for script, word in (("", "No such file"), ("#!/bin/sh\nexec /bin/sleep 60", "timed out")):
@@ -6754,7 +6749,7 @@ class VaultTests(RelayCase):
                 relay.make_tls_contexts(self.config(**self.vault()))
 
     @unittest.mock.patch.object(relay, "AZURE_RETRY_DELAYS", (0.0, 0.0))
-    def test_each_failure_is_one_clear_line(self) -> None:
+    def test_each_failure_names_its_cause_and_no_secret(self) -> None:
         forbidden = {"error": {"code": "Forbidden", "message": "hidden", "innererror":
                                {"code": "ForbiddenByRbac"}}}
         pem = {"value": "-----BEGIN hidden", "contentType": "application/x-pem-file"}
@@ -6783,7 +6778,7 @@ class VaultTests(RelayCase):
                 self.assertIn("AZURE_KEY_VAULT_CERT_NAME='relay'", str(caught.exception))
                 self.assertNotIn("hid", str(caught.exception))
 
-    def test_the_scope_is_that_of_the_cloud(self) -> None:
+    def test_the_token_scope_matches_the_cloud(self) -> None:
         self.give(VAULT_PEM, "application/x-pem-file")
         for cloud, scope in (("china", "vault.azure.cn"), ("usgov", "vault.usgovcloudapi.net"),
                              ("usgov-dod", "vault.usgovcloudapi.net")):
@@ -6792,7 +6787,7 @@ class VaultTests(RelayCase):
 
 
 class OldTlsTests(TlsCase):
-    """TLS 1.0 and 1.1 really work for old printers, and are off otherwise."""
+    """TLS 1.0 and 1.1 work for old printers, and are off by default."""
 
     @staticmethod
     def old_client(version: str) -> ssl.SSLContext:
@@ -6803,15 +6798,15 @@ class OldTlsTests(TlsCase):
             context.minimum_version = context.maximum_version = relay.TLS_VERSIONS[version]
         return context
 
-    def test_the_least_version_is_kept(self) -> None:
+    def test_versions_below_tls_min_version_are_refused(self) -> None:
         versions = list(relay.TLS_VERSIONS)
         self.assertEqual(versions, ["1.0", "1.1", "1.2", "1.3"])
-        for least in versions:
-            running = self.another(TLS_MIN_VERSION=least)
+        for minimum in versions:
+            running = self.another(TLS_MIN_VERSION=minimum)
             for version in versions:
-                with self.subTest(least, version=version), kept_log() as kept, \
+                with self.subTest(minimum, version=version), kept_log() as kept, \
                         Client(running.port) as client:
-                    if version >= least:
+                    if version >= minimum:
                         client.starttls(context=self.old_client(version))
                         self.assertEqual(client.sock.version(), "TLSv" + version.replace(".0", ""))
                     else:
@@ -6821,7 +6816,7 @@ class OldTlsTests(TlsCase):
                         self.assertIn("TLS_MIN_VERSION", kept.find("disconnected")[0][1])
 
     @needs_openssl
-    def test_a_certificate_that_is_as_old_as_the_printer(self) -> None:
+    def test_tls_1_0_works_with_an_rsa_1024_sha_1_certificate(self) -> None:
         cert, key = FILES["old-cert.pem"], FILES["old-key.pem"]
         subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:1024", "-nodes", "-sha1",
                         "-subj", "/CN=localhost", "-days", "9", "-keyout", key, "-out", cert],
@@ -6834,7 +6829,7 @@ class OldTlsTests(TlsCase):
         with Client(running.port) as client:
             client.starttls(context=context)
 
-    def test_ciphers(self) -> None:
+    def test_tls_cipher_suite_selects_the_cipher(self) -> None:
         name = "ECDHE-ECDSA-AES128-GCM-SHA256"
         with Client(self.another(TLS_CIPHER_SUITE=name).port) as client:
             client.starttls(context=self.old_client("1.2"))
@@ -6843,7 +6838,7 @@ class OldTlsTests(TlsCase):
 
 @needs_loopbacks
 class NetworkTlsTests(TlsCase):
-    """What an old printer needs is there for its network alone."""
+    """Exceptions for an old printer apply to its network only."""
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
@@ -6866,8 +6861,7 @@ login = optional
 """
         return super().config(ACCOUNTS_FILE=FILES.write("networks.ini", accounts), **settings)
 
-    def test_the_dates_of_a_certificate(self) -> None:
-        """Also if it has expired, or the root is not in the file."""
+    def test_certificate_dates_are_read_if_it_has_expired_or_the_root_is_missing(self) -> None:
         chain = FILES.write("chain.pem", VAULT_PEM)
         for cert, key, years in ((FILES["expired.pem"], FILES["key.pem"], (2020, 2020)),
                                  (FILES["cert.pem"], FILES["key.pem"], (2026, 2126)),
@@ -6877,7 +6871,7 @@ login = optional
                 dates = relay.certificate_dates(context, cert)
                 self.assertEqual(tuple(time.gmtime(date).tm_year for date in dates), years)
 
-    def test_a_version_that_this_openssl_lacks(self) -> None:
+    def test_a_tls_version_that_openssl_lacks_is_an_error(self) -> None:
         text = f"[a]\n{APPLICATION}login = required\nnetworks = 10.0.0.1\ntls_min_version = 1.0"
         for name in ("HAS_TLSv1", "HAS_TLSv1_1"):
             with unittest.mock.patch.object(ssl, name, False):
@@ -6887,9 +6881,9 @@ login = optional
                 with self.assertRaisesRegex(relay.ConfigError, "TLS_MIN_VERSION='1.[01]'.*Open"):
                     make_config(TLS_MIN_VERSION="1.0" if name == "HAS_TLSv1" else "1.1")
 
-    def test_weak_ciphers_are_for_old_tls_alone(self) -> None:
+    def test_weak_ciphers_are_enabled_for_old_tls_only(self) -> None:
         def names(context: ssl.SSLContext) -> set[str]:
-            return {one["name"] for one in context.get_ciphers()}
+            return {cipher["name"] for cipher in context.get_ciphers()}
         contexts = relay.make_tls_contexts(tls_config())
         normal = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.assertEqual(names(contexts["1.2"]), names(normal))
@@ -6897,35 +6891,35 @@ login = optional
             self.assertEqual([contexts[version].security_level for version in ("1.2", "1.3")],
                              [normal.security_level] * 2)
             own = relay.make_tls_contexts(tls_config(TLS_CIPHER_SUITE="DEFAULT:@SECLEVEL=2"))
-            self.assertEqual({one.security_level for one in own.values()}, {2})
-        for context in contexts.values():       # a client must see whom it talks to
+            self.assertEqual({context.security_level for context in own.values()}, {2})
+        for context in contexts.values():       # no cipher without authentication
             self.assertNotIn("Au=None", str(context.get_ciphers()))
             self.assertTrue(context.options & ssl.OP_NO_RENEGOTIATION)
 
-    def test_old_tls_from_its_network_alone(self) -> None:
-        for address, least in (("127.0.0.2", "1.0"), ("127.0.0.1", "1.2"), ("127.0.0.3", "1.2"),
-                               ("127.0.0.4", "1.3")):
+    def test_old_tls_is_accepted_from_its_network_only(self) -> None:
+        for address, minimum in (("127.0.0.2", "1.0"), ("127.0.0.1", "1.2"), ("127.0.0.3", "1.2"),
+                                 ("127.0.0.4", "1.3")):
             for version in relay.TLS_VERSIONS:
                 with self.subTest(address, version=version):
-                    client, is_fine = self.come_from(address), version >= least
-                    with contextlib.nullcontext() if is_fine else self.assertRaises(OSError):
+                    client, is_allowed = self.come_from(address), version >= minimum
+                    with contextlib.nullcontext() if is_allowed else self.assertRaises(OSError):
                         client.starttls(context=OldTlsTests.old_client(version))
-                    if is_fine and address == "127.0.0.2":
+                    if is_allowed and address == "127.0.0.2":
                         client.ehlo()
                         self.assertReply(client.post(), "250 2.0.0")    # without login
 
-    def test_implicit_tls_too(self) -> None:
+    def test_implicit_tls_follows_the_network_too(self) -> None:
         for address, wanted in (("127.0.0.2", b"220 "), ("127.0.0.1", b"")):
             sock = socket.create_connection(("127.0.0.1", self.running._config.smtps_port),
                                             PATIENCE, (address, 0))
             self.addCleanup(sock.close)
-            said = b""
+            received = b""
             with contextlib.suppress(OSError), OldTlsTests.old_client("1.0").wrap_socket(
                     sock, server_hostname="localhost") as tls:
-                said = self.read_until(tls, b"\r\n")
-            self.assertEqual(said[:4], wanted)
+                received = self.read_until(tls, b"\r\n")
+            self.assertEqual(received[:4], wanted)
 
-    def test_no_tls_from_its_network_alone(self) -> None:
+    def test_plaintext_is_accepted_from_its_network_only(self) -> None:
         client = self.come_from("127.0.0.3")
         self.assertReply(client.log_in("plain", PASSWORD), "235 2.7.0")
         self.assertReply(client.post(), "250 2.0.0")
@@ -6948,17 +6942,17 @@ class DuplicateTests(RelayCase):
         self.forget()
 
     def forget(self) -> None:
-        """Begin a case: nothing was sent yet."""
+        """Start a case: forget the messages sent so far."""
         self.fake.reset()
         self.running.ask(self.running.relay.delivery._duplicates._accepted._values.clear)
 
     def sends(self, content: bytes = IDENTIFIED, running: Running | None = None) -> Client:
-        """Send the content of a message, and do not wait for the reply."""
+        """Send the content of a message without waiting for the reply."""
         client = self.begun(running)
         client.send(content + b".\r\n")
         return client
 
-    def test_more_messages_than_other_caches_hold(self) -> None:
+    def test_more_than_max_cached_messages_are_remembered(self) -> None:
         async def claim() -> object:
             guard = relay.DuplicateGuard(900.0)
             for number in range(relay.MAX_CACHED + 1):
@@ -6967,55 +6961,56 @@ class DuplicateTests(RelayCase):
                 return first
         self.assertEqual(asyncio.run(claim()), ("id", "reply"))
 
-    def test_the_same_message_again(self) -> None:
-        for is_heard in (True, False):
-            with self.subTest(is_heard=is_heard), kept_log() as kept:
+    def test_a_repeated_message_gets_the_first_reply_and_is_not_sent(self) -> None:
+        for is_acknowledged in (True, False):
+            with self.subTest(is_acknowledged=is_acknowledged), kept_log() as kept:
                 self.forget()
                 self.fake.will("send", self.fake.hang_then(self.fake.accept))
                 client = self.sends()
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
-                if not is_heard:
+                if not is_acknowledged:
                     client.close()
                 self.fake.release.set()
-                if is_heard:
+                if is_acknowledged:
                     self.assertReply(client.next_reply(), "250 2.0.0")
                 for _ in range(2):
                     reply = self.sends().next_reply()
-                    ident = self.fake.asked("send")[0].headers["client-request-id"]
-                    self.assertEqual(reply, f"250 2.0.0 Accepted by Microsoft 365, id {ident}")
-                    self.assertIn(f"first={ident} ", kept.find("repeated")[-1][1])
+                    message_id = self.fake.asked("send")[0].headers["client-request-id"]
+                    self.assertEqual(reply, f"250 2.0.0 Accepted by Microsoft 365, id {message_id}")
+                    self.assertIn(f"first={message_id} ", kept.find("repeated")[-1][1])
                 self.assertEqual(len(self.fake.delivered), 1)
 
-    def test_which_messages_are_the_same(self) -> None:
+    def test_login_envelope_content_message_id_and_date_identify_a_message(self) -> None:
         head, text = IDENTIFIED.split(b"Subject")
-        ident, date, _ = head.split(b"\r\n")
-        other: dict[str, Any]
-        for is_same, message, other in (
+        id_field, date_field, _ = head.split(b"\r\n")
+        changes: dict[str, Any]
+        for is_duplicate, message, changes in (
                 (True, IDENTIFIED, {}),
                 (True, IDENTIFIED, {"recipients": ("b@x.y", "A@X.Y")}),
                 (False, IDENTIFIED, {"recipients": ("a@x.y",)}),
                 (False, IDENTIFIED, {"sender": "other@example.com"}),
                 (False, IDENTIFIED, {"message": IDENTIFIED + b".\r\n"}),
                 (False, IDENTIFIED, {"user": f"{TENANT}@{TENANT}"}),
-                # In any case and order; folded after the colon.
+                # Field names in any case and order; a value folded after the colon.
                 (True, b"date:x\r\nMESSAGE-ID :\r\n\t <a@b>\r\n\r\n", {}),
-                # Neither, one twice, one that is empty, one in the text or a longer name.
+                # Both missing, Date twice, one missing, empty, in the body, in a longer name.
                 (False, b"Subject" + text, {}),
-                (False, date + b"\r\n" + date + b"\r\nSubject" + text, {}),
-                (False, ident + b"\r\nSubject" + text, {}),
-                (False, ident + b"\r\nDate: \r\n \r\nSubject" + text, {}),
-                (False, ident + b"\r\nSubject" + text + date + b"\r\n", {}),
-                (False, ident + b"\r\nX-" + date + b"\r\nResent-" + date + b"\r\n\r\n", {})):
-            with self.subTest(f"{message!r} and {other}"):
+                (False, date_field + b"\r\n" + date_field + b"\r\nSubject" + text, {}),
+                (False, id_field + b"\r\nSubject" + text, {}),
+                (False, id_field + b"\r\nDate: \r\n \r\nSubject" + text, {}),
+                (False, id_field + b"\r\nSubject" + text + date_field + b"\r\n", {}),
+                (False, id_field + b"\r\nX-" + date_field + b"\r\nResent-" + date_field
+                 + b"\r\n\r\n", {})):
+            with self.subTest(f"{message!r} and {changes}"):
                 self.forget()
-                for change in ({}, other):
+                for changed in ({}, changes):
                     values: dict[str, Any] = {"user": USER, "message": message, "sender": SENDER,
-                                              "recipients": ("a@x.y", "b@x.y"), **change}
+                                              "recipients": ("a@x.y", "b@x.y"), **changed}
                     client = self.logged_in(values.pop("user"))
                     self.assertReply(client.post(**values), "250 2.0.0")
-                self.assertEqual(len(self.fake.delivered), 1 if is_same else 2)
+                self.assertEqual(len(self.fake.delivered), 1 if is_duplicate else 2)
 
-    def test_the_same_while_the_first_is_on_its_way(self) -> None:
+    def test_a_duplicate_waits_for_the_outcome_of_the_first(self) -> None:
         for action, requests in ((self.fake.accept, 1), (say(400), 2), (utter(b""), 2)):
             with self.subTest(requests=requests):
                 self.forget()
@@ -7029,12 +7024,12 @@ class DuplicateTests(RelayCase):
                 self.fake.release.set()
                 reply = self.assertReply(second.next_reply(), "250 2.0.0")
                 self.assertEqual(len(self.fake.delivered), 1)
-                asked = self.fake.asked("send")
-                self.assertEqual(len(asked), requests)
-                self.assertTrue(reply.endswith(asked[-1].headers["client-request-id"]))
-        self.assertEqual(self.running.relay.delivery._duplicates._in_progress, {})
+                sent = self.fake.asked("send")
+                self.assertEqual(len(sent), requests)
+                self.assertTrue(reply.endswith(sent[-1].headers["client-request-id"]))
+        self.assertEqual(self.running.relay._duplicates._under_way, {})
 
-    def test_the_second_has_its_own_deadline(self) -> None:
+    def test_a_waiting_duplicate_has_its_own_deadline(self) -> None:
         running = self.another(UPSTREAM_TIMEOUT="2")
         self.fake.will("send", self.fake.hang, self.fake.hang)
         clients = [self.sends(running=running) for _ in range(2)]
@@ -7042,32 +7037,32 @@ class DuplicateTests(RelayCase):
         self.assertReply(replies[0], "451 4.4.1")
         self.assertRegex(replies[1], "^451 4.4.[15] ")
 
-    def test_the_window(self) -> None:
-        clock = self.running.relay.delivery._duplicates._accepted._clock = Clock()
-        self.addCleanup(setattr, self.running.relay.delivery._duplicates._accepted, "_clock", time.monotonic)
-        for pause, number in ((0, 1), (899, 1), (2, 2)):    # a repetition adds no time
+    def test_a_duplicate_is_recognized_for_900_seconds(self) -> None:
+        clock = self.running.relay._duplicates._accepted._clock = Clock()
+        self.addCleanup(setattr, self.running.relay._duplicates._accepted, "_clock", time.monotonic)
+        for pause, number in ((0, 1), (899, 1), (2, 2)):    # a repetition does not extend it
             clock.now += pause
             self.assertReply(self.sends().next_reply(), "250 2.0.0")
             self.assertEqual(len(self.fake.delivered), number)
 
-    def test_without_a_window_and_without_identity_nobody_waits(self) -> None:
-        for where, content in ((self.another(DUPLICATE_WINDOW="0"), IDENTIFIED),
-                               (self.running, b"Subject: s\r\n\r\n")):
+    def test_messages_do_not_wait_without_a_window_or_an_identification(self) -> None:
+        for running, content in ((self.another(DUPLICATE_WINDOW="0"), IDENTIFIED),
+                                 (self.running, b"Subject: s\r\n\r\n")):
             self.forget()
             self.fake.will("send", *[self.fake.hang_then(self.fake.accept)] * 2)
-            clients = [self.sends(content, where) for _ in range(2)]
+            clients = [self.sends(content, running) for _ in range(2)]
             for _ in clients:
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
             self.fake.release.set()
             self.assertEqual(len({client.next_reply() for client in clients}), 2)
 
 
-class ShellTests(TlsCase):
-    """The session over real sockets and real TLS."""
+class ConnectionTests(TlsCase):
+    """Sessions over real sockets and real TLS."""
 
     settings = {"LARGE_MESSAGES": "refuse", "UPSTREAM_TIMEOUT": str(PATIENCE)}
 
-    def test_starttls_login_and_a_message(self) -> None:
+    def test_a_client_logs_in_after_starttls_and_sends(self) -> None:
         client = self.connect()
         self.assertNotIn("auth", client.esmtp_features)
         self.assertReply(client.say("AUTH LOGIN"), "530 5.7.0")
@@ -7084,7 +7079,7 @@ class ShellTests(TlsCase):
             self.assertReply(client.post(b"Subject: %d\r\n\r\n" % number), "250 2.0.0")
         self.assertEqual(client.quit()[0], 221)
 
-    def test_implicit_tls(self) -> None:
+    def test_a_client_logs_in_and_sends_with_implicit_tls(self) -> None:
         with smtplib.SMTP_SSL("localhost", self.running._config.smtps_port, timeout=PATIENCE,
                               local_hostname="test", context=trusting()) as client:
             client.ehlo()
@@ -7096,12 +7091,12 @@ class ShellTests(TlsCase):
             client.sendmail(SENDER, "a@x.y", message)
         self.assertTrue(self.fake.delivered[0].message == message)
 
-    def test_octets_in_the_clear_behind_starttls_are_never_obeyed(self) -> None:
-        """CVE-2011-0411, CVE-2024-34083: in one packet, or in the next before the 220."""
-        # In one read of asyncio, in several, and more than it holds.
-        for number in (1, 500, 1500, 5000, 40_000):
-            injected = b"NOOP injected\r\n" * number
-            with self.subTest(number):
+    def test_plaintext_commands_after_starttls_are_never_executed(self) -> None:
+        """CVE-2011-0411, CVE-2024-34083: in the same packet, or in the next before the 220."""
+        # They fit one read of asyncio, need several, or exceed its buffer.
+        for count in (1, 500, 1500, 5000, 40_000):
+            injected = b"NOOP injected\r\n" * count
+            with self.subTest(count):
                 sock = self.raw()
                 self.read_until(sock, b"\r\n")
                 sock.sendall(b"EHLO x\r\n")
@@ -7109,17 +7104,17 @@ class ShellTests(TlsCase):
                 try:
                     sock.sendall(b"STARTTLS\r\n" + injected)
                     self.read_until(sock, b"220 2.0.0")
-                    secure = trusting().wrap_socket(sock, server_hostname="localhost")
-                except OSError:         # more was injected than was read before: no TLS
-                    self.assertGreaterEqual(number, 5000)
+                    tls = trusting().wrap_socket(sock, server_hostname="localhost")
+                except OSError:         # unread plaintext reaches TLS, and the handshake fails
+                    self.assertGreaterEqual(count, 5000)
                     continue
-                secure.sendall(b"EHLO real\r\nQUIT\r\n")
-                said = self.read(secure)
-                secure.close()
-                self.assertEqual(said.count(b"STARTTLS"), 0)
-                self.assertEqual(codes(said), [250, 221])
+                tls.sendall(b"EHLO real\r\nQUIT\r\n")
+                replies = self.read(tls)
+                tls.close()
+                self.assertEqual(replies.count(b"STARTTLS"), 0)
+                self.assertEqual(codes(replies), [250, 221])
 
-    def test_a_tls_failure_is_explained(self) -> None:
+    def test_the_log_explains_a_failed_handshake(self) -> None:
         strict = ssl.create_default_context(cafile=FILES["expired.pem"])
         for word, context, smtps in (
                 ("SMTPS_PORT", trusting(), False),          # a ClientHello on the plain port
@@ -7136,7 +7131,7 @@ class ShellTests(TlsCase):
                 wait_for(functools.partial(kept.find, "disconnected"))
                 self.assertIn(word, kept.find("disconnected")[0][1])
 
-    def test_a_defect_ends_the_session_and_is_logged_with_its_traceback(self) -> None:
+    def test_an_internal_error_ends_the_session_with_421_and_is_logged(self) -> None:
         handler = logging.Handler()
         handler.emit = lambda record: 1 / ("NOOP d" not in record.getMessage())  # type: ignore
         relay.log.addHandler(handler)
@@ -7147,18 +7142,18 @@ class ShellTests(TlsCase):
         self.assertEqual([level for level, line in kept.lines if " broken" in line], ["ERROR"])
         self.assertIn('reason="a defect of the relay"', kept.find("disconnected")[0][1])
 
-    def test_pipelined_replies_leave_together_and_at_once_in_the_clear(self) -> None:
-        """Without TCP_NODELAY the second of two would wait for 40 ms."""
+    def test_replies_to_pipelined_commands_are_sent_at_once_in_one_packet(self) -> None:
+        """Without TCP_NODELAY a second packet would be delayed by 40 ms."""
         sock = self.raw()
         self.read_until(sock, b"\r\n")
         one, = self.running.ask(lambda: list(self.running.server._connections))
         self.assertTrue(one._writer.get_extra_info("socket").getsockopt(
             socket.IPPROTO_TCP, socket.TCP_NODELAY))
-        for _ in range(20):             # the network might join two writes now and then
+        for _ in range(20):             # repeated because two writes can share a packet by chance
             sock.sendall(b"NOOP\r\nRSET\r\nNOOP\r\n")
             self.assertEqual(codes(sock.recv(65536)), [250, 250, 250])
 
-    def test_pipelined_replies_leave_together(self) -> None:
+    def test_pipelined_messages_get_all_their_replies(self) -> None:
         client = self.connect()
         client.starttls(context=trusting())
         client.ehlo()
@@ -7169,7 +7164,7 @@ class ShellTests(TlsCase):
         self.assertEqual([client.getreply()[0] for _ in range(6)], [250, 250, 250, 354, 250, 221])
         self.assertEqual(len(self.fake.delivered), 2)
 
-    def test_the_log_of_a_session(self) -> None:
+    def test_the_log_of_a_session_is_ascii_under_one_id(self) -> None:
         with kept_log() as kept:
             client = self.connect()
             client.say("NOSUCH\tthing")
@@ -7186,18 +7181,18 @@ class ShellTests(TlsCase):
         self.assertIn("reason=quit", kept.find("disconnected")[0][1])
 
 
-class DeafTests(TlsCase):
-    """Clients that do not read, or late."""
+class SlowReaderTests(TlsCase):
+    """Clients that read late or not at all."""
 
     settings = {"REQUIRE_TLS": "false", "CLIENT_TIMEOUT": "2"}
 
     def setUp(self) -> None:
         super().setUp()
         self.addCleanup(relay.log.setLevel, relay.log.level)
-        relay.log.setLevel("INFO")      # or each command would be logged
+        relay.log.setLevel("INFO")      # otherwise each command would be logged
 
     def fill(self, send: Callable[[], Any]) -> Any:
-        """Send until the relay holds what the system cannot take; returns the connection."""
+        """Send until replies pile up in the relay. Returns the connection."""
         def is_full() -> bool:
             send()
             return any(self.running.ask(lambda: [
@@ -7207,11 +7202,10 @@ class DeafTests(TlsCase):
         wait_for(is_full)
         return self.running.ask(lambda: next(iter(self.running.server._connections)))
 
-    def test_one_that_reads_all_in_the_end(self) -> None:
-        """The connection is not closed before the last word has left."""
+    def test_a_late_reader_gets_every_reply_before_the_close(self) -> None:
         for stops in (False, True):
             self.running = self.another(CLIENT_TIMEOUT="300")
-            # However late this thread comes to read.
+            # LINGER must be long enough for this thread on a slow machine.
             with self.subTest(stops=stops), kept_log() as kept, \
                     unittest.mock.patch.object(relay, "LINGER", PATIENCE):
                 sock = self.deaf()
@@ -7225,8 +7219,8 @@ class DeafTests(TlsCase):
                 wait_for(one.task.done)
                 self.assertIsNone(one.task.exception())
 
-    def test_the_end_is_said_in_tls_too(self) -> None:
-        """Or the client would not know whether it has heard all."""
+    def test_the_relay_ends_tls_with_a_close_notify(self) -> None:
+        """Otherwise a client could not know whether it has received everything."""
         sock = trusting().wrap_socket(self.raw(smtps=True), server_hostname="localhost",
                                       suppress_ragged_eofs=False)
         self.addCleanup(sock.close)
@@ -7236,8 +7230,8 @@ class DeafTests(TlsCase):
         while sock.recv(4096):
             pass
 
-    def test_a_deaf_client_that_ends_tls_is_let_go(self) -> None:
-        """By itself asyncio waits for ever until it takes what is left."""
+    def test_a_client_that_ends_tls_without_reading_is_closed(self) -> None:
+        """Without help asyncio would wait forever for the client to read the rest."""
         before = len(os.listdir("/proc/self/fd")) if IS_LINUX else 0
         raw = self.deaf(smtps=True)
         into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -7254,32 +7248,32 @@ class DeafTests(TlsCase):
             tls.unwrap()
         raw.sendall(out.read())
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
-        if IS_LINUX:                    # ours is open still, and theirs is not
+        if IS_LINUX:                    # only the client's socket is still open
             wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
 
 
 class ConnectionLimitTests(TlsCase):
-    """Limits of connections, whose clients are not cut off meanwhile."""
+    """Limits on the number of connections; CLIENT_TIMEOUT must not end these early."""
 
     settings = {"MAX_CONNECTIONS": "6", "MAX_CONNECTIONS_PER_CLIENT": "3", "REQUIRE_TLS": "false"}
 
     def tearDown(self) -> None:
-        """Wait until the connections of a test are gone."""
+        """Wait until the connections of a test are closed."""
         self.doCleanups()
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
 
-    def test_connections_of_one_client(self) -> None:
+    def test_connections_above_the_limit_of_one_client_get_421(self) -> None:
         held = [self.connect() for _ in range(3)]
         with kept_log() as kept:
-            said = self.read(self.raw())
-        self.assertTrue(said.startswith(b"421 4.7.0 Too many connections from your"), said)
-        self.assertEqual(kept.find("connection-refused")[0][0], "WARNING")
+            reply = self.read(self.raw())
+        self.assertTrue(reply.startswith(b"421 4.7.0 Too many connections from your"), reply)
+        self.assertEqual(kept.find("turned-away")[0][0], "WARNING")
         self.assertEqual(self.read(self.raw(smtps=True)), b"")
         held[0].close()
         wait_for(lambda: self.running.ask(lambda: len(self.running.server._connections)) < 3)
         self.connect()
 
-    def test_a_network_of_ipv6_counts_as_one_client(self) -> None:
+    def test_an_ipv6_64_network_counts_as_one_client(self) -> None:
         def come(address: str) -> None:
             reader, writer = asyncio.StreamReader(), unittest.mock.MagicMock()
             sock = unittest.mock.MagicMock(fileno=lambda: 5)
@@ -7297,20 +7291,20 @@ class ConnectionLimitTests(TlsCase):
 
 
 class LimitTests(TlsCase):
-    """Limits of time, for a client that stops anywhere, or is slow."""
+    """Time limits for a client that stops anywhere or is slow."""
 
     settings = {"CLIENT_TIMEOUT": "1.5", "REQUIRE_TLS": "false"}
     DATA = b"EHLO x\r\n*MAIL FROM:<a@x.y>\r\nRCPT TO:<a@x.y>\r\nDATA\r\n"
-    # What is sent, where "*" is a login, and what is then sent again and again, slowly.
+    # What the client sends ("*" is a login), and what it then sends repeatedly, byte by byte.
     CASES = {
         "after the greeting": (b"", b""), "in a command": (b"EHLO x\r\nNOO", b""),
         "after EHLO": (b"EHLO x\r\n", b""), "in a login": (b"EHLO x\r\nAUTH LOGIN\r\n", b""),
         "after a login": (b"EHLO x\r\n*", b""), "in an envelope": (DATA[:-6], b""),
         "before a message": (DATA, b""), "in a message": (DATA + b"To: b\r\n.", b""),
-        "in BDAT, which there is not": (b"EHLO x\r\n*BDAT 9\r\nx", b""),
+        "in BDAT, which is not supported": (b"EHLO x\r\n*BDAT 9\r\nx", b""),
         "a slow command": (b"", b"x"), "a slow message": (DATA, b"x\r\n")}
 
-    def test_each_silence_ends(self) -> None:
+    def test_a_silent_or_slow_client_gets_421_in_every_state(self) -> None:
         def play(sent: bytes, slow: bytes, is_tls: bool) -> tuple[bytes, float]:
             begun = time.monotonic()
             with contextlib.ExitStack() as stack:
@@ -7321,46 +7315,46 @@ class LimitTests(TlsCase):
                 for line in sent.replace(b"*", login_line(password=self.password)
                                          ).splitlines(keepends=True):
                     sock.sendall(line)
-                said = self.read_until(sock, b"354 ") if slow and sent else b""
+                received = self.read_until(sock, b"354 ") if slow and sent else b""
                 sock.settimeout(0.05 if slow else PATIENCE)
-                for octet in itertools.cycle(split_octets(slow)):
-                    sock.sendall(octet)
+                for byte in itertools.cycle(split_octets(slow)):
+                    sock.sendall(byte)
                     with contextlib.suppress(socket.timeout):
-                        said += sock.recv(1000)
-                    if b"421 4.4.2" in said or time.monotonic() - begun > PATIENCE:
+                        received += sock.recv(1000)
+                    if b"421 4.4.2" in received or time.monotonic() - begun > PATIENCE:
                         break
-                return said + self.read(sock), time.monotonic() - begun
+                return received + self.read(sock), time.monotonic() - begun
         cases = {f"{name}{', TLS' * is_tls}": (*case, is_tls)
                  for name, case in self.CASES.items() for is_tls in (False, True)}
-        self.logged_in()            # so that no login has to wait
-        for name, (said, seconds) in at_once(play, cases).items():
+        self.logged_in()            # caches the token, so that no login waits
+        for name, (received, seconds) in at_once(play, cases).items():
             with self.subTest(name):
-                self.assertTrue(said.splitlines()[-1].startswith(b"421 4.4.2 "), said)
+                self.assertTrue(received.splitlines()[-1].startswith(b"421 4.4.2 "), received)
                 self.assertGreaterEqual(seconds, 1.5)
                 self.assertLess(seconds, PATIENCE)
 
     @unittest.mock.patch.object(relay, "NO_PROGRESS_TIMEOUT", relay.NO_PROGRESS_TIMEOUT)
-    def test_a_session_that_gets_nowhere_for_an_hour_ends(self) -> None:
+    def test_a_session_without_progress_for_an_hour_gets_421(self) -> None:
         idle, busy = self.logged_in(), self.begun()
         self.assertReply(idle.say("NOOP"), "250 2.0.0")
         relay.NO_PROGRESS_TIMEOUT = 0.0
         self.assertReply(idle.say("NOOP"), "421 4.7.0 Too long")
-        busy.send(b"Subject: s\r\n\r\nText\r\n.\r\n")        # a message is not cut off
+        busy.send(b"Subject: s\r\n\r\nText\r\n.\r\n")        # a message is not interrupted
         self.assertReply(busy.next_reply(), "250 2.0.0")
         self.assertReply(busy.next_reply(), "421 4.7.0 Too long")
 
-    def test_a_client_that_never_reads(self) -> None:
+    def test_a_client_that_never_reads_is_disconnected(self) -> None:
         for smtps in (False, True):
             sock = self.deaf(smtps=smtps)
             if smtps:
                 sock = trusting().wrap_socket(sock, server_hostname="localhost")
                 self.addCleanup(sock.close)
-            with self.assertRaises((ConnectionError, ssl.SSLError)):    # no time-out of our own
+            with self.assertRaises((ConnectionError, ssl.SSLError)):    # no socket timeout
                 while True:
                     sock.sendall(b"EHLO x\r\n" * 2_000)
 
-    def test_a_handshake_has_its_time(self) -> None:
-        """Silent or slow, and others are served meanwhile."""
+    def test_an_unfinished_handshake_ends_after_its_timeout(self) -> None:
+        """Whether it is silent or slow; other clients are served meanwhile."""
         self.assertEqual(relay.HANDSHAKE_TIMEOUT, 30)
         with unittest.mock.patch.object(relay, "HANDSHAKE_TIMEOUT", 0.3):
             for smtps, is_slow in itertools.product((False, True), repeat=2):
@@ -7378,29 +7372,21 @@ class LimitTests(TlsCase):
 
 
 class ShutdownTests(RelayCase):
-    """SIGTERM: messages in flight end, idle clients hear 421."""
+    """SIGTERM: messages in progress are completed, and idle clients get 421."""
 
-    def begin(self, running: Running) -> Client:
-        """A client whose message is in flight."""
-        client = self.connect(running)
-        client.log_in(password=self.password)
-        for line in (f"MAIL FROM:<{SENDER}>", "RCPT TO:<a@x.y>", "DATA"):
-            client.docmd(line)
-        return client
-
-    def test_a_client_that_is_accepted_as_the_ports_close_hears_421(self) -> None:
+    def test_a_client_accepted_while_the_ports_close_gets_421(self) -> None:
         running, clients = self.another(), list[socket.socket]()
 
         def connect_and_stop() -> None:
             clients.append(socket.create_connection(("127.0.0.1", running.port)))
-            running._loop.call_soon(running._stop.set)      # as asyncio accepts it
+            running._loop.call_soon(running._stop.set)      # while asyncio accepts the connection
         running._loop.call_soon_threadsafe(connect_and_stop)
         running.wait()
         with clients[0] as client:
             client.settimeout(PATIENCE)
             self.assertIn(b"\r\n421 4.3.2 ", client.makefile("rb").read())
 
-    def test_a_message_in_flight_ends_and_idle_clients_hear_421(self) -> None:
+    def test_messages_in_progress_complete_and_idle_clients_get_421(self) -> None:
         running = self.another()
         self.fake.will("send", self.fake.hang_then(self.fake.accept))
         idle, busy, writing = self.connect(running), self.begun(running), self.begun(running)
@@ -7409,9 +7395,9 @@ class ShutdownTests(RelayCase):
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
 
         def come() -> socket.socket:
-            """Connect so that the system accepts it, and the server hears of it too late."""
+            """Connect so that the system accepts it and the server learns of it too late."""
             sock = socket.create_connection(("127.0.0.1", running.port), PATIENCE)
-            asyncio.get_running_loop().call_later(0, running._stop.set)     # in the same pass
+            asyncio.get_running_loop().call_later(0, running._stop.set)     # in this iteration
             return sock
         with running.ask(come) as sock:
             self.assertRegex(last_octets(sock), rb"\A220 .*\r\n421 4\.3\.2 .*\r\n\Z")
@@ -7428,8 +7414,8 @@ class ShutdownTests(RelayCase):
         running.wait()
         self.assertEqual(len(self.fake.delivered), 2)
 
-    def test_who_has_no_message_does_not_hold_it_up(self) -> None:
-        """A login under way, and a client that does not read its replies."""
+    def test_clients_without_a_message_do_not_delay_shutdown(self) -> None:
+        """One is logging in, the other does not read its replies."""
         running = self.another(SHUTDOWN_TIMEOUT="60")
         self.fake.will("token", self.fake.hang)
         client, deaf = self.connect(running), self.connect(running)
@@ -7437,30 +7423,30 @@ class ShutdownTests(RelayCase):
         self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
         assert deaf.sock is not None
         deaf.sock.settimeout(0.3)
-        deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)     # it is soon full
+        deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)     # fills soon
         with contextlib.suppress(OSError):
             while True:
                 deaf.sock.sendall(b"HELP\r\n" * 1_000)
         running.stop()
         self.assertReply(client.next_reply(), "421 4.3.2")
 
-    def test_what_is_cut_at_the_moment_at_which_microsoft_accepts_it(self) -> None:
-        """The client hears of a message, else it would send it again. A piece is not the end."""
-        for kind, answer, message, reply, done in (
+    def test_a_message_accepted_at_the_moment_of_the_abort_is_acknowledged(self) -> None:
+        """Otherwise the client would send it again. An accepted chunk is not a message."""
+        for step, action, message, reply, counts in (
                 ("send", self.fake.accept, b"one\r\n", "250 2.0.0", (1, 0, 0)),
                 ("put", say(202), LARGE, "421 4.3.2", (0, 1, 1))):
             self.fake.reset()
             running = self.another()
             client = self.begun(running)
-            self.fake.will(kind, self.fake.hang_then(answer))
+            self.fake.will(step, self.fake.hang_then(action))
             client.send(message + b".\r\n")
             self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
             running.ask(functools.partial(cut_when_done, running, self.fake.release))
             self.assertReply(client.next_reply(), reply)
             self.assertEqual((len(self.fake.delivered), len(self.fake.asked("put")),
-                              len(self.fake.deleted)), done)
+                              len(self.fake.deleted)), counts)
 
-    def test_what_takes_too_long_is_cut_and_leaves_no_draft_or_the_log_says_so(self) -> None:
+    def test_a_message_aborted_at_the_deadline_leaves_no_draft_or_a_log_line(self) -> None:
         for step, message, action, deleted, left in (
                 ("send", b"one\r\n", self.fake.accept, 0, 0),
                 ("put", LARGE, self.fake.accept, 1, 0), ("put", LARGE, self.fake.hang, 0, 1)):
@@ -7474,27 +7460,27 @@ class ShutdownTests(RelayCase):
             with kept_log() as kept:
                 running.stop()
             self.assertReply(client.next_reply(), "421 4.3.2")
-            ident = self.fake.asked("send" if step == "send" else "draft")[0].headers[
+            message_id = self.fake.asked("send" if step == "send" else "draft")[0].headers[
                 "client-request-id"]
-            self.assertIn(f"{ident} cut ", str(kept.find("cut")))
+            self.assertIn(f"{message_id} cut ", str(kept.find("cut")))
             self.assertEqual((len(self.fake.deleted), len(kept.find("draft-left"))),
                              (deleted, left))
 
 
 @unittest.skipUnless(sys.platform == "linux", "needs /proc, and the addresses of 127/8")
 class OverloadTests(unittest.TestCase):
-    """Abuse of a relay that is a process of its own: others are served meanwhile, the memory
-    is bounded, and in the end nothing of it is left.
+    """Abuse of a relay in its own process: other clients are served meanwhile, memory is bounded,
+    and all resources are released in the end.
     """
 
     MB = 1_000_000
-    DEVICES, COMMANDS = 1200, 25_000        # `soak` has FULL in their place
+    DEVICES, COMMANDS = 1200, 25_000        # `soak` replaces them with FULL
     FULL: Any = {"DEVICES": 5000, "COMMANDS": 100_000}
     fake: FakeMicrosoft
 
     @classmethod
     def setUpClass(cls) -> None:
-        """Start Microsoft; the tests need many descriptors themselves."""
+        """Start Microsoft, and raise the limit of descriptors, which the clients need too."""
         cls.fake = FakeMicrosoft()
         cls.addClassCleanup(cls.fake.close)
         soft, hard = relay.resource.getrlimit(relay.resource.RLIMIT_NOFILE)
@@ -7507,8 +7493,8 @@ class OverloadTests(unittest.TestCase):
 
     @contextlib.contextmanager
     def watch(self, *, change: str = "", errors: str = "", **settings: str) -> Iterator[Watched]:
-        """A relay; in the end it must be as it was at first, and log no errors but those
-        that are allowed. `change` is done before it starts.
+        """Start a relay; in the end check that it holds what it held at first, and that it logged
+        no errors except those containing `errors`. `change` is code to run before the start.
         """
         port = free_port()
         code = f"import smtp_oauth_relay as r\n{change}\nr.main([])"
@@ -7526,7 +7512,7 @@ class OverloadTests(unittest.TestCase):
 
             def settle() -> None:
                 wait_for(lambda: watched.events["disconnected"] == watched.events["connected"])
-                wait_for(lambda: watched.left() <= before)      # a thread may have ended since
+                wait_for(lambda: watched.left() <= before)      # less if a thread has ended
             settle()
             watched.forget_peak()
             yield watched
@@ -7534,15 +7520,15 @@ class OverloadTests(unittest.TestCase):
             with self.honest(watched) as client:
                 self.assertServed(client)
             settle()
-            # Who has just gone is counted until the loop has come by once more; when a new
-            # client has had its replies, it has.
+            # A closed connection is counted until the next loop iteration, which is over when a
+            # new client has its replies.
             with contextlib.closing(Client(watched.port)) as client:
                 client.ehlo()
                 client.noop()
                 self.assertSound(watched.stop(), errors)
 
     def assertSound(self, log: str, errors: str) -> None:
-        """Nothing is wrong in a log, and one was left when the relay stopped, who may be."""
+        """Check that a log has no errors, and that only one connection was left at the stop."""
         self.assertIn("stopping connections=1\n", log[-3000:])
         self.assertTrue(log.endswith("stopped\nexit 0"), log[-1000:])
         self.assertNotIn("Traceback", log)
@@ -7553,7 +7539,7 @@ class OverloadTests(unittest.TestCase):
 
     @contextlib.contextmanager
     def honest(self, watched: Watched) -> Iterator[Client]:
-        """A client that does nothing bad."""
+        """Connect a well-behaved client and log it in."""
         with contextlib.closing(Client(watched.port)) as client:
             client.ehlo()
             self.assertRegex(client.log_in(), "^235 ")
@@ -7562,14 +7548,14 @@ class OverloadTests(unittest.TestCase):
     def assertServed(self, client: Client) -> None:
         self.assertRegex(client.post(), "^250 2.0.0 ")
 
-    def assertMemory(self, watched: Watched, begun: int, most: int) -> None:
-        """The memory never grew by more than that."""
-        self.assertLess(watched.memory("HWM") - begun, most)
+    def assertMemory(self, watched: Watched, begun: int, limit: int) -> None:
+        """Check that memory never grew by as many bytes as `limit`."""
+        self.assertLess(watched.memory("HWM") - begun, limit)
 
     @contextlib.contextmanager
-    def crowd(self, watched: Watched, number: int, *, smtps: bool = False, say: bytes = b"",
-              hear: bytes = b"220 ", sources: int = 1) -> Iterator[list[socket.socket]]:
-        """Connections from so many addresses, that say and hear something."""
+    def crowd(self, watched: Watched, number: int, *, smtps: bool = False, send: bytes = b"",
+              expect: bytes = b"220 ", sources: int = 1) -> Iterator[list[socket.socket]]:
+        """Open connections from `sources` addresses; on each send and expect something."""
         port = watched.smtps_port if smtps else watched.port
         with contextlib.ExitStack() as stack:
             socks: list[socket.socket] = []
@@ -7580,48 +7566,47 @@ class OverloadTests(unittest.TestCase):
                 sock.bind((f"127.2.{high}.{low + 1}", 0))
                 sock.connect(("127.0.0.1", port))
                 socks.append(sock)
-                if say:
-                    sock.sendall(say)
-                if len(socks) % 100 == 0:       # not too many may wait to be accepted
-                    self.hear(socks[-100:], hear, bool(hear))
-            self.hear(socks[number // 100 * 100:], hear, bool(hear))
+                if send:
+                    sock.sendall(send)
+                if len(socks) % 100 == 0:       # the listen backlog is limited
+                    self.expect(socks[-100:], expect, bool(expect))
+            self.expect(socks[number // 100 * 100:], expect, bool(expect))
             yield socks
 
-    def hear(self, socks: list[socket.socket], what: bytes, times: int = 1) -> None:
-        """Read on each until something has come, so many times."""
+    def expect(self, socks: list[socket.socket], wanted: bytes, times: int = 1) -> None:
+        """Read on each connection until `wanted` has arrived so many times."""
         for sock in socks:
-            said = b""
-            while said.count(what) < times:
+            received = b""
+            while received.count(wanted) < times:
                 part = sock.recv(65536)
-                self.assertTrue(part, f"{said!r} ended before {what!r}")
-                said += part
+                self.assertTrue(part, f"{received!r} ended before {wanted!r}")
+                received += part
 
-    def test_more_connections_than_allowed(self) -> None:
-        """Who is turned away leaves nothing behind, even if it never hangs up."""
+    def test_connections_above_the_limit_use_no_descriptors(self) -> None:
+        """A refused client holds nothing, even if it never closes its connection."""
         with self.watch(MAX_CONNECTIONS="21", MAX_CONNECTIONS_PER_CLIENT="20") as watched:
             with self.honest(watched) as client:
                 with self.crowd(watched, 20):
                     count = watched.descriptors()
-                    with self.crowd(watched, 300, hear=b"421 4.7.0 Too many connections;"), \
-                            self.crowd(watched, 300, smtps=True, hear=b"", sources=300):
+                    with self.crowd(watched, 300, expect=b"421 4.7.0 Too many connections;"), \
+                            self.crowd(watched, 300, smtps=True, expect=b"", sources=300):
                         self.assertServed(client)
                         wait_for(lambda: watched.events["connection-refused"] == 600)
                         wait_for(lambda: watched.descriptors() <= count + 1)
                 wait_for(lambda: watched.descriptors() < count)
                 wait_for(lambda: watched.events["disconnected"] == 21)
-                self.assertServed(client)       # meanwhile their places are free, too
+                self.assertServed(client)       # and their places are free again
                 with self.crowd(watched, 20):
                     self.assertServed(client)
 
-    def test_many_idle_connections_that_fail_to_log_in_twice(self) -> None:
-        """Many devices whose secret has expired: Microsoft is asked once."""
+    def test_many_devices_with_an_expired_secret_cause_one_token_request(self) -> None:
         if self.descriptors < 2 * self.DEVICES + 2000:
             self.skipTest("needs more descriptors")
         wrong = f"AUTH PLAIN {plain(password='wrong').decode()}\r\n".encode()
         with self.watch(change="r.FAILURE_PAUSE, r.REFUSALS_LAST = 0.01, 3600.0") as watched:
             begun, asked = watched.memory(), len(self.fake.asked("token"))
-            # So many addresses that none of them fails too often.
-            with self.crowd(watched, self.DEVICES, say=b"EHLO x\r\n", hear=b"HELP",
+            # No address reaches the limit of failed logins.
+            with self.crowd(watched, self.DEVICES, send=b"EHLO x\r\n", expect=b"HELP",
                             sources=self.DEVICES // 4) as socks, self.honest(watched) as client:
                 self.assertServed(client)
                 self.assertGreater(watched.descriptors(), self.DEVICES)
@@ -7631,62 +7616,62 @@ class OverloadTests(unittest.TestCase):
                     sock.sendall(wrong * 2)
                 for _ in range(50):
                     self.assertServed(client)
-                self.hear(socks, b"535 ", 2)
+                self.expect(socks, b"535 ", 2)
                 self.assertMemory(watched, begun, self.DEVICES * 21_000)
             self.assertEqual(len(self.fake.asked("token")) - asked, 1)
             wait_for(lambda: watched.lines("result=refused") >= 2 * self.DEVICES)
             self.assertEqual(watched.lines("result=refused"), 2 * self.DEVICES)
 
-    def test_more_messages_than_memory(self) -> None:
-        """40 clients send 0.45 MB each, and the limit is 5 MB: the others are told."""
-        octets = (b"x" * 78 + b"\r\n") * 625
+    def test_messages_above_the_memory_limit_get_452(self) -> None:
+        """40 clients send 0.45 MB each, and the limit is 5 MB."""
+        block = (b"x" * 78 + b"\r\n") * 625
         head = (f"EHLO x\r\nAUTH PLAIN {plain().decode()}\r\nMAIL FROM:<{SENDER}>\r\n"
                 "RCPT TO:<a@x.y>\r\nDATA\r\n").encode()
         with self.watch(MAX_MEMORY_FOR_MESSAGES="5000000", MAX_MESSAGE_SIZE="2000000") as watched:
             begun = watched.memory()
-            with self.crowd(watched, 40, say=head, hear=b"354 ") as socks, \
+            with self.crowd(watched, 40, send=head, expect=b"354 ") as socks, \
                     self.honest(watched) as client:
                 for part in range(9):
                     for sock in socks:
-                        sock.sendall(b"\r\n" * (not part) + octets)
+                        sock.sendall(b"\r\n" * (not part) + block)
                 self.assertServed(client)
                 for sock in socks:
                     sock.sendall(b".\r\nQUIT\r\n")
                 replies = [last_octets(sock)[:9] for sock in socks]
                 self.assertEqual(collections.Counter(replies), {b"250 2.0.0": 11, b"452 4.3.1": 29})
                 self.assertMemory(watched, begun, 30 * self.MB)
-                for _ in range(12):             # all of it is free again
-                    self.assertRegex(client.post(octets * 9), "^250 ")
+                for _ in range(12):             # the memory is free again
+                    self.assertRegex(client.post(block * 9), "^250 ")
 
-    def test_no_descriptors(self) -> None:
-        """It goes on with whom it has, waits without work, and accepts again later."""
+    def test_the_relay_recovers_from_a_lack_of_descriptors(self) -> None:
+        """It serves the open connections, waits without a busy loop, and accepts again later."""
         with self.watch(CLIENT_TIMEOUT="3", errors="out of system resource") as watched, \
                 self.honest(watched) as client:
-            self.assertServed(client)       # the connection to Microsoft is kept
+            self.assertServed(client)       # leaves an idle connection to Microsoft
             limit = watched.descriptors() + 8
             watched.allow_descriptors(limit)
-            with self.crowd(watched, 16, hear=b"") as socks:
+            with self.crowd(watched, 16, expect=b"") as socks:
                 wait_for(lambda: watched.descriptors() >= limit)
                 begun, work, lines = time.monotonic(), watched.processor(), len(watched.log)
                 self.assertServed(client)
                 self.assertIn(b"421 4.4.2", last_octets(socks[0]))
-                # asyncio tries `backlog` times at once, makes a timer and a line of the log for
-                # each, and the timers multiply: start_server() must be told a backlog of 1.
+                # asyncio calls accept() `backlog` times at once. Each failure makes a log line and
+                # a timer that tries again, so only a backlog of 1 does not multiply them.
                 self.assertLess(watched.processor() - work, (time.monotonic() - begun) / 2)
                 self.assertLess(len(watched.log) - lines, 50)
-                self.hear(socks[8:], b"220 ")       # they waited, and now have their turn
+                self.expect(socks[8:], b"220 ")     # the waiting clients are accepted now
 
-    def test_half_handshakes(self) -> None:
-        """400 clients, on both ports, after some octets and after the whole ClientHello. asyncio
-        by itself takes 300 kB for each.
+    def test_400_unfinished_handshakes_use_bounded_memory(self) -> None:
+        """On both ports, after 50 bytes and after the whole ClientHello. asyncio itself takes
+        300 kB for each.
         """
         hello = client_hello()
         with self.watch(change="r.HANDSHAKE_TIMEOUT = 3") as watched:
             begun = watched.memory()
-            with self.crowd(watched, 200, say=b"EHLO x\r\nSTARTTLS\r\n",
-                            hear=b"Ready") as socks, \
-                    self.crowd(watched, 200, smtps=True, hear=b"") as others:
-                socks += others
+            with self.crowd(watched, 200, send=b"EHLO x\r\nSTARTTLS\r\n",
+                            expect=b"Ready") as socks, \
+                    self.crowd(watched, 200, smtps=True, expect=b"") as smtps_socks:
+                socks += smtps_socks
                 for sock, part in zip(socks, itertools.cycle((hello, hello[:50]))):
                     sock.sendall(part)
                 with self.honest(watched) as client:
@@ -7696,26 +7681,26 @@ class OverloadTests(unittest.TestCase):
                     last_octets(sock)
             self.assertMemory(watched, begun, 400 * 120_000)
 
-    def test_many_commands_in_one_packet(self) -> None:
-        """They are not read to their end."""
+    def test_a_flood_of_commands_ends_with_421(self) -> None:
+        """The relay does not process all of them."""
         with self.watch() as watched, self.honest(watched) as client:
             for command in (b"NOOP", b"Unknown"):
                 with self.crowd(watched, 1) as (sock,), \
                         concurrent.futures.ThreadPoolExecutor(2) as pool:
-                    said = pool.submit(last_octets, sock)
+                    end = pool.submit(last_octets, sock)
                     pool.submit(sock.sendall, (command + b"\r\n") * self.COMMANDS + b"QUIT\r\n")
-                    self.assertEqual(said.result().splitlines()[-1][:9], b"421 4.7.0")
+                    self.assertEqual(end.result().splitlines()[-1][:9], b"421 4.7.0")
             self.assertServed(client)
 
 
 class ResetTests(TlsCase):
-    """Clients that are gone all at once, whatever they were doing."""
+    """Clients that disappear at any point of a session."""
 
     settings = {"REQUIRE_TLS": "false", "UPSTREAM_TIMEOUT": str(PATIENCE)}
     EHLO = ((b"EHLO x\r\n", b"HELP"),)
 
     def script(self, state: str) -> tuple[tuple[bytes, bytes], ...]:
-        """What is said and heard until a client is in a state."""
+        """Return what a client sends and expects until it is in a state."""
         login = (*self.EHLO, (b"AUTH PLAIN " + plain(password=self.password) + b"\r\n", b"235 "))
         mail = (*login, (f"MAIL FROM:<{SENDER}>\r\n".encode(), b"250 2.1.0"))
         rcpt = (*mail, (b"RCPT TO:<a@x.y>\r\n", b"250 2.1.5"))
@@ -7726,9 +7711,9 @@ class ResetTests(TlsCase):
             "half of AUTH": (*self.EHLO, (b"AUTH LOGIN\r\nbmFtZQ==\r\n", b"UGFzc3dvcmQ6")),
             "login": login, "MAIL": mail, "RCPT": rcpt, "DATA": data,
             "content": (*data, (b"Subject: s\r\n" * 10_000 + b"\r\n.", b"")),
-            "QUIT": (*rcpt, (b"QUIT\r\n", b"")), "QUIT answered": (*rcpt, (b"QUIT\r\n", b"221 ")),
-            "login under way": (*login[:1], (login[1][0], b"")),
-            "message under way": (*data, (b"To: a@x.y\r\n\r\nText\r\n.\r\n", b"")),
+            "QUIT": (*rcpt, (b"QUIT\r\n", b"")), "after QUIT": (*rcpt, (b"QUIT\r\n", b"221 ")),
+            "login in progress": (*login[:1], (login[1][0], b"")),
+            "message in progress": (*data, (b"To: a@x.y\r\n\r\nText\r\n.\r\n", b"")),
         }[state]
 
     def come(self, state: str, *, tls: bool = False) -> socket.socket:
@@ -7738,25 +7723,25 @@ class ResetTests(TlsCase):
             sock = trusting().wrap_socket(sock, server_hostname="localhost")
         self.addCleanup(sock.close)
         self.read_until(sock, b"220 ")
-        for said, heard in self.script(state):
-            sock.sendall(said)
-            if heard:
-                self.read_until(sock, heard)
+        for sent, wanted in self.script(state):
+            sock.sendall(sent)
+            if wanted:
+                self.read_until(sock, wanted)
         return sock
 
     def everyone(self) -> Iterator[socket.socket]:
-        """A client in each state, but for those where something is under way."""
+        """Bring a client into each state without a request to Microsoft in progress."""
         for smtps in (False, True):
             yield self.raw(smtps=smtps)
-            for octets in (b"", client_hello()[:50], client_hello(), b"EHLO x\r\n",
-                           b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\0\2xx"):
-                yield self.half_way(octets, smtps=smtps)
+            for data in (b"", client_hello()[:50], client_hello(), b"EHLO x\r\n",
+                         b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\0\2xx"):
+                yield self.half_way(data, smtps=smtps)
             for state in ("greeted", "within a command", "EHLO", "AUTH", "half of AUTH", "login",
-                          "MAIL", "RCPT", "DATA", "content", "QUIT", "QUIT answered"):
+                          "MAIL", "RCPT", "DATA", "content", "QUIT", "after QUIT"):
                 yield self.come(state, tls=smtps)
 
     @unittest.skipUnless(sys.platform == "linux", "needs /proc")
-    def test_in_each_state(self) -> None:
+    def test_clients_that_disappear_in_any_state_leave_nothing_behind(self) -> None:
         self.assertReply(self.logged_in().post(), "250 2.0.0")
         self.doCleanups()
         self.assertEqual(settled(lambda: what_is_left(self.running)), [])
@@ -7772,17 +7757,17 @@ class ResetTests(TlsCase):
         self.assertEqual(len(kept.find("disconnected")), len(kept.find("connected")))
         self.assertGreaterEqual(len(kept.find("connected")), 380)
         self.doCleanups()
-        gc.collect()                    # the clients are of this process
-        # Not one for each; connections to Microsoft may be kept.
+        gc.collect()                    # closes the clients' sockets in this process
+        # Idle connections to Microsoft may remain, but not one per client.
         wait_for(lambda: len(os.listdir("/proc/self/fd")) < count + 10)
 
-    def test_while_microsoft_is_asked(self) -> None:
-        """The login is in vain; the message is sent all the same, and the log says so."""
+    def test_a_message_is_sent_although_its_client_disappears(self) -> None:
+        """A login is discarded. A message is sent, and the log records it."""
         for tls in (False, True):
-            for kind, state in (("token", "login under way"), ("send", "message under way")):
+            for step, state in (("token", "login in progress"), ("send", "message in progress")):
                 self.fake.reset()
-                self.fake.will(kind, self.fake.hang_then(self.fake.accept))
-                self.password = f"secret of {tls} {kind}"
+                self.fake.will(step, self.fake.hang_then(self.fake.accept))
+                self.password = f"secret of {tls} {step}"
                 with self.subTest(state, tls=tls), kept_log() as kept:
                     sock = self.come(state, tls=tls)
                     self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
@@ -7792,13 +7777,13 @@ class ResetTests(TlsCase):
                         self.assertReply(client.post(), "250 2.0.0")
                     self.fake.release.set()
                     self.assertEqual(settled(lambda: what_is_left(self.running)), [])
-                    sent = 1 + (kind == "send")
+                    sent = 1 + (step == "send")
                     self.assertEqual(len(self.fake.delivered), sent)
                     self.assertEqual(len(kept.find("sent")), sent)
 
 
 class ServeTests(unittest.TestCase):
-    """The program serves, and stops when it is told to."""
+    """The program serves, and stops on a signal."""
 
     def setUp(self) -> None:
         self.fake = FakeMicrosoft()
@@ -7816,8 +7801,8 @@ class ServeTests(unittest.TestCase):
         """Read the log until it names the port."""
         return int(wait_for_line(process, "listening").rpartition("port=")[2].split()[0])
 
-    def test_signals(self) -> None:
-        """The first ends it with 0, a second one at once. SIGHUP never does."""
+    def test_sigterm_drains_and_a_second_signal_ends_at_once(self) -> None:
+        """SIGINT does the same as SIGTERM. SIGHUP never ends the relay."""
         fake = self.fake
         for first, second in ((signal.SIGTERM, None), (signal.SIGINT, signal.SIGTERM)):
             fake.reset()
@@ -7841,7 +7826,7 @@ class ServeTests(unittest.TestCase):
                 fake.release.set()
                 self.assertEqual(process.wait(PATIENCE), 128 + second if second else 0)
         fake.reset()
-        fake.will("imds", fake.hang)            # before there is a loop for them
+        fake.will("imds", fake.hang)            # before the event loop handles signals
         with self.serve(TLS_SOURCE="keyvault", AZURE_KEY_VAULT_URL=fake.url,
                         AZURE_KEY_VAULT_CERT_NAME="relay",
                         AZURE_POD_IDENTITY_AUTHORITY_HOST=fake.url) as process:
@@ -7849,8 +7834,8 @@ class ServeTests(unittest.TestCase):
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(PATIENCE), 0)
 
-    def test_a_signal_that_another_thread_gets(self) -> None:
-        """It wakes the loop, as one does that comes just before the loop sleeps."""
+    def test_a_signal_delivered_to_another_thread_stops_the_relay(self) -> None:
+        """It wakes the loop, like a signal that arrives just before the loop sleeps."""
         code = """if True:
             import logging, signal, threading, time, smtp_oauth_relay as relay
             def send():
@@ -7867,22 +7852,22 @@ class ServeTests(unittest.TestCase):
             self.assertEqual(process.wait(PATIENCE), 0)
 
     @unittest.skipUnless(relay.resource, "needs limits of open files")
-    def test_more_connections_than_open_files(self) -> None:
-        """The soft limit is raised. At the hard one clients are refused, and those inside all
-        reach Microsoft.
+    def test_connections_above_the_limit_of_open_files_get_421(self) -> None:
+        """The soft limit is raised. At the hard limit further clients are refused, and all
+        accepted ones reach Microsoft.
         """
         code = ("import resource, smtp_oauth_relay as relay\n"
                 "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 60))\nrelay.main([])")
         with start_python("-c", code, SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1",
                           TLS_SOURCE="off", REQUIRE_TLS="false", MAX_CONNECTIONS="200",
                           **self.endpoints) as process:
-            port, clients, said = self.port(process), [], "220"
-            while said.startswith("220"):
+            port, clients, reply = self.port(process), [], "220"
+            while reply.startswith("220"):
                 sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
                 self.addCleanup(sock.close)
-                said = sock.recv(1000).decode()
+                reply = sock.recv(1000).decode()
                 clients.append(sock)
-            self.assertRegex(said, "^421 4.7.0 Too many connections for the limit of open ")
+            self.assertRegex(reply, "^421 4.7.0 Too many connections for the limit of open ")
             self.assertGreater(len(clients), 10)
             for number, sock in enumerate(clients[:-1]):
                 sock.sendall(b"EHLO x\r\n" + login_line() + b"MAIL FROM:<%d@x.y>\r\n"
@@ -7891,8 +7876,8 @@ class ServeTests(unittest.TestCase):
                 self.assertRegex(last_octets(sock), rb"\r\n250 2\.0\.0 [^\r]+\r\n221 ")
 
     @unittest.skipUnless(relay.resource, "needs limits of open files")
-    def test_limits_of_open_files(self) -> None:
-        """They may have no end, as on macOS, and a sandbox may forbid to raise them."""
+    def test_the_soft_limit_of_open_files_is_raised_as_far_as_possible(self) -> None:
+        """The limits can be infinite, as on macOS, and a sandbox can forbid raising them."""
         resource, endless = relay.resource, relay.resource.RLIM_INFINITY
         for limits, error, raised, wanted in (
                 ((endless, endless), None, [], math.inf), ((600, 900), None, [], 600),
@@ -7905,8 +7890,8 @@ class ServeTests(unittest.TestCase):
                 self.assertEqual([call.args[1][0] for call in
                                   resource.setrlimit.call_args_list], raised)
 
-    def test_both_families_listen_on_one_port(self) -> None:
-        """On one socket, and the log names IPv4 as such."""
+    def test_ipv4_and_ipv6_clients_reach_the_same_port(self) -> None:
+        """One socket serves both, and the log shows IPv4 addresses in IPv4 notation."""
         with self.serve(LISTEN_ADDRESS="") as process:
             port = self.port(process)
             for host in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
@@ -7914,7 +7899,7 @@ class ServeTests(unittest.TestCase):
                 self.assertIn(f"client={host} ", wait_for_line(process, " connected"))
 
     @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs root")
-    def test_root_becomes_run_as_after_reading_the_key(self) -> None:
+    def test_root_switches_to_run_as_after_reading_the_key(self) -> None:
         FILES.folder.chmod(0o700)
         with self.serve(RUN_AS="nobody", groups=(0, 4)) as process:
             self.port(process)
@@ -7926,7 +7911,7 @@ class ServeTests(unittest.TestCase):
         self.assertEqual({int(group) for group in groups.split()},
                          set(os.getgrouplist("nobody", nobody.pw_gid)))
 
-    def test_a_sender_reaches_microsoft_without_any_setting_but_the_endpoints(self) -> None:
+    def test_a_message_is_sent_with_default_settings_and_no_secret_is_logged(self) -> None:
         with self.serve(LOG_LEVEL="debug") as process:
             with Client(self.port(process)) as client:
                 client.starttls(context=trusting())
@@ -7944,7 +7929,7 @@ class ServeTests(unittest.TestCase):
 
 
 class DemoTests(unittest.TestCase):
-    """The demo works as printed, on a bare machine."""
+    """The demo works as printed, without an account."""
 
     def test_the_printed_commands_send_a_message(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
@@ -7980,11 +7965,11 @@ class DemoTests(unittest.TestCase):
             process.send_signal(signal.SIGINT)
             self.assertEqual(process.wait(PATIENCE), 0)
 
-    def test_a_scan_a_malformed_user_name_and_an_outbox_that_is_gone(self) -> None:
+    def test_a_scan_arrives_unchanged_and_a_deleted_outbox_gives_452(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
         with start_program("demo", folder=folder, SMTP_PORT="0", RUN_AS="nobody") as process:
-            found = re.search(r"port (\d+)", process.stdout.readline())
-            with Client(int(found[1])) as client:
+            match = re.search(r"port (\d+)", process.stdout.readline())
+            with Client(int(match[1])) as client:
                 client.ehlo()
                 self.assertRegex(client.log_in("scanner", "x"), "^535 5.7.8 ")
                 client.log_in()
@@ -7994,7 +7979,7 @@ class DemoTests(unittest.TestCase):
                 shutil.rmtree(path.parent)
                 self.assertRegex(client.post(), "^452 4.3.1 outbox/.* cannot be written: No such ")
 
-    def test_an_outbox_that_cannot_be_made(self) -> None:
+    def test_an_outbox_that_cannot_be_created_ends_the_demo(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
         (pathlib.Path(folder) / "outbox").write_text("in the way")
         with start_program("demo", folder=folder, SMTP_PORT="0") as process:
@@ -8004,17 +7989,17 @@ class DemoTests(unittest.TestCase):
 
 
 class ExplainTests(unittest.TestCase):
-    """What would become of a message, without any network."""
+    """The explain command shows how a message would be sent, without using the network."""
 
     def explain(self, message: bytes, *arguments: str, **environ: str) -> tuple[int, str]:
-        """Run it; returns the exit status, and what it says."""
+        """Run the command; returns the exit status and the output."""
         path = FILES.folder / "message.eml"
         path.write_bytes(message)
         arguments = arguments or ("--from", SENDER, "--to", "a@x.y", "--to", "h@x.y")
         code, out, err = call_main("explain", str(path), *arguments, **environ)
         return code, out + err
 
-    def test_a_message_that_would_be_sent(self) -> None:
+    def test_the_recipients_and_edits_of_a_message_are_shown(self) -> None:
         message = (b"From x@y Thu Nov 24 18:22:48 2026\nFrom: <scanner@example.com>\n"
                    b"To: \xc3\xbc\xc2\x85 <a@x.y>, o@x.y\nSubject: s\n\nText\n")
         self.assertEqual(self.explain(message), (0, f"""\
@@ -8031,7 +8016,7 @@ Edits:
 Path:     sendMail, 101 octets
 """))
 
-    def test_a_message_that_stays_as_it_is_and_whom_it_reaches_beside_the_recipients(self) -> None:
+    def test_an_unchanged_message_and_recipients_of_the_header_alone_are_shown(self) -> None:
         code, text = self.explain(crlf(NAMED + "\n.\n"), "--from", SENDER, "--to", "A@x.y")
         self.assertEqual((code, text.splitlines()[3:]),
                          (0, ["Edits:    none",
@@ -8040,7 +8025,7 @@ Path:     sendMail, 101 octets
         self.assertIn("  o@x.y  (To, though no recipient)\n", text)
         self.assertNotIn("a@x.y  (Bcc, ", text)
 
-    def test_a_dot_at_the_begin_and_addresses_beyond_ascii(self) -> None:
+    def test_a_leading_dot_and_non_ascii_addresses_are_shown(self) -> None:
         for message, sender, size in ((b".\n", SENDER, 44), (b"..\n", "\u00fc@x.y", 32)):
             _, text = self.explain(message, "--from", sender, "--to", "a@x.y")
             self.assertIn(f"sendMail, {size} octets", text)
@@ -8049,13 +8034,13 @@ Path:     sendMail, 101 octets
                            PYTHONIOENCODING="ascii") as process:
             self.assertIn("  - To: \\xfc <o@x.y>\n", process.communicate(timeout=PATIENCE)[0])
 
-    def test_many_lines_that_are_the_same_are_no_edits(self) -> None:
-        same = b"X: y\r\n" * 300
-        self.assertEqual(list(relay._edits(same + b"To: o@x.y\r\n",
-                                           b"Bcc: a@x.y\r\n" + same + b"Cc: o@x.y\r\n")),
+    def test_unchanged_lines_are_not_shown_as_edits(self) -> None:
+        unchanged = b"X: y\r\n" * 300
+        self.assertEqual(list(relay._edits(unchanged + b"To: o@x.y\r\n",
+                                           b"Bcc: a@x.y\r\n" + unchanged + b"Cc: o@x.y\r\n")),
                          ["  + Bcc: a@x.y", "  - To: o@x.y", "  + Cc: o@x.y"])
 
-    def test_a_draft(self) -> None:
+    def test_the_attachments_of_a_draft_are_shown(self) -> None:
         message = crlf(multipart("mixed", multipart(
             "related", HTML, IMAGE), SCAN.replace("scan.pdf", "a=?utf-8?q?=0Ab?="), header=NAMED))
         code, text = self.explain(message)
@@ -8065,7 +8050,7 @@ Path:     sendMail, 101 octets
             "  ATT00001.png  (image/png, 4 octets, in one request, within the text)\n"
             "  a_b  (application/pdf, 3200000 octets, by upload session)\n"), text)
 
-    def test_a_message_that_would_be_refused(self) -> None:
+    def test_the_reply_to_a_refused_message_is_shown(self) -> None:
         for message, sender, environ, reply in (
                 (b"", "", {}, "550 5.1.7"), (b"", "a", {}, "501 5.1.7"),
                 (b"x" * 5000, SENDER, {"MAX_MESSAGE_SIZE": "5000"}, "552 5.3.4"),
@@ -8080,7 +8065,7 @@ Path:     sendMail, 101 octets
             1, "Refused: 501 5.1.3 Syntax: TO:<address>, and the address must be complete as in "
                "user@example.com\n"))
 
-    def test_what_cannot_be_told(self) -> None:
+    def test_invalid_arguments_and_settings_end_with_2(self) -> None:
         for arguments, environ, word in (
                 (("--from", SENDER), {}, "--to"), (("--to", "a@x.y"), {}, "--from"),
                 (("--from", "a\r\nb", "--to", "a@x.y"), {}, "control"),
@@ -8096,25 +8081,25 @@ Path:     sendMail, 101 octets
 
 
 class CommandLineTests(ProgramCase):
-    """What the program says and how it ends."""
+    """Output and exit status of the program."""
 
-    def test_help_lists_every_variable_and_other_commands(self) -> None:
+    def test_help_lists_every_variable_and_an_unknown_command_ends_with_2(self) -> None:
         status, out, _ = self.outcome("--help")
         self.assertEqual(status, 0)
-        for name, one in relay.settings().items():
-            self.assertIn(f"{name} (default: {one.default or 'empty'})", out)
+        for name, setting in relay.settings().items():
+            self.assertIn(f"{name} (default: {setting.default or 'empty'})", out)
         self.assertEqual(self.outcome("--version")[:2],
                          (0, f"smtp_oauth_relay.py {relay.__version__}\n"))
         self.assertEqual(self.outcome("frobnicate")[0], 2)
 
-    def test_bad_settings_end_with_2(self) -> None:
+    def test_invalid_settings_end_with_2(self) -> None:
         for command in ((), ("serve",), ("demo",)):
             status, _, err = self.outcome(*command, SMTP_PORT="x", LOG_LEVEL="loud")
             self.assertEqual(status, 2)
             self.assertIn("SMTP_PORT='x'", err)
             self.assertIn("LOG_LEVEL='loud'", err)
 
-    def test_what_cannot_be_had_ends_with_1_and_one_line(self) -> None:
+    def test_unusable_files_and_ports_end_with_1_and_one_line(self) -> None:
         files = {"TLS_CERT_FILEPATH": FILES["cert.pem"], "TLS_KEY_FILEPATH": FILES["key.pem"],
                  "SMTP_PORT": "0"}
         busy = socket.create_server(("127.0.0.1", 0))
@@ -8140,8 +8125,8 @@ class CommandLineTests(ProgramCase):
                     self.assertIn(word, err)
 
     @unittest.skipUnless(relay.pwd, "needs users")
-    def test_a_user_that_root_may_not_become(self) -> None:
-        """As where a container has no right to change users."""
+    def test_a_failed_switch_to_run_as_ends_with_1(self) -> None:
+        """As in a container without the permission to change users."""
         user = relay.pwd.getpwuid(os.getuid()).pw_name
         with unittest.mock.patch.multiple(
                 os, geteuid=lambda: 0, initgroups=unittest.mock.Mock(
@@ -8156,7 +8141,7 @@ class CommandLineTests(ProgramCase):
 
     @unittest.skipIf(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0),
                      "root reads every file")
-    def test_a_key_that_may_not_be_read(self) -> None:
+    def test_an_unreadable_key_ends_with_1(self) -> None:
         os.chmod(FILES["other.pem"], 0)
         self.addCleanup(os.chmod, FILES["other.pem"], 0o600)
         status, _, err = self.outcome(TLS_CERT_FILEPATH=FILES["cert.pem"],
@@ -8166,9 +8151,9 @@ class CommandLineTests(ProgramCase):
 
 
 class AccountCommandTests(ProgramCase):
-    """The commands about accounts, and a start with accounts."""
+    """The commands encode, hash-password and accounts, and a start with accounts."""
 
-    def test_encode(self) -> None:
+    def test_encode_prints_the_short_user_name(self) -> None:
         for tenant, environ, wanted in (
                 (TENANT, {}, f"{SHORT_TENANT}@{SHORT_CLIENT}\n"),
                 (SHORT_TENANT, {"USERNAME_DELIMITER": "|"}, f"{SHORT_TENANT}|{SHORT_CLIENT}\n"),
@@ -8179,7 +8164,7 @@ class AccountCommandTests(ProgramCase):
             self.assertEqual((status, out), (2, ""))
             self.assertIn("the ID of", err)
 
-    def test_hash_password_from_a_pipe(self) -> None:
+    def test_hash_password_reads_the_first_line_of_a_pipe(self) -> None:
         for text, password in ((PASSWORD, PASSWORD), (f" {PASSWORD} \n", f" {PASSWORD} "),
                                (f"{PASSWORD}\r\nsecond line\n", PASSWORD)):
             status, out, _ = call_main("hash-password", stdin=text)
@@ -8192,31 +8177,31 @@ class AccountCommandTests(ProgramCase):
             self.assertIn("empty", err)
 
     @unittest.skipUnless(hasattr(os, "openpty"), "needs a terminal")
-    def test_hash_password_asks_twice_and_shows_nothing(self) -> None:
+    def test_hash_password_asks_twice_without_echo(self) -> None:
         for second, status in ((PASSWORD, 0), ("other", 2)):
-            terminal, other = os.openpty()
+            terminal, tty = os.openpty()
             process = subprocess.Popen([sys.executable, str(PROGRAM), "hash-password"],
-                                       stdin=other, stdout=subprocess.PIPE, stderr=other,
-                                       start_new_session=True)      # so without /dev/tty
-            os.close(other)
-            said = b""
+                                       stdin=tty, stdout=subprocess.PIPE, stderr=tty,
+                                       start_new_session=True)      # without access to /dev/tty
+            os.close(tty)
+            shown = b""
             for prompt, answer in ((b"Password: ", PASSWORD), (b"Again: ", second)):
-                while prompt not in said:
-                    said += os.read(terminal, 1000)
+                while prompt not in shown:
+                    shown += os.read(terminal, 1000)
                 os.write(terminal, answer.encode() + b"\n")
             out, _ = process.communicate(timeout=PATIENCE)
             with contextlib.suppress(OSError):
                 while part := os.read(terminal, 1000):
-                    said += part
+                    shown += part
             os.close(terminal)
             self.assertEqual(process.returncode, status)
-            self.assertNotIn(PASSWORD.encode(), said + out)
+            self.assertNotIn(PASSWORD.encode(), shown + out)
             with unittest.mock.patch.object(relay, "SCRYPT_COST", REAL_COST):
                 self.assertEqual(
                     not status and relay.verify_password(PASSWORD, out.decode().strip()),
                     not status)
 
-    def test_accounts(self) -> None:
+    def test_accounts_are_listed_without_secrets(self) -> None:
         path = FILES.write("listed.ini", EXAMPLE)
         secret = FILES.write("listed-secret", "hidden")
         os.chmod(path, 0o600)
@@ -8245,7 +8230,7 @@ login = required
         self.assertIn(f"\nclient_secret_file = {secret}\npassword", out)
         self.assertNotIn("client_secret = ", out)
 
-    def test_accounts_of_an_address(self) -> None:
+    def test_accounts_match_shows_what_applies_to_an_address(self) -> None:
         path = FILES.write("matched.ini", f"{EXAMPLE}\n[guest]\nclient_secret = s\npassword =\n"
                                           "networks = 192.168.0.0/16\nlogin = optional\n")
         for address, guest, tls, version, names in (
@@ -8260,7 +8245,7 @@ login = required
         self.assertEqual(status, 2)
         self.assertIn("'printer' is no IP address", err)
 
-    def test_what_cannot_be_listed(self) -> None:
+    def test_missing_or_invalid_accounts_end_with_2_and_show_no_secret(self) -> None:
         faulty = FILES.write("faulty.ini", "[a]\ntenant_id = x\n[b]\npassword = hidden\n")
         for environ, words in (
                 ({}, ["ACCOUNTS_FILE is not set"]),
@@ -8276,7 +8261,7 @@ login = required
                     self.assertNotIn("hidden", err)
 
     @unittest.skipUnless(os.name == "posix", "needs modes")
-    def test_a_file_that_all_may_read_is_warned_about(self) -> None:
+    def test_a_world_readable_file_with_secrets_is_warned_about(self) -> None:
         secret = FILES.write("mode-secret", "hidden")
         for text, mode, file in (
                 (EXAMPLE, 0o644, "modes.ini"), (EXAMPLE, 0o640, ""),
@@ -8294,7 +8279,7 @@ login = required
                               for _, line in kept.find("accounts")], [file] if file else [])
 
     @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
-    def test_sighup_reads_the_accounts_again_at_once(self) -> None:
+    def test_sighup_reloads_the_accounts_at_once(self) -> None:
         path = FILES.write("hup.ini", EXAMPLE)
         with start_program(ACCOUNTS_FILE=path, TLS_SOURCE="off", REQUIRE_TLS="false",
                            SMTP_PORT="0", LISTEN_ADDRESS="127.0.0.1") as process:
@@ -8306,7 +8291,7 @@ login = required
             self.assertEqual(process.wait(PATIENCE), 0)
 
     @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
-    def test_what_another_user_cannot_read_again_is_warned_about(self) -> None:
+    def test_an_accounts_file_that_run_as_cannot_reload_is_warned_about(self) -> None:
         path = FILES.write("own.ini", EXAMPLE)
         os.chmod(path, 0o600)
         with start_program(ACCOUNTS_FILE=path, TLS_SOURCE="off", REQUIRE_TLS="false",
@@ -8317,52 +8302,52 @@ login = required
 
 
 class FuzzTests(unittest.TestCase):
-    """A short run of the fuzzer and of the soak."""
+    """Short runs of the fuzzer and of the soak test."""
 
     maxDiff = None
 
     def seeds(self, *fixed: str) -> tuple[str, ...]:
-        """Some that are always the same, and one that is not."""
+        """Return the fixed seeds and a random one."""
         return (*fixed, str(random.SystemRandom().randrange(10 ** 9)))
 
-    def test_dialogues(self) -> None:
+    def test_random_dialogues_match_the_model(self) -> None:
         for seed in self.seeds("1", "2"):
             for number in range(150):
                 self.assertEqual("", fuzz_dialogue(f"{seed}.{number}"),
                                  f"fuzz --seed {seed} --only dialogue:{number}")
 
-    def test_rounds(self) -> None:
+    def test_a_round_of_traffic_violates_no_rule(self) -> None:
         for seed in self.seeds("1"):
             self.assertEqual([], fuzz_round(f"{seed}.0", timeout=SHORT),
                              f"fuzz --seed {seed} --only round:0")
 
     @unittest.skipUnless(relay.fcntl, "needs locks of files")
-    def test_rounds_with_a_spool(self) -> None:
+    def test_a_round_of_traffic_with_a_queue_violates_no_rule(self) -> None:
         for seed in self.seeds("1"):
             self.assertEqual([], fuzz_spool(f"{seed}.0", SHORT),
                              f"fuzz --seed {seed} --only spool:0")
 
-    def test_a_soak(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+    def test_a_short_soak_finds_nothing(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
             self.assertEqual([], soak(1, "3", SHORT))
-        self.assertRegex(said.getvalue(), "(?m)^end after .* [1-9][0-9]* accepted")
+        self.assertRegex(output.getvalue(), "(?m)^end after .* [1-9][0-9]* accepted")
 
 
 # ---------------------------------------------------------------------------
-# Long looks: fuzz, soak, kill, and running the tests
+# Long tests (fuzz, soak, kill), and the test runner
 
 class Kills:
-    """Kills a relay again and again while mail flows, and counts what arrives.
+    """Kills a relay repeatedly while clients send, and counts the messages that arrive.
 
-    Laws: what was answered 250 arrives; no life of the relay sends a message twice.
+    Every message that got 250 must arrive, and no run of the relay may send a message twice.
     """
 
     def __init__(self, seed: str) -> None:
         self.chance = random.Random(seed)
-        self.fate = random.Random(seed)         # of each life; no other thread draws from it
+        self.plan = random.Random(seed)         # for the kills; used by one thread only
         self.fake = FakeMicrosoft()
         self.folder = pathlib.Path(tempfile.mkdtemp(dir=FILES.folder))
-        self.accepted: dict[str, str] = {}      # by subject, what was said
+        self.accepted: dict[str, str] = {}      # replies by subject
         self.sent = 0
         self.arrived: collections.Counter[tuple[str, str]] = collections.Counter()
         self.is_over = threading.Event()
@@ -8377,22 +8362,22 @@ login = optional
 """)
 
     def take(self, sock: socket.socket, request: Request) -> bool:
-        """Do what Microsoft does; the token says in which life of the relay it was asked."""
+        """Act as Microsoft. The token tells the runs of the relay apart."""
         with self.fake._lock:
             luck, pause = self.chance.random(), self.chance.random() / 50
         if luck < 0.4:
             return say(503)(sock, request)
         subject = re.search(rb"Subject: (\S+)", base64.b64decode(request.body))
-        if subject is None:                     # the relay was killed within the request
+        if subject is None:                     # the relay was killed during the request
             return False
         with self.fake._lock:
             self.arrived[subject[1].decode(), request.headers["authorization"]] += 1
         if luck < 0.7:
-            self.is_over.wait(pause)            # so that it is killed meanwhile
+            self.is_over.wait(pause)            # gives time to kill the relay
         return self.fake.accept(sock, request)
 
     def start(self, left: int = 0) -> Any:
-        """Start the relay; after `left` things done to the disk it is dead, 0: never."""
+        """Start a relay that kills itself after `left` disk operations; with 0 it does not."""
         return start_python(
             "-c", KILLED, str(left), SMTP_PORT=str(self.port), LISTEN_ADDRESS="127.0.0.1",
             TLS_SOURCE="off", REQUIRE_TLS="false", AZURE_AUTHORITY_HOST=self.fake.url,
@@ -8407,7 +8392,7 @@ login = optional
                     for _ in range(5):
                         self.post_one(client)
             except (OSError, smtplib.SMTPException):
-                dead.wait(0.005)                # it has not begun, or is killed
+                dead.wait(0.005)                # it is starting, or was killed
 
     def post_one(self, client: Client) -> None:
         with self.fake._lock:
@@ -8422,35 +8407,35 @@ login = optional
     def kill(self) -> None:
         dead = threading.Event()
         senders = [threading.Thread(target=self.post, args=(dead,)) for _ in range(3)]
-        is_exact = self.fate.random() < 0.6
-        end = len(self.accepted) + (60 if is_exact else self.fate.randrange(30))
-        with self.start(self.fate.randrange(1, 120) if is_exact else 0) as process:
-            for one in senders:
-                one.start()
+        is_exact = self.plan.random() < 0.6
+        end = len(self.accepted) + (60 if is_exact else self.plan.randrange(30))
+        with self.start(self.plan.randrange(1, 120) if is_exact else 0) as process:
+            for sender in senders:
+                sender.start()
             wait_for(lambda: len(self.accepted) >= end or process.poll() is not None)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(self.fate.random() / 20)
+                process.wait(self.plan.random() / 20)
             dead.set()
             self.end(process, signal.SIGKILL)
-        for one in senders:
-            one.join(PATIENCE)
+        for sender in senders:
+            sender.join(PATIENCE)
 
     def is_up(self) -> bool:
-        """See whether the relay accepts connections; then it can be stopped too."""
+        """Return whether the relay accepts connections; from then on it handles SIGTERM."""
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", self.port)).close()
             return True
         return False
 
     def end(self, process: subprocess.Popen[str], number: int) -> None:
-        """End the relay; its log has errors only, and there must be none."""
+        """End the relay with a signal. Raises AssertionError if it has logged errors."""
         process.send_signal(number)
         log = process.communicate(timeout=PATIENCE)[1]
         if log:
             raise AssertionError(log)
 
     def run(self, times: int) -> str:
-        """Kill it so often, then let it end its work; returns what happened."""
+        """Kill the relay so many times, then let it empty its queue. Returns a summary."""
         self.fake.will("send", *[self.take] * 1_000_000)
         for _ in range(times):
             self.kill()
@@ -8468,48 +8453,48 @@ login = optional
         return self.judge(times)
 
     def judge(self, times: int) -> str:
-        lives = collections.Counter(subject for subject, _ in self.arrived)
-        lost = sorted(self.accepted.keys() - lives.keys())
-        twice = [one for one, count in self.arrived.items() if count > 1]
+        runs = collections.Counter(subject for subject, _ in self.arrived)
+        lost = sorted(self.accepted.keys() - runs.keys())
+        twice = [arrival for arrival, count in self.arrived.items() if count > 1]
         left = [str(path) for path in self.folder.glob("*/*")]
         queued = sum("Queued" in reply for reply in self.accepted.values())
-        more = sum(lives[subject] - 1 for subject in self.accepted)
-        told = (f"kills {times}, sent {self.sent}, answered 250 {len(self.accepted)} (queued "
-                f"{queued}), of these lost {len(lost)}, sent again after a kill {more}, twice "
-                f"in one life {len(twice)}; files left {len(left)}")
+        again = sum(runs[subject] - 1 for subject in self.accepted)
+        summary = (f"kills {times}, sent {self.sent}, accepted {len(self.accepted)} (queued "
+                   f"{queued}), of these lost {len(lost)}, sent again after a kill {again}, "
+                   f"twice in one run {len(twice)}; files left {len(left)}")
         if lost or twice or left:
-            raise AssertionError(f"{told}: {lost} {twice} {left}")
-        return told
+            raise AssertionError(f"{summary}: {lost} {twice} {left}")
+        return summary
 
 
 #
-#     python3 test_relay.py fuzz --seconds 600 --seed 7      what nobody thought of
+#     python3 test_relay.py fuzz --seconds 600 --seed 7      random input
 #     python3 test_relay.py fuzz --seed 7 --only dialogue:12345
-#     python3 test_relay.py soak --seconds 1200              does it last?
+#     python3 test_relay.py soak --seconds 1200              a long run under load
 #
-# The fuzzer has two parts. Dialogues, as sensible as a client's and then damaged, go to
-# Session in several ways of cutting them into packets; Model says what must come of the same
-# octets. Rounds of traffic go through a whole relay, with a FakeMicrosoft that fails as often
-# as it can; Law says for each message how often it may have been sent. A dialogue and a round
-# come of the seed and their number alone (a round's threads do not).
+# The fuzzer has two parts. Dialogues are valid client input that is then damaged. Session gets
+# each one cut into packets in several ways, and Model computes the expected replies and events
+# from the same bytes. Rounds of traffic go through a whole relay to a FakeMicrosoft that often
+# fails, and DeliveryRules says how often each message may have been sent. The seed and a number
+# determine a dialogue or a round, except for the timing of a round's threads.
 
 class Violation(Exception):
-    """Something is not as it must be."""
+    """The relay has broken a rule."""
 
 
-class Scene(NamedTuple):
-    """Where a dialogue is played."""
+class Scenario(NamedTuple):
+    """The conditions of a dialogue."""
 
     offers_tls: bool
     require_tls: bool
-    guest: bool             # whether the client may send without login
-    secure: bool            # whether TLS is on from the start
-    size: int               # MAX_MESSAGE_SIZE
-    memory: int             # what is left of MAX_MEMORY_FOR_MESSAGES
+    guest: bool             # the client may send without login
+    secure: bool            # TLS is on from the start
+    size: int               # MAX_MESSAGE_SIZE, in bytes
+    memory: int             # free bytes of MAX_MEMORY_FOR_MESSAGES
 
 
 class Decisions:
-    """What becomes of the logins and the messages of a dialogue, one after the other."""
+    """The relay's random decisions about the logins and messages of a dialogue, in order."""
 
     def __init__(self, chance: random.Random) -> None:
         weights = chance.choice(((12, 3, 2, 1), (12, 3, 2, 1), (1, 8, 1, 0)))
@@ -8518,17 +8503,18 @@ class Decisions:
         self.asked: collections.Counter[str] = collections.Counter()
 
     def __call__(self, session: relay.Session, event: relay.Event) -> None:
-        kind = type(event).__name__
-        number, self.asked[kind] = self.asked[kind] % 50, self.asked[kind] + 1
-        code = (self.logins if kind == "Authenticate" else self.messages)[number]
-        if kind in ("StartTls", "Close") or code in (235, 250):
+        name = type(event).__name__
+        number, self.asked[name] = self.asked[name] % 50, self.asked[name] + 1
+        code = (self.logins if name == "Authenticate" else self.messages)[number]
+        if name in ("StartTls", "Close") or code in (235, 250):
             accept(session, event)
         else:
             session.refuse(relay.Reply(code, f"{code // 100}.7.0", "No", close=code == 421))
 
 
 ANYWHERE = "cold ready mail rcpt"
-# verb: where it is in order, whether it wants an argument, TLS, a login
+# By verb: the phases that allow it, and whether it needs an argument (None: optional), TLS,
+# a login.
 RULES: dict[bytes, tuple[str, bool | None, bool, bool]] = {
     b"EHLO": (ANYWHERE, True, False, False), b"HELO": (ANYWHERE, True, False, False),
     b"STARTTLS": ("ready", False, False, False), b"AUTH": ("ready", True, True, False),
@@ -8542,40 +8528,40 @@ HTTP = (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"PATCH", b"TRA
 
 
 class Model:
-    """What must come of the octets of a dialogue, told from RFC 5321 and the README.
+    """The expected replies and events of a dialogue, according to RFC 5321 and the README.
 
-    It walks through the octets once, a line or a message at a time, and takes a reply and
-    the events for each from what the session said. An argument that is not of the tables
-    may be answered as one that is right or as one that is wrong.
+    It reads the bytes once, a line or a message at a time, and compares each step with the
+    replies and events of the session. If an argument is not in the tables, the session may
+    accept or refuse it.
     """
 
-    def __init__(self, scene: Scene, octets: bytes, ends: list[int], *, eof: bool) -> None:
-        self.scene, self.octets, self.ends, self.eof = scene, octets, ends, eof
+    def __init__(self, scenario: Scenario, data: bytes, ends: list[int], *, eof: bool) -> None:
+        self.scenario, self.data, self.ends, self.eof = scenario, data, ends, eof
         self.decisions: Decisions
         self.pos = 0
-        self.phase, self.secure = "cold", scene.secure
-        self.login = "guest" if scene.guest else ""
+        self.phase, self.secure = "cold", scenario.secure
+        self.login = "guest" if scenario.guest else ""
         self.closed = False
         self.cost = self.lines = self.asked_logins = self.asked_messages = 0
         self.mechanism, self.answers = "", [""]
         self.sender: str | bytes = ""
         self.utf8 = False
         self.recipients: dict[str, str] = {}
-        self.unsure: list[bytes] = []       # lines with recipients that the tables lack
-        self.walls: list[tuple[int, int]] = []      # what STARTTLS let be forgotten
+        self.unsure: list[bytes] = []       # RCPT lines that are not in the tables
+        self.discarded: list[tuple[int, int]] = []      # input that STARTTLS discarded
 
     def judge(self, said: bytes, events: list[relay.Event], decisions: Decisions) -> None:
-        """Compare with what a session said and asked. Raises Violation."""
+        """Compare with the replies and events of a session. Raises Violation."""
         self.decisions = decisions
         self.replies = collections.deque(read_replies(said))
         self.events = collections.deque(events)
         self.step: Callable[[bytes], None] = self.command
         while not self.closed:
-            if not self.secure and not self.lines and self.octets[:2] == b"\x16\x03":
+            if not self.secure and not self.lines and self.data[:2] == b"\x16\x03":
                 self.close()
                 break
-            end = self.octets.find(b"\r\n", self.pos)
-            line = self.octets[self.pos:end] if end >= 0 else self.octets[self.pos:]
+            end = self.data.find(b"\r\n", self.pos)
+            line = self.data[self.pos:end] if end >= 0 else self.data[self.pos:]
             is_auth = self.step == self.auth_answer or line[:5].upper() == b"AUTH "
             if len(line) + 2 * (end >= 0) > (12288 if is_auth else 2048):
                 self.take(line[:50], 500)
@@ -8589,11 +8575,11 @@ class Model:
         if not self.closed and self.eof:
             self.close()
         if self.replies or self.events:
-            raise Violation(f"more than was asked for: {self.replies} {self.events}")
+            raise Violation(f"unexpected: {self.replies} {self.events}")
 
-    def reply(self, *wanted: int, what: object = "") -> int:
-        """Take a reply; a session that gets nowhere is told so in one more."""
-        code, lines = self.take(what, *wanted)
+    def reply(self, *wanted: int, context: object = "") -> int:
+        """Take a reply, and another one if the session ends because it makes no progress."""
+        code, lines = self.take(context, *wanted)
         if code not in (220, 334, 354, 421, 452, 550) and not lines[0].startswith("2.1.5 "):
             self.cost += 34 if code == 535 else 10 if 500 <= code < 550 or code in (553, 555) else 1
         if self.cost >= 100:
@@ -8601,20 +8587,20 @@ class Model:
             self.close()
         return code
 
-    def take(self, what: object, *wanted: int) -> tuple[int, list[str]]:
+    def take(self, context: object, *wanted: int) -> tuple[int, list[str]]:
         if not self.replies:
-            raise Violation(f"no reply, where {wanted} must be: {what!r}")
+            raise Violation(f"no reply instead of {wanted}: {context!r}")
         code, lines = self.replies.popleft()
         if code not in wanted:
-            raise Violation(f"{code} {lines} in place of {wanted}: {what!r}, {self.phase}")
+            raise Violation(f"{code} {lines} instead of {wanted}: {context!r}, {self.phase}")
         is_bare = code in (334, 354) or (code == 250 and not re.match(r"2\.", lines[0]))
         if not is_bare and not re.match(rf"{code // 100}\.[0-9]\.[0-9]+ ", lines[0]):
-            raise Violation(f"no enhanced status code, or a wrong one: {code} {lines}")
+            raise Violation(f"missing or wrong enhanced status code: {code} {lines}")
         return code, lines
 
-    def event(self, kind: type) -> Any:
-        if not self.events or not isinstance(self.events[0], kind):
-            raise Violation(f"no {kind.__name__} at octet {self.pos}, but {self.events}")
+    def event(self, wanted: type) -> Any:
+        if not self.events or not isinstance(self.events[0], wanted):
+            raise Violation(f"no {wanted.__name__} at byte {self.pos}, but {self.events}")
         return self.events.popleft()
 
     def close(self) -> None:
@@ -8623,7 +8609,7 @@ class Model:
 
     def command(self, line: bytes) -> None:
         if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
-            self.reply(500, what=line[:50])
+            self.reply(500, context=line[:50])
             return
         verb, _, argument = line.rstrip(b" \t").partition(b" ")
         verb = verb.upper()
@@ -8633,9 +8619,9 @@ class Model:
             return
         code = self.out_of_order(verb, argument)
         if code:
-            self.reply(code, what=line[:50])
+            self.reply(code, context=line[:50])
         elif verb in FIXED_REPLIES:
-            self.reply(FIXED_REPLIES[verb], what=line[:50])
+            self.reply(FIXED_REPLIES[verb], context=line[:50])
         else:
             getattr(self, f"do_{verb.decode().lower()}")(argument, line)
 
@@ -8643,7 +8629,7 @@ class Model:
         if verb not in RULES:
             return 500
         phases, wants_argument, wants_tls, wants_login = RULES[verb]
-        if wants_tls and self.scene.require_tls and not self.secure:
+        if wants_tls and self.scenario.require_tls and not self.secure:
             return 530
         if wants_login and not self.login:
             return 530
@@ -8657,23 +8643,23 @@ class Model:
 
     def do_ehlo(self, argument: bytes, line: bytes) -> None:
         lines = self.replies[0][1] if self.replies else []
-        self.reply(250, what=line)
-        wanted = {"relay.test", f"SIZE {self.scene.size}", "PIPELINING", "8BITMIME", "SMTPUTF8",
+        self.reply(250, context=line)
+        wanted = {"relay.test", f"SIZE {self.scenario.size}", "PIPELINING", "8BITMIME", "SMTPUTF8",
                   "ENHANCEDSTATUSCODES", "HELP"}
-        wanted |= {"STARTTLS"} if self.scene.offers_tls and not self.secure else set()
-        wanted |= {"AUTH PLAIN LOGIN"} if self.secure or not self.scene.require_tls else set()
+        wanted |= {"STARTTLS"} if self.scenario.offers_tls and not self.secure else set()
+        wanted |= {"AUTH PLAIN LOGIN"} if self.secure or not self.scenario.require_tls else set()
         if set(lines) != wanted or len(lines) != len(wanted):
             raise Violation(f"EHLO says {lines}")
         self.phase = "ready"
         self.forget()
 
     def do_helo(self, argument: bytes, line: bytes) -> None:
-        self.reply(250, what=line)
+        self.reply(250, context=line)
         self.phase = "ready"
         self.forget()
 
     def do_rset(self, argument: bytes, line: bytes) -> None:
-        self.reply(250, what=line)
+        self.reply(250, context=line)
         self.forget()
 
     def do_quit(self, argument: bytes, line: bytes) -> None:
@@ -8681,26 +8667,26 @@ class Model:
         self.close()
 
     def do_starttls(self, argument: bytes, line: bytes) -> None:
-        if self.secure or not self.scene.offers_tls:
-            self.reply(503 if self.secure else 502, what=line)
+        if self.secure or not self.scenario.offers_tls:
+            self.reply(503 if self.secure else 502, context=line)
             return
-        self.reply(220, what=line)
+        self.reply(220, context=line)
         self.event(relay.StartTls)
         self.phase, self.secure = "cold", True
-        self.login = "guest" if self.scene.guest else ""
+        self.login = "guest" if self.scenario.guest else ""
         self.forget()
         end = next(end for end in self.ends if end >= self.pos)
-        self.walls.append((self.pos, end))
+        self.discarded.append((self.pos, end))
         self.pos = end
 
     def do_auth(self, argument: bytes, line: bytes) -> None:
         if self.login == "user":
-            self.reply(503, what=line)
+            self.reply(503, context=line)
             return
         name, _, initial = argument.partition(b" ")
         self.mechanism, self.answers = name.decode("latin-1").upper(), []
         if self.mechanism not in ("PLAIN", "LOGIN"):
-            self.reply(504, what=line)
+            self.reply(504, context=line)
         elif initial:
             self.auth_answer(b"" if initial == b"=" else initial)
         else:
@@ -8710,17 +8696,17 @@ class Model:
         wanted = {"PLAIN": [""], "LOGIN": ["VXNlcm5hbWU6", "UGFzc3dvcmQ6"]}
         _, lines = self.take("AUTH", 334)
         if lines != [wanted[self.mechanism][len(self.answers)]]:
-            raise Violation(f"a challenge {lines}")
+            raise Violation(f"wrong challenge {lines}")
         self.step = self.auth_answer
 
     def auth_answer(self, line: bytes) -> None:
         self.step = self.command
         if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
-            self.reply(500, what=line[:50])
+            self.reply(500, context=line[:50])
             return
-        # Of those within AUTH the line with the verb was checked.
+        # For an initial response, command() has checked the whole line.
         if line == b"*" or len(line) % 4 or not re.fullmatch(rb"[A-Za-z0-9+/]*={0,2}", line):
-            self.reply(501, what=line[:50])
+            self.reply(501, context=line[:50])
             return
         self.answers.append(base64.b64decode(line).decode("latin-1"))
         if self.mechanism == "LOGIN" and len(self.answers) == 1:
@@ -8731,21 +8717,21 @@ class Model:
             parts = answers[0].split("\0")
             answers = parts[1:] if len(parts) == 3 and parts[0] in ("", parts[1]) else []
         try:
-            user, password = (one.encode("latin-1").decode() for one in answers)
+            user, password = (answer.encode("latin-1").decode() for answer in answers)
         except ValueError:
-            self.reply(501, what=line[:50])
+            self.reply(501, context=line[:50])
             return
         self.log_in(user, password)
 
     def log_in(self, user: str, password: str) -> None:
         event = self.event(relay.Authenticate)
         if (event.username, event.password) != (user, password):
-            raise Violation(f"{event} {event.password} in place of {user!r} {password!r}")
+            raise Violation(f"{event} {event.password} instead of {user!r} {password!r}")
         code = self.decisions.logins[self.asked_logins % 50]
         self.asked_logins += 1
         if code == 235:
             self.login, self.cost = "user", 0
-        self.reply(code, what="a login")
+        self.reply(code, context="a login")
         self.forget()
         if code == 421:
             self.close()
@@ -8754,53 +8740,53 @@ class Model:
         text = argument.decode("utf-8", "replace")
         code, mailbox = MAIL_ARGUMENTS.get(text, (0, ""))
         if not code:
-            code = self.reply(250, 501, 552, 553, 550, 555, 452, what=line[:80])
+            code = self.reply(250, 501, 552, 553, 550, 555, 452, context=line[:80])
             self.sender = line
         else:
             if code == 550 and self.login == "user":
                 code = 250
-            if self.scene.memory < 100 and "SIZE=100" in text and code == 250:
+            if self.scenario.memory < 100 and "SIZE=100" in text and code == 250:
                 code = 452
-            self.reply(code, what=line)
+            self.reply(code, context=line)
             self.sender = mailbox
         if code == 250:
             self.phase, self.utf8 = "mail", b"SMTPUTF8" in line.upper()
 
     def do_rcpt(self, argument: bytes, line: bytes) -> None:
         code, mailbox, key = RCPT_ARGUMENTS.get(argument.decode("utf-8", "replace"), (0, "", ""))
-        # A sender that the tables lack may have come with SMTPUTF8 or without.
+        # It is unknown whether a sender that is not in the tables had SMTPUTF8.
         is_loose = not code or (code == 553 and isinstance(self.sender, bytes))
         if code == 553 and self.utf8:
             code = 250
         if code == 550 and self.login == "user":
             code = 250
         if code == 250 and key not in self.recipients:
-            most = len(self.recipients) + len(self.unsure)
+            highest = len(self.recipients) + len(self.unsure)
             if len(self.recipients) >= MOST_RECIPIENTS:
                 code = 452
-            is_loose = is_loose or most >= MOST_RECIPIENTS > len(self.recipients)
+            is_loose = is_loose or highest >= MOST_RECIPIENTS > len(self.recipients)
         if is_loose:
-            if self.reply(250, 452, 501, 550, 553, 555, what=line[:80]) == 250:
+            if self.reply(250, 452, 501, 550, 553, 555, context=line[:80]) == 250:
                 self.phase = "rcpt"
                 self.unsure.append(line)
-        elif self.reply(code, what=line) == 250:
+        elif self.reply(code, context=line) == 250:
             self.phase = "rcpt"
             self.recipients.setdefault(key, mailbox)
 
     def do_data(self, argument: bytes, line: bytes) -> None:
-        self.reply(354, what=line)
-        end = self.octets.find(b"\r\n.\r\n", self.pos - 2)
+        self.reply(354, context=line)
+        end = self.data.find(b"\r\n.\r\n", self.pos - 2)
         if end < 0:
-            self.pos = len(self.octets)
+            self.pos = len(self.data)
             return
-        lines = self.octets[self.pos:max(self.pos, end + 2)].split(b"\r\n")
-        text = b"\r\n".join(one[1:] if one[:1] == b"." else one for one in lines)
+        lines = self.data[self.pos:max(self.pos, end + 2)].split(b"\r\n")
+        text = b"\r\n".join(line[1:] if line[:1] == b"." else line for line in lines)
         message = re.sub(rb"\r\n|\r|\n", b"\r\n", text)
         self.pos = end + 5
-        refusals = [code for code, most in ((552, self.scene.size), (452, self.scene.memory))
-                    if len(message) > most]
+        refusals = [code for code, limit in ((552, self.scenario.size), (452, self.scenario.memory))
+                    if len(message) > limit]
         if refusals:
-            self.reply(*refusals, what=f"a message of {len(message)} octets")
+            self.reply(*refusals, context=f"a message of {len(message)} bytes")
         else:
             self.deliver(message)
         self.forget()
@@ -8808,13 +8794,13 @@ class Model:
     def deliver(self, message: bytes) -> None:
         envelope = self.event(relay.Deliver).envelope
         if bytes(envelope.message) != message:
-            raise Violation(f"message {bytes(envelope.message)[:200]!r} and not "
+            raise Violation(f"message {bytes(envelope.message)[:200]!r} instead of "
                             f"{message[:200]!r}")
         self.check_envelope(envelope)
         code = self.decisions.messages[self.asked_messages % 50]
         self.asked_messages += 1
         self.cost = 0 if code == 250 else self.cost
-        self.reply(code, what="a message")
+        self.reply(code, context="a message")
         if code == 421:
             self.close()
 
@@ -8822,44 +8808,44 @@ class Model:
         sender = envelope.reverse_path
         is_right = (sender == self.sender if isinstance(self.sender, str) else
                     sender.encode("utf-8", "surrogateescape") in self.sender)
-        found = dict(envelope.recipients)
-        if not is_right or (not self.unsure and list(found.values()) != list(
+        actual = dict(envelope.recipients)
+        if not is_right or (not self.unsure and list(actual.values()) != list(
                 self.recipients.values())):
-            raise Violation(f"{envelope} and not {self.sender!r} {self.recipients}")
-        others = set(found.values()) - set(self.recipients.values())
-        if not set(self.recipients) <= set(found) or len(others) > len(self.unsure) or not all(
-                any(one.encode("utf-8", "surrogateescape") in line for line in self.unsure)
-                for one in others):
-            raise Violation(f"{envelope} and not {self.recipients} and of {self.unsure}")
+            raise Violation(f"{envelope} instead of {self.sender!r} {self.recipients}")
+        others = set(actual.values()) - set(self.recipients.values())
+        if not set(self.recipients) <= set(actual) or len(others) > len(self.unsure) or not all(
+                any(mailbox.encode("utf-8", "surrogateescape") in line for line in self.unsure)
+                for mailbox in others):
+            raise Violation(f"{envelope} instead of {self.recipients} and some of {self.unsure}")
 
 
-def read_replies(said: bytes) -> list[tuple[int, list[str]]]:
-    """Read replies as codes and lines. Raises Violation if one is malformed."""
+def read_replies(data: bytes) -> list[tuple[int, list[str]]]:
+    """Parse replies into codes and lines. Raises Violation if a reply is malformed."""
     try:
-        found = codes(said)
+        expected = codes(data)
     except ValueError as error:
         raise Violation(str(error)) from None
     replies: list[tuple[int, list[str]]] = []
     begun: list[tuple[int, str]] = []
-    for line in said.decode().split("\r\n")[:-1]:
+    for line in data.decode().split("\r\n")[:-1]:
         begun.append((int(line[:3]), line[4:]))
         if line[3] == " ":
             if len({code for code, _ in begun}) > 1:
                 raise Violation(f"several codes in one reply: {begun}")
             replies.append((begun[0][0], [text for _, text in begun]))
             begun = []
-    if begun or [code for code, _ in replies] != found:
-        raise Violation(f"half a reply: {begun}")
+    if begun or [code for code, _ in replies] != expected:
+        raise Violation(f"incomplete reply: {begun}")
     return replies
 
 
-def make_scene(chance: random.Random) -> Scene:
-    """Choose where a dialogue is played."""
+def make_scenario(chance: random.Random) -> Scenario:
+    """Choose the conditions of a dialogue."""
     offers_tls = chance.random() < 0.8
-    # Of a message that is above both limits it is the first packet above one that decides.
+    # Only one limit can be reached: with two, the packets would decide which one refuses.
     size, memory = chance.choice(((1200, 10 ** 9), (36_700_160, 10 ** 9), (36_700_160, 1000),
                                   (36_700_160, 50)))
-    return Scene(offers_tls, offers_tls and chance.random() < 0.6, chance.random() < 0.2,
+    return Scenario(offers_tls, offers_tls and chance.random() < 0.6, chance.random() < 0.2,
                  offers_tls and chance.random() < 0.4, size, memory)
 
 
@@ -8885,7 +8871,7 @@ ODDITIES = (b"NOOP\r\n", b"noop x\r\n", b"HELP\r\n", b"VRFY a\r\n", b"VRFY\r\n",
 
 
 def make_dialogue(chance: random.Random) -> bytes:
-    """Make the octets of a client that mostly knows what it does, and then damage them."""
+    """Make the input of a mostly correct client; half of the time damage it."""
     parts = [b"EHLO x\r\n"] if chance.random() < 0.95 else []
     if chance.random() < 0.2:
         parts.append(chance.choice(LOGINS))
@@ -8899,11 +8885,11 @@ def make_dialogue(chance: random.Random) -> bytes:
         parts.insert(chance.randrange(len(parts) + 1), chance.choice(ODDITIES))
     if chance.random() < 0.5:
         parts.append(b"QUIT\r\n")
-    octets = b"".join(parts)
+    data = b"".join(parts)
     if chance.random() < 0.5:
         for _ in range(chance.choice((1, 1, 2, 3, 8))):
-            octets = damage(octets, chance)
-    return octets
+            data = damage(data, chance)
+    return data
 
 
 CONTENT_LINES = (b"", b"", b"text", b"..", b"...", b"..x", b".x", b"a.b", b"x.", b"\n.", b"\r.",
@@ -8912,10 +8898,10 @@ CONTENT_LINES = (b"", b"", b"text", b"..", b"...", b"..x", b".x", b"a.b", b"x.",
 
 
 def make_transaction(chance: random.Random) -> Iterator[bytes]:
-    """Make the commands of a message; most are right."""
+    """Make the commands of a transaction; most are valid."""
     def pick(table: dict[str, Any]) -> bytes:
-        right = [one for one, row in table.items() if row[0] == 250]
-        return chance.choice(right if chance.random() < 0.8 else list(table)).encode()
+        valid = [argument for argument, row in table.items() if row[0] == 250]
+        return chance.choice(valid if chance.random() < 0.8 else list(table)).encode()
     yield chance.choice((b"MAIL ", b"mail ")) + pick(MAIL_ARGUMENTS) + b"\r\n"
     for _ in range(chance.choice((1, 1, 2, 3, 6))):
         yield b"RCPT " + pick(RCPT_ARGUMENTS) + chance.choice((b"\r\n", b"\r\n", b" \r\n"))
@@ -8926,40 +8912,40 @@ def make_transaction(chance: random.Random) -> Iterator[bytes]:
     yield b"\r\n".join(lines) + b"\r\n" * (bool(lines) and chance.random() < 0.9) + b".\r\n"
 
 
-def damage(octets: bytes, chance: random.Random) -> bytes:
-    """Change a little, at a random place."""
-    begin = chance.randrange(len(octets) + 1)
-    end = min(len(octets), begin + chance.choice((1, 1, 1, 2, 5, 30)))
-    piece, wild = octets[begin:end], bytes([chance.randrange(256)])
+def damage(data: bytes, chance: random.Random) -> bytes:
+    """Change some bytes at a random position."""
+    begin = chance.randrange(len(data) + 1)
+    end = min(len(data), begin + chance.choice((1, 1, 1, 2, 5, 30)))
+    part, noise = data[begin:end], bytes([chance.randrange(256)])
     new = chance.choice((
-        b"", piece * 2, piece[::-1], wild, piece + wild, b"\r" + piece, b"\n" + piece, b"\0",
-        b"\r\n" + piece, b"\r\n.\r\n" + piece, b"." + piece, b"\xff" + piece, b"\r\n.",
-        piece.swapcase(), bytes(one ^ 1 << chance.randrange(8) for one in piece),
-        piece + b"z" * chance.choice((10, 2000, 13_000)), b" " + piece, b"\r\n..\r\n"))
+        b"", part * 2, part[::-1], noise, part + noise, b"\r" + part, b"\n" + part, b"\0",
+        b"\r\n" + part, b"\r\n.\r\n" + part, b"." + part, b"\xff" + part, b"\r\n.",
+        part.swapcase(), bytes(byte ^ 1 << chance.randrange(8) for byte in part),
+        part + b"z" * chance.choice((10, 2000, 13_000)), b" " + part, b"\r\n..\r\n"))
     if chance.random() < 0.05:
-        return octets[:begin]
-    return octets[:begin] + new + octets[end:]
+        return data[:begin]
+    return data[:begin] + new + data[end:]
 
 
-def make_cuts(octets: bytes, chance: random.Random) -> list[int]:
-    """Choose where packets end."""
-    size = len(octets)
+def make_cuts(data: bytes, chance: random.Random) -> list[int]:
+    """Choose the ends of the packets."""
+    size = len(data)
     style = chance.randrange(6)
     if style == 0:
         return []
     if style == 1 and size < 3000:
         return list(range(1, size))
-    if style == 2:                          # next to what matters
-        near = [match.start() + chance.randrange(2) for match in re.finditer(rb"[\r\n.]", octets)]
-        return sorted({one for one in near if 0 < one < size and chance.random() < 0.6})
+    if style == 2:                          # near line ends and dots
+        near = [match.start() + chance.randrange(2) for match in re.finditer(rb"[\r\n.]", data)]
+        return sorted({cut for cut in near if 0 < cut < size and chance.random() < 0.6})
     if style == 3:
         return list(range(7, size, chance.choice((7, 64, 512, 4096))))
     return sorted({chance.randrange(size + 1) for _ in range(chance.randrange(9))} - {0, size})
 
 
 @functools.cache
-def config_of(offers_tls: bool, require_tls: bool, size: int) -> relay.Config:
-    """The settings of a scene."""
+def scenario_config(offers_tls: bool, require_tls: bool, size: int) -> relay.Config:
+    """Make the settings of a scenario."""
     return make_config(TLS_SOURCE="file" if offers_tls else "off", MAX_RECIPIENTS=str(
         MOST_RECIPIENTS), REQUIRE_TLS=str(require_tls).lower(), MAX_MESSAGE_SIZE=str(size))
 
@@ -8968,21 +8954,23 @@ GUEST_OF_TESTS = relay.Account("guest", allowed_senders=("a@b.c",),
                                allowed_recipients=("d@e.f", "ok.example"))
 
 
-class Play:
-    """A dialogue that is played to a session of its own."""
+class Playback:
+    """Feeds a dialogue to a new session."""
 
-    def __init__(self, scene: Scene, chance: random.Random, octets: bytes, cuts: list[int]) -> None:
-        self.scene, self.octets = scene, octets
-        self.ends = [*cuts, len(octets)]
-        self.memory = relay.MemoryBudget(scene.memory)
+    def __init__(self, scenario: Scenario, chance: random.Random, data: bytes,
+                 cuts: list[int]) -> None:
+        self.scenario, self.data = scenario, data
+        self.ends = [*cuts, len(data)]
+        self.memory = relay.MemoryBudget(scenario.memory)
         self.decisions = Decisions(chance)
         config = config_of(scene.offers_tls, scene.require_tls, scene.size)
         self.dialogue = Dialogue(
-            config, secure=scene.secure, answer=self.decisions, memory=self.memory,
-            policy=policy_of(GUEST_OF_TESTS, config) if scene.guest else None)
+            scenario_config(scenario.offers_tls, scenario.require_tls, scenario.size),
+            secure=scenario.secure, answer=self.decisions, memory=self.memory,
+            guest=GUEST_OF_TESTS if scenario.guest else None)
 
     def run(self, late: random.Random | None = None, *, eof: bool, packets: int = -1) -> None:
-        """Feed packets, all or so many; with `late` answers to events come late."""
+        """Feed all packets, or the first `packets`. With `late` events are answered late."""
         session, waiting = self.dialogue.session, collections.deque[relay.Event]()
         if late:
             self.dialogue.answer = lambda session, event: waiting.append(event)
@@ -8993,12 +8981,12 @@ class Play:
                 self.dialogue.work()
         begin = 0
         for end in self.ends[:packets if packets >= 0 else None]:
-            self.dialogue.feed(self.octets[begin:end])
+            self.dialogue.feed(self.data[begin:end])
             begin = end
             if late and late.random() < 0.5:
                 answer()
             if not waiting and not self.dialogue.closed and len(session._buffer) > 12_290:
-                raise Violation(f"{len(session._buffer)} octets are kept of a line")
+                raise Violation(f"{len(session._buffer)} bytes of a line are buffered")
         if packets < 0:
             answer()
             if eof:
@@ -9009,218 +8997,220 @@ class Play:
             session.reset()
 
     def check_memory(self) -> None:
-        """Whatever ended the dialogue, no octet is counted any more."""
+        """Check that the session has released all memory."""
         self.dialogue.session.reset()
-        if self.memory.free != self.scene.memory:
-            raise Violation(f"{self.scene.memory - self.memory.free} octets of memory are "
-                            "not given back")
+        if self.memory.free != self.scenario.memory:
+            raise Violation(f"{self.scenario.memory - self.memory.free} bytes of memory are "
+                            "not released")
 
 
-def check_dialogue(scene: Scene, octets: bytes, seed: str) -> None:
-    """Play a dialogue in several ways. Raises Violation, or what the session raises."""
+def check_dialogue(scenario: Scenario, data: bytes, seed: str) -> None:
+    """Play a dialogue in several ways. Raises Violation, and every error of the session."""
     chance = random.Random(seed)
-    eof, destiny = chance.random() < 0.5, chance.random()
+    eof, decisions_seed = chance.random() < 0.5, chance.random()
 
-    def play(cuts: list[int], **options: Any) -> Play:
-        one = Play(scene, random.Random(destiny), octets, cuts)
-        one.run(eof=eof, **options)
-        one.check_memory()
-        return one
-    first = play(make_cuts(octets, chance))
-    model = Model(scene, octets, first.ends, eof=eof)
+    def play(cuts: list[int], **options: Any) -> Playback:
+        playback = Playback(scenario, random.Random(decisions_seed), data, cuts)
+        playback.run(eof=eof, **options)
+        playback.check_memory()
+        return playback
+    first = play(make_cuts(data, chance))
+    model = Model(scenario, data, first.ends, eof=eof)
     model.judge(first.dialogue.said, first.dialogue.events, first.decisions)
-    # What follows STARTTLS in its packet is forgotten: these packets stay as they are.
-    cuts = [one for one in make_cuts(octets, chance)
-            if not any(begin <= one < end for begin, end in model.walls)]
-    cuts = sorted({*cuts, *(end for _, end in model.walls)} - {len(octets)})
-    second = play(cuts, late=None if model.walls else chance)
+    # The session discards what follows STARTTLS in its packet, so these packets must not change.
+    cuts = [cut for cut in make_cuts(data, chance)
+            if not any(begin <= cut < end for begin, end in model.discarded)]
+    cuts = sorted({*cuts, *(end for _, end in model.discarded)} - {len(data)})
+    second = play(cuts, late=None if model.discarded else chance)
     if (first.dialogue.said, first.dialogue.events) != (second.dialogue.said,
                                                         second.dialogue.events):
-        raise Violation(f"other packets, another outcome: {first.dialogue.said!r} "
+        raise Violation(f"the packets change the outcome: {first.dialogue.said!r} "
                         f"{first.dialogue.events}; {second.dialogue.said!r} "
                         f"{second.dialogue.events}")
-    # And the same from a client that vanishes in between.
+    # The same from a client that disconnects in between.
     third = play(first.ends[:-1], packets=chance.randrange(len(first.ends) + 1),
-                 late=None if model.walls else chance)
+                 late=None if model.discarded else chance)
     if not first.dialogue.said.startswith(third.dialogue.said):
-        raise Violation(f"a part of it says {third.dialogue.said!r}")
+        raise Violation(f"the first packets alone get {third.dialogue.said!r}")
 
 
-def shrink(octets: bytes, is_bad: Callable[[bytes], bool]) -> bytes:
-    """Leave out what can be left out of a dialogue that shows a defect."""
-    size = max(1, len(octets) // 2)
+def shrink(data: bytes, is_bad: Callable[[bytes], bool]) -> bytes:
+    """Remove from a dialogue all parts that are not needed to show its defect."""
+    size = max(1, len(data) // 2)
     while size:
         begin = 0
-        while begin < len(octets):
-            shorter = octets[:begin] + octets[begin + size:]
+        while begin < len(data):
+            shorter = data[:begin] + data[begin + size:]
             if is_bad(shorter):
-                octets = shorter
+                data = shorter
             else:
                 begin += size
         size //= 2
-    return octets
+    return data
 
 
-def find_problem(scene: Scene, octets: bytes, seed: str) -> str:
-    """Say what is wrong with the play of a dialogue, or ""."""
+def find_problem(scenario: Scenario, data: bytes, seed: str) -> str:
+    """Return the problem of a dialogue, or ""."""
     try:
-        check_dialogue(scene, octets, seed)
+        check_dialogue(scenario, data, seed)
     except Violation as error:
         return f"{error}"
-    except Exception as error:              # noqa: BLE001 - a session must raise none
+    except Exception as error:              # noqa: BLE001 - a session must not raise
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def fuzz_dialogue(seed: str) -> str:
-    """Play the dialogue of a seed; returns what is wrong and how to see it again, or ""."""
+    """Play the dialogue of a seed. Returns its problem and how to reproduce it, or ""."""
     chance = random.Random(seed)
-    scene, octets = make_scene(chance), make_dialogue(chance)
-    problem = find_problem(scene, octets, seed)
+    scenario, data = make_scenario(chance), make_dialogue(chance)
+    problem = find_problem(scenario, data, seed)
     if not problem:
         return ""
-    least = shrink(octets, lambda one: bool(find_problem(scene, one, seed)))
-    return (f"{problem}\n  of {octets!r}\n  in short {find_problem(scene, least, seed)}\n  of\n"
-            f"  find_problem({scene}, {least!r}, {seed!r})")
+    shortest = shrink(data, lambda shorter: bool(find_problem(scenario, shorter, seed)))
+    return (f"{problem}\n  of {data!r}\n  in short {find_problem(scenario, shortest, seed)}\n  of\n"
+            f"  find_problem({scenario}, {shortest!r}, {seed!r})")
 
 
-# The whole relay. What a message's end must be is in Law and nowhere else.
+# Rounds of traffic. Only DeliveryRules decides which outcomes are correct.
 
-class Take(NamedTuple):
-    """A message that Microsoft took."""
+class Delivery(NamedTuple):
+    """A message that Microsoft accepted."""
 
-    ident: str              # client-request-id; the client hears it too
+    message_id: str         # client-request-id, also part of the reply to the client
     mailbox: str
     recipients: list[str]
-    is_whole: bool          # whether the content is what the client sent
+    is_whole: bool          # the content is unchanged
 
 
 @dataclasses.dataclass
-class Story:
-    """What became of a message, which is known by its marker."""
+class TrackedMessage:
+    """A message of a visitor and what became of it. A marker in its text identifies it."""
 
     marker: str
     sender: str
     recipients: list[str]
-    message: bytes
-    # Faults to come, by what is asked; then all is well.
+    content: bytes
+    # Planned faults by step, used up one by one. Then requests succeed.
     plan: dict[str, collections.deque[str]] = dataclasses.field(default_factory=dict)
-    faults: list[str] = dataclasses.field(default_factory=list)         # that came
-    began: list[float] = dataclasses.field(default_factory=list)        # not yet answered
-    heard: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # reply, id
-    unheard: int = 0        # how often it was sent to its end, but no reply was heard
-    takes: list[Take] = dataclasses.field(default_factory=list)
-    # How often it was taken without a word, by id: the relay cannot know.
+    faults: list[str] = dataclasses.field(default_factory=list)         # that have occurred
+    began: list[float] = dataclasses.field(default_factory=list)        # sent, without a reply yet
+    replies: list[tuple[str, str]] = dataclasses.field(default_factory=list)    # reply, message ID
+    unanswered: int = 0     # how often it was sent completely without receiving a reply
+    deliveries: list[Delivery] = dataclasses.field(default_factory=list)
+    # Deliveries without a timely success response, by message ID. The relay cannot know them.
     unknown: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    is_calm: bool = True    # nothing is planned for it, nor for the login
+    is_calm: bool = True    # no fault is planned for it or its login
     is_identified: bool = False     # by Message-ID and Date
     ended: float = 0.0
 
 
-# What may be heard without a fault of its own: a fault of others took the turns, or all the
-# time there was, or a connection.
+# Possible replies to a calm message: faults of other messages can use up the slots of its
+# mailbox, its time, or a connection.
 CALM = ("250 2.", "451 4.4.1", "451 4.4.5", "451 4.7.0")
 
-# With these Microsoft refuses a message, or a login, or says to wait for long.
-FOR_GOOD = ("200", "302", "400", "403", "never", "refused")
+# Faults that refuse a message or a login permanently, or that ask for a long delay.
+PERMANENT = ("200", "302", "400", "403", "never", "refused")
 
 
-class Law:
-    """How often a message may have reached Microsoft, by what its client heard.
+class DeliveryRules:
+    """How often Microsoft may have accepted a message, depending on the reply to its client.
 
-    250: once; with `at_least_once` again for each time that Microsoft took it and did not
-    say so. Refused: never; but once if Microsoft took it and did not say so. Unheard: as if
-    either had been heard. An identified message that a client sends again: once in all. And
-    always from the sender, to the recipients, and whole. A message is known to Microsoft by
-    the id that is in the reply.
+    250: once, and with `at_least_once` once more for each unknown delivery. Refused: never, but
+    once if there was an unknown delivery. No reply: like 250 or like refused. A repeated message
+    with Message-ID and Date: once in total. Each delivery must have the sender, the recipients
+    and the whole content. The message ID in the reply tells the deliveries apart.
     """
 
     def __init__(self, *, at_least_once: bool = False) -> None:
         self.at_least_once = at_least_once
 
     def possible(self, faults: Iterable[str]) -> tuple[str, ...]:
-        """What may happen to a request: what was promised must be possible, and soon."""
-        return tuple(one for one in faults
-                     if not (self.at_least_once and one.split()[-1] in FOR_GOOD))
+        """Return the usable faults: with `at_least_once` none that refuse or delay for long."""
+        return tuple(fault for fault in faults
+                     if not (self.at_least_once and fault.split()[-1] in PERMANENT))
 
-    def judge(self, story: Story) -> Iterator[str]:
-        """Say what is wrong with the end of a story."""
-        taken = collections.Counter(take.ident for take in story.takes)
-        for reply, ident in story.heard:
-            if reply[:3] == "250" and not taken[ident]:
-                yield f"lost, but answered {reply}"
-            if taken[ident] > self.most(reply[:3] == "250", story.unknown[ident]):
-                yield f"taken {taken[ident]} times, but answered {reply}"
-        heard = collections.Counter(ident for reply, ident in story.heard if reply[:3] == "250")
-        if not story.is_identified and any(number > 1 for number in heard.values()):
-            yield "answered as a duplicate, although nothing identifies it"
-        if story.is_identified and len(story.takes) > 1 + sum(story.unknown.values()):
-            yield "sent twice, although it is identified"
-        others = set(taken) - {ident for _, ident in story.heard}
-        if len(others) > story.unheard:
-            yield f"taken as {others}, of which no client knows"
-        if any(taken[ident] > self.most(True, story.unknown[ident]) for ident in others):
-            yield f"taken too often by clients that left: {taken}"
-        wanted = (story.sender, sorted(story.recipients), True)
-        for take in story.takes:
-            if take[1:] != wanted:
-                yield f"taken as {take}, not as {wanted}"
-        if story.is_calm:
-            yield from (f"nothing was wrong with it, but answered {reply}"
-                        for reply, _ in story.heard if not reply.startswith(CALM))
+    def judge(self, message: TrackedMessage) -> Iterator[str]:
+        """Yield the problems with the outcome of a message."""
+        counts = collections.Counter(delivery.message_id for delivery in message.deliveries)
+        for reply, message_id in message.replies:
+            if reply[:3] == "250" and not counts[message_id]:
+                yield f"lost, but the reply was {reply}"
+            if counts[message_id] > self.limit(reply[:3] == "250", message.unknown[message_id]):
+                yield f"delivered {counts[message_id]} times, but the reply was {reply}"
+        accepted = collections.Counter(
+            message_id for reply, message_id in message.replies if reply[:3] == "250")
+        if not message.is_identified and any(number > 1 for number in accepted.values()):
+            yield "treated as a duplicate, although nothing identifies it"
+        if message.is_identified and len(message.deliveries) > 1 + sum(message.unknown.values()):
+            yield "delivered twice, although it is identified"
+        others = set(counts) - {message_id for _, message_id in message.replies}
+        if len(others) > message.unanswered:
+            yield f"delivered as {others}, which no client has sent"
+        if any(counts[message_id] > self.limit(True, message.unknown[message_id])
+               for message_id in others):
+            yield f"delivered too often for clients that left: {counts}"
+        wanted = (message.sender, sorted(message.recipients), True)
+        for delivery in message.deliveries:
+            if delivery[1:] != wanted:
+                yield f"delivered as {delivery} instead of {wanted}"
+        if message.is_calm:
+            yield from (f"no fault was planned, but the reply was {reply}"
+                        for reply, _ in message.replies if not reply.startswith(CALM))
 
-    def is_late(self, story: Story, arrived: float, timeout: float) -> bool:
-        """Whether the relay may have given up when Microsoft took a message.
+    def is_late(self, message: TrackedMessage, arrived: float, timeout: float) -> bool:
+        """Return whether the relay may have reached its deadline when Microsoft accepted.
 
-        Its time is for the whole of a message; what is sent later has a time of its own.
+        The timeout covers a whole message. An attempt from the queue has a timeout of its own.
         """
-        begun = arrived if self.at_least_once and not story.began else min(story.began, default=0.0)
+        begun = (arrived if self.at_least_once and not message.began
+                 else min(message.began, default=0.0))
         return time.monotonic() - min(begun, arrived) > timeout / 2
 
-    def most(self, is_accepted: bool, unknown: int) -> int:
-        """How often a message may have been taken."""
+    def limit(self, is_accepted: bool, unknown: int) -> int:
+        """Return how often a message may have been delivered."""
         if is_accepted:
             return 1 + unknown * self.at_least_once
         return unknown if self.at_least_once else min(unknown, 1)
 
 
 class FaultyMicrosoft(FakeMicrosoft):
-    """Fails as it is planned for each message and each login."""
+    """Fails as planned for each message and each login."""
 
-    def __init__(self, timeout: float, law: Law) -> None:
-        self._timeout, self.law = timeout, law      # UPSTREAM_TIMEOUT of the relay
-        self.stories: dict[str, Story] = {}
+    def __init__(self, timeout: float, rules: DeliveryRules) -> None:
+        self._timeout, self.rules = timeout, rules      # UPSTREAM_TIMEOUT of the relay
+        self.messages: dict[str, TrackedMessage] = {}
         self.logins: dict[str, collections.deque[str]] = {}
-        self.strangers: list[str] = []  # requests for messages that nobody sent
-        self.unknown_drafts = 0         # made without a word
+        self.strangers: list[str] = []  # requests for messages that no visitor sent
+        self.unknown_drafts = 0         # created without a success response
         super().__init__()
 
     def accept(self, sock: socket.socket, request: Request) -> bool:
-        self.requests.clear()           # they would add up
+        self.requests.clear()           # saves memory
         self.delivered.clear()
         arrived = time.monotonic()
         if request.kind == "token":
             return self._answer_token(sock, request)
-        story = self.stories.get(self._marker(request))
-        if story is None:
+        message = self.messages.get(self._marker(request))
+        if message is None:
             self.strangers.append(f"{request.kind} {request.path} {request.body[:3000]!r}")
             return super().accept(sock, request)
-        fault = next_of(story.plan.get(request.kind))
+        fault = next_fault(message.plan.get(request.kind))
         if fault:
-            story.faults.append(f"{request.kind} {fault}")
+            message.faults.append(f"{request.kind} {fault}")
         if fault == "slow":
             self.release.wait(self._timeout / 6)
         action: Action = utter(b"")
-        kind, _, rest = fault.partition(" ")
-        if kind in ("", "slow", "then", "taken", "202"):
-            action = answer = self._take(request, story)
-            # The relay cannot know of it, or hears of it too late.
-            if answer.status in (201, 202) and (kind == "taken" or self.law.is_late(
-                    story, arrived, self._timeout)):
+        word, _, rest = fault.partition(" ")
+        if word in ("", "slow", "then", "taken", "202"):
+            action = answer = self._accept_message(request, message)
+            # The relay gets no success response, or gets it too late.
+            if answer.status in (201, 202) and (word == "taken" or self.rules.is_late(
+                    message, arrived, self._timeout)):
                 self.unknown_drafts += request.kind == "draft"
                 if request.kind in ("send", "send-draft"):
-                    story.unknown[request.headers["client-request-id"]] += 1
-        action = self._action(rest if kind == "taken" else fault, action)
+                    message.unknown[request.headers["client-request-id"]] += 1
+        action = self._action(rest if word == "taken" else fault, action)
         return action(sock, request) and fault != "then close"
 
     def _action(self, fault: str, otherwise: Action) -> Action:
@@ -9231,39 +9221,40 @@ class FaultyMicrosoft(FakeMicrosoft):
         self.release.wait(3 * self._timeout)
         return False
 
-    def _take(self, request: Request, story: Story) -> Answer:
-        """Do what Microsoft does when all is well, and keep what it took."""
+    def _accept_message(self, request: Request, message: TrackedMessage) -> Answer:
+        """Act as Microsoft without faults, and record a delivery."""
         answer = self.answer(request)
         if answer.status == 202:
-            ident = request.headers["client-request-id"]
+            message_id = request.headers["client-request-id"]
             if request.kind == "send":
-                message = base64.b64decode(request.body)
-                story.takes.append(Take(
-                    ident, request.part(3), sorted(named_by(message)),
-                    message.partition(b"\r\n\r\n")[2] == story.message.partition(b"\r\n\r\n")[2]))
+                sent = base64.b64decode(request.body)
+                body = message.content.partition(b"\r\n\r\n")[2]
+                message.deliveries.append(Delivery(
+                    message_id, request.part(3), sorted(named_by(sent)),
+                    sent.partition(b"\r\n\r\n")[2] == body))
             else:
                 draft = self._drafts[request.part(5)]
-                story.takes.append(Take(ident, draft.mailbox, draft.recipients, [
-                    bytes(octets) for _, octets in draft.files] == [SCAN_OCTETS]))
+                message.deliveries.append(Delivery(message_id, draft.mailbox, draft.recipients, [
+                    bytes(content) for _, content in draft.files] == [SCAN_OCTETS]))
         if answer.status in (202, 204) and request.kind != "send":
-            for _, octets in self._drafts[request.part(5)].files:
-                octets.clear()          # they would add up
+            for _, content in self._drafts[request.part(5)].files:
+                content.clear()         # saves memory
         return answer
 
     def _marker(self, request: Request) -> str:
-        octets = request.body
+        data = request.body
         if request.kind == "send":
-            octets = base64.b64decode(octets[:8000])
+            data = base64.b64decode(data[:8000])
         elif request.kind == "put":
-            octets = self._uploads[int(re.findall("[0-9]+", request.path)[0])][1]["name"].encode()
+            data = self._uploads[int(re.findall("[0-9]+", request.path)[0])][1]["name"].encode()
         elif request.kind != "draft":
-            octets = self._drafts[request.part(5)].properties["subject"].encode()
-        match = re.search(rb"story-[0-9]+-[0-9]+", octets)
+            data = self._drafts[request.part(5)].properties["subject"].encode()
+        match = re.search(rb"message-[0-9]+-[0-9]+", data)
         return match[0].decode() if match else ""
 
     def _answer_token(self, sock: socket.socket, request: Request) -> bool:
         secret = urllib.parse.parse_qs(request.body.decode())["client_secret"][0]
-        fault = next_of(self.logins.get(secret))
+        fault = next_fault(self.logins.get(secret))
         action: Action = super().accept
         if secret not in self.logins:
             action = say(401, aadsts(7000215, "invalid_client",
@@ -9282,8 +9273,8 @@ class FaultyMicrosoft(FakeMicrosoft):
         return sum(not draft.sent for draft in self.drafts.values())
 
 
-def next_of(plan: collections.deque[str] | None) -> str:
-    """Take the next fault; several threads may ask."""
+def next_fault(plan: collections.deque[str] | None) -> str:
+    """Take the next fault of a plan, or "". Several threads may call this."""
     try:
         return plan.popleft() if plan else ""
     except IndexError:
@@ -9291,25 +9282,25 @@ def next_of(plan: collections.deque[str] | None) -> str:
 
 
 class Traffic:
-    """Visitors of a relay, and what became of their messages."""
+    """Runs visitors against a relay and judges the outcome of their messages."""
 
-    def __init__(self, seed: str, fake: FaultyMicrosoft, port: int, law: Law, *,
+    def __init__(self, seed: str, fake: FaultyMicrosoft, port: int, rules: DeliveryRules, *,
                  uploads: bool = True) -> None:
-        self.seed, self.fake, self.port, self.law = seed, fake, port, law
+        self.seed, self.fake, self.port, self.rules = seed, fake, port, rules
         self.problems: list[str] = []
         self.replies: collections.Counter[str] = collections.Counter()
         self.ending = threading.Event()
         self.with_uploads = uploads
-        # The same alarm may come from several at once, and again and again.
+        # Several visitors may send the same alarm, repeatedly and at the same time.
         chance = random.Random(f"{seed}.alarms")
-        self.alarms = [self.make_story(chance, f"story-0-{number}") for number in range(3)]
-        for story in self.alarms:
-            story.is_calm = False       # other visitors may meet faults
+        self.alarms = [self.make_message(chance, f"message-0-{number}") for number in range(3)]
+        for message in self.alarms:
+            message.is_calm = False     # the logins of other visitors may have faults
 
-    def make_story(self, chance: random.Random, marker: str, *, large: bool = False,
-                   calm: bool = False, identified: bool = False) -> Story:
-        """Invent a message, and what Microsoft will do about it."""
-        recipients = [f"{marker}.{one}@x.y" for one in range(chance.choice((1, 1, 2, 3)))]
+    def make_message(self, chance: random.Random, marker: str, *, large: bool = False,
+                     calm: bool = False, identified: bool = False) -> TrackedMessage:
+        """Make a message and plan the faults of Microsoft."""
+        recipients = [f"{marker}.{number}@x.y" for number in range(chance.choice((1, 1, 2, 3)))]
         sender = f"{chance.choice(('box1', 'box2', marker))}@example.com"
         lines = chance.choices((b"", b".", b"..", b"...x", b"Text", b"b\xc3\xbc\xff\0", b"x" * 900),
                                k=chance.choice((0, 3, 30, 300)))
@@ -9317,24 +9308,24 @@ class Traffic:
                 f"Cc: {', '.join([*recipients[1:2], 'other@x.y'])}\n")
         if identified:
             head += f"Message-ID: <{marker}@x.y>\nDate: Sat, 28 Nov 2026 03:00:00 +0000\n"
-        message = crlf(head) + b"\r\n" + b"".join(line + b"\r\n" for line in lines)
-        kinds: dict[str, tuple[str, ...]] = {"send": SEND_FAULTS}
+        content = crlf(head) + b"\r\n" + b"".join(line + b"\r\n" for line in lines)
+        faults: dict[str, tuple[str, ...]] = {"send": SEND_FAULTS}
         if large:
-            message = LARGE.replace(b"Subject: s", f"Subject: {marker}".encode()).replace(
+            content = LARGE.replace(b"Subject: s", f"Subject: {marker}".encode()).replace(
                 b"To: a@x.y", crlf(head.partition("\n")[2]).rstrip()).replace(
                 b"scan.pdf", f"{marker}.pdf".encode())
-            others = (*(one for one in ANSWERS if one != "200"), "hang", "slow", "then close")
-            kinds = {"send-draft": SEND_FAULTS, "draft": (*others, "taken 504", "taken close"),
-                     "open": (*others, "200"), "put": others, "delete": others}
-        story = Story(marker, sender, recipients, message, is_identified=identified)
+            others = (*(fault for fault in ANSWERS if fault != "200"), "hang", "slow", "then close")
+            faults = {"send-draft": SEND_FAULTS, "draft": (*others, "taken 504", "taken close"),
+                      "open": (*others, "200"), "put": others, "delete": others}
+        message = TrackedMessage(marker, sender, recipients, content, is_identified=identified)
         if not calm:
-            chances = (2, 3, 2, 1) if not large else (6, 2, 1, 0)
-            story.plan = {kind: collections.deque(chance.choices(
-                self.law.possible(faults), k=chance.choices(range(4), chances)[0]))
-                for kind, faults in kinds.items()}
-        story.is_calm = not any(story.plan.values())
-        self.fake.stories[marker] = story
-        return story
+            weights = (2, 3, 2, 1) if not large else (6, 2, 1, 0)
+            message.plan = {step: collections.deque(chance.choices(
+                self.rules.possible(choices), k=chance.choices(range(4), weights)[0]))
+                for step, choices in faults.items()}
+        message.is_calm = not any(message.plan.values())
+        self.fake.messages[marker] = message
+        return message
 
     def visit(self, visitor: Visitor) -> None:
         problem = ""
@@ -9343,47 +9334,49 @@ class Traffic:
         except (OSError, smtplib.SMTPException) as error:
             if "timed out" in str(error) or not visitor.may_break:
                 problem = f"{error!r}"
-        except Exception as error:      # noqa: BLE001 - it is told in the end
+        except Exception as error:      # noqa: BLE001 - reported in the end
             problem = f"{error!r}"
         if problem:
             self.problems.append(f"visitor {visitor.number}, {visitor.way}: {problem} after "
                                  f"{visitor.last!r}")
-        for story in visitor.stories:
-            story.ended = time.monotonic()
+        for message in visitor.messages:
+            message.ended = time.monotonic()
 
     def visit_all(self, number: int) -> None:
-        """Let so many visitors come at once, and wait until they have gone."""
-        visitors = [Visitor(self, one) for one in range(number)]
+        """Run so many visitors at the same time, and wait until they have left."""
+        visitors = [Visitor(self, index) for index in range(number)]
         with concurrent.futures.ThreadPoolExecutor(number) as pool:
-            visits = [pool.submit(self.visit, one) for one in visitors if one.way != "idle"]
-            idle = [pool.submit(self.visit, one) for one in visitors if one.way == "idle"]
-            concurrent.futures.wait(visits)     # each wait within has its end
+            active = [pool.submit(self.visit, visitor) for visitor in visitors
+                      if visitor.way != "idle"]
+            idle = [pool.submit(self.visit, visitor) for visitor in visitors
+                    if visitor.way == "idle"]
+            concurrent.futures.wait(active)     # every wait in a visit has a timeout
             self.ending.set()
             concurrent.futures.wait(idle)
         self.fake.release.set()
 
-    def judge(self, stories: Iterable[Story]) -> None:
-        """Find what the law does not allow."""
-        for story in stories:
-            self.problems += [f"{story.marker}: {problem}; faults {story.faults}, heard "
-                              f"{story.heard}, unheard {story.unheard}, taken {story.takes}"
-                              for problem in self.law.judge(story)]
-        for found in (self.fake.strangers, self.fake.complaints):
-            self.problems += found
-            found.clear()
+    def judge(self, messages: Iterable[TrackedMessage]) -> None:
+        """Collect the violations of the rules."""
+        for message in messages:
+            self.problems += [f"{message.marker}: {problem}; faults {message.faults}, replies "
+                              f"{message.replies}, unanswered {message.unanswered}, deliveries "
+                              f"{message.deliveries}" for problem in self.rules.judge(message)]
+        for problems in (self.fake.strangers, self.fake.complaints):
+            self.problems += problems
+            problems.clear()
 
 
 TOKEN_FAULTS = (*TOKEN_ANSWERS, "hang", "slow", "close", "reset", "short", "short")
 
 
 class Visitor:
-    """A client that does what its number wants."""
+    """A simulated client; the seed and its number determine its behavior."""
 
     def __init__(self, traffic: Traffic, number: int) -> None:
         self.traffic, self.number = traffic, number
         self.chance = random.Random(f"{traffic.seed}.{number}")
-        self.stories: list[Story] = []
-        self.last = ""                  # reply
+        self.messages: list[TrackedMessage] = []
+        self.last = ""                  # latest reply
         self.may_break = False
         self.password = f"{SECRET}+\u00fc/{number}"
         self.is_calm = self.chance.random() < 0.6
@@ -9407,9 +9400,9 @@ class Visitor:
                 self.way, self.send_all)(client)
 
     def make_plan(self) -> None:
-        """Decide what the relay will meet on the way."""
-        faults = tuple(one for one in self.traffic.law.possible(TOKEN_FAULTS)
-                       if IS_LINUX or one != "refused")
+        """Plan the faults of the login, and the messages."""
+        faults = tuple(fault for fault in self.traffic.rules.possible(TOKEN_FAULTS)
+                       if IS_LINUX or fault != "refused")
         self.faults = [] if self.is_calm else self.chance.choices(faults,
                                                                   k=self.chance.randrange(3))
         if self.way != "wrong":
@@ -9417,14 +9410,14 @@ class Visitor:
         if self.way in ("alarm", "idle", "wrong"):
             return
         for number in range(self.chance.choice((1, 1, 2, 3)) if self.way != "large" else 1):
-            self.stories.append(self.traffic.make_story(
-                self.chance, f"story-{self.number + 1}-{number}", large=self.way == "large",
+            self.messages.append(self.traffic.make_message(
+                self.chance, f"message-{self.number + 1}-{number}", large=self.way == "large",
                 calm=self.is_calm and self.chance.random() < 0.5,
                 identified=self.chance.random() < 0.5))
-            self.stories[-1].is_calm &= not self.faults
+            self.messages[-1].is_calm &= not self.faults
 
     def say(self, client: Client, line: str, *wanted: str) -> str:
-        """Say a command; any other reply than these is a problem."""
+        """Send a command; any other reply than `wanted` is a problem."""
         self.last = client.say(line)
         self.count(self.last)
         if wanted and not self.last.startswith(wanted):
@@ -9438,7 +9431,7 @@ class Visitor:
 
     def guess(self, client: Client) -> None:
         self.say(client, "EHLO x", "250")
-        self.may_break = True           # after three, or ten from one address, we are cut off
+        self.may_break = True           # after three, or ten from one address, the relay closes
         for _ in range(self.chance.choice((1, 3))):
             if client.log_in(password=f"{self.password} wrong")[:3] not in ("535", "454", "421"):
                 self.traffic.problems.append(f"visitor {self.number} logged in")
@@ -9452,8 +9445,8 @@ class Visitor:
             if self.chance.random() < 0.5:
                 self.last = client.log_in(password=self.password)
             else:
-                user, password = (base64.b64encode(one.encode()).decode()
-                                  for one in (USER, self.password))
+                user, password = (base64.b64encode(text.encode()).decode()
+                                  for text in (USER, self.password))
                 self.say(client, f"AUTH LOGIN {user}", "334")
                 self.last = client.say(password)
             self.count(self.last)
@@ -9461,83 +9454,83 @@ class Visitor:
                 return True
             if self.last[:3] not in (("454", "535") if "refused" in self.faults else ("454",)):
                 self.traffic.problems.append(f"visitor {self.number}: login {self.last}")
-            self.may_break = True       # after three
+            self.may_break = True       # the relay closes after three
         return False
 
     def send_all(self, client: Client) -> None:
         if not self.log_in(client):
             return
-        stories = list(self.stories)
+        messages = list(self.messages)
         if self.way == "alarm":
-            stories = self.chance.choices(self.traffic.alarms, k=self.chance.randrange(1, 5))
-        # Now and then the next request of anybody ends before it was read.
+            messages = self.chance.choices(self.traffic.alarms, k=self.chance.randrange(1, 5))
+        # Occasionally reset the connection of the next request, of any visitor, before its body.
         if self.chance.random() < 0.05:
             self.traffic.fake.will("send", BeforeBody(utter(b"", reset=True)))
         if self.way == "pipelined":
-            self.pipeline(client, stories)
+            self.pipeline(client, messages)
             return
-        for story in stories:
+        for message in messages:
             for _ in range(self.chance.choice((1, 1, 2, 3))):
-                for line in self.envelope(story):
+                for line in self.envelope(message):
                     self.say(client, line, "250", "354")
-                reply = self.submit(client, story)
+                reply = self.submit(client, message)
                 if reply.startswith("421"):
                     return
-                # Now and then an identified message again, although it was heard.
-                if not reply.startswith("45") and not (story.is_identified
+                # Occasionally repeat an identified message although it got its reply.
+                if not reply.startswith("45") and not (message.is_identified
                                                        and self.chance.random() < 0.3):
                     break
         self.say(client, "QUIT", "221")
 
-    def pipeline(self, client: Client, stories: list[Story]) -> None:
-        """Send each group of commands behind the message before."""
-        groups = [self.envelope(story) for story in stories]
-        self.send(client, lines_of(groups[0]))
-        for number, story in enumerate(stories):
+    def pipeline(self, client: Client, messages: list[TrackedMessage]) -> None:
+        """Send each envelope together with the content of the message before it."""
+        groups = [self.envelope(message) for message in messages]
+        self.send(client, as_lines(groups[0]))
+        for number, message in enumerate(messages):
             for line in groups[number]:
                 code, text = client.getreply()
                 if code not in (250, 354):
                     raise smtplib.SMTPException(f"{code} {text!r} to {line}")
-            behind = groups[number + 1] if number + 1 < len(stories) else ["NOOP", "QUIT"]
-            if self.submit(client, story, lines_of(behind)).startswith("421"):
+            following = groups[number + 1] if number + 1 < len(messages) else ["NOOP", "QUIT"]
+            if self.submit(client, message, as_lines(following)).startswith("421"):
                 return
-        ends = [client.getreply()[0] for _ in range(2)]
-        if ends != [250, 221]:
-            raise smtplib.SMTPException(f"{ends} to NOOP and QUIT")
+        last = [client.getreply()[0] for _ in range(2)]
+        if last != [250, 221]:
+            raise smtplib.SMTPException(f"{last} to NOOP and QUIT")
 
     def leave(self, client: Client) -> None:
-        """Do all that is right, but leave in between."""
+        """Behave correctly, but disconnect in between."""
         where = self.chance.choice(("connected", "AUTH", "login", "DATA", "content", "end", "end"))
-        story = self.stories[0]
+        message = self.messages[0]
         if where == "AUTH":
             self.send(client, b"EHLO x\r\nAUTH PLAIN " + plain(USER, self.password)
                       + self.chance.choice((b"", b"\r\n")))
         if where in ("connected", "AUTH") or not self.log_in(client):
             self.disappear(client)
             return
-        lines = self.envelope(story)
-        self.send(client, lines_of(lines[:1 if where == "login" else len(lines)]))
+        lines = self.envelope(message)
+        self.send(client, as_lines(lines[:1 if where == "login" else len(lines)]))
         if where in ("content", "end"):
             for _ in lines:
                 client.getreply()
-            content = stuffed(story.message)
+            content = stuffed(message.content)
             cut = self.chance.randrange(len(content) + 1) if where == "content" else len(content)
             self.send(client, content[:cut])
         if where == "end":
-            story.began.append(time.monotonic())
-            story.unheard += 1
+            message.began.append(time.monotonic())
+            message.unanswered += 1
             self.send(client, b".\r\n")
         self.disappear(client)
         if where == "end" and self.chance.random() < 0.5:
-            self.come_again(story)
+            self.send_again(message)
 
-    def come_again(self, story: Story) -> None:
-        """Send a message once more, as its reply was not heard."""
+    def send_again(self, message: TrackedMessage) -> None:
+        """Send a message once more because its reply was not received."""
         with contextlib.closing(Client(self.traffic.port)) as client:
             if self.log_in(client):
-                for line in self.envelope(story):
+                for line in self.envelope(message):
                     self.say(client, line, "250", "354")
-                self.submit(client, story)
+                self.submit(client, message)
 
     def disappear(self, client: Client) -> None:
         if self.chance.random() < 0.5:
@@ -9546,47 +9539,47 @@ class Visitor:
             client.file.close()
         client.sock.close()
 
-    def envelope(self, story: Story) -> list[str]:
-        return [f"MAIL FROM:<{story.sender}>", *(f"RCPT TO:<{one}>" for one in story.recipients),
-                "DATA"]
+    def envelope(self, message: TrackedMessage) -> list[str]:
+        return [f"MAIL FROM:<{message.sender}>",
+                *(f"RCPT TO:<{recipient}>" for recipient in message.recipients), "DATA"]
 
-    def send(self, client: Client, octets: bytes) -> None:
-        cuts = sorted(self.chance.randrange(len(octets) + 1)
+    def send(self, client: Client, data: bytes) -> None:
+        cuts = sorted(self.chance.randrange(len(data) + 1)
                       for _ in range(self.chance.choice((0, 0, 1, 5))))
-        for begin, end in zip([0, *cuts], [*cuts, len(octets)]):
-            client.sock.sendall(octets[begin:end])
+        for begin, end in zip([0, *cuts], [*cuts, len(data)]):
+            client.sock.sendall(data[begin:end])
 
-    def submit(self, client: Client, story: Story, behind: bytes = b"") -> str:
-        """Send the content of a message; returns the reply to it."""
-        self.send(client, stuffed(story.message))
+    def submit(self, client: Client, message: TrackedMessage, following: bytes = b"") -> str:
+        """Send the content of a message and the following commands. Returns its reply."""
+        self.send(client, stuffed(message.content))
         began, reply = time.monotonic(), ""
-        story.began.append(began)
+        message.began.append(began)
         try:
-            self.send(client, b".\r\n" + behind)
+            self.send(client, b".\r\n" + following)
             code, text = client.getreply()
             reply = self.last = f"{code} {text.decode()}"
         finally:
-            story.began.remove(began)
+            message.began.remove(began)
             if reply:
                 match = re.search("[0-9a-f]{8}-[0-9a-f-]{27}", reply)
-                story.heard.append((reply, match[0] if match else ""))
+                message.replies.append((reply, match[0] if match else ""))
             else:
-                story.began.append(began)
-                story.unheard += 1
+                message.began.append(began)
+                message.unanswered += 1
         self.count(reply)
         return reply
 
 
-def lines_of(commands: Iterable[str]) -> bytes:
-    """Commands as octets."""
-    return "".join(f"{one}\r\n" for one in commands).encode()
+def as_lines(commands: Iterable[str]) -> bytes:
+    """Encode commands as lines."""
+    return "".join(f"{command}\r\n" for command in commands).encode()
 
 
 SECRET_FORMS = (SECRET, base64.b64encode(SECRET.encode())[:12].decode())
 
 
 def wrong_in_log(level: str, line: str) -> str:
-    """Say what may not be in the log, or ""."""
+    """Return the problem with a log line, or ""."""
     words = line.split()
     is_bad = ("Traceback" in line or "broken" in words or "asyncio" in words
               or level == "CRITICAL" or any(form in line for form in SECRET_FORMS)
@@ -9594,75 +9587,76 @@ def wrong_in_log(level: str, line: str) -> str:
     return f"in the log: {line}" if is_bad else ""
 
 
-# A round: some visitors at once, and then nothing may be left.
+# A round: some visitors at the same time. When they have left, all resources must be released.
 
 def descriptors(pid: int | str = "self") -> int:
-    """How many descriptors a process has; 0 where that is not told."""
+    """Return the number of descriptors of a process; 0 on systems without /proc."""
     with contextlib.suppress(OSError):
         return len(os.listdir(f"/proc/{pid}/fd"))
     return 0
 
 
 def what_is_left(running: Running) -> list[str]:
-    """Say what a relay holds; empty: it is idle."""
+    """Return the resources that a relay still holds; none if it is idle."""
     def look() -> list[str]:
         joined = running.relay
         held = {"connections": len(running.server._connections),
-                # This one, the server's, and that of the spool.
-                "tasks": len(asyncio.all_tasks()) - 2 - (joined.queue is not None),
+                # Without this task and those of the server and of the queue.
+                "tasks": len(asyncio.all_tasks()) - 2 - (joined.spool is not None),
                 "memory": joined.config.max_memory_for_messages - joined.memory.free,
                 "slots": sum(one.in_use for one in joined._graph._limiters.values()),
                 "fetches": len(joined._tokens._fetches), "loop errors": len(running.loop_errors)}
         return [f"{number} {name} left" for name, number in held.items() if number]
-    found: list[str] = running.ask(look)
-    return found
+    held: list[str] = running.ask(look)
+    return held
 
 
-def settled(what: Callable[[], list[str]]) -> list[str]:
-    """Wait until nothing is left; returns what is."""
+def settled(check: Callable[[], list[str]]) -> list[str]:
+    """Wait until the list of a check is empty; returns the final list."""
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: not what())
-    return what()
+        wait_for(lambda: not check())
+    return check()
 
 
 def fuzz_round(seed: str, visitors: int = 16, *, uploads: bool = True, timeout: float = 1.5,
-               law: Law | None = None, is_over: Callable[[Running], bool] = lambda running: True,
+               rules: DeliveryRules | None = None,
+               is_over: Callable[[Running], bool] = lambda running: True,
                **settings: str) -> list[str]:
-    """Play a round of traffic; returns what was wrong.
+    """Play a round of traffic; returns the problems.
 
-    It is judged when nothing is left and `is_over` says that no message is on its way.
+    The messages are judged when all resources are released and `is_over` returns True.
     """
     before = descriptors(), calls_under_way()
-    law = law or Law()
-    fake = FaultyMicrosoft(timeout, law)
+    rules = rules or DeliveryRules()
+    fake = FaultyMicrosoft(timeout, rules)
     running = Running(make_config(SMTP_PORT="0", AZURE_AUTHORITY_HOST=fake.url,
                                   GRAPH_ENDPOINT=fake.url, SERVER_NAME="relay.test",
                                   UPSTREAM_TIMEOUT=str(timeout), **settings))
-    traffic = Traffic(seed, fake, running.port, law, uploads=uploads)
+    traffic = Traffic(seed, fake, running.port, rules, uploads=uploads)
     with kept_log() as kept:
         traffic.visit_all(visitors)
         problems = settled(lambda: what_is_left(running) or (
-            [] if is_over(running) else ["messages are on their way"]))
+            [] if is_over(running) else ["messages are still waiting"]))
         try:
             running.stop()
         except AssertionError as error:
             problems.append(f"{error}")
     fake.close()
-    traffic.judge(fake.stories.values())
+    traffic.judge(fake.messages.values())
     problems += traffic.problems + list(filter(None, itertools.starmap(wrong_in_log, kept.lines)))
     if fake.left_drafts > len(kept.find("draft-left")) + fake.unknown_drafts:
         problems.append(f"{fake.left_drafts} drafts are left")
 
     def growth() -> list[str]:
         now = descriptors(), calls_under_way()
-        return [f"{now} descriptors and threads, and {before} before"] if any(
-            more > less for more, less in zip(now, before)) else []
+        return [f"{now} descriptors and threads, but {before} before"] if any(
+            after > first for after, first in zip(now, before)) else []
     return problems + settled(growth)
 
 
 @contextlib.contextmanager
 def patient_for(**pauses: float) -> Iterator[None]:
-    """Let the relay wait for other times than it does."""
+    """Change constants of the relay, mostly its delays and timeouts."""
     with contextlib.ExitStack() as stack:
         for name, value in pauses.items():
             stack.enter_context(unittest.mock.patch.object(relay, name, value))
@@ -9670,18 +9664,18 @@ def patient_for(**pauses: float) -> Iterator[None]:
 
 
 def fuzz_spool(seed: str, timeout: float = 1.5) -> list[str]:
-    """Play a round with a spool, until that is empty."""
+    """Play a round with a queue directory, until that is empty; returns the problems."""
     with patient_for(MIN_BACKOFF=0.05, MAX_BACKOFF=0.3, MAX_SLEEP=0.1, DEFAULT_RETRY_DELAY=0.3), \
             tempfile.TemporaryDirectory() as folder:
         problems = fuzz_round(
-            seed, timeout=timeout, law=Law(at_least_once=True), SPOOL_DIRECTORY=folder,
-            is_over=lambda running: running.ask(lambda: not running.relay.queue._mailboxes))
+            seed, timeout=timeout, rules=DeliveryRules(at_least_once=True), SPOOL_DIRECTORY=folder,
+            is_over=lambda running: running.ask(lambda: not running.relay.spool._mailboxes))
         left = [str(path) for path in pathlib.Path(folder).glob("*/*")]
     return problems + left
 
 
 def figures(pid: int) -> dict[str, int]:
-    """Memory, in kB, descriptors and threads of a process; nothing where none tells."""
+    """Return memory in kB, descriptors and threads of a process; {} on systems without /proc."""
     with contextlib.suppress(OSError):
         status = dict(re.findall(r"(VmRSS|VmHWM|Threads):\s+(\d+)",
                                  pathlib.Path(f"/proc/{pid}/status").read_text()))
@@ -9690,33 +9684,33 @@ def figures(pid: int) -> dict[str, int]:
     return {}
 
 
-# The soak: the relay as a process, for as long as one likes.
+# The soak test: the relay in its own process, for any time.
 
-MOST_GROWTH = {"kB": 49_152, "descriptors": 60, "threads": 8}      # when all is over
+MAX_GROWTH = {"kB": 49_152, "descriptors": 60, "threads": 8}      # from the start to the end
 
 
 class Soak:
-    """Mixed traffic through a relay that is a process of its own."""
+    """Sends mixed traffic through a relay in its own process."""
 
     def __init__(self, process: subprocess.Popen[str], seed: str, fake: FaultyMicrosoft,
-                 port: int, spool: str) -> None:
-        self.process, self.fake, self.spool = process, fake, pathlib.Path(spool)
-        self.traffic = Traffic(seed, fake, port, fake.law)
+                 port: int, folder: str) -> None:
+        self.process, self.fake, self.folder = process, fake, pathlib.Path(folder)
+        self.traffic = Traffic(seed, fake, port, fake.rules)
         self.numbers = itertools.count()
-        self.drafts_told = 0
+        self.drafts_reported = 0
         self.start: dict[str, int] = {}
         self.begun = time.monotonic()
-        self.taken = 0
+        self.delivered = 0              # of forgotten messages
 
     def run(self, seconds: float, workers: int = 8) -> list[str]:
-        """Let visitors come for so long; returns what was wrong."""
+        """Run visitors for so many seconds; returns the problems."""
         reader = threading.Thread(target=self._read_log, daemon=True)
         reader.start()
         end = self.begun + seconds
         threads = [threading.Thread(target=self._work, args=(end,)) for _ in range(workers)]
         for thread in threads:
             thread.start()
-        # What is needed in the first seconds is needed always.
+        # The memory of the first seconds is the baseline.
         pauses = [min(30.0, seconds / 3)] + [60.0] * int(seconds / 60)
         while time.monotonic() < end and not self.traffic.ending.is_set():
             pause = pauses.pop(0) if pauses else 60.0
@@ -9733,7 +9727,7 @@ class Soak:
         if self.process.wait(PATIENCE) != 0:
             problems.append(f"exit status {self.process.returncode}")
         reader.join(PATIENCE)
-        if self.fake.left_drafts > self.drafts_told + self.fake.unknown_drafts:
+        if self.fake.left_drafts > self.drafts_reported + self.fake.unknown_drafts:
             problems.append(f"{self.fake.left_drafts} drafts are left")
         return problems + self.traffic.problems
 
@@ -9745,42 +9739,43 @@ class Soak:
 
     def _read_log(self) -> None:
         for line in self.process.stderr or ():
-            self.drafts_told += " draft-left " in line
+            self.drafts_reported += " draft-left " in line
             problem = wrong_in_log("", line)
             if problem:
                 self.traffic.problems.append(problem)
 
     def left(self) -> list[str]:
-        return [path.read_text(errors="replace")[:2000] for path in self.spool.glob("*/*")]
+        return [path.read_text(errors="replace")[:2000] for path in self.folder.glob("*/*")]
 
     def growth(self) -> list[str]:
-        """Say of what the relay has more than at the start."""
+        """Return the resources of which the relay has more than at the start."""
         now = figures(self.process.pid)
-        return [f"{now[name]} {name}, and {self.start[name]} at the start"
-                for name, most in MOST_GROWTH.items()
-                if now and now[name] > self.start[name] + most]
+        return [f"{now[name]} {name}, but {self.start[name]} at the start"
+                for name, limit in MAX_GROWTH.items()
+                if now and now[name] > self.start[name] + limit]
 
     def report(self, *, last: bool = False) -> None:
-        """Print how it goes; stories that ended long ago are judged and forgotten."""
-        over = [one for one in list(self.fake.stories.values())
-                if last or (one.ended and time.monotonic() - one.ended > 3 * PATIENCE)]
-        self.traffic.judge(over)
-        for story in over:
-            self.taken += len(story.takes)
-            del self.fake.stories[story.marker]
-        taken = self.taken + sum(len(one.takes) for one in list(self.fake.stories.values()))
+        """Print the progress; judge and forget messages that ended long ago."""
+        now = time.monotonic()
+        ended = [message for message in list(self.fake.messages.values())
+                 if last or (message.ended and now - message.ended > 3 * PATIENCE)]
+        self.traffic.judge(ended)
+        for message in ended:
+            self.delivered += len(message.deliveries)
+            del self.fake.messages[message.marker]
+        delivered = self.delivered + sum(
+            len(message.deliveries) for message in list(self.fake.messages.values()))
         replies = dict(sorted(self.traffic.replies.items()))
         failures = {reply: number for reply, number in replies.items() if reply[0] in "45"}
-        now = figures(self.process.pid)
-        print(f"{'end' if last else 'now'} after {time.monotonic() - self.begun:.0f} s: {taken} "
-              f"messages taken, {replies.get('250 2.0.0', 0)} accepted; failures {failures}\n"
-              f"    start {self.start}\n    now   {now}", flush=True)
+        print(f"{'end' if last else 'now'} after {now - self.begun:.0f} s: {delivered} messages "
+              f"delivered, {replies.get('250 2.0.0', 0)} accepted; failures {failures}\n"
+              f"    start {self.start}\n    now   {figures(self.process.pid)}", flush=True)
 
 
 def soak(seconds: float, seed: str, timeout: float = 2.0) -> list[str]:
-    """Run a soak, with a spool where that can be; returns what was wrong."""
+    """Run a soak test, with a queue where file locks exist; returns the problems."""
     folder = tempfile.mkdtemp(dir=FILES.folder)
-    fake = FaultyMicrosoft(timeout, Law(at_least_once=bool(relay.fcntl)))
+    fake = FaultyMicrosoft(timeout, DeliveryRules(at_least_once=bool(relay.fcntl)))
     with contextlib.closing(fake), start_python(
             "-c", KILLED, "0",
             SMTP_PORT="0", AZURE_AUTHORITY_HOST=fake.url, GRAPH_ENDPOINT=fake.url,
@@ -9792,28 +9787,28 @@ def soak(seconds: float, seed: str, timeout: float = 2.0) -> list[str]:
 
 
 def fuzz(seconds: float, seed: str, only: str) -> list[str]:
-    """Fuzz for so long, or only what `only` names; returns what was wrong."""
+    """Fuzz for so many seconds, or only the case that `only` names; returns the problems."""
     end, counts = time.monotonic() + seconds, collections.Counter[str]()
-    # 250 dialogues, a round, 250 dialogues, a round with a spool.
+    # 250 dialogues, a round, 250 dialogues, a round with a queue directory, and so on.
     names = [only] if only else (
         f"{('round', 'spool')[number // 251 % 2]}:{number // 251}" if number % 251 == 250 else
         f"dialogue:{number - number // 251}" for number in itertools.count())
     for name in names:
-        kind, _, number = name.partition(":")
-        problems = (fuzz_round(f"{seed}.{number}") if kind == "round" else
-                    fuzz_spool(f"{seed}.{number}") if kind == "spool" else
+        part, _, number = name.partition(":")
+        problems = (fuzz_round(f"{seed}.{number}") if part == "round" else
+                    fuzz_spool(f"{seed}.{number}") if part == "spool" else
                     list(filter(None, [fuzz_dialogue(f"{seed}.{number}")])))
-        counts[kind] += 1
+        counts[part] += 1
         if problems:
-            return [*problems, f"see it again: fuzz --seed {seed} --only {name}"]
+            return [*problems, f"reproduce with: fuzz --seed {seed} --only {name}"]
         if time.monotonic() > end:
             break
-    print(f"nothing found in {dict(counts)}")
+    print(f"no problems in {dict(counts)}")
     return []
 
 
 def kill(times: int, seed: str) -> list[str]:
-    """Kill the relay so often; returns what was wrong."""
+    """Kill the relay so many times; returns the problems."""
     try:
         print(Kills(seed).run(times))
     except AssertionError as error:
@@ -9822,7 +9817,7 @@ def kill(times: int, seed: str) -> list[str]:
 
 
 def overload() -> list[str]:
-    """Play the overload tests at full size; returns what was wrong."""
+    """Run the overload tests at full size; returns the problems."""
     result = unittest.TestResult()
     with unittest.mock.patch.multiple(OverloadTests, **OverloadTests.FULL):
         unittest.defaultTestLoader.loadTestsFromTestCase(OverloadTests).run(result)
@@ -9830,25 +9825,25 @@ def overload() -> list[str]:
     return [text for _, text in result.failures + result.errors]
 
 
-def play_long(arguments: list[str]) -> int:
-    """Do what the command line says; returns the exit status."""
+def run_long(arguments: list[str]) -> int:
+    """Run fuzz, soak or kill; returns the exit status."""
     parser = argparse.ArgumentParser(prog="test_relay.py")
-    parser.add_argument("what", choices=("fuzz", "soak", "kill"))
+    parser.add_argument("test", choices=("fuzz", "soak", "kill"))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", default=str(random.SystemRandom().randrange(10 ** 9)))
     parser.add_argument("--only", default="",
                         help="fuzz: dialogue:NUMBER, round:NUMBER or spool:NUMBER")
-    parser.add_argument("--times", type=int, default=300, help="kill: how often")
+    parser.add_argument("--times", type=int, default=300, help="kill: number of kills")
     options = parser.parse_args(arguments)
-    print(f"{options.what} --seed {options.seed}", flush=True)
+    print(f"{options.test} --seed {options.seed}", flush=True)
     setUpModule()
     try:
-        problems = (fuzz(options.seconds, options.seed, options.only) if options.what == "fuzz"
-                    else soak(options.seconds, options.seed) if options.what == "soak"
+        problems = (fuzz(options.seconds, options.seed, options.only) if options.test == "fuzz"
+                    else soak(options.seconds, options.seed) if options.test == "soak"
                     else kill(options.times, options.seed))
     finally:
         tearDownModule()
-    if options.what == "soak":
+    if options.test == "soak":
         problems += overload()
     for problem in problems:
         print(f"VIOLATION {problem}")
@@ -9856,21 +9851,21 @@ def play_long(arguments: list[str]) -> int:
 
 
 class Result(unittest.TextTestResult):
-    """A result that takes over those of other processes, where tests are descriptions."""
+    """A result that can include those of other processes, whose tests are descriptions."""
 
     def getDescription(self, test: Any) -> str:
         return test if isinstance(test, str) else super().getDescription(test)
 
 
 def tests_of(suite: Any) -> Iterator[unittest.TestCase]:
-    """Return the tests of a suite and of the suites in it."""
-    for one in suite:
-        yield from tests_of(one) if isinstance(one, unittest.TestSuite) else (one,)
+    """Yield the tests of a suite and of the suites in it."""
+    for test in suite:
+        yield from tests_of(test) if isinstance(test, unittest.TestSuite) else (test,)
 
 
 def run_here(names: list[str], options: dict[str, Any], answer: Any, output: pathlib.Path) -> None:
-    """Run tests in this process, which is for them alone; what is printed goes to a file."""
-    for number in (signal.SIGTERM, signal.SIGINT):      # `with` and `finally` do their work
+    """Run tests in this child process, redirect its output to a file, and send the results."""
+    for number in (signal.SIGTERM, signal.SIGINT):      # so that `with` and `finally` clean up
         signal.signal(number, signal.default_int_handler)
     for descriptor in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -9884,11 +9879,11 @@ def run_here(names: list[str], options: dict[str, Any], answer: Any, output: pat
 
 
 FIRST = (*APART, "LargeMessageTests", "MemoryTests", "RecipientTests", "SpoolTests", "HangTests",
-         "KillTests", "SendTests", "ServeTests", "DeafTests", "DraftTests")
+         "KillTests", "SendTests", "ServeTests", "SlowReaderTests", "DraftTests")
 
 
 class ParallelRunner(unittest.TextTestRunner):
-    """Runs each class of tests in a process of its own, `jobs` at a time."""
+    """Runs each test class in its own process, `jobs` at a time."""
 
     resultclass: Any = Result
     jobs = 1
@@ -9899,16 +9894,16 @@ class ParallelRunner(unittest.TextTestRunner):
         return super().run(spread)
 
     def spread(self, suite: unittest.TestSuite, result: Any) -> None:
-        """Run a process for each class, the longest first."""
+        """Run a process for each class, starting with the longest."""
         units = collections.defaultdict[str, list[str]](list)
         for test in tests_of(suite):
             if type(test).__module__ != __name__:
-                test(result)                    # it fails, as there is no test of that name
+                test(result)                    # fails because there is no test of that name
                 continue
-            kind, method = test.id().split(".")[-2:]
-            units[f"{kind}.{method}" if kind in APART else kind].append(f"{kind}.{method}")
-        waiting = sorted(units, key=lambda name: FIRST.index(kind) if (
-            kind := name.partition(".")[0]) in FIRST else len(FIRST))
+            case, method = test.id().split(".")[-2:]
+            units[f"{case}.{method}" if case in APART else case].append(f"{case}.{method}")
+        waiting = sorted(units, key=lambda name: FIRST.index(case) if (
+            case := name.partition(".")[0]) in FIRST else len(FIRST))
         fork = "fork" in multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         options = {name: getattr(self, name) for name in (
@@ -9942,7 +9937,7 @@ class ParallelRunner(unittest.TextTestRunner):
         except EOFError:
             process.join()
             dots, number, lists = "E", 1, [[], [
-                (output.name, f"These tests died: exit code {process.exitcode}\n")], [], []]
+                (output.name, f"The process ended with exit code {process.exitcode}\n")], [], []]
         printed = output.read_text("utf-8", "replace")
         if failed := lists[0] or lists[1]:
             test, text = failed[-1]
@@ -9950,20 +9945,20 @@ class ParallelRunner(unittest.TextTestRunner):
         self.stream.write(dots)
         self.stream.flush()
         result.testsRun += number
-        for kind, found in zip(LISTS, lists):
-            getattr(result, kind, []).extend(found)
+        for name, entries in zip(LISTS, lists):
+            getattr(result, name, []).extend(entries)
         if failed and self.failfast:
             result.stop()
 
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[None]:
-    """Keep temporary files, and the byte code of the program, in a folder that is removed.
+    """Keep temporary files and the program's byte code in a folder, and remove it.
 
-    A relay that compiled the program would have free memory to take later, unseen.
+    A relay that compiled the program could use the freed memory later, which hides its growth.
     """
     with tempfile.TemporaryDirectory(prefix="relay-tests-") as folder:
-        os.chmod(folder, 0o711)             # for RUN_AS
+        os.chmod(folder, 0o711)             # RUN_AS must be able to enter it
         code = os.path.join(folder, "code")
         with unittest.mock.patch.object(tempfile, "tempdir", folder), \
                 unittest.mock.patch.object(sys, "pycache_prefix", code), \
@@ -9974,19 +9969,19 @@ def private_folder() -> Iterator[None]:
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Run the tests, or fuzz, soak or kill."""
     cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
              else os.cpu_count() or 1)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, epilog=(
-        "Long looks are commands of their own: fuzz, soak and kill; see fuzz --help. "
-        "What else there is comes from unittest:"))
-    # Most tests wait for something: so more processes than cores.
+        "The long tests are the commands fuzz, soak and kill; see fuzz --help. "
+        "All other options are those of unittest:"))
+    # More processes than cores because most tests wait for something.
     parser.add_argument("--jobs", type=int, metavar="N", default=min(max(4, 4 * cores), 16),
-                        help="processes (default: %(default)s); 1: none but this one")
+                        help="processes (default: %(default)s); 1: run in this process")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), private_folder():
         if sys.argv[1:2] in (["fuzz"], ["soak"], ["kill"]):
-            sys.exit(play_long(sys.argv[1:]))
+            sys.exit(run_long(sys.argv[1:]))
         options, rest = parser.parse_known_args()
         if "-h" in rest or "--help" in rest:
             parser.print_help()
