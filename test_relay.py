@@ -439,7 +439,7 @@ BULKY = b"To: a@x.y\r\n\r\n" + b"x" * 2_990_000 + b"\r\n"        # still one req
 TWO_FILES = crlf(multipart("mixed", PLAIN, PDF, SCAN, header=NAMED))
 LOOK_UP_USER = "app1@lookup"        # listed in the table
 # Where the fake can stop responding: the bytes that it sends, and the bytes that it then
-# repeats one at a time, each within any socket timeout. Between has more such cases.
+# repeats one at a time, each within any socket timeout. Class Between adds to these cases.
 STOPS = {
     "half of the request": (b"", b""), "before the headers": (b"", b""),
     "in the status line": (b"HTTP/1.", b""),
@@ -810,8 +810,8 @@ def named_by(message: bytes) -> collections.Counter[str]:
         address.lower() for _, address in email.utils.getaddresses(values, **lenient) if address)
 
 
-def prepared(message: bytes, *recipients: str, sender: str = SENDER, login: str = "",
-             **settings: str) -> bytes:
+def edit(message: bytes, *recipients: str, sender: str = SENDER, login: str = "",
+         **settings: str) -> bytes:
     """Return a message as edited for these recipients."""
     envelope = relay.Envelope(sender, {relay.normalize_mailbox(to): to for to in recipients},
                               bytearray(message))
@@ -823,7 +823,7 @@ def prepared(message: bytes, *recipients: str, sender: str = SENDER, login: str 
 def deliver_to(header: str, *recipients: str, body: str = "\r\nText\r\n", **settings: str) -> str:
     """Return a message as edited for these recipients, without the From that was added."""
     message = (header + body).encode("utf-8", "surrogateescape")
-    outcome = prepared(message, *recipients, **settings)
+    outcome = edit(message, *recipients, **settings)
     return outcome.decode("utf-8", "surrogateescape").replace(f"From: {SENDER}\r\n", "", 1)
 
 
@@ -1488,7 +1488,7 @@ def hashed_passwords() -> Any:
 
 
 def wait_for(condition: Callable[[], Any], patience: float = PATIENCE) -> None:
-    """Wait until a condition is true that no socket reports."""
+    """Poll until the condition is true, for events that no socket reports."""
     delay, end = 0.002, time.monotonic() + patience
     while not condition():
         if time.monotonic() > end:
@@ -1661,7 +1661,7 @@ class SpoolCase(RelayCase):
         setattr(relay, name, value)
 
     def rest_long(self) -> None:
-        """Make the delays that begin from now on endless."""
+        """Make the retry delays that begin from now on too long for a test."""
         self.let("MIN_BACKOFF", 3600.0)
         self.let("MAX_BACKOFF", 3600.0)
 
@@ -1878,7 +1878,7 @@ class Waiting:
 
 
 def login_line(user: str = USER, password: str = "secret") -> bytes:
-    """Return a login as a command line."""
+    """Return the command line of a login."""
     return b"AUTH PLAIN %b\r\n" % plain(user, password)
 
 
@@ -1909,7 +1909,7 @@ def cut_when_done(running: Running, release: threading.Event) -> None:
 
 def stop_at(fake: FakeMicrosoft, client: Client, kind: str, where: str, *,
             password: str = "secret", sender: str = SENDER) -> Waiting:
-    """Let the fake stop at `where`; return the waiting client once the request has come."""
+    """Let the fake stop at `where`; return the waiting client once the request is there."""
     message, status = STOPPED_KINDS[kind]
     if message is not None:
         assert client.log_in(password=password).startswith("235"), kind
@@ -1956,7 +1956,7 @@ class HangCase(RelayCase):
         self.assertEqual(client.post_octets(message, sender, ["a@x.y"])[:9], "250 2.0.0")
 
     def assertTimely(self, waiting: Waiting, wanted: str, least: float = SHORT) -> None:
-        """Check the reply, and that it came not before `least` seconds, and in time.
+        """Check the reply, and that it came in time but not before `least` seconds.
 
         Simulated hangs last longer than PATIENCE, so any time below it is in time.
         """
@@ -2001,33 +2001,33 @@ class Between:
     bytes), "trickle" (they come byte by byte). As a proxy it requires a user and a password.
     """
 
-    def __init__(self, case: unittest.TestCase, way: str, to: int = 0) -> None:
+    def __init__(self, case: unittest.TestCase, mode: str, target: int = 0) -> None:
         self.asked: list[tuple[str, str]] = []      # of the proxy: target and credentials
-        self._way, self._to = way, to
-        self._end = threading.Event()
-        self._held = [socket.create_server(("127.0.0.1", 0), backlog=0 if way == "full" else 100)]
-        self.port = self._held[0].getsockname()[1]
+        self._mode, self._target = mode, target
+        self._closing = threading.Event()
+        self._socks = [socket.create_server(("127.0.0.1", 0), backlog=0 if mode == "full" else 100)]
+        self.port = self._socks[0].getsockname()[1]
         case.addCleanup(self._close)
-        if way == "full":
-            self._held.append(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
-        elif way != "silent":
+        if mode == "full":
+            self._socks.append(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
+        elif mode != "silent":
             threading.Thread(target=self._accept, daemon=True).start()
 
     def _close(self) -> None:
-        self._end.set()
-        for sock in self._held:
+        self._closing.set()
+        for sock in self._socks:
             sock.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                sock, _ = self._held[0].accept()
+                sock, _ = self._socks[0].accept()
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
         with contextlib.suppress(OSError), sock:
-            address = ("127.0.0.1", self._to)
-            if not self._to:
+            address = ("127.0.0.1", self._target)
+            if not self._target:
                 head = b""
                 while b"\r\n\r\n" not in head:
                     head += sock.recv(1)
@@ -2038,7 +2038,7 @@ class Between:
                 if not match:
                     sock.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
                     return
-                slow = b"X-Slow: x\r\n" * 100 * (self._way == "trickle")
+                slow = b"X-Slow: x\r\n" * 100 * (self._mode == "trickle")
                 self._send(sock, b"HTTP/1.1 200 Established\r\n" + slow + b"\r\n", 20)
             with socket.create_connection(address, PATIENCE) as upstream:
                 threading.Thread(target=self._forward, args=(sock, upstream), daemon=True).start()
@@ -2046,9 +2046,9 @@ class Between:
                     self._send(sock, data, 100)
 
     def _send(self, sock: socket.socket, data: bytes, limit: int) -> None:
-        for part in split_octets(data) if self._way == "trickle" else [data]:
-            sock.sendall(part[:limit] if self._way == "half" else part)
-            self._end.wait({"trickle": 0.05, "half": PATIENCE}.get(self._way, 0.0))
+        for part in split_octets(data) if self._mode == "trickle" else [data]:
+            sock.sendall(part[:limit] if self._mode == "half" else part)
+            self._closing.wait({"trickle": 0.05, "half": PATIENCE}.get(self._mode, 0.0))
 
     @staticmethod
     def _forward(source: socket.socket, sink: socket.socket) -> None:
@@ -2190,7 +2190,7 @@ class SettingTests(unittest.TestCase):
             "IDENTITY_HEADER": "hidden", "IDENTITY_ENDPOINT": "http://localhost/?hidden"})))
 
     def test_conflicting_settings_are_reported(self) -> None:
-        """Conflicts are checked if all values are valid; the message names the remedies."""
+        """Conflicts are reported once all values are valid; the message names the remedies."""
         table, key_vault = "https://x.table.core.windows.net/users", {"TLS_SOURCE": "keyvault"}
         local = {"GRAPH_ENDPOINT": "http://127.0.0.1", "AZURE_AUTHORITY_HOST": "http://127.0.0.1",
                  "HTTPS_PROXY": "socks5://x"}
@@ -2353,7 +2353,7 @@ class AccountTests(unittest.TestCase):
              ("example.com", "boss@partner.example"), ["192.168.7.0/24", "fd00:7::/64"],
              "optional", False, "1.0"))
         self.assertNotRegex(repr(scan), "s3cr|scrypt")
-        # The relay holds only a secret of the file. An empty key cancels the value of DEFAULT.
+        # The relay holds a secret only if it is in the file. An empty key cancels that of DEFAULT.
         for account, secret, is_held in ((scan, "s3cr~t._-", True), (direct, "typed", False)):
             self.assertEqual(account.as_application("typed"), relay.Application(
                 TENANT, CLIENT, secret, relay_holds_secret=is_held))
@@ -2684,7 +2684,7 @@ class SessionTests(SessionCase):
         first, second = begin(), begin()
         first.feed(line * 6)
         self.assertEqual(memory.free, 4002)             # the last CRLF may begin the terminator
-        # A SIZE that is too large is refused at once; content, at its end.
+        # Too large a SIZE is refused at MAIL; too much content, at its end.
         third = Dialogue(tls_config(), secure=True, memory=memory)
         replies = third.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<a@b.c> SIZE=4003\r\n"
                              + b"MAIL FROM:<a@b.c> SIZE=4002\r\n")
@@ -2820,7 +2820,7 @@ class RecipientTests(unittest.TestCase):
                 ("no field\nBcc: a@x.y, o@x.y\n", "a@x.y", "Bcc: a@x.y\nno field\n"),
                 ("To: a@x.y\nSubject: s\nno field\n", "a@x.y",
                  "To: a@x.y\nSubject: s\n\nno field\n"),
-                # Fields after which a malformed first line still belongs to a header.
+                # Field names that show that a malformed first line belongs to a header.
                 *((f"oops\n{name}: x\n", "a@x.y", f"Bcc: a@x.y\n{more}oops\n{name}: x\n")
                   for more, names in (
                       ("", "Subject DATE Sender Message-ID Received Return-Path MIME-Version "
@@ -2840,7 +2840,7 @@ class RecipientTests(unittest.TestCase):
                 self.assertEqual(outcome.replace("\r\n", "\n"), wanted + "\nText\n")
 
     def test_random_headers_name_only_envelope_recipients(self) -> None:
-        """Every parser finds the envelope, only, in To, Cc and Bcc; the rest stays."""
+        """Every parser finds exactly the envelope in To, Cc and Bcc; the rest stays."""
         people = ["a@x.y", "b@x.y", "\"q r\"@x.y", "A@X.Y", "o@x.y", "p@x.y"]
         forms = ["{}", "{}", "<{}>", "Ann <{}>", "\"N, m\" <{}>", "{} (c)", "{} <{}>",
                  "Ann\r\n <{}>", "N. M. < {} > (x y)", "=?utf-8?Q?o=40x=2Ey=2C?= <{}>",
@@ -2864,20 +2864,20 @@ class RecipientTests(unittest.TestCase):
             policy = chance.choice(["keep", "rewrite"])
             with self.subTest(number, header=header, envelope=envelope, policy=policy):
                 sent = header.encode("utf-8", "surrogateescape") + b"\r\nTo: o@x.y\r\n"
-                went = prepared(sent, *envelope, FROM_MISMATCH=policy)
-                self.assertTrue(went.endswith(b"\r\n\r\nTo: o@x.y\r\n"))
+                arrived = edit(sent, *envelope, FROM_MISMATCH=policy)
+                self.assertTrue(arrived.endswith(b"\r\n\r\nTo: o@x.y\r\n"))
                 wanted = {relay.normalize_mailbox(address) for address in envelope}
-                result = relay.split_header(went)
+                result = relay.split_header(arrived)
                 self.assertEqual({address.key for field in result.find(*edited)
                                   for address in relay._parse_addresses(field).addresses}, wanted)
                 self.assertTrue(result.find(b"from"))
                 for field in relay.split_header(sent).fields:
                     if field.name not in (*edited, b"from"):
-                        self.assertIn(field.raw, went)
+                        self.assertIn(field.raw, arrived)
                 # Two other parsers, which stop at malformed lines.
-                self.assertEqual(set(map(relay.normalize_mailbox, named_by(went))), wanted)
+                self.assertEqual(set(map(relay.normalize_mailbox, named_by(arrived))), wanted)
                 with contextlib.suppress(AttributeError, TypeError):    # bugs of Python's parser
-                    parsed = email.message_from_bytes(went, policy=email.policy.default)
+                    parsed = email.message_from_bytes(arrived, policy=email.policy.default)
                     self.assertEqual({relay.normalize_mailbox(address.addr_spec)
                                       for name in ("to", "cc", "bcc")
                                       for value in parsed.get_all(name, [])
@@ -2907,7 +2907,7 @@ class RecipientTests(unittest.TestCase):
                          f"Bcc: u1@x.y\r\nX-Original-To: {many}\r\n\r\nText\r\n")
         # In From such a list stays, but is not evaluated.
         header = f"From: {', '.join([SENDER] * 14_000)}\r\nTo: a@x.y\r\n\r\n".encode()
-        self.assertEqual(prepared(header, "a@x.y"), header)
+        self.assertEqual(edit(header, "a@x.y"), header)
 
 
 class CorpusTests(unittest.TestCase):
@@ -3025,7 +3025,7 @@ class DraftTests(unittest.TestCase):
                 # An image that the text does not reference is not inline, which would hide it.
                 (multipart("mixed", PLAIN, IMAGE),
                  ("Text", "Hello", "ATT00001.png image/png b'\\x89PNG' ")),
-                # Apple Case: text, file, text. All of it arrives.
+                # Apple Mail: text, file, text. All of it arrives.
                 (multipart("alternative", PLAIN, multipart("mixed", HTML, PDF, HTML)),
                  ("HTML", html, pdf, f"ATT00002.html text/html {crlf(html + chr(10))!r} ")),
                 (multipart("mixed", PLAIN, HTML),
@@ -3067,7 +3067,7 @@ class DraftTests(unittest.TestCase):
                 (b"--b c\n\none\n--b c\n\ntwo\n--b c--\n", [b"one", b"two"]),
                 (b"preamble\n--b c\n\none\n--b c--\nepilogue\n--b c\n\nno\n", [b"one"]),
                 (b"--b c \t\n\none\n--b c--  \n", [b"one"]),
-                # It must be alone on its line.
+                # A delimiter must be alone on its line.
                 (b"--b c\n\none --b c\n --b c\n--b cd\n--b c-\n--b c--\n",
                  [b"one --b c\r\n --b c\r\n--b cd\r\n--b c-"]),
                 # The last delimiter is missing.
@@ -3110,7 +3110,7 @@ class DraftTests(unittest.TestCase):
                 ("x=y\nContent-Type: x/y; name=\"=?iso-8859-1?Q?=FC=2Epdf?=\"", "\u00fc.pdf"),
                 ("filename*=utf-8''a%0d%0ab%00.pdf", "a__b_.pdf"),
                 ("x=y", "ATT00001.txt"), ("filename*=no-such-charset''%ff", "\u00ff"),
-                # For nonsense any name is right.
+                # Malformed parameters: any name is right.
                 *((nonsense, None) for nonsense in (
                     "filename*=utf-7''+2AA-.pdf", "x\nContent-Type: x/y; name*=utf-8''x; name*0=y",
                     "filename*" + "9" * 4000 + "*=x", "filename*=a%00b''%ff",
@@ -3259,7 +3259,7 @@ class DraftTests(unittest.TestCase):
         for count, wanted in ((500, "x" * 500), (501, ("=?utf-8?q?x?= " * 501).strip())):
             draft = draft_of(b"Subject: " + b"=?utf-8?q?x?= " * count + b"\n\n")
             self.assertEqual(json.loads(draft.content)["subject"], wanted)
-        draft_of(b"Subject: =?utf-7?q?+2AA-?=\n\n")      # a surrogate
+        draft_of(b"Subject: =?utf-7?q?+2AA-?=\n\n")      # decodes to a surrogate
 
     def test_body_text_is_decoded_from_its_charset(self) -> None:
         for head, text, wanted in (
@@ -3410,7 +3410,7 @@ class DraftTests(unittest.TestCase):
 
 @unittest.skipUnless(pathlib.Path("/proc/self/status").exists(), "needs /proc")
 class MemoryTests(unittest.TestCase):
-    """A large message takes at most 2.5 times its size of memory, and then frees it."""
+    """A large message takes memory of at most 2.5 times its size, and frees it again."""
 
     def test_messages_of_25_and_35_mb_stay_within_the_memory_limit(self) -> None:
         fake = FakeMicrosoft()
