@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Tests of smtp_oauth_relay.py:  python3 test_relay.py
 
-They need nothing but Python. The protocol is tested with bytes, whole and in pieces;
-everything else through real sockets, with smtplib on the one side and FakeMicrosoft, which
-plays Entra ID and Graph, on the other.
+They need only Python. The protocol is tested with bytes, received whole and in pieces.
+Everything else is tested through real sockets, with smtplib as the client and with
+FakeMicrosoft, which simulates Entra ID and Graph.
 
 Helpers come first, then the tests in the order of the program's sections:
 
@@ -23,7 +23,7 @@ Helpers come first, then the tests in the order of the program's sections:
     §18 to §20  DemoTests ExplainTests CommandLineTests AccountCommandTests
     the whole   FuzzTests
 
-The long looks (fuzz, soak, kill) and the code that runs the tests come last.
+The long-running tests (fuzz, soak, kill) and the code that runs the tests come last.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ import smtp_oauth_relay as relay
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE / "smtp_oauth_relay.py"
-PATIENCE = 20.0         # seconds until a test that waits for something has failed
-HANGING = 6 * PATIENCE  # seconds that something hangs, if nobody ends it before
-# For tests in which Microsoft answers in time: so it must be on a machine that stands still
-# for seconds. It is below PATIENCE, so that a test hears of what hangs all the same.
+PATIENCE = 20.0         # seconds until a test that waits for an event fails
+HANGING = 6 * PATIENCE  # seconds that a simulated hang lasts, unless the test ends it
+# For tests in which Microsoft responds in time, even on a machine that stalls for seconds.
+# The value is below PATIENCE so that a test still gets the reply to a request that hangs.
 UNHURRIED = {"UPSTREAM_TIMEOUT": "15"}
 
 TENANT = "11111111-1111-4111-8111-111111111111"
@@ -93,7 +93,7 @@ CLIENT = "22222222-2222-4222-8222-222222222222"
 USER = f"{TENANT}@{CLIENT}"
 SENDER = "scanner@example.com"
 
-REAL_COST, relay.SCRYPT_COST = relay.SCRYPT_COST, 2 ** 4    # before the first hash is made
+REAL_COST, relay.SCRYPT_COST = relay.SCRYPT_COST, 2 ** 4    # cheap from the first hash on
 
 PDF = ("Content-Type: application/pdf; name=scan.pdf\nContent-Transfer-Encoding: base64\n"
        "Content-Disposition: attachment; filename=scan.pdf\n\nJVBERi0x\n")
@@ -104,34 +104,34 @@ NAMED = f"From: Scan <{SENDER}>\nTo: a@x.y\n"
 
 
 def crlf(text: bytes | str) -> bytes:
-    """A message in the source of this file, with the line ends that SMTP has."""
-    octets = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
-    return octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    """Return a message written in this file with the line ends of SMTP, CRLF."""
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    return data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
 
 
 def multipart(subtype: str, *parts: str, header: str = "") -> str:
-    """A part with parts; the boundary depends on them."""
-    mark = f"b{len(''.join(parts))}"
-    return (f"{header}Content-Type: multipart/{subtype}; boundary=\"{mark}\"\n\n"
-            + "".join(f"--{mark}\n{part}\n" for part in parts) + f"--{mark}--\n")
+    """Return a multipart; its boundary depends on the length of the parts."""
+    boundary = f"b{len(''.join(parts))}"
+    return (f"{header}Content-Type: multipart/{subtype}; boundary=\"{boundary}\"\n\n"
+            + "".join(f"--{boundary}\n{part}\n" for part in parts) + f"--{boundary}--\n")
 
 
-class Mail(NamedTuple):
-    """A message of the corpus: as a client sends it, and as Graph gets it."""
+class Case(NamedTuple):
+    """A message of the corpus: as a client sends it, and as Graph receives it."""
 
     name: str
     sent: bytes | str
-    wanted: bytes | str     # "" is: as it was sent; "550 5.7.1" and the like a refusal
+    wanted: bytes | str     # "": unchanged; "550 5.7.1" and the like: the refusal
     to: str = "a@x.y"
     sender: str = SENDER
-    mailbox: str = SENDER       # that sends
+    mailbox: str = SENDER       # the sending mailbox
 
 
-# By settings. Each message goes through a real socket and is compared octet for octet.
-CORPUS: dict[str, tuple[Mail, ...]] = {
+# The key is a setting. Each message passes a real socket and is compared byte for byte.
+CORPUS: dict[str, tuple[Case, ...]] = {
     "": (
-        # What is right stays as it is.
-        *(Mail(name, NAMED.encode() + crlf(rest), "") for name, rest in (
+        # Correct messages stay as they are.
+        *(Case(name, NAMED.encode() + crlf(rest), "") for name, rest in (
             ("folded and odd white space", "Subject:  odd \t x\n  y\nX:\n\nT\n"),
             ("MIME", multipart("mixed", PLAIN, PDF, header="MIME-Version: 1.0\n")),
             ("encrypted", multipart("encrypted", "Content-Type: application/pgp-encrypted\n"
@@ -145,8 +145,8 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
             ("dots", "\n.\n..\n...\n.x\nx.\n"), ("no body", "\n"),
             ("no empty line after the header", "Subject: s\n"),
             ("a body that looks like a header", "\nTo: o@x.y\nBcc: p@x.y\n\nx\n"))),
-        # From: what becomes of it; "" is nothing.
-        *(Mail(f"From {old}", f"From:{old}\nTo: a@x.y\n\nText\n",
+        # The value of From, and the new value; "": it stays as it is.
+        *(Case(f"From {old}", f"From:{old}\nTo: a@x.y\n\nText\n",
                f"From:{new or old}\nTo: a@x.y\n\nText\n")
           for old, new in (
               ("", f" {SENDER}"), (" ", f" {SENDER}"), (f" J\udcf6rg <{SENDER}>", ""),
@@ -154,7 +154,7 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
               (f" {SENDER}\nFrom: {SENDER}", ""), (f" =?utf-8?Q?=C3=BC?= <{SENDER}>", ""),
               (f" \"scan@office\" <{SENDER}>", ""), (f" [Scan] <{SENDER}>", ""),
               (f" (Scan) {SENDER}", ""), (" =?utf-8?q?x?= @ home", ""),
-              # A name with a bare "@".
+              # Display names with an unquoted "@".
               (f" {SENDER} <{SENDER}>", f" <{SENDER}>"),
               *((f" {old} <{SENDER}>", f" {new} <{SENDER}>") for old, new in (
                   ("scan@office", '"scan@office"'),
@@ -165,44 +165,44 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
                   ("=?utf-8?q?J=C3=BC?= Scan: x@y", '=?utf-8?q?J=C3=BC?= "Scan: x@y"'),
                   ("=?utf-8?q?J=C3=BC?=, x@y\n\tz", '=?utf-8?q?J=C3=BC?= ", x@y z"'),
                   ("[a@b] \"Q\"", '"[a@b] \\"Q\\""'))))),
-        Mail("no From", "To: a@x.y\nSubject: \udcff\n\n", FROM + "To: a@x.y\nSubject: \udcff\n\n"),
-        Mail("nobody at all", "From: Me <me@x.y>\nTo: a@x.y\n\n", "", sender="",
+        Case("no From", "To: a@x.y\nSubject: \udcff\n\n", FROM + "To: a@x.y\nSubject: \udcff\n\n"),
+        Case("null reverse-path", "From: Me <me@x.y>\nTo: a@x.y\n\n", "", sender="",
              mailbox="me@x.y"),
-        Mail("nobody at all, not even in From", "To: a@x.y\n\n", "550 5.1.7", sender=""),
-        # No header: an empty line comes before what is text.
-        *(Mail(f"text {text[:20]!r}", text, FROM.encode() + crlf("Bcc: a@x.y\n" + "\n" * more)
+        Case("null reverse-path and no From", "To: a@x.y\n\n", "550 5.1.7", sender=""),
+        # Without a header an empty line precedes the text.
+        *(Case(f"text {text[:20]!r}", text, FROM.encode() + crlf("Bcc: a@x.y\n" + "\n" * more)
                + crlf(text))
           for more, text in (
               (1, ""), (0, "\n"), (0, "\nHello\n"), (0, "Subject: s\n"), (1, "H\n\nTo: o@x.y\n"),
               (1, "\udcfc\0\n.\n"), (1, "From today on we are closed.\n"),
               (1, "UPS on battery\nTime: 12:00\nLoad: 40 %\n"), (1, "Hello\n" * 300_000),
               (1, "Alarm: zone 3\nTime: 12:00\n"), (1, "  Alarm\nTime: 12:00\n"))),
-        *(Mail("text right after the header", NAMED + text, f"{NAMED}\n{text}")
+        *(Case("text right after the header", NAMED + text, f"{NAMED}\n{text}")
           for text in ("Hello\n\nText\n", "Hello\nhttp://a/b\nBye\n", "HTTPS://a/b\n",
                        "ftp://a/b\n")),
-        Mail("a header that is absurd", NAMED + "X-A: b\n" * 200_000 + "\nText\n", "552 5.3.4"),
-        *(Mail("an mbox line", f"From {rest}\n{NAMED}\nText\n", NAMED + "\nText\n") for rest in (
+        Case("a header that is too large", NAMED + "X-A: b\n" * 200_000 + "\nText\n", "552 5.3.4"),
+        *(Case("an mbox line", f"From {rest}\n{NAMED}\nText\n", NAMED + "\nText\n") for rest in (
             "scan@x.y Thu Nov 24 18:22:48 2026", "scan at x.y  Thu Nov 24 2026", "MAILER-DAEMON")),
-        # Recipients, as Graph finds them.
-        Mail("several", NAMED.replace("a@x.y", "A\n\t<a@x.y>; G <o@x.y>") + "Cc: T: b@x.y;\n\n",
+        # Recipients, as Graph reads them.
+        Case("several", NAMED.replace("a@x.y", "A\n\t<a@x.y>; G <o@x.y>") + "Cc: T: b@x.y;\n\n",
              f"Bcc: \u00fc@x.y\n{NAMED}".replace("a@x.y", "A\n\t<a@x.y>")
              + "X-Original-To: G <o@x.y>\nCc: T: b@x.y;\n\n", "a@x.y b@x.y \u00fc@x.y"),
-        Mail("two Bcc", NAMED + "Bcc: b@x.y\nBCC: c@x.y\n\n",
+        Case("two Bcc", NAMED + "Bcc: b@x.y\nBCC: c@x.y\n\n",
              "Bcc: b@x.y,\n c@x.y,\n d@x.y\n" + NAMED + "\n", "a@x.y b@x.y c@x.y d@x.y"),
     ),
     "SENDER_FROM=header": (
-        Mail("a comma in the name", "From: Doe, John <Me@x.y>\nTo: a@x.y\n\n", "",
+        Case("a comma in the name", "From: Doe, John <Me@x.y>\nTo: a@x.y\n\n", "",
              mailbox="Me@x.y"),
-        Mail("a mailbox that is no text", "From: \"m\udcfc\"@x.y\nTo: a@x.y\n\n", ""),
-        Mail("From sends", "From: Me <Me@x.y>, n@x.y\nTo: a@x.y\n\n", "",
+        Case("a mailbox that is not UTF-8", "From: \"m\udcfc\"@x.y\nTo: a@x.y\n\n", ""),
+        Case("From names the mailbox", "From: Me <Me@x.y>, n@x.y\nTo: a@x.y\n\n", "",
              mailbox="Me@x.y"),
-        Mail("no From", "To: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
-        Mail("a From that nobody can read", "From: Scanner\nTo: a@x.y\n\n", ""),
-        Mail("neither", "Subject: s\n\n", "550 5.1.7", sender=""),
+        Case("no From", "To: a@x.y\n\n", FROM + "To: a@x.y\n\n"),
+        Case("a From without an address", "From: Scanner\nTo: a@x.y\n\n", ""),
+        Case("no From and no reverse-path", "Subject: s\n\n", "550 5.1.7", sender=""),
     ),
     "FROM_MISMATCH=rewrite": (
-        Mail("agrees", NAMED + "\n", ""),
-        *(Mail(f"rewrite {old}", f"From: {old}\nTo: a@x.y\n\n",
+        Case("matching", NAMED + "\n", ""),
+        *(Case(f"rewrite {old}", f"From: {old}\nTo: a@x.y\n\n",
                f"From: {new}\nReply-To: o@real.com\nTo: a@x.y\n\n")
           for old, new in (
               ('"Scan, 2" <o@real.com>', f'"Scan, 2" <{SENDER}>'), ("o@real.com", SENDER),
@@ -210,23 +210,23 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
               ("J\udcf6rg\n (x)\n <o@real.com>", f'"J\udcf6rg (x)" <{SENDER}>'),
               ("scan@office <o@real.com>", f'"scan@office" <{SENDER}>'),
               ("o@real.com (Scan)", f"{SENDER} (Scan)"))),
-        Mail("a Reply-To stays", "From: S <o@real.com>\nReply-To: r@x.y\nTo: a@x.y\n\n",
+        Case("an existing Reply-To stays", "From: S <o@real.com>\nReply-To: r@x.y\nTo: a@x.y\n\n",
              f"From: S <{SENDER}>\nReply-To: r@x.y\nTo: a@x.y\n\n"),
-        *(Mail(f"no answer to {old}", f"From: S <{old}>\nTo: a@x.y\n\n",
+        *(Case(f"no Reply-To for {old}", f"From: S <{old}>\nTo: a@x.y\n\n",
                f"From: S <{SENDER}>\nTo: a@x.y\n\n")
           for old in ("scan@printer.local", "scan@printer", "scan@[192.168.1.7]", "root@localhost",
                       "scan@x.lan", "scan@192.168.1.7", "scan@PRINTER.LOCAL", USER,
                       *(f"scan@x.{top}" for top in ("arpa", "corp", "example", "home", "internal",
                                                     "invalid", "localhost", "test")))),
-        Mail("no answer but to itself", f"From: A <{SENDER}>, B <scan@printer>\nTo: a@x.y\n\n",
+        Case("no Reply-To but the sender", f"From: A <{SENDER}>, B <scan@printer>\nTo: a@x.y\n\n",
              f"From: A <{SENDER}>\nX-Original-From: A <{SENDER}>, B <scan@printer>\n"
              "To: a@x.y\n\n"),
-        Mail("several", f"From: A <o@real.com>, B <{SENDER}>\nFrom: p@real.com\nTo: a@x.y\n\n",
+        Case("several", f"From: A <o@real.com>, B <{SENDER}>\nFrom: p@real.com\nTo: a@x.y\n\n",
              f"From: A <{SENDER}>\nReply-To: o@real.com,\n {SENDER},\n p@real.com\n"
              "X-Original-From: A "
              f"<o@real.com>, B <{SENDER}>\nX-Original-From: p@real.com\nTo: a@x.y\n\n"),
-        # What is no address list may still have a name, and an address.
-        *(Mail(f"loose: {old}", f"From: {old}\nTo: a@x.y\n\n",
+        # A value that is not an address list may still contain a name and an address.
+        *(Case(f"not an address list: {old}", f"From: {old}\nTo: a@x.y\n\n",
                f"From: {new}<{SENDER}>\n{more}To: a@x.y\n\n")
           for old, new, more in (
               ("Scanner", '"Scanner" ', "X-Original-From: Scanner\n"),
@@ -253,21 +253,21 @@ CORPUS: dict[str, tuple[Mail, ...]] = {
                "X-Original-From: \"m\udcfcller\"@real.com\n"))),
     ),
     "HEADER_RECIPIENTS=keep": (
-        Mail("agrees", NAMED + "\n", ""),
-        Mail("others, who stay", FROM + "To: o@x.y; p@x.y\nCc: a@x.y\nBcc: q@x.y\n\n", ""),
-        Mail("others, and hidden ones", FROM + "To: o@x.y\nBcc: Q <q@x.y>, a@x.y\nBcc: (\n\n",
+        Case("matching", NAMED + "\n", ""),
+        Case("others, kept", FROM + "To: o@x.y; p@x.y\nCc: a@x.y\nBcc: q@x.y\n\n", ""),
+        Case("others, also in Bcc", FROM + "To: o@x.y\nBcc: Q <q@x.y>, a@x.y\nBcc: (\n\n",
              "Bcc: Q <q@x.y>,\n a@x.y,\n b@x.y\n" + FROM + "To: o@x.y\nBcc: (\n\n",
              "a@x.y b@x.y"),
-        Mail("others, whom not everybody parts", FROM + "To: o@x.y; a@x.y\n\n",
+        Case("others, after a semicolon", FROM + "To: o@x.y; a@x.y\n\n",
              "Bcc: a@x.y\n" + FROM + "To: o@x.y; a@x.y\n\n"),
     ),
 }
 
 
-def pem(kind: str, text: str) -> str:
-    """Return base64 as PEM, whose lines have 64 characters."""
+def pem(label: str, text: str) -> str:
+    """Return base64 text as PEM with lines of 64 characters."""
     lines = re.findall(".{1,64}", text.replace("\n", ""))
-    return "\n".join([f"-----BEGIN {kind}-----", *lines, f"-----END {kind}-----", ""])
+    return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""])
 
 
 VAULT_PEM = pem("PRIVATE KEY", """\
@@ -293,7 +293,7 @@ AiB3eB6YpAnW76zX6QGon/Jg8mZ4tluac46Mq5AVWjg1agIgELlNOmmtqsIWejMK53rP8aLwOyLb+HfE
 FILES: Files
 
 PASSWORD = "ten-lettrs"                                 # of a device
-HASH = relay.hash_password(PASSWORD, b"sixteen octets..")
+HASH = relay.hash_password(PASSWORD, b"sixteen bytes...")
 APPLICATION = f"tenant_id = {TENANT}\nclient_id = {CLIENT}\n"
 
 EXAMPLE = f"""\
@@ -322,7 +322,7 @@ SHORT_CLIENT = base64.urlsafe_b64encode(bytes.fromhex(CLIENT.replace("-", ""))).
 
 
 def plain(user: str = USER, password: str = "secret", authorize: str = "") -> bytes:
-    """The one answer of AUTH PLAIN."""
+    """Return the client's base64 response of AUTH PLAIN, RFC 4616."""
     return base64.b64encode(f"{authorize}\0{user}\0{password}".encode())
 
 
@@ -336,16 +336,16 @@ IMAGE = ("Content-Type: image/png\nContent-ID: <Logo@x.y>\nContent-Transfer-Enco
 
 
 class Request(NamedTuple):
-    """What was asked of the fake."""
+    """A request that the fake received."""
 
-    kind: str               # a name of KINDS, or "other"
+    kind: str               # a key of KINDS, or "other"
     path: str
     headers: dict[str, str]
     body: bytes
-    connection: int         # number of the connection that it came on
+    connection: int         # number of its connection
 
     def part(self, number: int) -> str:
-        """Return a part of the path: 3 is a mailbox, 5 a draft."""
+        """Return a segment of the path: 3 is the mailbox, 5 the draft."""
         return urllib.parse.unquote(self.path.split("/")[number])
 
     @property
@@ -353,7 +353,7 @@ class Request(NamedTuple):
         return dict(urllib.parse.parse_qsl(self.body.decode()))
 
 
-# An action answers a request on a socket; it returns whether the connection goes on.
+# An action responds to a request on a socket. It returns whether the connection stays open.
 Action = Callable[[socket.socket, Request], bool]
 
 ACCOUNTS = f"""\
@@ -393,24 +393,24 @@ ODD_NAMES = ("o'brien", "a.b", "100%", "%27", "\u00dcn\u00efc\u00f6de \u2603", "
              "' or 'a' eq 'a'", "x)", "a,RowKey='b", "&$top=5", "+", "x" * 512)
 
 
-def scan(size: int, kind: str = "application/pdf", name: str = "scan.pdf") -> tuple[str, bytes]:
-    """A part with a file of so many octets, and the file."""
-    octets = random.Random(size).getrandbits(8 * size).to_bytes(size, "little") if size else b""
-    return (f"Content-Type: {kind}; name={name}\nContent-Disposition: attachment; "
+def scan(size: int, mime: str = "application/pdf", name: str = "scan.pdf") -> tuple[str, bytes]:
+    """Return a part with an attachment of `size` bytes, and these bytes."""
+    data = random.Random(size).getrandbits(8 * size).to_bytes(size, "little") if size else b""
+    return (f"Content-Type: {mime}; name={name}\nContent-Disposition: attachment; "
             f"filename={name}\nContent-Transfer-Encoding: base64\n\n"
-            + base64.encodebytes(octets).decode()), octets
+            + base64.encodebytes(data).decode()), data
 
 
-SCAN, SCAN_OCTETS = scan(3_200_000)     # two pieces
+SCAN, SCAN_OCTETS = scan(3_200_000)     # two chunks
 LARGE = crlf(multipart("mixed", PLAIN, SCAN, header=NAMED + "Subject: s\n"))
 
-# The program, with short pauses; at the Nth thing that it does to the disk it kills itself,
-# before or after.
+# The program with short delays. It kills itself at the Nth of the points before and after
+# each change that it makes to the disk.
 KILLED = """
 import os, pathlib, signal, sys
 import smtp_oauth_relay as relay
 relay.MIN_BACKOFF, relay.MAX_BACKOFF, relay.MAX_SLEEP = 0.02, 0.1, 0.1
-relay.LEAST_PAUSE, relay.THROTTLED_PAUSE = 0.1, 0.3
+relay.MIN_RETRY_DELAY, relay.DEFAULT_RETRY_DELAY = 0.1, 0.3
 left = int(sys.argv[1])
 
 def count(call):
@@ -433,13 +433,13 @@ if left:
 sys.exit(relay.main([]))
 """
 
-SHORT = 2.0             # seconds of UPSTREAM_TIMEOUT where the end of a wait is looked at
+SHORT = 2.0             # seconds of UPSTREAM_TIMEOUT where a test waits for its end
 SIMPLE = b"To: a@x.y\r\nSubject: s\r\n\r\nText\r\n"
-BULKY = b"To: a@x.y\r\n\r\n" + b"x" * 2_990_000 + b"\r\n"        # and yet one request
+BULKY = b"To: a@x.y\r\n\r\n" + b"x" * 2_990_000 + b"\r\n"        # still one request
 TWO_FILES = crlf(multipart("mixed", PLAIN, PDF, SCAN, header=NAMED))
-LOOK_UP_USER = "app1@lookup"        # one that is in the table
-# Where a stand-in can stop, but for what Between does: what it says, and what it repeats then,
-# an octet at a time, each within any time-out of a socket.
+LOOK_UP_USER = "app1@lookup"        # listed in the table
+# Where the fake can stop responding: the bytes that it sends, and the bytes that it then
+# repeats one at a time, each within any socket timeout. Class Between adds to these cases.
 STOPS = {
     "half of the request": (b"", b""), "before the headers": (b"", b""),
     "in the status line": (b"HTTP/1.", b""),
@@ -453,12 +453,12 @@ STOPS = {
                                  b'{"error": {"code": "ErrorQuotaExceeded"}}', b" "),
     "trickling a chunked body": (
         b"HTTP/1.1 STATUS No\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")}
-STOPPED_KINDS = {       # who waits then: a login, or a message, and what is said at best
+STOPPED_KINDS = {       # the message that waits (None: a login), and the status that is sent
     "token": (None, 200), "imds": (None, 200), "table": (None, 200), "send": (BULKY, 403),
     "draft": (TWO_FILES, 201), "attach": (TWO_FILES, 201), "open": (TWO_FILES, 201),
     "put": (TWO_FILES, 200), "send-draft": (TWO_FILES, 403)}
 
-# What MAIL is answered when it is in order, and to which mailbox; 550 is for the guest only.
+# The reply to MAIL where it is allowed, and the mailbox. Only an anonymous client gets 550.
 MAIL_ARGUMENTS = {
     "FROM:<a@b.c>": (250, "a@b.c"), "from:<a@b.c>": (250, "a@b.c"),
     "FROM: a@b.c": (250, "a@b.c"), "FROM:<>": (250, ""), "FROM:<@r.s:a@b.c>": (250, "a@b.c"),
@@ -468,7 +468,7 @@ MAIL_ARGUMENTS = {
     "TO:<a@b.c>": (501, ""), "FROM:<a@b.c> SIZE=x": (501, ""), "FROM:<a@b.c>SIZE=1": (501, ""),
     "FROM:<a@b.c> SIZE=1 SIZE=1": (501, ""), "FROM:<a@b.c> RET=HDRS": (555, ""),
     "FROM:<a@b.c> SIZE=36700161": (552, "")}
-# The same for RCPT; the last is what two that mean the same have in common.
+# The same for RCPT; the last value is equal for two spellings of one mailbox.
 RCPT_ARGUMENTS = {
     "TO:<d@e.f>": (250, "d@e.f", "d@e.f"), "to: <d@e.f>": (250, "d@e.f", "d@e.f"),
     "TO:<D@E.f>": (250, "D@E.f", "d@e.f"), 'TO:<"d"@e.f>': (250, '"d"@e.f', "d@e.f"),
@@ -485,41 +485,41 @@ MOST_RECIPIENTS = 3
 HALF = b"HTTP/1.1 503 Busy\r\nContent-Length: 100\r\nRetry-After: 0\r\n"
 
 
-def split_octets(octets: bytes) -> list[bytes]:
-    """Single octets, as a slow client sends them."""
-    return [bytes([octet]) for octet in octets]
+def split_octets(data: bytes) -> list[bytes]:
+    """Return the bytes one by one, as a slow client sends them."""
+    return [bytes([byte]) for byte in data]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An action that sends an answer."""
+    """An action that sends a response."""
 
     status: int
-    octets: bytes
+    data: bytes
 
     def __call__(self, sock: socket.socket, request: Request) -> bool:
-        sock.sendall(self.octets)
+        sock.sendall(self.data)
         return True
 
 
 def say(status: int, body: Any = b"", **headers: str) -> Answer:
-    """Answer with a status, a body (JSON unless octets) and headers."""
-    octets = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"HTTP/1.1 {status} Some Reason", f"Content-Length: {len(octets)}",
+    """Respond with a status, a body (JSON unless bytes) and headers."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status} Some Reason", f"Content-Length: {len(data)}",
              "request-id: graph-request-1",
              *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
-    return Answer(status, "\r\n".join([*lines, "", ""]).encode() + octets)
+    return Answer(status, "\r\n".join([*lines, "", ""]).encode() + data)
 
 
 def graph_says(status: int, code: str, **headers: str) -> Answer:
-    """Answer with an error as Graph does."""
+    """Respond with an error in the format of Graph."""
     return say(status, {"error": {"code": code, "message": "Some message."}}, **headers)
 
 
-def utter(octets: bytes, *, reset: bool = False) -> Action:
-    """Send octets as they are, and close."""
+def utter(data: bytes, *, reset: bool = False) -> Action:
+    """Send these bytes as they are, and close."""
     def action(sock: socket.socket, request: Request) -> bool:
-        sock.sendall(octets)
+        sock.sendall(data)
         if reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         return False
@@ -527,25 +527,25 @@ def utter(octets: bytes, *, reset: bool = False) -> Action:
 
 
 def trickle(head: bytes, tail: bytes) -> Action:
-    """Send octets, then one at a time, each within any time-out, for ever."""
+    """Send `head`, then `tail` endlessly, a byte at a time, each within any timeout."""
     def action(sock: socket.socket, request: Request) -> bool:
         sock.sendall(head)
-        pause = threading.Event()
+        timer = threading.Event()
         with contextlib.suppress(OSError):
-            for octet in itertools.cycle(split_octets(tail)):
-                sock.sendall(octet)
-                pause.wait(0.02)
+            for byte in itertools.cycle(split_octets(tail)):
+                sock.sendall(byte)
+                timer.wait(0.02)
         return False
     return action
 
 
 def reset(sock: Any) -> None:
-    """Close without a goodbye: the other side gets a RST."""
+    """Close at once: the other side gets a RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()        # without a close_notify, under TLS
+    sock.close()        # with TLS, without a close_notify
 
 
-ANSWERS: dict[str, Action] = {          # each a failure; "taken" may stand before some
+ANSWERS: dict[str, Action] = {          # failures; some also with the prefix "taken"
     "429": say(429), "429 soon": say(429, Retry_After="0.3"), "429 now": say(429, Retry_After="0"),
     "429 past": say(429, Retry_After="Mon, 01 Jan 2024 00:00:00 GMT"),
     "429 never": say(429, Retry_After="Mon, 01 Jan 2124 00:00:00 GMT"),
@@ -562,30 +562,30 @@ ANSWERS: dict[str, Action] = {          # each a failure; "taken" may stand befo
     "trickled 202": trickle(b"HTTP/1.1 202 Accepted\r\n", b"X-Slow: x\r\n")}
 TAKEN = ("500", "502", "504", "503", "close", "reset", "half status", "half header, reset", "200",
          "garbage", "trickle", "trickle status", "hang", "302", "long 202", "trickled 202")
-# Microsoft takes the message, says 202, and then fails: it counts as taken.
+# Microsoft accepts the message with 202, then fails: the message counts as sent.
 SAID_202 = {name: utter(b"HTTP/1.1 202 Accepted\r\n" + rest) for name, rest in (
     ("202 close", b""), ("202 half", b"Content-Length: 5\r\n\r\nx"), ("202 header", b"Content-Le"))}
 GOOD = ("slow", "expire", "then close", *SAID_202)
-# Those twice, as each is a message that is sent twice if it is tried again.
-SEND_FAULTS = (*ANSWERS, "hang", *GOOD, *(f"taken {one}" for one in TAKEN * 2))
+# TAKEN counts twice because a retry of each of these would send a duplicate.
+SEND_FAULTS = (*ANSWERS, "hang", *GOOD, *(f"taken {name}" for name in TAKEN * 2))
 
-# Faults of the token endpoint; {secret} is what Entra might repeat.
+# Failures of the token endpoint; {secret} is a part of the request that it might repeat.
 TOKEN_ANSWERS = {
     "429": (429, "Too many requests"), "503": (503, "{secret}"), "html": (200, "<html>{secret}"),
     "400": (400, "{{ {secret}"), "500": (500, '{{"error": "server_error"}}'),
     "200": (200, '{{"access_token": 5, "expires_in": "x"}}'),
     "refused": (400, '{{"error": "invalid_request", "error_description": "AADSTS1: {secret}"}}')}
 
-# All passwords begin with a word, so that they are found in the log, in base64 too: behind
-# USER and two NULs it begins at a multiple of three.
+# All passwords begin with this word so that a test can find them in the log. That works in
+# base64 too, because the word begins at a multiple of three bytes, after USER and two NULs.
 SECRET = "hidden-word"
 
-IS_LINUX = sys.platform == "linux"      # where each visitor has an address of its own
+IS_LINUX = sys.platform == "linux"      # there each visitor has its own address
 
-# The longest classes start first. Those in APART are split into their tests.
+# The longest classes start first. Classes in APART are split into their tests.
 APART = ("OverloadTests", "FuzzTests")
 
-LISTS = ("failures", "errors", "skipped", "collectedDurations")      # of a result
+LISTS = ("failures", "errors", "skipped", "collectedDurations")      # of a test result
 
 # ---------------------------------------------------------------------------
 # Helpers
@@ -631,7 +631,7 @@ cZDSPt0fiv+gTf5XedNA1ldayrnrkMHK89PN+jX2Cd0=
 
 
 class Files:
-    """A temporary folder with the certificates."""
+    """A temporary directory with the certificates and keys."""
 
     def __init__(self) -> None:
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="relay-test-"))
@@ -650,8 +650,8 @@ class Files:
 
 
 def free_port() -> int:
-    """Find a port that nobody listens on, and that no client is given meanwhile: systems
-    take those of clients from 32768, or 49152, on.
+    """Return a port on which no process listens, and which the system gives to no client:
+    client ports begin at 32768 or 49152.
     """
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
@@ -660,13 +660,13 @@ def free_port() -> int:
 
 
 def setUpModule() -> None:
-    """Make the files; the log stays silent, tests that read it say so."""
+    """Create the files and silence the log; tests that read it add a handler."""
     global FILES
     FILES = Files()
     relay.log.addHandler(logging.NullHandler())
     relay.log.setLevel("DEBUG")         # so that its formatting is tested too
     relay.log.propagate = False
-    # The waits that are for people and attackers; FailureTests has them as they are.
+    # Shorten the delays that are meant for people and attackers; FailureTests uses the real one.
     relay.FAILURE_DELAY, relay.ACCOUNTS_POLL_INTERVAL = 0.0, 0.05
 
 
@@ -677,55 +677,49 @@ def tearDownModule() -> None:
 
 @functools.lru_cache(None)
 def make_config(**values: str) -> relay.Config:
-    """Settings for tests: no TLS unless said otherwise."""
+    """Return settings for tests, without TLS by default."""
     return relay.Config.from_environ({"TLS_SOURCE": "off", "REQUIRE_TLS": "false",
                                       "LISTEN_ADDRESS": "127.0.0.1", **values})
 
 
 def tls_config(**values: str) -> relay.Config:
-    """Settings for tests, with TLS."""
+    """Return settings for tests, with TLS."""
     return make_config(**{"TLS_SOURCE": "file", "REQUIRE_TLS": "true",
                           "TLS_CERT_FILEPATH": FILES["cert.pem"],
                           "TLS_KEY_FILEPATH": FILES["key.pem"], **values})
 
 
 def parse(text: str, **settings: str) -> list[relay.Account]:
-    """Read accounts that have no faults."""
-    accounts, faults = relay.parse_accounts(text, make_config(**settings))
-    if faults:
-        raise AssertionError(faults)
+    """Parse accounts; an error in them fails the test."""
+    accounts, errors = relay.parse_accounts(text, make_config(**settings))
+    if errors:
+        raise AssertionError(errors)
     return accounts
 
 
-LOGIN_OF_TESTS = relay.Account().as_principal(relay.Config(), username="test")
-
-
-def policy_of(account: relay.Account, config: relay.Config) -> relay.ClientPolicy:
-    """Return a policy under which a client needs no login for an account."""
-    return relay.Accounts().match_address(None, config)._replace(
-        anonymous=account.as_principal(config))
+TEST_PRINCIPAL = relay.Principal(relay.Account(), relay.Application("", ""), "test")
 
 
 def accept(session: relay.Session, event: relay.Event) -> None:
-    """Answer an event with yes."""
+    """Answer an event with success."""
     if isinstance(event, relay.StartTls):
         session.tls_started()
     elif isinstance(event, relay.Authenticate):
-        session.authenticated(LOGIN_OF_TESTS)
+        session.authenticated(TEST_PRINCIPAL)
     elif isinstance(event, relay.Deliver):
         session.delivered("id 1")
 
 
 class Dialogue:
-    """A session that is fed octets; replies and events are kept."""
+    """A session that a test feeds with bytes; it keeps the replies and events."""
 
     def __init__(self, config: relay.Config, *, secure: bool = False,
                  answer: Callable[[relay.Session, relay.Event], None] = accept,
                  **options: Any) -> None:
         self.log: list[tuple[str, object]] = []
-        self.session = relay.Session(
-            config, "relay.test", on_line=lambda mark, line: self.log.append((mark, line)),
-            on_refusal=lambda error: self.log.append(("!", error.reply)), **options)
+        self.session = relay.Session(config, "relay.test",
+                                     lambda mark, item: self.log.append((mark, item)),
+                                     **options)
         if secure:
             self.session.tls_started()
         self.answer = answer
@@ -733,7 +727,7 @@ class Dialogue:
         self.said = b""
 
     def feed(self, *pieces: bytes) -> bytes:
-        """Feed octets; returns what the session says to them."""
+        """Feed the session and return its replies."""
         before = len(self.said)
         for piece in filter(None, pieces):
             self.session.receive(piece)
@@ -741,13 +735,13 @@ class Dialogue:
         return self.said[before:]
 
     def work(self) -> None:
-        """Let the session work until it wants more."""
+        """Run the session until it needs more input."""
         while not self.closed:
             event = self.session.next_event()
             self.said += self.session.output()
             if event is None:
                 return
-            # An envelope is reset later; keep it as it is now.
+            # Copy the envelope because the session resets it later.
             self.events.append(relay.Deliver(dataclasses.replace(event.envelope))
                                if isinstance(event, relay.Deliver) else event)
             self.answer(self.session, event)
@@ -764,19 +758,19 @@ class Dialogue:
 
 
 def codes(replies: bytes) -> list[int]:
-    """The codes of replies; raises ValueError if one is malformed."""
-    found = []
+    """Return the codes of replies. Raises ValueError for a malformed reply."""
+    result = []
     for line in replies.splitlines(keepends=True):
         match = re.fullmatch(rb"([2-5]\d\d)([ -])([ -~]*)\r\n", line)
         if match is None:
             raise ValueError(f"malformed reply {line!r}")
         if match[2] == b" ":
-            found.append(int(match[1]))
-    return found
+            result.append(int(match[1]))
+    return result
 
 
 class SessionCase(unittest.TestCase):
-    """Sessions that are fed whole and an octet at a time, with the same outcome."""
+    """Sessions that get the input whole and byte by byte, with the same outcome."""
 
     def start(self, prelude: bytes = b"", *, secure: bool = False,
               answer: Callable[[relay.Session, relay.Event], None] = accept,
@@ -785,30 +779,30 @@ class SessionCase(unittest.TestCase):
         dialogue.feed(prelude)
         return dialogue
 
-    def converse(self, octets: bytes, prelude: bytes = b"EHLO x\r\n" + LOGIN, *,
+    def converse(self, data: bytes, prelude: bytes = b"EHLO x\r\n" + LOGIN, *,
                  secure: bool = True,
                  answer: Callable[[relay.Session, relay.Event], None] = accept,
                  **settings: str) -> Dialogue:
-        """Feed octets after a prelude, in both ways; `said` is what they are answered."""
+        """Feed data after a prelude, whole and byte by byte; `said` has the replies to it."""
         outcomes = []
-        for pieces in ([octets], split_octets(octets)):
+        for pieces in ([data], split_octets(data)):
             dialogue = self.start(prelude, secure=secure, answer=answer, **settings)
             dialogue.events, dialogue.said = [], b""
             dialogue.feed(*pieces)
             outcomes.append(dialogue)
         whole, slow = outcomes
-        self.assertEqual(whole.said, slow.said, "whole and octet by octet differ")
+        self.assertEqual(whole.said, slow.said, "whole and bytewise input differ")
         self.assertEqual(whole.events, slow.events)
         return whole
 
-    def assertSays(self, octets: bytes, *wanted: int, **options: Any) -> Dialogue:
-        dialogue = self.converse(octets, **options)
+    def assertSays(self, data: bytes, *wanted: int, **options: Any) -> Dialogue:
+        dialogue = self.converse(data, **options)
         self.assertEqual(codes(dialogue.said), list(wanted), dialogue.said)
         return dialogue
 
 
 def named_by(message: bytes) -> collections.Counter[str]:
-    """Whom a message names in To, Cc and Bcc, as the standard library reads them."""
+    """Count the addresses in To, Cc and Bcc, as the standard library reads them."""
     header = email.message_from_bytes(message)
     values = [str(value) for name in ("to", "cc", "bcc") for value in header.get_all(name, [])]
     lenient = {"strict": False} if getattr(email.utils, "supports_strict_parsing", 0) else {}
@@ -816,10 +810,10 @@ def named_by(message: bytes) -> collections.Counter[str]:
         address.lower() for _, address in email.utils.getaddresses(values, **lenient) if address)
 
 
-def prepared(message: bytes, *recipients: str, sender: str = SENDER, login: str = "",
-             **settings: str) -> bytes:
-    """What becomes of a message for these recipients."""
-    envelope = relay.Envelope(sender, {relay.normalize_mailbox(one): one for one in recipients},
+def edit(message: bytes, *recipients: str, sender: str = SENDER, login: str = "",
+         **settings: str) -> bytes:
+    """Return a message as edited for these recipients."""
+    envelope = relay.Envelope(sender, {relay.normalize_mailbox(to): to for to in recipients},
                               bytearray(message))
     outcome = relay.edit_message(
         envelope, relay.Account().as_principal(make_config(**settings), username=login))
@@ -827,14 +821,14 @@ def prepared(message: bytes, *recipients: str, sender: str = SENDER, login: str 
 
 
 def deliver_to(header: str, *recipients: str, body: str = "\r\nText\r\n", **settings: str) -> str:
-    """What becomes of a message for these recipients, but for the From that it lacks."""
+    """Return a message as edited for these recipients, without the From that was added."""
     message = (header + body).encode("utf-8", "surrogateescape")
-    outcome = prepared(message, *recipients, **settings)
+    outcome = edit(message, *recipients, **settings)
     return outcome.decode("utf-8", "surrogateescape").replace(f"From: {SENDER}\r\n", "", 1)
 
 
 def check_time(play: Callable[..., object], size: int, *arguments: Any) -> None:
-    """Check that four times the size takes less than ten times the time: not the square."""
+    """Check that four times the size takes less than ten times the time, not sixteen."""
     times = []
     for length in (size, 4 * size):
         begun = time.process_time()
@@ -844,32 +838,32 @@ def check_time(play: Callable[..., object], size: int, *arguments: Any) -> None:
     assert times[1] < 10 * times[0] + 0.5, times
 
 
-def take_apart(message: bytes, *recipients: str, **settings: str) -> relay.Draft:
-    """Make a draft of a message, however small it is."""
+def draft_of(message: bytes, *recipients: str, **settings: str) -> relay.Draft:
+    """Return a message as a draft, even if it is small."""
     recipients = recipients or ("a@x.y",)
-    envelope = relay.Envelope(SENDER, {relay.normalize_mailbox(one): one for one in recipients},
+    envelope = relay.Envelope(SENDER, {relay.normalize_mailbox(to): to for to in recipients},
                               bytearray(crlf(message)))
     return relay.make_draft(envelope.message,
                             relay.edit_message(envelope, relay.Account().as_principal(
                                 make_config(**settings))))
 
 
-def octets_of(attachment: relay.Attachment) -> bytes:
-    """The decoded octets of an attachment."""
-    octets = b"".join(attachment.part.iter_decoded())
-    assert len(octets) == attachment.size
-    return octets
+def content_of(attachment: relay.Attachment) -> bytes:
+    """Return the decoded bytes of an attachment."""
+    data = b"".join(attachment.part.iter_decoded())
+    assert len(data) == attachment.size
+    return data
 
 
 def response(status: int, body: Any = b"", **headers: str) -> relay.HttpResponse:
-    """An answer; a body that is no octets is sent as JSON."""
-    octets = body if isinstance(body, bytes) else json.dumps(body).encode()
+    """Return an HTTP response; a body other than bytes is encoded as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return relay.HttpResponse(status, {name.replace("_", "-"): value
-                                       for name, value in headers.items()}, octets)
+                                       for name, value in headers.items()}, data)
 
 
 def aadsts(code: int, error: str, text: str = "Something is wrong.") -> dict[str, Any]:
-    """The body of an error of Entra, as its documentation has it."""
+    """Return the body of an Entra error in the documented format."""
     return {"error": error, "error_codes": [code], "timestamp": "2026-01-09 02:02:12Z",
             "error_description": f"AADSTS{code}: {text} Trace ID: 0000aaaa-11bb-cccc-dd22-"
             "eeeeee333333 Correlation ID: aaaa0000-bb11-2222-33cc-444444dddddd Timestamp: "
@@ -879,7 +873,7 @@ def aadsts(code: int, error: str, text: str = "Something is wrong.") -> dict[str
 
 
 class KeptLog(logging.Handler):
-    """Keeps what is logged."""
+    """A log handler that keeps the lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -897,7 +891,7 @@ class KeptLog(logging.Handler):
 
 @contextlib.contextmanager
 def kept_log() -> Iterator[KeptLog]:
-    """Keep the log for a while."""
+    """Keep the lines that are logged in a `with` block."""
     handler = KeptLog()
     relay.log.addHandler(handler)
     try:
@@ -907,11 +901,11 @@ def kept_log() -> Iterator[KeptLog]:
 
 
 @contextlib.contextmanager
-def after(word: str, do: Callable[[], None]) -> Iterator[None]:
-    """Do something in the pass of the loop that follows the one of an event in the log."""
+def after(event: str, action: Callable[[], None]) -> Iterator[None]:
+    """Run an action in the pass of the event loop after the one that logs the event."""
     def emit(record: logging.LogRecord) -> None:
-        if f" {word} " in record.getMessage():
-            asyncio.get_running_loop().call_soon(do)
+        if f" {event} " in record.getMessage():
+            asyncio.get_running_loop().call_soon(action)
     handler = logging.Handler()
     handler.emit = emit                 # type: ignore[method-assign]
     relay.log.addHandler(handler)
@@ -922,16 +916,16 @@ def after(word: str, do: Callable[[], None]) -> Iterator[None]:
 
 
 class Delivered(NamedTuple):
-    """A message that the fake has taken."""
+    """A message that the fake has accepted."""
 
     mailbox: str
     message: bytes
-    recipients: list[str]   # whom Graph would mail: To, Cc and Bcc
+    recipients: list[str]   # those in To, Cc and Bcc
 
 
 @dataclasses.dataclass
 class FakeDraft:
-    """A draft that the fake has, or had."""
+    """A draft in the fake; it may be sent or deleted."""
 
     mailbox: str
     properties: dict[str, Any]
@@ -941,16 +935,16 @@ class FakeDraft:
 
     @property
     def recipients(self) -> list[str]:
-        return sorted(one["emailAddress"]["address"].lower()
+        return sorted(entry["emailAddress"]["address"].lower()
                       for name in ("toRecipients", "ccRecipients", "bccRecipients")
-                      for one in self.properties.get(name, []))
+                      for entry in self.properties.get(name, []))
 
 
 class BeforeBody(functools.partial[bool]):
-    """An action that is done before the body of the request is read."""
+    """An action that runs before the body of the request is read."""
 
 
-KINDS = {                   # what is asked of Entra and Graph, by method and path
+KINDS = {                   # requests to Entra, Azure and Graph, by method and path
     "token": "POST /[^/]+/oauth2/v2.0/token", "send": "POST .*/users/[^/]+/sendMail",
     "draft": "POST .*/users/[^/]+/messages", "attach": "POST .*/messages/[^/]+/attachments",
     "open": "POST .*/messages/[^/]+/attachments/createUploadSession",
@@ -962,14 +956,14 @@ GRAPH = ("send", "draft", "attach", "open", "send-draft", "delete")
 
 
 class FakeMicrosoft:
-    """Plays Entra ID and Graph on a loopback port; what it is to do can be scripted."""
+    """Simulates Entra ID and Graph on a loopback port; its responses can be scripted."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self._context = context
         self._lock = threading.RLock()
         self._script: dict[str, collections.deque[Action]] = collections.defaultdict(
             collections.deque)
-        self._tokens: dict[str, str] = {}       # and what for
+        self._tokens: dict[str, str] = {}       # and their resources
         self._numbers = itertools.count()
         self.entities: dict[str, dict[str, str]] = {}
         self.secret: dict[str, Any] = {}
@@ -978,12 +972,12 @@ class FakeMicrosoft:
         self._busy: collections.Counter[str] = collections.Counter()
         self._sockets: set[socket.socket] = set()
         self.closed: set[int] = set()           # numbers of connections
-        self.release = threading.Event()        # ends what hangs
+        self.release = threading.Event()        # ends the actions that hang
         self.reset()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
         port = self._listener.getsockname()[1]
         self.url = f"https://localhost:{port}" if context else f"http://127.0.0.1:{port}"
-        # Files go to another host, and it has the path and a query that are its own.
+        # Uploads go to another host, with a path and a query of its own.
         self.upload_url = (f"https://127.0.0.1:{port}" if context else
                            f"http://localhost:{port}") + "/upload/{}?authtoken=a%2Fb"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -1005,13 +999,13 @@ class FakeMicrosoft:
         self.drop_connections()
 
     def drop_connections(self, how: int = socket.SHUT_RDWR) -> None:
-        """Close what is open, as front ends do with what is idle."""
+        """Close the open connections, as front ends do with idle connections."""
         for sock in list(self._sockets):
             with contextlib.suppress(OSError):      # its thread may be about to close it
                 sock.shutdown(how)
 
     def will(self, kind: str, *actions: Action) -> None:
-        """Script the next answers to requests for a "token" or to "send"."""
+        """Script the next responses to requests of this kind."""
         self._script[kind].extend(actions)
 
     def asked(self, kind: str) -> list[Request]:
@@ -1019,7 +1013,7 @@ class FakeMicrosoft:
 
     @property
     def drafts(self) -> dict[str, FakeDraft]:
-        return {ident: draft for ident, draft in list(self._drafts.items()) if not draft.deleted}
+        return {key: draft for key, draft in list(self._drafts.items()) if not draft.deleted}
 
     @property
     def sent_drafts(self) -> list[FakeDraft]:
@@ -1027,22 +1021,22 @@ class FakeMicrosoft:
 
     @property
     def deleted(self) -> list[str]:
-        return [ident for ident, draft in list(self._drafts.items()) if draft.deleted]
+        return [key for key, draft in list(self._drafts.items()) if draft.deleted]
 
     # Actions.
 
     def accept(self, sock: socket.socket, request: Request) -> bool:
-        """Do what Microsoft does when all is well."""
+        """Respond as Microsoft does when nothing fails."""
         return self.answer(request)(sock, request)
 
     def hang(self, sock: socket.socket, request: Request) -> bool:
-        """Answer nothing until `release`, then close."""
+        """Send nothing until `release` is set, then close."""
         self.arrived.release()
         self.release.wait(HANGING)
         return False
 
-    def say_and_hang(self, octets: bytes) -> Action:
-        return lambda sock, request: utter(octets)(sock, request) or self.hang(sock, request)
+    def say_and_hang(self, data: bytes) -> Action:
+        return lambda sock, request: utter(data)(sock, request) or self.hang(sock, request)
 
     def hang_then(self, action: Action) -> Action:
         return lambda sock, request: self.hang(sock, request) or action(sock, request)
@@ -1051,7 +1045,7 @@ class FakeMicrosoft:
         self._tokens.pop(request.headers["authorization"].partition(" ")[2], None)
         return graph_says(401, "InvalidAuthenticationToken")(sock, request)
 
-    # One thread for a connection.
+    # Each connection has its own thread.
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -1077,8 +1071,8 @@ class FakeMicrosoft:
             return False
         headers = {name.lower(): value.strip() for name, _, value in (
             header.decode().partition(":") for header in iter(stream.readline, b"\r\n"))}
-        asked, path = line.rpartition(" ")[0], line.split()[1]
-        kind = next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, asked)),
+        target, path = line.rpartition(" ")[0], line.split()[1]
+        kind = next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, target)),
                     "other")
         with self._lock:
             script = self._script[kind]
@@ -1086,28 +1080,28 @@ class FakeMicrosoft:
         body = b"" if isinstance(action, BeforeBody) else stream.read(
             int(headers.get("content-length", 0)))
         request = Request(kind, path, headers, body, number)
-        limited = path.lower() + headers.get("authorization", "")
+        limit_key = path.lower() + headers.get("authorization", "")
         with self._lock:
             self.requests.append(request)
-            self._busy[limited] += 1
+            self._busy[limit_key] += 1
             if kind in ("send", "draft"):
-                self.most_busy = max(self.most_busy, self._busy[limited])
+                self.most_busy = max(self.most_busy, self._busy[limit_key])
         try:
             return action(sock, request)
         finally:
             with self._lock:
-                self._busy[limited] -= 1
+                self._busy[limit_key] -= 1
 
-    # What Microsoft answers. A complaint is about what it may take, but the relay must not do.
+    # Responses. Complaints are about requests that the relay must not send, even if accepted.
 
     def answer(self, request: Request) -> Answer:
         with self._lock:
             refusal = self._refuse(request) if request.kind in GRAPH else None
             return refusal or getattr(self, "_do_" + request.kind.replace("-", "_"))(request)
 
-    def complain_unless(self, is_right: bool, about: str) -> None:
+    def complain_unless(self, is_right: bool, complaint: str) -> None:
         if not is_right:
-            self.complaints.append(about)
+            self.complaints.append(complaint)
 
     def _do_other(self, request: Request) -> Answer:
         return graph_says(404, "ResourceNotFound")
@@ -1131,60 +1125,60 @@ class FakeMicrosoft:
         return token
 
     def _is_for(self, request: Request, *resources: str) -> bool:
-        """Whether a request has a token, and one for what it asks."""
+        """Return whether a request has a token for one of these resources."""
         bearer, _, token = request.headers.get("authorization", "").partition(" ")
         return bearer == "Bearer" and self._tokens.get(token) in resources
 
-    # Managed identities, facts 6.
+    # Managed identities: IMDS and App Service.
 
     def _do_imds(self, request: Request) -> Answer:
         if request.headers.get("metadata") != "true":
             return say(400, {"error": "bad_request_102", "error_description":
                              "Required metadata header not specified"})
-        return self._give_identity(request, "2018-02-01", expires_in="3599")
+        return self._identity_token(request, "2018-02-01", expires_in="3599")
 
     def _do_app_service(self, request: Request) -> Answer:
         if request.headers.get("x-identity-header") != "header":
             return say(401)
-        return self._give_identity(request, "2019-08-01")
+        return self._identity_token(request, "2019-08-01")
 
-    def _give_identity(self, request: Request, version: str, **more: str) -> Answer:
+    def _identity_token(self, request: Request, version: str, **more: str) -> Answer:
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(request.path).query)
         self.complain_unless(
             query["api-version"] == [version] and set(query) <= {
                 "api-version", "resource", "client_id", "x"},
-            f"bad request for an identity {request.path}")
+            f"bad identity request {request.path}")
         resource, = query["resource"]
         return say(200, {"access_token": self.make_token(resource), "resource": resource,
                          "expires_on": str(int(time.time()) + 3599), "token_type": "Bearer",
                          **more})
 
-    # Tables and Key Vault, facts 7 and 8.
+    # Azure Tables and Key Vault.
 
     def _do_table(self, request: Request) -> Answer:
         if "sig=" not in request.path and not self._is_for(request, "https://storage.azure.com"):
             return say(401, b"<?xml?>", x_ms_error_code="InvalidAuthenticationInfo")
-        where, _, text = request.path.partition("?")
+        path, _, query = request.path.partition("?")
         literal = "'((?:[^']|'')*)'"
         match = re.fullmatch(rf"/account/users\(PartitionKey={literal},RowKey={literal}\)",
-                             urllib.parse.unquote(where))
+                             urllib.parse.unquote(path))
         if match:
-            partition, row = (one.replace("''", "'") for one in match.groups())
-            entity = self.entities.get(row) if partition == "user" else None
+            partition, row_key = (text.replace("''", "'") for text in match.groups())
+            entity = self.entities.get(row_key) if partition == "user" else None
             return say(200, entity) if entity is not None else say(
                 404, {"odata.error": {"code": "ResourceNotFound"}},
                 x_ms_error_code="ResourceNotFound")
         term = rf"\w+ eq {literal}"
-        terms = dict(urllib.parse.parse_qsl(text)).get("$filter", "").split(" and ")
-        if where != "/account/users()" or not all(
-                re.fullmatch(rf"\({term}( or {term})*\)", one) for one in terms):
+        groups = dict(urllib.parse.parse_qsl(query)).get("$filter", "").split(" and ")
+        if path != "/account/users()" or not all(
+                re.fullmatch(rf"\({term}( or {term})*\)", group) for group in groups):
             return say(400, {}, x_ms_error_code="InvalidInput")
         wanted = [{(name, value.replace("''", "'")) for name, value in
-                   re.findall(rf"(\w+) eq {literal}", one)} for one in terms]
-        found = [one for one in self.entities.values() if all(
-            any({"PartitionKey": "user", **one}.get(name) == value for name, value in some)
-            for some in wanted)]
-        return say(200, {"value": found[:1]})
+                   re.findall(rf"(\w+) eq {literal}", group)} for group in groups]
+        matches = [row for row in self.entities.values() if all(
+            any({"PartitionKey": "user", **row}.get(name) == value for name, value in group)
+            for group in wanted)]
+        return say(200, {"value": matches[:1]})
 
     def _do_vault(self, request: Request) -> Answer:
         clouds = ("azure.net", "azure.cn", "usgovcloudapi.net")
@@ -1192,18 +1186,18 @@ class FakeMicrosoft:
             return say(401)
         return say(200, self.secret)
 
-    # Graph: messages, and drafts, facts 4.
+    # Graph: messages and drafts.
 
     def _refuse(self, request: Request) -> Answer | None:
-        """Refuse what Graph would; None: all is well."""
+        """Return the error that Graph would send, or None."""
         if not self._is_for(request, self.url):
             return graph_says(401, "InvalidAuthenticationToken")
         if len(request.body) > 4_194_304:
             return say(413)
         wanted = ("text/plain" if request.kind == "send" else
                   "application/json" if request.body else None)
-        found = request.headers.get("content-type")
-        self.complain_unless(found == wanted, f"{request.kind} with {found}")
+        media_type = request.headers.get("content-type")
+        self.complain_unless(media_type == wanted, f"{request.kind} with {media_type}")
         if request.kind not in ("send", "draft") and (
                 request.part(5) not in self._drafts or self._drafts[request.part(5)].deleted):
             return graph_says(404, "ErrorItemNotFound")
@@ -1215,7 +1209,7 @@ class FakeMicrosoft:
         except ValueError:
             return graph_says(400, "ErrorMimeContentInvalidBase64String")
         self.complain_unless(not re.search(rb"(?<!\r)\n|\r(?!\n)", message),
-                             "a lone CR or LF, of which Exchange eats text")
+                             "a bare CR or LF, at which Exchange loses text")
         recipients = sorted(named_by(message))
         if not recipients:
             return graph_says(400, "ErrorInvalidRecipients")
@@ -1225,57 +1219,57 @@ class FakeMicrosoft:
     def _do_draft(self, request: Request) -> Answer:
         properties = json.loads(request.body)
         headers = properties.get("internetMessageHeaders", [])
-        if len(headers) > 5 or not all(one["name"].lower().startswith("x-") and one["value"]
-                                       for one in headers):
+        if len(headers) > 5 or not all(field["name"].lower().startswith("x-") and field["value"]
+                                       for field in headers):
             return graph_says(400, "InvalidInternetMessageHeader")
-        ident = f"AAMk{next(self._numbers)}/+="
-        self._drafts[ident] = FakeDraft(request.part(3), properties)
-        # The answer repeats the text, and the id stands behind it.
-        answer = {"@odata.etag": "W/\"x\"", **properties, "id": ident, "isDraft": True}
-        return say(201, json.dumps(answer).replace("<", "\\u003c").encode())     # as .NET escapes
+        draft_id = f"AAMk{next(self._numbers)}/+="
+        self._drafts[draft_id] = FakeDraft(request.part(3), properties)
+        # The response repeats the text, and the id follows it.
+        body = {"@odata.etag": "W/\"x\"", **properties, "id": draft_id, "isDraft": True}
+        return say(201, json.dumps(body).replace("<", "\\u003c").encode())     # as .NET escapes
 
     def _do_attach(self, request: Request) -> Answer:
         properties = json.loads(request.body)
         self.complain_unless(properties.pop("@odata.type") == "#microsoft.graph.fileAttachment",
                              "not a fileAttachment")
-        octets = bytearray(base64.b64decode(properties.pop("contentBytes"), validate=True))
-        self._drafts[request.part(5)].files.append((properties, octets))
+        data = bytearray(base64.b64decode(properties.pop("contentBytes"), validate=True))
+        self._drafts[request.part(5)].files.append((properties, data))
         return say(201, {"id": "x"})
 
     def _do_open(self, request: Request) -> Answer:
         item = json.loads(request.body)["AttachmentItem"]
         if item.pop("attachmentType") != "file" or item["size"] < self.least_upload:
             return graph_says(400, "ErrorAttachmentSizeShouldNotBeLessThanMinimumSize")
-        draft, octets = self._drafts[request.part(5)], bytearray()
-        draft.files.append((item, octets))
-        self._uploads.append((draft, item, octets))
+        draft, data = self._drafts[request.part(5)], bytearray()
+        draft.files.append((item, data))
+        self._uploads.append((draft, item, data))
         return say(201, {"uploadUrl": self.upload_url.format(len(self._uploads) - 1),
                          "nextExpectedRanges": ["0-"]})
 
     def _do_put(self, request: Request) -> Answer:
         self.complain_unless("authorization" not in request.headers,
                              "the token went to the upload host")
-        draft, item, octets = self._uploads[int(re.findall(r"[0-9]+", request.path)[0])]
+        draft, item, data = self._uploads[int(re.findall(r"[0-9]+", request.path)[0])]
         if draft.deleted:
             return say(404)
         begin, last, total = map(int, re.fullmatch(
             "bytes ([0-9]+)-([0-9]+)/([0-9]+)", request.headers["content-range"]).groups())
-        if (begin != len(octets) or last - begin + 1 != len(request.body)
+        if (begin != len(data) or last - begin + 1 != len(request.body)
                 or total != item["size"] or len(request.body) >= 4_000_000):
-            self.complaints.append(f"a piece out of order: {request.headers['content-range']}")
+            self.complaints.append(f"a chunk out of order: {request.headers['content-range']}")
             return say(416)
-        octets += request.body
-        if len(octets) == total:
+        data += request.body
+        if len(data) == total:
             return say(201, location="https://outlook.office.com/x")
-        return say(200, {"NextExpectedRanges": [str(len(octets))]})
+        return say(200, {"NextExpectedRanges": [str(len(data))]})
 
     def _do_send_draft(self, request: Request) -> Answer:
         if request.headers.get("content-length") != "0":
             return say(411)
         draft = self._drafts[request.part(5)]
-        for item, octets in draft.files:
-            self.complain_unless(item.pop("size", len(octets)) == len(octets),
-                                 "sent with half of a file")
+        for item, data in draft.files:
+            self.complain_unless(item.pop("size", len(data)) == len(data),
+                                 "sent with an incomplete file")
         draft.sent = True
         return say(202)
 
@@ -1285,7 +1279,7 @@ class FakeMicrosoft:
 
 
 class Running:
-    """A relay that serves on loopback ports, in a thread with a loop of its own."""
+    """A relay on loopback ports, in a thread with its own event loop."""
 
     def __init__(self, config: relay.Config) -> None:
         self._config = config
@@ -1314,18 +1308,18 @@ class Running:
         joined.close()
 
     def ask(self, question: Callable[[], Any]) -> Any:
-        """Ask something in the thread of the loop."""
+        """Call `question` in the thread of the loop and return its result."""
         async def answer() -> Any:
             return question()
         return asyncio.run_coroutine_threadsafe(answer(), self._loop).result(PATIENCE)
 
     def forget_failures(self) -> None:
-        """Start counting refused logins from zero."""
-        self.ask(self.relay.authenticator._limiter._times._values.clear)
+        """Reset the counts of failed logins."""
+        self.ask(self.relay.directory.failures._times._values.clear)
 
     def begin_stop(self) -> None:
         """Do what SIGTERM does."""
-        with contextlib.suppress(RuntimeError):         # it has ended
+        with contextlib.suppress(RuntimeError):         # the loop has ended
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def wait(self) -> None:
@@ -1334,9 +1328,9 @@ class Running:
             raise AssertionError("the relay does not stop")
 
     def waiting(self) -> int:
-        """How many messages wait for a slot of their mailbox."""
-        waiting: int = self.ask(lambda: sum(len(one._live) + len(one._queued)
-                                            for one in self.relay._graph._limiters.values()))
+        """Return how many messages wait for a slot of their mailbox."""
+        waiting: int = self.ask(lambda: sum(len(limiter._live) + len(limiter._queued) for limiter
+                                            in self.relay._graph._limiters.values()))
         return waiting
 
     def stop(self) -> None:
@@ -1345,13 +1339,13 @@ class Running:
 
 
 class Client(smtplib.SMTP):
-    """smtplib, which is not ours, with the replies as text."""
+    """A client that is independent of the relay: smtplib, with the replies as text."""
 
     def __init__(self, port: int, **options: Any) -> None:
         super().__init__("127.0.0.1", port, timeout=PATIENCE, local_hostname="test", **options)
 
     def say(self, line: str) -> str:
-        """Send a command; returns the reply, code and text."""
+        """Send a command; return the code and text of the reply."""
         code, text = self.docmd(line)
         return f"{code} {text.decode()}"
 
@@ -1360,8 +1354,8 @@ class Client(smtplib.SMTP):
 
     def post(self, message: bytes = SIMPLE, sender: str = SENDER,
              recipients: tuple[str, ...] = ("a@x.y",)) -> str:
-        """Send a message; returns the reply to its end, or to what was refused before."""
-        for line in (f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{one}>" for one in recipients)):
+        """Send a message; return the last reply: to its end, or to the refused command."""
+        for line in (f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{to}>" for to in recipients)):
             reply = self.say(line)
             if not reply.startswith("250"):
                 return reply
@@ -1369,10 +1363,10 @@ class Client(smtplib.SMTP):
         return f"{code} {text.decode()}"
 
     def post_octets(self, message: bytes, sender: str, recipients: Iterable[str]) -> str:
-        """Send a message whose lines end as they do; returns the last reply."""
+        """Send a message without changing its line ends; return the last reply."""
         utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
         self.command_encoding = "utf-8"
-        for line in (f"MAIL FROM:<{sender}>{utf8}", *(f"RCPT TO:<{one}>" for one in recipients),
+        for line in (f"MAIL FROM:<{sender}>{utf8}", *(f"RCPT TO:<{to}>" for to in recipients),
                      "DATA"):
             reply = self.say(line)
             if reply[0] not in "23":
@@ -1382,7 +1376,7 @@ class Client(smtplib.SMTP):
         return f"{code} {text.decode()}"
 
     def next_reply(self) -> str:
-        """Read a reply that was not asked for; "" at the end of the connection."""
+        """Read the next reply; return "" at the end of the connection."""
         try:
             code, text = self.getreply()
         except (smtplib.SMTPServerDisconnected, OSError):
@@ -1391,13 +1385,13 @@ class Client(smtplib.SMTP):
 
 
 def trusting() -> ssl.SSLContext:
-    """What a client knows that trusts the CA of the tests."""
+    """Return the TLS context of a client that trusts the CA of the tests."""
     return ssl.create_default_context(cafile=FILES["ca.pem"])
 
 
 class RelayCase(unittest.TestCase):
-    """A relay without TLS in front of FakeMicrosoft; each test has a password of its own,
-    so that no token of another test is in the cache.
+    """A relay without TLS in front of FakeMicrosoft. Each test has its own password, because
+    the cache may hold the token of another test.
     """
 
     settings: dict[str, str] = {}
@@ -1418,33 +1412,33 @@ class RelayCase(unittest.TestCase):
 
     @classmethod
     def tearDownClass(cls) -> None:
-        """Stop both; nothing may be left behind."""
+        """Stop both; no error and no connection may remain."""
         cls.fake.reset()
         cls.running.stop()
         cls.fake.close()
         assert not cls.running.loop_errors, cls.running.loop_errors
-        assert not cls.running.server._connections, "connections are left"
+        assert not cls.running.server._connections, "connections remain"
 
     def setUp(self) -> None:
-        """Begin with a clean fake, and without the clients of other tests."""
+        """Reset the fake, and wait until the clients of other tests are gone."""
         self.fake.reset()
         wait_for(lambda: not self.running.ask(lambda: len(self.running.server._connections)))
         self.running.forget_failures()
         self.open_lines()
         self.password = f"secret of {self.id()}"
         self.addCleanup(setattr, relay, "MAX_COST", relay.MAX_COST)
-        relay.MAX_COST = 10 ** 9        # replies to many commands fill the buffers
+        relay.MAX_COST = 10 ** 9        # tests fill buffers with many commands
         self.addCleanup(lambda: self.assertEqual(self.fake.complaints, []))
 
     def open_lines(self) -> None:
-        """Let mailboxes send that Microsoft has made wait."""
+        """End the throttling of mailboxes."""
         self.running.ask(self.running.relay._graph._resume_at._values.clear)
 
     def connect(self, running: Running | None = None) -> Client:
         return self.come_from("127.0.0.1", running)
 
     def come_from(self, address: str, running: Running | None = None) -> Client:
-        """Connect from an address of this machine, and say EHLO."""
+        """Connect from an address of this machine, and send EHLO."""
         client = Client((running or self.running).port, source_address=(address, 0))
         self.addCleanup(client.close)
         client.ehlo()
@@ -1489,22 +1483,22 @@ class Clock:
 
 
 def hashed_passwords() -> Any:
-    """Count for a while how often a password is hashed."""
+    """Count the password hashes in a `with` block."""
     return unittest.mock.patch.object(relay.hashlib, "scrypt", wraps=relay.hashlib.scrypt)
 
 
 def wait_for(condition: Callable[[], Any], patience: float = PATIENCE) -> None:
-    """Wait until something is so, that no socket tells."""
-    pause, end = 0.002, time.monotonic() + patience
+    """Poll until the condition is true, for events that no socket reports."""
+    delay, end = 0.002, time.monotonic() + patience
     while not condition():
         if time.monotonic() > end:
-            raise AssertionError("it never came")
-        time.sleep(pause)
-        pause = min(1.2 * pause, 0.05)
+            raise AssertionError("the condition never became true")
+        time.sleep(delay)
+        delay = min(1.2 * delay, 0.05)
 
 
 def stuffed(message: bytes) -> bytes:
-    """A message as a client sends it."""
+    """Return a message with stuffed dots, as a client sends it."""
     return (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
 
 
@@ -1533,12 +1527,12 @@ class AccountCase(RelayCase):
 
 
 def at_environ(**variables: str) -> Any:
-    """Set environment variables for a while."""
+    """Set environment variables in a `with` block."""
     return unittest.mock.patch.dict(os.environ, variables)
 
 
 def as_exchange_decodes(text: bytes) -> bytes:
-    """Decode quoted-printable where "=" CRLF alone is a soft line break."""
+    """Decode quoted-printable as Exchange does: only "=" CRLF is a soft line break."""
     return re.sub(rb"=(\r\n|..)", lambda match: (
         b"" if match[1] == b"\r\n" else bytes([int(match[1], 16)])
         if re.fullmatch(b"[0-9A-Fa-f]{2}", match[1]) else b"="), text, flags=re.S)
@@ -1546,7 +1540,7 @@ def as_exchange_decodes(text: bytes) -> bytes:
 
 @contextlib.contextmanager
 def alone(**settings: str) -> Iterator[tuple[FakeMicrosoft, Client]]:
-    """A fake, a relay and a client that nobody else has."""
+    """Yield a fake and a client, both of a relay of their own."""
     with contextlib.ExitStack() as stack:
         fake = FakeMicrosoft()
         stack.callback(fake.close)
@@ -1561,14 +1555,14 @@ def alone(**settings: str) -> Iterator[tuple[FakeMicrosoft, Client]]:
 
 
 def at_once(play: Callable[..., Any], cases: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """Play cases that mostly wait, each in a thread; returns what comes of each."""
+    """Run cases that mostly wait, each in a thread; return their results."""
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
-        plays = {name: pool.submit(play, *arguments) for name, arguments in cases.items()}
-        return {name: one.result() for name, one in plays.items()}
+        futures = {name: pool.submit(play, *arguments) for name, arguments in cases.items()}
+        return {name: future.result() for name, future in futures.items()}
 
 
 def clean_environ(values: dict[str, str]) -> dict[str, str]:
-    """Return the environment without settings, for a Python that finds the program."""
+    """Return the environment without settings, in which Python finds the program."""
     names = {*relay.settings(), "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
     clean = {name: value for name, value in os.environ.items() if name not in names}
     return {**clean, "PYTHONPATH": str(HERE), **values}
@@ -1578,7 +1572,7 @@ def clean_environ(values: dict[str, str]) -> dict[str, str]:
 def start_python(*arguments: str, folder: str = "", groups: tuple[int, ...] = (),
                  **environ: str) -> Iterator[
         subprocess.Popen[str]]:
-    """Run Python in an environment without settings; kill it in the end."""
+    """Run Python in an environment without settings; kill it at the end."""
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=folder or str(HERE), env=clean_environ(environ),
@@ -1591,13 +1585,13 @@ def start_python(*arguments: str, folder: str = "", groups: tuple[int, ...] = ()
 
 
 def wait_for_line(process: subprocess.Popen[str], word: str) -> str:
-    """Read the log until a word is in a line; returns all that was read."""
-    said = ""
+    """Read the log until a line contains the word; return all lines read."""
+    text = ""
     for line in process.stderr or ():
-        said += line
+        text += line
         if word in line:
-            return said
-    raise AssertionError(f"{word} is not in {said}")
+            return text
+    raise AssertionError(f"{word} is not in {text}")
 
 
 def start_program(*arguments: str, **options: Any) -> Any:
@@ -1606,18 +1600,18 @@ def start_program(*arguments: str, **options: Any) -> Any:
 
 
 def call_main(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, str, str]:
-    """Do in this process what the program does; returns its exit status, output and errors."""
+    """Run the program in this process; return its exit status, output and errors."""
     handlers = {number: signal.getsignal(number) for number in (
         signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT))}
-    texts = [io.TextIOWrapper(io.BytesIO(octets), "utf-8", newline="")
-             for octets in (stdin.encode(), b"", b"")]
+    texts = [io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")
+             for data in (stdin.encode(), b"", b"")]
     with unittest.mock.patch.dict(os.environ, clean_environ(environ), clear=True), \
             unittest.mock.patch.multiple(sys, stdin=texts[0], stdout=texts[1], stderr=texts[2]), \
             warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)        # as Python does by itself
+        warnings.simplefilter("ignore", ResourceWarning)        # as Python does by default
         try:
             status: Any = relay.main(list(arguments))
-        except SystemExit as error:         # of argparse
+        except SystemExit as error:         # from argparse
             status = error.code
         finally:
             relay.log.setLevel("DEBUG")
@@ -1639,7 +1633,7 @@ class ProgramCase(unittest.TestCase):
 
 
 def make_message(**values: Any) -> relay.QueuedMessage:
-    """A queued message as it may be."""
+    """Return a typical queued message."""
     return relay.QueuedMessage(**{
         "id": "8d6f", "account": "", "tenant": TENANT, "client": CLIENT,
         "mailbox": "scanner@example.com", "reverse_path": "boss@example.com",
@@ -1647,9 +1641,9 @@ def make_message(**values: Any) -> relay.QueuedMessage:
         "queued_at": 1_700_000_000.0, **values})
 
 
-@unittest.skipUnless(relay.fcntl, "needs locks of files")
+@unittest.skipUnless(relay.fcntl, "needs file locks")
 class SpoolCase(RelayCase):
-    """Relays with a queue, which try again after a moment."""
+    """Relays with a queue and short retry delays."""
 
     pauses = {"MIN_BACKOFF": 0.05, "MAX_BACKOFF": 0.2, "QUEUE_POLL_INTERVAL": 0.05,
               "MAX_SLEEP": 0.1}
@@ -1667,7 +1661,7 @@ class SpoolCase(RelayCase):
         setattr(relay, name, value)
 
     def rest_long(self) -> None:
-        """Let the pauses that begin from now on not end."""
+        """Make the retry delays that begin from now on too long for a test."""
         self.let("MIN_BACKOFF", 3600.0)
         self.let("MAX_BACKOFF", 3600.0)
 
@@ -1685,7 +1679,7 @@ class SpoolCase(RelayCase):
         return client
 
     def idents(self) -> dict[bytes, str]:
-        """The IDs of what waits, by the first character of the subject."""
+        """Return the IDs of queued messages by the first character of the subject."""
         return {path.read_bytes().partition(b"Subject: ")[2][:1]: path.stem
                 for path in self.queue.glob("*.eml")}
 
@@ -1693,25 +1687,25 @@ class SpoolCase(RelayCase):
         return sorted(path.stem for path in self.queue.glob("*.json"))
 
     def only(self, folder: str = "queue") -> tuple[pathlib.Path, Any]:
-        """The one message in a folder: the path of its state, and that."""
+        """Return the only message of a directory: the path of its state, and the state."""
         path, = (self.folder / folder).glob("*.json")
         return path, relay.parse_queued_message(path.read_bytes())
 
     def be_down(self, action: Action | None = None, times: int = 1000) -> None:
-        """Let Microsoft take no message."""
+        """Let Microsoft accept no message."""
         self.fake.will("send", *[action or say(503)] * times)
 
     def be_up(self, *actions: Action) -> None:
-        """Let it take messages again, after these actions."""
+        """Let Microsoft accept messages again, after these actions."""
         with self.fake._lock:               # no request comes between
             self.fake._script.clear()
             self.fake.will("send", *actions)
 
     def subjects(self) -> list[bytes]:
-        return [re.search(rb"(?m)^Subject: (.*)\r$", one.message)[1] for one in self.fake.delivered]
+        return [re.search(rb"(?m)^Subject: (.*)\r$", text)[1] for _, text, _ in self.fake.delivered]
 
     def age(self, path: pathlib.Path) -> None:
-        """Let the lifetime of a message be over, while no relay runs."""
+        """End the queue lifetime of a message, while no relay runs."""
         path.write_text(json.dumps({**json.loads(path.read_text()),
                                     "queued_at": time.time() - 172_801}))
 
@@ -1727,7 +1721,7 @@ class SpoolCase(RelayCase):
 
 
 class TlsCase(RelayCase):
-    """A relay with TLS, on both kinds of port."""
+    """A relay with TLS on both kinds of port."""
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
@@ -1744,14 +1738,14 @@ class TlsCase(RelayCase):
         return sock
 
     def read(self, sock: socket.socket) -> bytes:
-        octets = b""
+        data = b""
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             while part := sock.recv(65536):
-                octets += part
-        return octets
+                data += part
+        return data
 
     def deaf(self, *, smtps: bool = False) -> socket.socket:
-        """Connect so that the systems of both sides do not hold megabytes that are not read."""
+        """Connect with small buffers, so that no megabytes of unread replies fit into them."""
         sock = socket.socket()
         self.addCleanup(sock.close)
         sock.settimeout(PATIENCE)
@@ -1760,26 +1754,26 @@ class TlsCase(RelayCase):
         sock.connect(("127.0.0.1", self.running._config.smtps_port if smtps else self.running.port))
         return sock
 
-    def half_way(self, octets: bytes, *, smtps: bool = False) -> socket.socket:
-        """Begin a handshake with some octets, after STARTTLS if need be."""
+    def half_way(self, data: bytes, *, smtps: bool = False) -> socket.socket:
+        """Begin a handshake with these bytes, after STARTTLS on the SMTP port."""
         sock = self.raw(smtps=smtps)
         if not smtps:
             sock.sendall(b"EHLO x\r\nSTARTTLS\r\n")
             self.read_until(sock, b"Ready")
-        sock.sendall(octets)
+        sock.sendall(data)
         return sock
 
     def read_until(self, sock: socket.socket, end: bytes) -> bytes:
-        octets = b""
-        while end not in octets:
+        data = b""
+        while end not in data:
             part = sock.recv(65536)
-            self.assertTrue(part, f"{octets!r} ended before {end!r}")
-            octets += part
-        return octets
+            self.assertTrue(part, f"{data!r} ended before {end!r}")
+            data += part
+        return data
 
 
 class Watched:
-    """A relay as a process: its log, and what it takes of the machine."""
+    """A relay as a process, with its log and its use of resources."""
 
     def __init__(self, process: subprocess.Popen[str], upstream: str) -> None:
         self.process = process
@@ -1798,31 +1792,31 @@ class Watched:
             self.events[line.split()[3]] += 1
 
     def lines(self, words: str) -> int:
-        """How many lines of the log have these words; they come later than the replies."""
+        """Return how many log lines have these words; lines come later than replies."""
         return sum(words in line for line in self.log)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def left(self) -> int:
-        """How many descriptors it has, and threads; but connections to Microsoft may be kept."""
+        """Return its number of descriptors and threads, without connections to Microsoft."""
         links = []
         for path in pathlib.Path(f"/proc/{self.process.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):        # closed meanwhile
                 links.append(os.readlink(path))
         table = pathlib.Path(f"/proc/{self.process.pid}/net/tcp").read_text().splitlines()
-        kept = {f"socket:[{line.split()[9]}]" for line in table
-                if line.split()[2].endswith(f":{self._upstream:04X}")}
-        return (sum(link not in kept for link in links)
+        upstream = {f"socket:[{line.split()[9]}]" for line in table
+                    if line.split()[2].endswith(f":{self._upstream:04X}")}
+        return (sum(link not in upstream for link in links)
                 + len(os.listdir(f"/proc/{self.process.pid}/task")))
 
     def memory(self, name: str = "RSS") -> int:
-        """Its memory, now (RSS) or at most since forget_peak() (HWM), in octets."""
+        """Return its memory in bytes: now (RSS), or the peak since forget_peak() (HWM)."""
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(rf"Vm{name}:\s+(\d+) kB", status)[0]) * 1024
 
     def forget_peak(self) -> None:
-        """Let HWM begin anew, proc_pid_clear_refs(5)."""
+        """Reset the peak (HWM), proc_pid_clear_refs(5)."""
         pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     def processor(self) -> float:
@@ -1834,7 +1828,7 @@ class Watched:
         relay.resource.prlimit(self.process.pid, relay.resource.RLIMIT_NOFILE, (number, hard))
 
     def stop(self) -> str:
-        """Stop it as it should be stopped; returns its log."""
+        """Stop it with SIGTERM; return its log and exit status."""
         self.process.send_signal(signal.SIGTERM)
         status = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
@@ -1842,7 +1836,7 @@ class Watched:
 
 
 def client_hello() -> bytes:
-    """The first octets of a TLS handshake."""
+    """Return the first bytes of a TLS handshake."""
     out = ssl.MemoryBIO()
     with contextlib.suppress(ssl.SSLWantReadError):
         trusting().wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost").do_handshake()
@@ -1850,27 +1844,27 @@ def client_hello() -> bytes:
 
 
 def last_octets(sock: Any) -> bytes:
-    """Read to the end, or to a reset; returns the end of what was read."""
-    said = b""
+    """Read to the end, or to a reset; return the last 1,000 bytes."""
+    data = b""
     with contextlib.suppress(ConnectionError, ssl.SSLError):
         while part := sock.recv(65536):
-            said = (said + part)[-1000:]
-    return said
+            data = (data + part)[-1000:]
+    return data
 
 
 class Waiting:
-    """A client that says something, and waits for the reply in a thread."""
+    """A client that sends data and waits for the reply in a thread."""
 
-    def __init__(self, client: Client, octets: bytes) -> None:
+    def __init__(self, client: Client, data: bytes) -> None:
         self.reply, self.seconds = "", 0.0
         self._client, self._begun = client, time.monotonic()
         assert client.sock is not None
-        client.sock.settimeout(HANGING)     # others may come to their stops one by one
-        client.sock.sendall(octets)
-        self._thread = threading.Thread(target=self._listen, daemon=True)
+        client.sock.settimeout(HANGING)     # other cases may reach their stops one by one
+        client.sock.sendall(data)
+        self._thread = threading.Thread(target=self._read_reply, daemon=True)
         self._thread.start()
 
-    def _listen(self) -> None:
+    def _read_reply(self) -> None:
         self.reply = self._client.next_reply()
         self.seconds = time.monotonic() - self._begun
 
@@ -1884,7 +1878,7 @@ class Waiting:
 
 
 def login_line(user: str = USER, password: str = "secret") -> bytes:
-    """A login as a line."""
+    """Return the command line of a login."""
     return b"AUTH PLAIN %b\r\n" % plain(user, password)
 
 
@@ -1892,35 +1886,35 @@ NUMBERS = itertools.count()
 
 
 def begin_message(client: Client, message: bytes, sender: str = SENDER) -> Waiting:
-    """Send a message like no other, and do not wait for the reply to its end."""
+    """Send a unique message, and do not wait for the reply to its end."""
     for line in (f"MAIL FROM:<{sender}>", "RCPT TO:<a@x.y>", "DATA"):
         client.docmd(line)
     return Waiting(client, message + b"%d\r\n.\r\n" % next(NUMBERS))
 
 
 def calls_under_way() -> int:
-    """How many threads of relays ask others, or wait for the system; the idle do not count."""
-    return sum(one.name == "relay-call" for one in threading.enumerate()) - relay._idle._value
+    """Return how many threads of relays run a blocking call; idle threads do not count."""
+    return sum(thread.name == "relay-call" for thread in threading.enumerate()) - relay._idle._value
 
 
 def cut_when_done(running: Running, release: threading.Event) -> None:
-    """In the loop: let the calls under way end, and then cut who waits for them, as at the end
-    of SHUTDOWN_TIMEOUT, all in one pass.
+    """Let the calls under way end, and then cancel the connections that wait for them. Run in
+    the loop: both happen in one pass, as at the end of SHUTDOWN_TIMEOUT.
     """
     release.set()
     wait_for(lambda: not calls_under_way())
-    for one in running.server._connections:
-        one.task.cancel()
+    for connection in running.server._connections:
+        connection.task.cancel()
 
 
 def stop_at(fake: FakeMicrosoft, client: Client, kind: str, where: str, *,
             password: str = "secret", sender: str = SENDER) -> Waiting:
-    """Have the stand-in stop there; returns who waits for it, when it has come so far."""
+    """Let the fake stop at `where`; return the waiting client once the request is there."""
     message, status = STOPPED_KINDS[kind]
     if message is not None:
         assert client.log_in(password=password).startswith("235"), kind
     head, tail = STOPS[where]
-    head, before = head.replace(b"STATUS", b"%d" % status), len(fake.asked(kind))
+    head, count = head.replace(b"STATUS", b"%d" % status), len(fake.asked(kind))
     action = trickle(head, tail) if tail else fake.say_and_hang(head)
     fake.will(kind, BeforeBody(action) if where == "half of the request" else action)
     if message is None:
@@ -1928,30 +1922,30 @@ def stop_at(fake: FakeMicrosoft, client: Client, kind: str, where: str, *,
         waiting = Waiting(client, login_line(user, password))
     else:
         waiting = begin_message(client, message, sender)
-    wait_for(lambda: len(fake.asked(kind)) > before)
+    wait_for(lambda: len(fake.asked(kind)) > count)
     return waiting
 
 
 class HangCase(RelayCase):
-    """Waits have an end, and nothing is left of them."""
+    """Waits end in time, and no blocking call remains."""
 
     def tearDown(self) -> None:
         self.doCleanups()
         wait_for(lambda: not calls_under_way())
 
-    def beside(self, *near: str, **settings: str) -> tuple[FakeMicrosoft, Running]:
-        """A relay that has all it asks, a table and an identity too, from one stand-in; which
-        has to be looked up for the settings that are `near`.
+    def beside(self, *by_name: str, **settings: str) -> tuple[FakeMicrosoft, Running]:
+        """Return a fake and a relay that uses it for everything, for a table and an identity
+        too. For the settings in `by_name` the relay has to look up its host name.
         """
         fake = FakeMicrosoft()
         fake.entities["app1"] = {"tenant_id": TENANT, "client_id": CLIENT}
         self.addCleanup(lambda: self.assertEqual(fake.complaints, []))
-        self.addCleanup(fake.close)             # what hangs in it ends with the test
+        self.addCleanup(fake.close)             # ends the actions that hang in it
         running = Running(make_config(**{
             "SMTP_PORT": "0", "AZURE_AUTHORITY_HOST": fake.url, "GRAPH_ENDPOINT": fake.url,
             "AZURE_TABLES_URL": f"{fake.url}/account/users", "SERVER_NAME": "relay.test",
             "AZURE_POD_IDENTITY_AUTHORITY_HOST": fake.url, "UPSTREAM_TIMEOUT": str(SHORT),
-            **dict.fromkeys(near, fake.url.replace("127.0.0.1", "localhost")), **settings}))
+            **dict.fromkeys(by_name, fake.url.replace("127.0.0.1", "localhost")), **settings}))
         self.addCleanup(running.stop)
         return fake, running
 
@@ -1962,9 +1956,9 @@ class HangCase(RelayCase):
         self.assertEqual(client.post_octets(message, sender, ["a@x.y"])[:9], "250 2.0.0")
 
     def assertTimely(self, waiting: Waiting, wanted: str, least: float = SHORT) -> None:
-        """See what was heard, and when: not before, and soon after.
+        """Check the reply, and that it came in time but not before `least` seconds.
 
-        What hangs in the tests does so for PATIENCE, so that this is soon enough.
+        Simulated hangs last longer than PATIENCE, so any time below it is in time.
         """
         reply = waiting.hear()
         self.assertEqual(reply[:len(wanted)], wanted, reply)
@@ -1973,7 +1967,7 @@ class HangCase(RelayCase):
 
 
 class Stuck:
-    """A function of the standard library that hangs, where it should, until it is released."""
+    """Replaces a function of the library; calls for which `should` is true hang."""
 
     def __init__(self, module: Any, name: str, should: Callable[..., bool]) -> None:
         self._module, self._name, self._should = module, name, should
@@ -1998,74 +1992,74 @@ class Stuck:
     def wait(self, number: int) -> None:
         for _ in range(number):
             if not self.arrived.acquire(timeout=PATIENCE):
-                raise AssertionError("too few hang")
+                raise AssertionError("too few calls hang")
 
 
 class Between:
-    """Stands between the relay and Microsoft, at a port or as a proxy, and works or not: "full"
-    (connect() hangs), "silent" (nobody accepts), "half" (what comes back stops after some
-    octets), "trickle" (it comes an octet at a time). As a proxy it wants a user and a password.
+    """A listener or proxy between the relay and Microsoft that works ("") or fails: "full"
+    (connect() hangs), "silent" (it accepts no connection), "half" (responses stop after some
+    bytes), "trickle" (they come byte by byte). As a proxy it requires a user and a password.
     """
 
-    def __init__(self, case: unittest.TestCase, way: str, to: int = 0) -> None:
-        self.asked: list[tuple[str, str]] = []      # of the proxy: where to, and by whom
-        self._way, self._to = way, to
-        self._end = threading.Event()
-        self._held = [socket.create_server(("127.0.0.1", 0), backlog=0 if way == "full" else 100)]
-        self.port = self._held[0].getsockname()[1]
+    def __init__(self, case: unittest.TestCase, mode: str, target: int = 0) -> None:
+        self.asked: list[tuple[str, str]] = []      # of the proxy: target and credentials
+        self._mode, self._target = mode, target
+        self._closing = threading.Event()
+        self._socks = [socket.create_server(("127.0.0.1", 0), backlog=0 if mode == "full" else 100)]
+        self.port = self._socks[0].getsockname()[1]
         case.addCleanup(self._close)
-        if way == "full":
-            self._held.append(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
-        elif way != "silent":
+        if mode == "full":
+            self._socks.append(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
+        elif mode != "silent":
             threading.Thread(target=self._accept, daemon=True).start()
 
     def _close(self) -> None:
-        self._end.set()
-        for sock in self._held:
+        self._closing.set()
+        for sock in self._socks:
             sock.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                sock, _ = self._held[0].accept()
+                sock, _ = self._socks[0].accept()
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
         with contextlib.suppress(OSError), sock:
-            place = ("127.0.0.1", self._to)
-            if not self._to:
+            address = ("127.0.0.1", self._target)
+            if not self._target:
                 head = b""
                 while b"\r\n\r\n" not in head:
                     head += sock.recv(1)
                 host, _, port = head.split()[1].decode().rpartition(":")
-                place = (host, int(port))
+                address = (host, int(port))
                 match = re.search(rb"(?i)Proxy-Authorization: (.*)\r\n", head)
                 self.asked.append((f"{host}:{port}", match[1].decode() if match else ""))
                 if not match:
                     sock.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
                     return
-                slow = b"X-Slow: x\r\n" * 100 * (self._way == "trickle")
-                self._say(sock, b"HTTP/1.1 200 Established\r\n" + slow + b"\r\n", 20)
-            with socket.create_connection(place, PATIENCE) as upstream:
-                threading.Thread(target=self._ask, args=(sock, upstream), daemon=True).start()
-                while octets := upstream.recv(65536):
-                    self._say(sock, octets, 100)
+                slow = b"X-Slow: x\r\n" * 100 * (self._mode == "trickle")
+                self._send(sock, b"HTTP/1.1 200 Established\r\n" + slow + b"\r\n", 20)
+            with socket.create_connection(address, PATIENCE) as upstream:
+                threading.Thread(target=self._forward, args=(sock, upstream), daemon=True).start()
+                while data := upstream.recv(65536):
+                    self._send(sock, data, 100)
 
-    def _say(self, sock: socket.socket, octets: bytes, some: int) -> None:
-        for part in split_octets(octets) if self._way == "trickle" else [octets]:
-            sock.sendall(part[:some] if self._way == "half" else part)
-            self._end.wait({"trickle": 0.05, "half": PATIENCE}.get(self._way, 0.0))
+    def _send(self, sock: socket.socket, data: bytes, limit: int) -> None:
+        for part in split_octets(data) if self._mode == "trickle" else [data]:
+            sock.sendall(part[:limit] if self._mode == "half" else part)
+            self._closing.wait({"trickle": 0.05, "half": PATIENCE}.get(self._mode, 0.0))
 
     @staticmethod
-    def _ask(source: socket.socket, sink: socket.socket) -> None:
+    def _forward(source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while octets := source.recv(65536):
-                sink.sendall(octets)
+            while data := source.recv(65536):
+                sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
 
 
 def stuck_look_ups() -> Stuck:
-    """Look-ups of localhost that hang."""
+    """Let the look-ups of localhost hang."""
     return Stuck(socket, "getaddrinfo", lambda host, *_: host == "localhost")
 
 
@@ -2073,19 +2067,19 @@ def stuck_look_ups() -> Stuck:
 # Tests, in the order of the program
 
 class ReplyTests(unittest.TestCase):
-    """A reply is what RFC 5321 section 4.2 and RFC 2034 want."""
+    """Replies have the format of RFC 5321 section 4.2 and RFC 2034."""
 
-    def test_replies(self) -> None:
-        for reply, octets in (
+    def test_replies_are_printable_and_shorter_than_512_bytes(self) -> None:
+        for reply, data in (
                 ((250, "2.0.0", "one\ntwo"), b"250-2.0.0 one\r\n250 2.0.0 two\r\n"),
-                ((334, "", ""), b"334 \r\n"),                       # RFC 2034 wants none here
+                ((334, "", ""), b"334 \r\n"),                       # no status code, RFC 2034
                 ((550, "5.1.8", "no\r250 x\x1b[1m\x00\xe9"), b"550 5.1.8 no?250 x?[1m??\r\n")):
-            self.assertEqual(bytes(relay.Reply(*reply)), octets)
+            self.assertEqual(bytes(relay.Reply(*reply)), data)
         self.assertLess(len(bytes(relay.Reply(550, "5.1.8", "x" * 5000))), 512)
 
 
 class SecretTests(unittest.TestCase):
-    """No class that holds a secret shows it."""
+    """Classes that hold a secret do not show it."""
 
     def test_repr_hides_secrets(self) -> None:
         for value in (relay.Application(TENANT, CLIENT, "hidden"),
@@ -2099,16 +2093,16 @@ class SecretTests(unittest.TestCase):
 
 
 class SettingTests(unittest.TestCase):
-    """Settings are read from variables; faults are reported at once and in words."""
+    """Settings are read from variables; all errors are reported together, with a remedy."""
 
-    def assertFaults(self, environ: dict[str, str], *names: str) -> str:
+    def assertErrors(self, environ: dict[str, str], *names: str) -> str:
         with self.assertRaises(relay.ConfigError) as caught:
             relay.Config.from_environ(environ)
         lines = str(caught.exception).splitlines()
         self.assertEqual([re.match("[A-Za-z_]+", line)[0] for line in lines], list(names))
         return str(caught.exception)
 
-    def test_values(self) -> None:
+    def test_valid_values_are_parsed_and_invalid_values_reported(self) -> None:
         sas = "sv=2020-12-06&ss=t&srt=o&sp=r&sig=a%2Fb%3D"
         for name, good, bad in (
                 ("LOG_LEVEL", {" debug ": "DEBUG", "": "INFO"}, "LOUD"),
@@ -2176,11 +2170,11 @@ class SettingTests(unittest.TestCase):
                     self.assertEqual(getattr(config, name.lower()), value)
             for text in bad.split(" ") if bad else ():
                 with self.subTest(name, bad=text):
-                    shown = self.assertFaults({name: text}, name)
+                    shown = self.assertErrors({name: text}, name)
                     self.assertIn(": must be ", shown)
                     self.assertNotRegex(shown, "u:p|hidden")
 
-    def test_what_this_system_does_not_know_is_a_fault_where_it_is_used(self) -> None:
+    def test_a_user_or_cipher_unknown_to_the_system_is_reported_when_used(self) -> None:
         for wanted, use in (
                 ("RUN_AS='nobody-here': must be the name of a user",
                  lambda: relay.drop_privileges("nobody-here")),
@@ -2189,14 +2183,14 @@ class SettingTests(unittest.TestCase):
             with self.subTest(wanted), self.assertRaisesRegex(relay.ConfigError, f"^{wanted}"):
                 use()
 
-    def test_what_is_secret_is_not_shown(self) -> None:
+    def test_the_repr_of_the_settings_hides_secrets(self) -> None:
         hidden = "https://x.table.core.windows.net/users?sig=hidden"
         self.assertNotIn("hidden", repr(relay.Config.from_environ({
             "AZURE_TABLES_URL": hidden, "AZURE_CLIENT_SECRET": "hidden",
             "IDENTITY_HEADER": "hidden", "IDENTITY_ENDPOINT": "http://localhost/?hidden"})))
 
-    def test_settings_that_contradict_each_other(self) -> None:
-        """They are compared when all values are sound; the ways out are named."""
+    def test_conflicting_settings_are_reported(self) -> None:
+        """Conflicts are reported once all values are valid; the message names the remedies."""
         table, key_vault = "https://x.table.core.windows.net/users", {"TLS_SOURCE": "keyvault"}
         local = {"GRAPH_ENDPOINT": "http://127.0.0.1", "AZURE_AUTHORITY_HOST": "http://127.0.0.1",
                  "HTTPS_PROXY": "socks5://x"}
@@ -2232,10 +2226,10 @@ class SettingTests(unittest.TestCase):
                 for line, pattern in zip(lines, wanted):
                     self.assertRegex(line, f"^{pattern}")
 
-    def test_clouds(self) -> None:
+    def test_azure_cloud_selects_the_endpoints(self) -> None:
         for environ, login, graph in (
-                *((one, "login.microsoftonline.com", "graph.microsoft.com")
-                  for one in ({}, {"AZURE_CLOUD": "Global"})),
+                *((default, "login.microsoftonline.com", "graph.microsoft.com")
+                  for default in ({}, {"AZURE_CLOUD": "Global"})),
                 ({"AZURE_CLOUD": "usgov"}, "login.microsoftonline.us", "graph.microsoft.us"),
                 ({"AZURE_CLOUD": "usgov-dod"}, "login.microsoftonline.us",
                  "dod-graph.microsoft.us"),
@@ -2246,20 +2240,20 @@ class SettingTests(unittest.TestCase):
             config = relay.Config.from_environ(environ)
             self.assertEqual((config.azure_authority_host, config.graph_endpoint),
                              (f"https://{login}", f"https://{graph}"))
-        self.assertFaults({"AZURE_CLOUD": "germany"}, "AZURE_CLOUD")
+        self.assertErrors({"AZURE_CLOUD": "germany"}, "AZURE_CLOUD")
 
-    def test_every_setting_is_explained(self) -> None:
-        for name, one in relay.settings().items():
+    def test_the_help_explains_every_setting(self) -> None:
+        for name, setting in relay.settings().items():
             with self.subTest(name):
-                self.assertRegex(one.help, r"^[A-Z].*\.$")
-                self.assertIn(f"  {name} (default: {one.default or 'empty'})\n"
-                              f"      {one.help}", relay.settings_help())
+                self.assertRegex(setting.help, r"^[A-Z].*\.$")
+                self.assertIn(f"  {name} (default: {setting.default or 'empty'})\n"
+                              f"      {setting.help}", relay.settings_help())
 
 
 class PathTests(unittest.TestCase):
     """Paths and parameters, RFC 5321 section 4.1.2."""
 
-    def test_good_paths(self) -> None:
+    def test_valid_paths_are_parsed(self) -> None:
         for text, mailbox, parameters in (
                 *((f"FROM:<{mailbox}>", mailbox, {}) for mailbox in (
                     "", "a@b.c", "a@b", '"a b\\"@"@c.d', '"\\ "@c', "a@[127.0.0.1]", "a@[IPv6:::1]",
@@ -2275,7 +2269,7 @@ class PathTests(unittest.TestCase):
             with self.subTest(text):
                 self.assertEqual(relay.parse_path(text, "FROM:"), (mailbox, parameters))
 
-    def test_bad_paths(self) -> None:
+    def test_malformed_paths_are_refused_with_501(self) -> None:
         for text in ("", "FROM", "FROM:", "FROM <a@b.c>", "TO:<a@b.c>", "FROM:<a@b.c",
                      "FROM:a@b.c>", "FROM:<a>", "FROM:<@>", "FROM:<a@>", "FROM:<@b.c>",
                      "FROM:<a b@c.d>", "FROM:<a@b c>", "FROM:<a..b@c.d>", "FROM:<.a@b.c>",
@@ -2292,18 +2286,18 @@ class PathTests(unittest.TestCase):
                 relay.parse_path(text, "FROM:")
             self.assertEqual(caught.exception.reply.code, 501, text)
 
-    def test_base64_is_strict(self) -> None:
-        for text, octets in (("", b""), ("QQ==", b"A"), ("QUI=", b"AB"), ("QUJD", b"ABC"),
-                             ("+/+/", b"\xfb\xff\xbf")):
-            self.assertEqual(relay.decode_base64(text), octets)
+    def test_malformed_base64_is_refused(self) -> None:
+        for text, data in (("", b""), ("QQ==", b"A"), ("QUI=", b"AB"), ("QUJD", b"ABC"),
+                           ("+/+/", b"\xfb\xff\xbf")):
+            self.assertEqual(relay.decode_base64(text), data)
         for text in ("Q", "QQ", "QQ=", "QQ===", "=", "==", "QQ==QQ==", "Q Q=", "QQ==\n",
                      "Q-__", "*", "\u00fcQQQ"):
             with self.subTest(text), self.assertRaises(relay.ProtocolError):
                 relay.decode_base64(text)
 
 
-# What is wrong with a section [a]; "; " ends a line of it. The values replace VALUE.
-FAULTS = """
+# The lines of a section [a], separated by "; ", the error, and the values of VALUE in both.
+FILE_ERRORS = """
 tenant_id = x -> tenant_id = x: must be the ID of a tenant
 client_id = x -> client_id = x: must be the ID of an application
 {app}client_id = contoso.com -> line 4: [a] client_id is there twice
@@ -2347,25 +2341,24 @@ VALUE -> line 2: is no [section], key = value or comment -> hidden words | [ | =
 
 
 class AccountTests(unittest.TestCase):
-    """What an accounts file says."""
+    """Accounts files, and the accounts in them."""
 
-    def test_the_example(self) -> None:
+    def test_the_example_is_parsed(self) -> None:
         scan, direct = parse(EXAMPLE)
         self.assertEqual(
             (scan.name, scan.tenant_id, scan.client_id, scan.from_email, scan.password,
-             scan.client_secret, scan.allowed_recipients, [str(one) for one in scan.networks],
+             scan.client_secret, scan.allowed_recipients, [*map(str, scan.networks)],
              scan.login, scan.require_tls, scan.tls_min_version),
             ("scan2", TENANT, CLIENT, "scanner@example.com", HASH, "s3cr~t._-",
              ("example.com", "boss@partner.example"), ["192.168.7.0/24", "fd00:7::/64"],
              "optional", False, "1.0"))
         self.assertNotRegex(repr(scan), "s3cr|scrypt")
-        # Only with a secret of its own is it ours. An empty key takes back what DEFAULT says.
-        for account, secret, is_ours in ((scan, "s3cr~t._-", True), (direct, "typed", False)):
+        # The relay holds a secret only if it is in the file. An empty key cancels that of DEFAULT.
+        for account, secret, is_held in ((scan, "s3cr~t._-", True), (direct, "typed", False)):
             self.assertEqual(account.as_application("typed"), relay.Application(
-                TENANT, CLIENT, secret, relay_holds_secret=is_ours))
+                TENANT, CLIENT, secret, relay_holds_secret=is_held))
 
-    def test_which_credential_a_section_has(self) -> None:
-        """A secret of its own takes the place of that of DEFAULT."""
+    def test_the_credential_of_a_section_replaces_that_of_default(self) -> None:
         env = {"AZURE_FEDERATED_TOKEN_FILE": "/t", "AZURE_TENANT_ID": CLIENT,
                "AZURE_CLIENT_ID": TENANT}
         default = f"[DEFAULT]\n{APPLICATION}client_secret = s\n"
@@ -2375,7 +2368,7 @@ class AccountTests(unittest.TestCase):
                 (f"{default}[a]\ncredential = Managed-Identity", TENANT, CLIENT, "",
                  "managed-identity"),
                 ("[a]\ncredential = Managed-Identity", "", "", "", "managed-identity"),
-                # What the section says comes before the settings.
+                # The section takes precedence over the settings.
                 ("[a]\ncredential = workload-identity", CLIENT, TENANT, "", "workload-identity"),
                 (f"[a]\n{APPLICATION}credential = workload-identity", TENANT, CLIENT, "",
                  "workload-identity")):
@@ -2384,21 +2377,21 @@ class AccountTests(unittest.TestCase):
                 self.assertEqual(account.as_application("typed"),
                                  relay.Application(tenant, client, secret, credential, True))
 
-    def test_each_fault_names_section_and_key(self) -> None:
+    def test_each_error_names_section_and_key(self) -> None:
         parts = {"app": APPLICATION, "own": f"{APPLICATION}client_secret = hidden\n",
                  "net": "networks = 10.0.0.0/8\n", "pw": f"password = {HASH}", "tenant": TENANT}
-        for row in FAULTS.strip("\n").splitlines():
-            lines, fault, *values = row.split(" -> ")
+        for row in FILE_ERRORS.strip("\n").splitlines():
+            lines, message, *values = row.split(" -> ")
             for value in "".join(values).split(" | "):
                 with self.subTest(lines, value=value):
                     text = lines.replace("VALUE", value).format(**parts).replace("; ", "\n")
-                    _, faults = relay.parse_accounts(f"[a]\n{text}\n", make_config())
-                    wanted = fault.replace("VALUE", value)
-                    self.assertIn(wanted, [one.removeprefix("[a] ")[:len(wanted)]
-                                           for one in faults])
-                    self.assertNotIn("hidden", "".join(faults))
+                    _, errors = relay.parse_accounts(f"[a]\n{text}\n", make_config())
+                    wanted = message.replace("VALUE", value)
+                    self.assertIn(wanted, [error.removeprefix("[a] ")[:len(wanted)]
+                                           for error in errors])
+                    self.assertNotIn("hidden", "".join(errors))
 
-    def test_all_faulty_values_are_told_at_once_or_else_all_contradictions(self) -> None:
+    def test_all_invalid_values_are_reported_or_else_all_conflicts(self) -> None:
         for text, wanted in (
                 ("", ["there is no account in it"]), ("[DEFAULT]\n", ["there is no account in it"]),
                 ("hidden = x\n", ["line 1"]),
@@ -2407,11 +2400,11 @@ class AccountTests(unittest.TestCase):
                  ["[a] tenant_id = x", "[a] colour", "[b] login = x"]),
                 ("[a]\n[b]\n", ["[a] tenant_id", "[a] client_id", "[b] tenant_id",
                                 "[b] client_id"])):
-            _, faults = relay.parse_accounts(text, make_config())
-            self.assertEqual([one.partition(":")[0] for one in faults], wanted)
+            _, errors = relay.parse_accounts(text, make_config())
+            self.assertEqual([error.partition(":")[0] for error in errors], wanted)
 
-    def test_accounts_that_cannot_be_told_apart(self) -> None:
-        def two(first: str, second: str) -> list[str]:
+    def test_indistinguishable_accounts_are_reported(self) -> None:
+        def errors(first: str, second: str) -> list[str]:
             return relay.parse_accounts(
                 f"[DEFAULT]\n{APPLICATION}client_secret = s\npassword = {HASH}\n"
                 f"[a]\n{first}\n[b]\n{second}\n", make_config())[1]
@@ -2423,9 +2416,9 @@ class AccountTests(unittest.TestCase):
                 ("networks = 10.0.0.0/8, 10.0.0.0/8\nlogin = optional", ""),
                 (f"{net}tls_min_version = 1.0", f"{net}tls_min_version = 1.2",
                  "[a] and [b] tls_min_version: must be the same, as both have 10.0.0.0/8")):
-            self.assertEqual(two(first, second), wanted)
+            self.assertEqual(errors(first, second), wanted)
 
-    def test_the_most_specific_network_decides(self) -> None:
+    def test_the_most_specific_network_selects_the_account(self) -> None:
         accounts = relay.Accounts(parse(f"""\
 [DEFAULT]
 {APPLICATION}client_secret = s
@@ -2446,21 +2439,20 @@ networks = 10.1.0.0/16
 networks = 10.1.9.0/24
 require_tls = true
 """, TLS_SOURCE="file", REQUIRE_TLS="true"))
-        for address, guest, require_tls, least in (
+        for address, name, require_tls, tls in (
                 ("10.2.0.1", "office", True, "1.2"), ("10.1.0.1", "old", False, "1.0"),
                 ("10.1.2.3", None, False, "1.0"), ("10.1.9.1", None, True, "1.0"),
                 ("192.168.1.1", None, True, "1.2"),
                 ("fd00::1", "office", True, "1.2"), ("fe80::1%eth0", None, True, "1.2"),
                 ("::ffff:10.1.0.1", "old", False, "1.0"), ("unknown", None, True, "1.2")):
             with self.subTest(address):
-                policy = accounts.match_address(relay.parse_address(address), tls_config())
-                login = policy.anonymous
-                self.assertEqual(login and login.account.name, guest)
-                self.assertEqual(policy[1:], (require_tls, least))
-                if login:
-                    self.assertEqual(login.application.secret, "s")
+                principal, config = accounts.at(relay.parse_address(address), tls_config())
+                self.assertEqual(principal and principal.account.name, name)
+                self.assertEqual((config.require_tls, config.tls_min_version), (require_tls, tls))
+                if principal:
+                    self.assertEqual(principal.application.secret, "s")
 
-    def test_who_is_among_the_allowed(self) -> None:
+    def test_allowed_recipients_match_domains_and_whole_addresses(self) -> None:
         account = relay.Account("a", allowed_recipients=relay.settings_of(relay.Account)[
             "allowed_recipients"].parse("Example.com, boss@Partner.example \"ab\"@x.y"))
         for mailbox in ("a@example.com", "A@EXAMPLE.COM", "BOSS@partner.example", "AB@x.y",
@@ -2474,29 +2466,29 @@ require_tls = true
             self.assertTrue(str(caught.exception.reply).startswith("550 5.7.1 "))
         relay.Account("a").check("anybody@x.y", "allowed_senders")
 
-    def test_where_a_device_must_be(self) -> None:
+    def test_networks_limit_the_address_of_the_device(self) -> None:
         account = relay.Account("a", networks=relay.settings_of(relay.Account)["networks"].parse(
             "10.0.0.0/8, 192.0.2.1, fd00::/8"))
-        for address, is_held in (("10.1.2.3", True), ("192.0.2.1", True), ("fd00::1", True),
+        for address, allowed in (("10.1.2.3", True), ("192.0.2.1", True), ("fd00::1", True),
                                  ("192.0.2.2", False), ("::1", False), ("unknown", False)):
-            self.assertEqual(account.allows_address(relay.parse_address(address)), is_held, address)
+            self.assertEqual(account.allows_address(relay.parse_address(address)), allowed, address)
             self.assertTrue(relay.Account("a").allows_address(relay.parse_address(address)))
         for text, wanted in (("fe80::1%eth0", "fe80::1"), ("::ffff:10.0.0.1", "10.0.0.1")):
             self.assertEqual(str(relay.parse_address(text)), wanted)
 
-    def test_passwords(self) -> None:
+    def test_only_the_right_password_is_accepted(self) -> None:
         self.assertRegex(HASH, r"^scrypt\$[\w-]{22}\$[\w-]{43}$")
         self.assertTrue(relay.verify_password(PASSWORD, HASH))
         for wrong in ("", PASSWORD[:-1], PASSWORD + " ", PASSWORD.upper()):
             self.assertFalse(relay.verify_password(wrong, HASH))
         self.assertFalse(relay.verify_password("", relay.DUMMY_HASH))
-        # RFC 7914 section 12 has no vector of our parameters; this is OpenSSL's answer.
+        # RFC 7914 section 12 has no vector for these parameters. OpenSSL computed this hash.
         with unittest.mock.patch.object(relay, "SCRYPT_COST", REAL_COST):
             self.assertEqual(
                 relay.hash_password("\u00fc", bytes(range(16))),
                 "scrypt$AAECAwQFBgcICQoLDA0ODw$AP8dJQet8qsK2VB-snAjmLJ5a-0Oj5eB9CtaFcakSOs")
 
-    def test_names_for_the_table(self) -> None:
+    def test_lookup_usernames_name_a_row_of_the_table(self) -> None:
         for username, name in (("scan2@lookup", "scan2"), ("a.b@lookup", "a.b"),
                                ("a@b.c@LookUp.local", "a@b.c"), ("@lookup", None),
                                ("scan2", None), ("scan2@lookups", None), (USER, None),
@@ -2504,7 +2496,7 @@ require_tls = true
             self.assertEqual(relay.lookup_name(username, "@"), name, username)
         self.assertEqual(relay.lookup_name("a|lookup", "|"), "a")
 
-    def test_who_the_relay_is(self) -> None:
+    def test_the_relay_identity_depends_on_the_settings(self) -> None:
         for tenant, client, secret, file, *wanted in (
                 (TENANT, CLIENT, "s", "/t", TENANT, CLIENT, "s", "secret"),
                 (TENANT, CLIENT, "", "/t", TENANT, CLIENT, "", "workload-identity"),
@@ -2519,18 +2511,18 @@ require_tls = true
 
 
 class UsernameTests(unittest.TestCase):
-    """What a user name means."""
+    """User names of the form TENANT@CLIENT."""
 
-    def test_good_names(self) -> None:
+    def test_usernames_name_tenant_and_client(self) -> None:
         for name in (USER, USER.upper(), f"{SHORT_TENANT}@{SHORT_CLIENT}",
                      f"{TENANT}@{SHORT_CLIENT}", f"{SHORT_TENANT}==@{CLIENT}", f"{TENANT}:{CLIENT}",
                      f"{TENANT}|{CLIENT}", f"{USER}.local", f"{USER}.example.com", f"{USER}.a@b"):
-            delimiter = next(one for one in "@:|" if one in name)
+            delimiter = next(character for character in "@:|" if character in name)
             self.assertEqual(relay.parse_username(name, delimiter), (TENANT, CLIENT))
         self.assertEqual(relay.parse_username(f"Contoso.com@{CLIENT[:-1]}B.local", "@"),
                          ("contoso.com", f"{CLIENT[:-1]}b"))
 
-    def test_bad_names(self) -> None:
+    def test_malformed_usernames_are_refused_with_535(self) -> None:
         for name in ("", "scan", "@", TENANT, f"{TENANT}:{CLIENT}", f"{TENANT}@contoso.com",
                      f"{TENANT}@{SHORT_CLIENT[:-1]}", f"{USER}x", f"{USER}\n", "id@lookup",
                      *(f"{tenant}@{CLIENT}" for tenant in (
@@ -2541,7 +2533,7 @@ class UsernameTests(unittest.TestCase):
             self.assertRegex(str(caught.exception.reply), "535 5.7.8 .*TENANT@CLIENT")
 
 
-SITUATIONS: dict[str, tuple[bytes, bool]] = {
+STATES: dict[str, tuple[bytes, bool]] = {
     "cold": (b"", False),
     "plain": (b"EHLO x\r\n", False),
     "tls": (b"EHLO x\r\n", True),
@@ -2550,7 +2542,7 @@ SITUATIONS: dict[str, tuple[bytes, bool]] = {
     "rcpt": (b"EHLO x\r\n" + LOGIN + MAIL + RCPT, True),
 }
 
-# What each command is answered in each situation, with TLS on offer and REQUIRE_TLS=true.
+# The reply to each command in each state, with TLS available and REQUIRE_TLS=true.
 MATRIX = """
                                          cold   plain  tls    login  mail   rcpt
     EHLO x, HELO x, RSET, NOOP, NOOP x   250    250    250    250    250    250
@@ -2577,40 +2569,40 @@ MATRIX = """
 
 
 class SessionTests(SessionCase):
-    """What a session answers and asks. FuzzTests compares far more with Model."""
+    """Replies and events of a session. FuzzTests compares many more sessions with Model."""
 
-    def test_every_command_in_every_situation(self) -> None:
-        titles, *rows = [re.split(r"  +", line.strip()) for line in MATRIX.strip("\n").splitlines()]
+    def test_every_command_in_every_state_gets_the_right_code(self) -> None:
+        states, *rows = [re.split(r"  +", line.strip()) for line in MATRIX.strip("\n").splitlines()]
         for commands, *wanted in rows:
             commands = commands.format(plain=plain().decode(), empty="").split(", ")
-            for command, (situation, code) in itertools.product(commands, zip(titles, wanted)):
-                with self.subTest(command, situation=situation):
-                    prelude, secure = SITUATIONS[situation]
-                    octets = command.encode() + b"\r\n"
-                    for spelt in (octets, octets.lower() if "PLAIN" not in command
-                                  else octets, octets.replace(b"\r\n", b" \r\n")):
-                        self.assertSays(spelt, int(code), prelude=prelude, secure=secure)
+            for command, (state, code) in itertools.product(commands, zip(states, wanted)):
+                with self.subTest(command, state=state):
+                    prelude, secure = STATES[state]
+                    sent = command.encode() + b"\r\n"
+                    for variant in (sent, sent.lower() if "PLAIN" not in command
+                                    else sent, sent.replace(b"\r\n", b" \r\n")):
+                        self.assertSays(variant, int(code), prelude=prelude, secure=secure)
 
-    def test_the_greeting_names_the_domain_first(self) -> None:
+    def test_the_greeting_begins_with_the_server_name(self) -> None:
         session = relay.Session(make_config(SERVER_GREETING="Hello there"), "relay.test")
         session.greet()
         self.assertEqual(session.output(), b"220 relay.test ESMTP Hello there\r\n")
 
-    def test_a_group_is_answered_at_once_and_in_order(self) -> None:
-        dialogue = self.start(SITUATIONS["login"][0], secure=True)
+    def test_pipelined_commands_are_answered_together_in_order(self) -> None:
+        dialogue = self.start(STATES["login"][0], secure=True)
         dialogue.session.receive(MAIL + RCPT + b"RCPT TO:<x>\r\nDATA\r\n")
         self.assertIsNone(dialogue.session.next_event())
         self.assertEqual(codes(dialogue.session.output()), [250, 250, 501, 354])
 
-    def test_a_client_hello_on_the_plain_port_is_recognised(self) -> None:
+    def test_a_tls_client_hello_on_the_smtp_port_is_recognized(self) -> None:
         dialogue = self.assertSays(b"\x16\x03\x01\x02\x00\x01\r\n", prelude=b"", secure=False)
         self.assertTrue(dialogue.closed)
         self.assertIn("SMTPS_PORT", dialogue.events[-1].reason)
         self.assertSays(b"NOOP\r\n\x16\x03\x01\r\n", 250, 500, prelude=b"", secure=False)
         self.assertIn("STARTTLS", dialogue.events[-1].reason)
 
-    def test_a_session_that_gets_nowhere_ends(self) -> None:
-        """What counts is what was said since the last login or message that was accepted."""
+    def test_a_session_without_progress_is_closed_with_421(self) -> None:
+        """Only commands since the last accepted login or message count."""
         message = MAIL + b"".join(b"RCPT TO:<u%d@b.c>\r\n" % number for number in range(150)
                                   ) + b"DATA\r\n.\r\n"
         cases: Any = (
@@ -2621,14 +2613,14 @@ class SessionTests(SessionCase):
                 (message * 2, *([250] * 101 + [452] * 50 + [354, 250]) * 2),
                 ((b"NOOP\r\n" * 90 + message) * 2,
                  *([250] * 191 + [452] * 50 + [354, 250]) * 2))
-        for octets, *wanted in cases:
-            with self.subTest(octets[:30]):
+        for data, *wanted in cases:
+            with self.subTest(data[:30]):
                 dialogue = self.start(b"EHLO x\r\n" + LOGIN, secure=True, MAX_RECIPIENTS="100")
-                said = dialogue.feed(octets)
-                self.assertEqual(codes(said), wanted)
+                replies = dialogue.feed(data)
+                self.assertEqual(codes(replies), wanted)
                 self.assertEqual(dialogue.closed, wanted[-1] == 421)
-                # The log has each reply, and a mistake that is made again and again once.
-                logged = [(mark, what.code) for mark, what in dialogue.log if mark != "<"]
+                # The log has each reply, but a repeated mistake only once.
+                logged = [(mark, reply.code) for mark, reply in dialogue.log if mark != "<"]
                 self.assertEqual([code for mark, code in logged if mark == ">"],
                                  [250, 235, *wanted])
                 self.assertLessEqual(logged.count(("!", 500)), 1)
@@ -2636,7 +2628,7 @@ class SessionTests(SessionCase):
         self.assertSays(b"NOOP\r\n" * 98 + b"STARTTLS\r\n", *[250] * 98, 220,
                         prelude=b"EHLO x\r\n", secure=False)
 
-    def test_mail_parameters(self) -> None:
+    def test_mail_parameters_are_checked(self) -> None:
         for reply, *rows in (
                 ("250 2.1.0", "SIZE=1000", "size=36700160", "SIZE=0", "BODY=7BIT", "SMTPUTF8",
                  "BODY=8bitmime", "AUTH=a@b.c", "SIZE=1 BODY=8BITMIME SMTPUTF8 AUTH=+3C+3E"),
@@ -2646,29 +2638,29 @@ class SessionTests(SessionCase):
                 ("555 5.5.4", "RET=HDRS")):
             for parameters in rows:
                 with self.subTest(parameters):
-                    octets = f"MAIL FROM:<a@b.c> {parameters}\r\n".encode()
-                    self.assertTrue(self.converse(octets).said.startswith(reply.encode()))
+                    command = f"MAIL FROM:<a@b.c> {parameters}\r\n".encode()
+                    self.assertTrue(self.converse(command).said.startswith(reply.encode()))
 
     def test_only_crlf_dot_crlf_ends_a_message(self) -> None:
-        """SMTP smuggling: CVE-2023-51764, CVE-2024-27305 and their kin."""
+        """SMTP smuggling: CVE-2023-51764, CVE-2024-27305 and similar."""
         for end in (b"\n.\n", b"\n.\r\n", b"\r.\r\n", b"\r\n.\n", b"\r\n.\r", b"\r.\r",
                     b"\n.\r", b"\r\n\0.\r\n", b"\r\n.\0\r\n", b"\r\r\n.\n", b"\r\n.\n\r\n",
                     b"\r\n.\r\r\n", b"\r\n .\r\n", b"\r\n. \r\n", b"\r\n.\r\n"[:4]):
             with self.subTest(end):
                 dialogue = self.assertSays(
                     b"DATA\r\na" + end + b"MAIL FROM:<evil@b.c>\r\n.\r\n", 354, 250,
-                    prelude=SITUATIONS["rcpt"][0])
+                    prelude=STATES["rcpt"][0])
                 self.assertIn(b"evil", dialogue.messages[0])
 
-    def test_the_limit_is_exact(self) -> None:
+    def test_the_message_size_limit_is_exact(self) -> None:
         for size, code in ((5000, 250), (5001, 552)):
             for content in (b"x" * (size - 2) + b"\r\n", b"..\r\n" + b"x" * (size - 5) + b"\r\n",
                             b"\n" + b"x" * (size - 4) + b"\r\n"):
                 with self.subTest(size, content=content[:5]):
                     self.assertSays(b"DATA\r\n" + content + b".\r\n", 354, code,
-                                    prelude=SITUATIONS["rcpt"][0], MAX_MESSAGE_SIZE="5000")
+                                    prelude=STATES["rcpt"][0], MAX_MESSAGE_SIZE="5000")
 
-    def test_what_is_advertised_and_what_is_taken(self) -> None:
+    def test_the_advertised_size_is_the_limit_of_mail(self) -> None:
         for size, large, limit in (
                 ("", "", 36_700_160), ("157286400", "", 157_286_400), ("5000", "", 5000),
                 ("", "refuse", 3_145_728), ("5000", "refuse", 5000)):
@@ -2676,12 +2668,12 @@ class SessionTests(SessionCase):
                 dialogue = self.start(b"EHLO x\r\n" + LOGIN, secure=True,
                                       MAX_MESSAGE_SIZE=size, LARGE_MESSAGES=large)
                 self.assertIn(b"250-SIZE %d\r\n" % limit, dialogue.said)
-                said = dialogue.feed(b"MAIL FROM:<a@b.c> SIZE=%d\r\nRSET\r\n" % limit
-                                     + b"MAIL FROM:<a@b.c> SIZE=%d\r\n" % (limit + 1))
-                self.assertEqual(codes(said), [250, 250, 552])
-                self.assertEqual(b"LARGE_MESSAGES=refuse" in said, limit == 3_145_728)
+                replies = dialogue.feed(b"MAIL FROM:<a@b.c> SIZE=%d\r\nRSET\r\n" % limit
+                                        + b"MAIL FROM:<a@b.c> SIZE=%d\r\n" % (limit + 1))
+                self.assertEqual(codes(replies), [250, 250, 552])
+                self.assertEqual(b"LARGE_MESSAGES=refuse" in replies, limit == 3_145_728)
 
-    def test_more_than_the_memory_is_refused_for_now_and_others_notice_nothing(self) -> None:
+    def test_messages_over_the_memory_budget_get_452_and_others_continue(self) -> None:
         memory = relay.MemoryBudget(10_000)
 
         def begin() -> Dialogue:
@@ -2691,15 +2683,15 @@ class SessionTests(SessionCase):
         line = b"x" * 998 + b"\r\n"
         first, second = begin(), begin()
         first.feed(line * 6)
-        self.assertEqual(memory.free, 4002)             # the last CRLF may begin the end
-        # Who announces too much is told at once, who sends too much at the end.
+        self.assertEqual(memory.free, 4002)             # the last CRLF may begin the terminator
+        # Too large a SIZE is refused at MAIL; too much content, at its end.
         third = Dialogue(tls_config(), secure=True, memory=memory)
-        said = third.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<a@b.c> SIZE=4003\r\n"
-                          + b"MAIL FROM:<a@b.c> SIZE=4002\r\n")
-        self.assertEqual(codes(said)[-2:], [452, 250])
-        self.assertIn(b"452 4.3.1 ", said)
+        replies = third.feed(b"EHLO x\r\n" + LOGIN + b"MAIL FROM:<a@b.c> SIZE=4003\r\n"
+                             + b"MAIL FROM:<a@b.c> SIZE=4002\r\n")
+        self.assertEqual(codes(replies)[-2:], [452, 250])
+        self.assertIn(b"452 4.3.1 ", replies)
         second.feed(line * 5)
-        self.assertEqual(memory.free, 4002)             # nothing is kept of it
+        self.assertEqual(memory.free, 4002)             # its content is discarded
         progress = second.session.progress
         second.feed(line * 100)
         self.assertEqual(second.session.progress, progress + 1)     # 64 KiB
@@ -2712,7 +2704,7 @@ class SessionTests(SessionCase):
         self.assertEqual(codes(second.feed(MAIL + RCPT + b"DATA\r\n" + line + b".\r\n")),
                          [250, 250, 354, 250])
 
-    def test_memory_is_taken_until_the_answer_to_the_message(self) -> None:
+    def test_memory_is_reserved_until_the_reply_to_the_message(self) -> None:
         memory = relay.MemoryBudget(100)
         dialogue = Dialogue(tls_config(), secure=True, memory=memory,
                             answer=lambda session, event: accept(session, event)
@@ -2722,7 +2714,7 @@ class SessionTests(SessionCase):
         dialogue.session.delivered("id 1")
         self.assertEqual(memory.free, 100)
 
-    def test_octets_behind_starttls_are_never_obeyed(self) -> None:
+    def test_commands_pipelined_after_starttls_are_discarded(self) -> None:
         dialogue = self.start(b"EHLO x\r\n", answer=lambda session, event: None)
         dialogue.feed(b"STARTTLS\r\nEHLO injected\r\nNOOP\r\n")
         self.assertEqual(dialogue.events, [relay.StartTls()])
@@ -2733,39 +2725,40 @@ class SessionTests(SessionCase):
         self.assertEqual(dialogue.session.output(), b"")
         self.assertEqual(codes(dialogue.feed(b"MAIL FROM:<a@b.c>\r\nEHLO real\r\n")), [530, 250])
 
-    def test_the_log_never_shows_what_belongs_to_auth(self) -> None:
-        prelude = SITUATIONS["tls"][0]
+    def test_the_log_never_shows_credentials(self) -> None:
+        prelude = STATES["tls"][0]
         secret = base64.b64encode(b"\0user\0hidden")
         word = base64.b64encode(b"hidden")
-        for octets in (b"AUTH PLAIN " + secret, b"AUTH PLAIN\r\n" + secret,
-                       b"AUTH LOGIN\r\n" + word + b"\r\n" + word, b"AUTH LOGIN " + word,
-                       b"auth\tPLAIN " + secret, word, b"AUTHPLAIN " + secret,
-                       b"AUTH CRAM-MD5\r\n" + word):
-            with self.subTest(octets[:20]):
+        for data in (b"AUTH PLAIN " + secret, b"AUTH PLAIN\r\n" + secret,
+                     b"AUTH LOGIN\r\n" + word + b"\r\n" + word, b"AUTH LOGIN " + word,
+                     b"auth\tPLAIN " + secret, word, b"AUTHPLAIN " + secret,
+                     b"AUTH CRAM-MD5\r\n" + word):
+            with self.subTest(data[:20]):
                 dialogue = self.start(prelude, secure=True)
-                dialogue.feed(octets + b"\r\n")
+                dialogue.feed(data + b"\r\n")
                 shown = repr(dialogue.log)
                 for hidden in ("hidden", secret.decode(), word.decode()):
                     self.assertNotIn(hidden, shown)
 
-    def test_senders_and_recipients(self) -> None:
-        policy = policy_of(relay.Account("scan2", allowed_senders=("a.b",),
-                                         allowed_recipients=("d.e", "boss@f.g")), tls_config())
-        dialogue = Dialogue(tls_config(), secure=True, policy=policy)
-        said = dialogue.feed(b"EHLO x\r\nMAIL FROM:<x@b.c>\r\nMAIL FROM:<x@A.B>\r\n"
-                             b"RCPT TO:<x@y.z>\r\nRCPT TO:<x@d.e>\r\nRCPT TO:<Boss@f.g>\r\n"
-                             + b"RCPT TO:<other@f.g>\r\n" * 150 + b"DATA\r\nText\r\n.\r\n")
-        self.assertEqual(codes(said)[1:], [550, 250, 550, 250, 250, *[550] * 150, 354, 250])
-        self.assertIn(b"550 5.7.1 This account may not send as x@b.c", said)
-        self.assertIn(b"550 5.7.1 This account may not send to other@f.g", said)
+    def test_allowed_senders_and_recipients_are_enforced(self) -> None:
+        scan2 = relay.Principal(relay.Account("scan2", allowed_senders=("a.b",),
+                                              allowed_recipients=("d.e", "boss@f.g")),
+                                relay.Application("", "", "s"), "scan2")
+        dialogue = Dialogue(tls_config(), secure=True, guest=scan2)
+        replies = dialogue.feed(b"EHLO x\r\nMAIL FROM:<x@b.c>\r\nMAIL FROM:<x@A.B>\r\n"
+                                b"RCPT TO:<x@y.z>\r\nRCPT TO:<x@d.e>\r\nRCPT TO:<Boss@f.g>\r\n"
+                                + b"RCPT TO:<other@f.g>\r\n" * 150 + b"DATA\r\nText\r\n.\r\n")
+        self.assertEqual(codes(replies)[1:], [550, 250, 550, 250, 250, *[550] * 150, 354, 250])
+        self.assertIn(b"550 5.7.1 This account may not send as x@b.c", replies)
+        self.assertIn(b"550 5.7.1 This account may not send to other@f.g", replies)
         self.assertEqual(list(dialogue.events[0].envelope.recipients.values()),
                          ["x@d.e", "Boss@f.g"])
 
 
 class RecipientTests(unittest.TestCase):
-    """Who gets it is the envelope, no one else."""
+    """Only the recipients of the envelope receive a message."""
 
-    def test_edits(self) -> None:
+    def test_address_fields_name_only_envelope_recipients(self) -> None:
         for header, recipients, wanted in (
                 # A message that names the envelope stays as it is.
                 *((header, "a@x.y b@X.y", header) for header in (
@@ -2780,12 +2773,12 @@ class RecipientTests(unittest.TestCase):
                     "To: a@x.y <a@x.y>, \"b@x.y\" <b@x.y>\n", "To: a@x.y\nTo: b@x.y\n",
                     "To: a@x.y, b@x.y, a@x.y\nCc: b@x.y\n", 'To: "a; b" < a@x.y >, b@x.y\n',
                     "Subject: x\n To: c@x.y\nTo: a@x.y, b@x.y\n")),
-                # Whom no field names gets into one Bcc.
+                # Recipients that no field names are added to one Bcc.
                 ("To: a@x.y\n", "a@x.y h@x.y", "Bcc: h@x.y\nTo: a@x.y\n"),
                 ("Subject: x\n", "a@x.y b@x.y", "Bcc: a@x.y,\n b@x.y\nSubject: x\n"),
                 ("To: a@x.y\nBcc: \"B\" <b@x.y>\nX: y\nBcc: c@x.y\n", "a@x.y b@x.y c@x.y h@x.y",
                  "Bcc: \"B\" <b@x.y>,\n c@x.y,\n h@x.y\nTo: a@x.y\nX: y\n"),
-                # Whom the envelope does not name is taken out, and kept readable.
+                # Addresses that the envelope does not name are removed, and stay readable.
                 ("To: a@x.y, Other One <o@x.y>\n", "a@x.y",
                  "To: a@x.y\nX-Original-To: Other One <o@x.y>\n"),
                 ("Cc: o@x.y\nSubject: x\nTo: a@x.y\n", "a@x.y",
@@ -2796,7 +2789,7 @@ class RecipientTests(unittest.TestCase):
                 ("To: Team: a@x.y, o@x.y;\n", "a@x.y", "To: a@x.y\nX-Original-To: o@x.y\n"),
                 ("to: \"O, P\" <o@x.y>,\n  Ann\n <a@x.y>(x)\n", "a@x.y",
                  "to: Ann\n <a@x.y>(x)\nX-Original-to: \"O, P\" <o@x.y>\n"),
-                # What cannot be read beyond doubt names nobody.
+                # An ambiguous field names no recipient.
                 *((f"To: {value}\n", "a@x.y", f"Bcc: a@x.y\nX-Original-To: {value}\n")
                   for value in (
                       "a@x.y b@x.y", "o@x.y <a@x.y>", "a@x.y (o@x.y)", "\"a@x.y", "<a@x.y",
@@ -2814,10 +2807,10 @@ class RecipientTests(unittest.TestCase):
                 ("To: \u212a@x.y\n", "k@x.y", "Bcc: k@x.y\nX-Original-To: \u212a@x.y\n"),
                 ("To: =?utf-8?q?a?=@x.y\n", "=?utf-8?q?a?=@x.y",
                  "Bcc: =?utf-8?q?a?=@x.y\nX-Original-To: =?utf-8?q?a?=@x.y\n"),
-                # Semicolons, as people type them; not every reader parts there.
+                # Semicolons, as people type them; not every parser accepts them as separators.
                 ("To: a@x.y; B <b@x.y>;\n", "a@x.y b@x.y", "To: a@x.y,\n B <b@x.y>\n"),
                 ("To: Team: a@x.y; b@x.y;\n", "a@x.y b@x.y", "To: a@x.y,\n b@x.y\n"),
-                # With a malformed line all are in Bcc too; a Resent-Bcc never stays.
+                # With a malformed line Bcc has all recipients; Resent-Bcc is always removed.
                 ("To: a@x.y\nno field\nCc: b@x.y\n", "a@x.y b@x.y",
                  "Bcc: a@x.y,\n b@x.y\nTo: a@x.y\nno field\nCc: b@x.y\n"),
                 ("To: a@x.y\nRESENT-BCC: h@x.y,\n o@x.y\nResent-To: r@x.y\n", "a@x.y",
@@ -2827,7 +2820,7 @@ class RecipientTests(unittest.TestCase):
                 ("no field\nBcc: a@x.y, o@x.y\n", "a@x.y", "Bcc: a@x.y\nno field\n"),
                 ("To: a@x.y\nSubject: s\nno field\n", "a@x.y",
                  "To: a@x.y\nSubject: s\n\nno field\n"),
-                # Which fields make a header.
+                # Field names that show that a malformed first line belongs to a header.
                 *((f"oops\n{name}: x\n", "a@x.y", f"Bcc: a@x.y\n{more}oops\n{name}: x\n")
                   for more, names in (
                       ("", "Subject DATE Sender Message-ID Received Return-Path MIME-Version "
@@ -2837,7 +2830,7 @@ class RecipientTests(unittest.TestCase):
                 ("To: \"a b\"@x.y\n", "\"a b\"@x.y", "To: \"a b\"@x.y\n"),
                 ("To: \"a\\ b\"@x.y\n", "\"A b\"@x.y c@x.y", "Bcc: c@x.y\nTo: \"a\\ b\"@x.y\n"),
                 ("Subject: x\n", "\u00fc@x.y", "Bcc: \u00fc@x.y\nSubject: x\n"),
-                # Malformed lines end nothing; text behind the last field is text.
+                # A malformed line does not end the header; lines after the last field are text.
                 ("oops\nTo: o@x.y\n", "a@x.y", "Bcc: a@x.y\noops\nX-Original-To: o@x.y\n"),
                 ("To: o@x.y\nHello there\n", "a@x.y",
                  "Bcc: a@x.y\nX-Original-To: o@x.y\n\nHello there\n")):
@@ -2846,8 +2839,8 @@ class RecipientTests(unittest.TestCase):
                                      *re.findall(r'(?:"[^"]*"|[^ "])+', recipients))
                 self.assertEqual(outcome.replace("\r\n", "\n"), wanted + "\nText\n")
 
-    def test_random_headers(self) -> None:
-        """No reader finds anybody but the envelope in To, Cc and Bcc; the rest stays."""
+    def test_random_headers_name_only_envelope_recipients(self) -> None:
+        """Every parser finds exactly the envelope in To, Cc and Bcc; the rest stays."""
         people = ["a@x.y", "b@x.y", "\"q r\"@x.y", "A@X.Y", "o@x.y", "p@x.y"]
         forms = ["{}", "{}", "<{}>", "Ann <{}>", "\"N, m\" <{}>", "{} (c)", "{} <{}>",
                  "Ann\r\n <{}>", "N. M. < {} > (x y)", "=?utf-8?Q?o=40x=2Ey=2C?= <{}>",
@@ -2870,27 +2863,27 @@ class RecipientTests(unittest.TestCase):
             envelope = chance.sample(people[:3], chance.randrange(1, 4))
             policy = chance.choice(["keep", "rewrite"])
             with self.subTest(number, header=header, envelope=envelope, policy=policy):
-                came = header.encode("utf-8", "surrogateescape") + b"\r\nTo: o@x.y\r\n"
-                went = prepared(came, *envelope, FROM_MISMATCH=policy)
-                self.assertTrue(went.endswith(b"\r\n\r\nTo: o@x.y\r\n"))
-                wanted = {relay.normalize_mailbox(one) for one in envelope}
-                after = relay.split_header(went)
-                self.assertEqual({address.key for one in after.find(*edited)
-                                  for address in relay._parse_addresses(one).addresses}, wanted)
-                self.assertTrue(after.find(b"from"))
-                for one in relay.split_header(came).fields:
-                    if one.name not in (*edited, b"from"):
-                        self.assertIn(one.raw, went)
-                # Two other readers, which stop at malformed lines.
-                self.assertEqual({relay.normalize_mailbox(one) for one in named_by(went)}, wanted)
-                with contextlib.suppress(AttributeError, TypeError):    # defects of Python's
-                    read = email.message_from_bytes(went, policy=email.policy.default)
+                sent = header.encode("utf-8", "surrogateescape") + b"\r\nTo: o@x.y\r\n"
+                arrived = edit(sent, *envelope, FROM_MISMATCH=policy)
+                self.assertTrue(arrived.endswith(b"\r\n\r\nTo: o@x.y\r\n"))
+                wanted = {relay.normalize_mailbox(address) for address in envelope}
+                result = relay.split_header(arrived)
+                self.assertEqual({address.key for field in result.find(*edited)
+                                  for address in relay._parse_addresses(field).addresses}, wanted)
+                self.assertTrue(result.find(b"from"))
+                for field in relay.split_header(sent).fields:
+                    if field.name not in (*edited, b"from"):
+                        self.assertIn(field.raw, arrived)
+                # Two other parsers, which stop at malformed lines.
+                self.assertEqual(set(map(relay.normalize_mailbox, named_by(arrived))), wanted)
+                with contextlib.suppress(AttributeError, TypeError):    # bugs of Python's parser
+                    parsed = email.message_from_bytes(arrived, policy=email.policy.default)
                     self.assertEqual({relay.normalize_mailbox(address.addr_spec)
                                       for name in ("to", "cc", "bcc")
-                                      for value in read.get_all(name, [])
+                                      for value in parsed.get_all(name, [])
                                       for address in value.addresses}, wanted)
 
-    def test_a_huge_header_takes_no_quadratic_time(self) -> None:
+    def test_the_time_for_a_header_is_not_quadratic(self) -> None:
         def play(size: int, opening: str, shape: str) -> None:
             deliver_to(f"{opening}{shape * (size // len(shape))}\r\n", "a@x.y",
                        FROM_MISMATCH="rewrite")
@@ -2901,61 +2894,61 @@ class RecipientTests(unittest.TestCase):
                 with self.subTest(opening + shape):
                     check_time(play, 4000, opening, shape)
 
-    def test_an_absurd_number_of_lines(self) -> None:
+    def test_a_header_of_more_than_10000_lines_is_refused(self) -> None:
         for line in ("To: a@x.y\r\n", "X-Y: y\r\n", " \r\n"):
             header = "To: a@x.y\r\n" + line * 9999
             self.assertEqual(deliver_to(header, "a@x.y"), f"{header}\r\nText\r\n")
             with self.assertRaisesRegex(relay.DeliveryError, "too many lines"):
                 deliver_to(header + line, "a@x.y")
 
-    def test_an_absurd_number_of_addresses_is_doubtful(self) -> None:
+    def test_a_list_of_too_many_addresses_is_ambiguous(self) -> None:
         many = ",".join(f"u{number}@x.y" for number in range(40_000))
         self.assertEqual(deliver_to(f"To: {many}\r\n", "u1@x.y"),
                          f"Bcc: u1@x.y\r\nX-Original-To: {many}\r\n\r\nText\r\n")
-        # In From they may stay, but say nothing.
+        # In From such a list stays, but is not evaluated.
         header = f"From: {', '.join([SENDER] * 14_000)}\r\nTo: a@x.y\r\n\r\n".encode()
-        self.assertEqual(prepared(header, "a@x.y"), header)
+        self.assertEqual(edit(header, "a@x.y"), header)
 
 
 class CorpusTests(unittest.TestCase):
-    """Mail arrives as it was sent: octet for octet, but for the edits that are named."""
+    """Messages arrive byte for byte as they were sent, except for the documented edits."""
 
-    def test_corpus(self) -> None:
-        for setting, mails in CORPUS.items():
+    def test_messages_arrive_unchanged_except_for_the_edits(self) -> None:
+        for setting, cases in CORPUS.items():
             name, _, value = setting.partition("=")
             with alone(**({name: value} if name else {})) as (fake, client):
                 client.log_in()
-                for mail in mails:
-                    with self.subTest(setting, mail=mail.name):
-                        self.check(fake, client, mail)
+                for case in cases:
+                    with self.subTest(setting, case=case.name):
+                        self.check(fake, client, case)
                 self.assertEqual(fake.complaints, [])
 
-    def check(self, fake: FakeMicrosoft, client: Client, mail: Mail) -> None:
-        """Send a message and look at what has become of it."""
+    def check(self, fake: FakeMicrosoft, client: Client, case: Case) -> None:
+        """Send a message and compare it with the message that arrives."""
         fake.delivered.clear()
-        recipients = re.findall(r'(?:"[^"]*"|[^ "])+', mail.to)
-        reply = client.post_octets(crlf(mail.sent), mail.sender, recipients)
-        if isinstance(mail.wanted, str) and mail.wanted[:1] in ("4", "5"):
-            self.assertTrue(reply.startswith(mail.wanted + " "), reply)
+        recipients = re.findall(r'(?:"[^"]*"|[^ "])+', case.to)
+        reply = client.post_octets(crlf(case.sent), case.sender, recipients)
+        if isinstance(case.wanted, str) and case.wanted[:1] in ("4", "5"):
+            self.assertTrue(reply.startswith(case.wanted + " "), reply)
             self.assertEqual(fake.delivered, [])
             return
         self.assertTrue(reply.startswith("250 2.0.0 "), reply)
         delivered, = fake.delivered
-        self.assertEqual(delivered.message, crlf(mail.wanted or mail.sent))
-        self.assertEqual(delivered.mailbox, mail.mailbox)
-        if re.fullmatch("[ -!#-~]+", mail.to) and not mail.name.startswith("others,"):
-            # As the standard library reads it, which cannot read everything.
+        self.assertEqual(delivered.message, crlf(case.wanted or case.sent))
+        self.assertEqual(delivered.mailbox, case.mailbox)
+        if re.fullmatch("[ -!#-~]+", case.to) and not case.name.startswith("others,"):
+            # The standard library reads the same recipients, if it can read the header.
             self.assertEqual(set(delivered.recipients), set(recipients))
 
 
 class FidelityTests(RelayCase):
-    """What Exchange and signatures need."""
+    """Edits keep what Exchange and signatures require."""
 
-    def test_quoted_printable_that_a_client_damaged_is_repaired(self) -> None:
-        """Exchange knows a soft line break with CRLF only, and eats text of the others."""
+    def test_soft_line_breaks_with_a_bare_lf_are_repaired(self) -> None:
+        """Exchange knows soft line breaks with CRLF only, and loses text at others."""
         text = "The cen\u00fcter of a very long line. " * 20
         encoded = quopri.encodestring(text.encode())
-        self.assertNotIn(b"\r", encoded)                # Python has lone LF
+        self.assertNotIn(b"\r", encoded)                # Python writes bare LF
         damaged = NAMED.encode() + b"Content-Transfer-Encoding: quoted-printable\n\n" + encoded
         self.assertNotEqual(as_exchange_decodes(encoded), text.encode())
         self.assertReply(self.logged_in().post_octets(damaged + b"\r\n", SENDER, ["a@x.y"]),
@@ -2963,7 +2956,7 @@ class FidelityTests(RelayCase):
         body = self.fake.delivered[0].message.partition(b"\r\n\r\n")[2]
         self.assertEqual(as_exchange_decodes(body), text.encode() + b"\r\n")
 
-    def test_no_answer_goes_to_the_login_of_a_device(self) -> None:
+    def test_reply_to_never_names_the_login_of_a_device(self) -> None:
         login = f"{USER}.Printers.com"
         with alone(FROM_MISMATCH="rewrite") as (fake, client):
             self.assertReply(client.log_in(login), "235 2.7.0")
@@ -2971,17 +2964,17 @@ class FidelityTests(RelayCase):
             self.assertReply(client.post_octets(message, SENDER, ["a@x.y"]), "250 2.0.0")
             self.assertEqual(fake.delivered[0].message, crlf(f"From: S <{SENDER}>\nTo: a@x.y\n\n"))
 
-    @unittest.skipUnless(shutil.which("openssl"), "there is no openssl here")
-    def test_a_signature_stays_good(self) -> None:
-        def openssl(*arguments: str, octets: bytes) -> subprocess.CompletedProcess[bytes]:
-            return subprocess.run(["openssl", *arguments], input=octets, timeout=PATIENCE,
+    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
+    def test_signatures_stay_valid(self) -> None:
+        def openssl(*arguments: str, data: bytes) -> subprocess.CompletedProcess[bytes]:
+            return subprocess.run(["openssl", *arguments], input=data, timeout=PATIENCE,
                                   capture_output=True)
         text = crlf(multipart("mixed", "Content-Type: text/plain; charset=iso-8859-1\n"
                               "Content-Transfer-Encoding: 8bit\n\n\udcfc trailing \t\n.\n", PDF))
         for command in ("smime", "cms"):
             with self.subTest(command):
                 signed = openssl(command, "-sign", "-signer", FILES["cert.pem"], "-inkey",
-                                 FILES["key.pem"], octets=text).stdout
+                                 FILES["key.pem"], data=text).stdout
                 self.assertIn(b"multipart/signed", signed)
                 for head in (b"To: o@x.y, a@x.y\r\nCc: p@x.y\r\n", b"From: o@x.y <a@b>\r\n", b""):
                     self.fake.reset()
@@ -2990,23 +2983,23 @@ class FidelityTests(RelayCase):
                                                         ["a@x.y", "h@x.y"]), "250 2.0.0")
                     delivered = self.fake.delivered[0].message
                     self.assertNotIn(b"\r\nTo: o@x.y", delivered)
-                    done = openssl(command, "-verify", "-CAfile", FILES["ca.pem"], "-purpose",
-                                   "any", octets=delivered)
-                    self.assertEqual((done.returncode, done.stdout), (0, text), done.stderr)
+                    check = openssl(command, "-verify", "-CAfile", FILES["ca.pem"], "-purpose",
+                                    "any", data=delivered)
+                    self.assertEqual((check.returncode, check.stdout), (0, text), check.stderr)
                     broken = delivered.replace(b"trailing", b"Trailing")
                     self.assertNotEqual(openssl(command, "-verify", "-CAfile", FILES["ca.pem"],
-                                                "-purpose", "any", octets=broken).returncode, 0)
+                                                "-purpose", "any", data=broken).returncode, 0)
 
 
 class DraftTests(unittest.TestCase):
-    """What a message becomes as a draft: nothing is lost, or it is refused."""
+    """A message becomes a draft without loss, or it is refused."""
 
-    def test_the_structure(self) -> None:
+    def test_mime_parts_become_a_body_and_attachments(self) -> None:
         def shape(draft: relay.Draft) -> tuple[Any, ...]:
             body = json.loads(draft.content)["body"]
             return (body["contentType"], body["content"].strip(),
-                    *(f"{one.name} {one.part.media_type} {octets_of(one)!r} {one.content_id}"
-                      for one in draft.attachments))
+                    *(f"{file.name} {file.part.media_type} {content_of(file)!r} {file.content_id}"
+                      for file in draft.attachments))
         pdf, logo = "scan.pdf application/pdf b'%PDF-1' ", "b'\\x89PNG' Logo@x.y"
         html = '<p>Hello <img src="cid:logo@x.y"></p>'
         for message, wanted in (
@@ -3029,7 +3022,7 @@ class DraftTests(unittest.TestCase):
                 (multipart("alternative", PLAIN, "Content-Type: text/x-amp-html\n\nx\n", HTML,
                            "Content-Type: text/csv; name=a.csv\n\nx\n"),
                  ("HTML", html, "a.csv text/csv b'x\\r\\n' ")),
-                # An image that the text does not show must not be hidden.
+                # An image that the text does not reference is not inline, which would hide it.
                 (multipart("mixed", PLAIN, IMAGE),
                  ("Text", "Hello", "ATT00001.png image/png b'\\x89PNG' ")),
                 # Apple Mail: text, file, text. All of it arrives.
@@ -3037,25 +3030,25 @@ class DraftTests(unittest.TestCase):
                  ("HTML", html, pdf, f"ATT00002.html text/html {crlf(html + chr(10))!r} ")),
                 (multipart("mixed", PLAIN, HTML),
                  ("Text", "Hello", f"ATT00001.html text/html {crlf(html + chr(10))!r} ")),
-                # A text that says it is a file is one.
+                # Text with the disposition or the name of a file is an attachment.
                 (multipart("mixed", "Content-Disposition: attachment\n\nlog\n", PLAIN),
                  ("Text", "Hello", "ATT00001.txt text/plain b'log\\r\\n' ")),
                 (multipart("mixed", "Content-Type: text/plain; name=a.txt\n\nlog\n"),
                  ("Text", "", "a.txt text/plain b'log\\r\\n' ")),
-                # A forwarded message stays whole, boundaries and all.
+                # A forwarded message stays whole.
                 (multipart("mixed", PLAIN, "Content-Type: message/rfc822\n\n" + PLAIN),
                  ("Text", "Hello", "ATT00001.eml message/rfc822 b'Content-Type: text/plain; "
                                    "charset=utf-8\\r\\n\\r\\nHello\\r\\n' ")),
-                # A type that is none is text, unless it cannot be.
+                # A malformed media type is text.
                 ("Content-Type: text\n\nHello\n", ("Text", "Hello")),
                 ("Content-Type: text / HTML\n\nHello\n", ("HTML", "Hello")),
                 ("Content-Type: multipart\n\nHello\n", ("Text", "Hello")),
-                # A signed file is a file, and a blank text is none.
-                *((multipart("mixed", "\n" + " \n" * 300, HTML, f"Content-Type: {kind}\n"
+                # A signed file is an attachment. Blank text is left out.
+                *((multipart("mixed", "\n" + " \n" * 300, HTML, f"Content-Type: {mime}\n"
                              "Content-Disposition: attachment; filename=a.xml.p7m\n\nx\n"),
-                   ("HTML", html, f"a.xml.p7m {kind} b'x\\r\\n' "))
-                  for kind in ("application/pkcs7-mime", "application/x-pkcs7-mime")),
-                # An invitation as a file is a file.
+                   ("HTML", html, f"a.xml.p7m {mime} b'x\\r\\n' "))
+                  for mime in ("application/pkcs7-mime", "application/x-pkcs7-mime")),
+                # An invitation with the disposition of a file is an attachment.
                 (multipart("mixed", PLAIN, "Content-Type: text/calendar\nContent-Disposition: "
                            "attachment; filename=a.ics\n\nBEGIN\n"),
                  ("Text", "Hello", "a.ics text/calendar b'BEGIN\\r\\n' ")),
@@ -3065,16 +3058,16 @@ class DraftTests(unittest.TestCase):
                  ("Text", "", "ATT00001.bin application/octet-stream b'%PDF-1' ")),
                 ("CONTENT-TYPE: TEXT/HTML; CHARSET=\"UTF-8\"\n\n<b>\n", ("HTML", "<b>"))):
             with self.subTest(message):
-                self.assertEqual(shape(take_apart(message.encode())), wanted)
+                self.assertEqual(shape(draft_of(message.encode())), wanted)
 
-    def test_boundaries(self) -> None:
-        """RFC 2046 section 5.1.1, and what is made of less."""
+    def test_parts_are_split_at_boundaries(self) -> None:
+        """RFC 2046 section 5.1.1, and how malformed multiparts are read."""
         head = b"Content-Type: multipart/mixed; boundary=\"b c\"\n\n"
         for body, wanted in (
                 (b"--b c\n\none\n--b c\n\ntwo\n--b c--\n", [b"one", b"two"]),
                 (b"preamble\n--b c\n\none\n--b c--\nepilogue\n--b c\n\nno\n", [b"one"]),
                 (b"--b c \t\n\none\n--b c--  \n", [b"one"]),
-                # It must stand at the begin of a line, and alone.
+                # A delimiter must be alone on its line.
                 (b"--b c\n\none --b c\n --b c\n--b cd\n--b c-\n--b c--\n",
                  [b"one --b c\r\n --b c\r\n--b cd\r\n--b c-"]),
                 # The last delimiter is missing.
@@ -3082,11 +3075,11 @@ class DraftTests(unittest.TestCase):
                 (b"--b c\n\none\n--b c", [b"one"]),
                 # The CRLF before a delimiter belongs to it; blank parts are left out.
                 (b"--b c\n\none\n\n--b c\n--b c\n\n\n--b c--", [b"one\r\n"]),
-                # A header that no empty line ends, and one that is none.
+                # A header without an empty line after it, and text without a header.
                 (b"--b c\nX-A: y\n--b c\n\none\n--b c--", [b"one"]),
                 (b"--b c\njust text\n--b c--", [b"just text"]),
                 (b"--b c\nX-A: y\nhalf", [b"half"]), (b"--b c\n", [b""]),
-                # What is within a part is sought only there.
+                # The delimiters of an inner multipart count only within it.
                 (b"--b c\nContent-Type: multipart/mixed; boundary=i\n\n--i\n\none\n--b c\n\n"
                  b"--i\ntwo\n--b c--", [b"one", b"--i\r\ntwo"]),
                 (b"--b c\nContent-Type: multipart/mixed; boundary=i\n\n--i\nX-A: y\n--b c--",
@@ -3094,12 +3087,12 @@ class DraftTests(unittest.TestCase):
                 (b"--b c\nContent-Type: multipart/mixed; boundary=\"b cd\"\n\n--b cd\n\none\n"
                  b"--b cd--\n--b c--\n", [b"one"])):
             with self.subTest(body):
-                draft = take_apart(head + body)
-                found = [json.loads(draft.content)["body"]["content"].encode(),
-                         *map(octets_of, draft.attachments)]
-                self.assertEqual(found, wanted)
+                draft = draft_of(head + body)
+                texts = [json.loads(draft.content)["body"]["content"].encode(),
+                         *map(content_of, draft.attachments)]
+                self.assertEqual(texts, wanted)
 
-    def test_names(self) -> None:
+    def test_attachment_names_are_decoded(self) -> None:
         for parameters, wanted in (
                 *((f"filename={value}", wanted) for value, wanted in (
                     ("\"a b.pdf\"", "a b.pdf"), ("\"\u00fc.pdf\"", "\u00fc.pdf"),
@@ -3107,7 +3100,7 @@ class DraftTests(unittest.TestCase):
                     ("\"C:\\\\scan\\\\a.pdf\"", "C:\\scan\\a.pdf"),
                     ("\"x_.pdf\"; filename*=utf-8''x%e2%82%ac.pdf", "x\u20ac.pdf"),
                     ('""\nContent-Type: x/y; name=a.b', "a.b"), ('"\udcfc.pdf"', "\u00fc.pdf"),
-                    # Encoded words where RFC 2047 wants none, but everybody writes them.
+                    # RFC 2047 does not allow encoded words here, but they are common.
                     ("\"=?utf-8?B?w7wucGRm?=\"", "\u00fc.pdf"),
                     ("=?utf-8?B?w7w=?=.tif", "\u00fc.tif"), ('"=?utf-8?q?_a.pdf_?="', "a.pdf"),
                     ("\"\u20ac =?utf-8?Q?=C3?= =?utf-8?Q?=BC?= C:\\users\"",
@@ -3117,7 +3110,7 @@ class DraftTests(unittest.TestCase):
                 ("x=y\nContent-Type: x/y; name=\"=?iso-8859-1?Q?=FC=2Epdf?=\"", "\u00fc.pdf"),
                 ("filename*=utf-8''a%0d%0ab%00.pdf", "a__b_.pdf"),
                 ("x=y", "ATT00001.txt"), ("filename*=no-such-charset''%ff", "\u00ff"),
-                # Nonsense has some name or another.
+                # Malformed parameters: any name is right.
                 *((nonsense, None) for nonsense in (
                     "filename*=utf-7''+2AA-.pdf", "x\nContent-Type: x/y; name*=utf-8''x; name*0=y",
                     "filename*" + "9" * 4000 + "*=x", "filename*=a%00b''%ff",
@@ -3125,11 +3118,11 @@ class DraftTests(unittest.TestCase):
             with self.subTest(parameters):
                 message = multipart("mixed", PLAIN, "Content-Disposition: attachment; "
                                                     f"{parameters}\n\nx\n")
-                attachment, = take_apart(message.encode("utf-8", "surrogateescape")).attachments
+                attachment, = draft_of(message.encode("utf-8", "surrogateescape")).attachments
                 self.assertIn(wanted, (attachment.name, None))
                 json.loads(attachment.as_json())
 
-    def test_which_images_the_text_shows(self) -> None:
+    def test_images_that_the_text_references_are_inline(self) -> None:
         for text, content_id, wanted in (
                 ("<img src='cid:a'>", "a", True), ("<img src=CID:A>", "a", True),
                 ("'cid:a b.png'", "a b.png", True), ("'cid:logo(1).png'", "logo(1).png", True),
@@ -3140,32 +3133,32 @@ class DraftTests(unittest.TestCase):
             with self.subTest(text, content_id=content_id):
                 message = multipart("related", f"Content-Type: text/html\n\n{text}\n",
                                     f"Content-Type: image/png\nContent-ID: <{content_id}>\n\nx\n")
-                attachment, = take_apart(message.encode()).attachments
+                attachment, = draft_of(message.encode()).attachments
                 self.assertEqual(attachment.content_id, content_id * wanted)
                 self.assertEqual("isInline" in attachment.properties(), wanted)
 
-    def test_no_value_has_a_second_line(self) -> None:
-        """Encoded words can hide one, and Exchange might make a field of it."""
+    def test_encoded_words_inject_no_line_breaks(self) -> None:
+        """Exchange might read the text after an encoded line break as a header field."""
         evil = "=?utf-8?q?a=0D=0ABcc:_evil=40x.y=00?="
-        draft = take_apart(f"From: {evil} <{SENDER}>\nSubject: {evil}\nX-A: {evil}\nMessage-ID: "
-                           f"<\0{evil}>\nTo: {evil} <o@x.y>\nReply-To: {evil} <r@x.y>\n\n"
-                           .encode())
+        draft = draft_of(f"From: {evil} <{SENDER}>\nSubject: {evil}\nX-A: {evil}\nMessage-ID: "
+                         f"<\0{evil}>\nTo: {evil} <o@x.y>\nReply-To: {evil} <r@x.y>\n\n"
+                         .encode())
         text = draft.content.decode()
         for escape in ("\\n", "\\r", "\\u0000"):
             self.assertNotIn(escape, text.replace('"content": ""', ""))
         self.assertIn("a  Bcc: evil@x.y", text)
 
-    def test_a_header_that_grows_too_large(self) -> None:
+    def test_a_header_that_grows_over_1_mib_is_refused(self) -> None:
         head = f"From: {SENDER}\r\nTo: b@x.y\r\nX-A: "
         for size, *recipients in ((1_048_576, "b@x.y"), (1_048_564, "b@x.y", "c@x.y")):
             header = head + "x" * (size - len(head) - 2)
-            take_apart(f"{header}\r\n\r\n".encode(), *recipients)
+            draft_of(f"{header}\r\n\r\n".encode(), *recipients)
             with self.assertRaises(relay.DeliveryError):
-                take_apart(f"{header}x\r\n\r\n".encode(), *recipients)
-        with self.assertRaises(relay.DeliveryError):    # nobody knows whether it is a field
-            take_apart(multipart("mixed", PLAIN, "x" * 1_048_577).encode())
+                draft_of(f"{header}x\r\n\r\n".encode(), *recipients)
+        with self.assertRaises(relay.DeliveryError):    # perhaps a header field
+            draft_of(multipart("mixed", PLAIN, "x" * 1_048_577).encode())
 
-    def test_what_the_relay_adds_may_be_too_much(self) -> None:
+    def test_a_message_that_the_edits_make_too_large_is_refused(self) -> None:
         config = make_config(LARGE_MESSAGES="refuse")
         message = bytearray(crlf(NAMED + "\n").ljust(3_145_728, b"x"))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, message)
@@ -3175,7 +3168,7 @@ class DraftTests(unittest.TestCase):
             relay.prepare_message(envelope, LOGIN_OF_TESTS, config)
         self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
 
-    def test_encodings(self) -> None:
+    def test_transfer_encodings_are_decoded_or_refused(self) -> None:
         for encoding, text, wanted in (
                 ("base64", b"QUJD\r\nRA==", b"ABCD"), ("BASE64", b"QUJD\r\nRA=", b"ABCD"),
                 ("base64", b"QUJDRA", b"ABCD"), ("base64", b"Q U-J*D\r\n\r\nRA==\r\n..", b"ABCD"),
@@ -3183,7 +3176,7 @@ class DraftTests(unittest.TestCase):
                 ("quoted-printable", b"=41b=\r\nc\r\n=C3=BC", b"Abc\r\n\xc3\xbc"),
                 ("Quoted-Printable", b"=4 =zz", b"=4 =zz"), ("8bit", b"\xfc\0", b"\xfc\0"),
                 ("7bit", b"=41", b"=41"), ("binary", b"x", b"x"),
-                # What readers read differently is not guessed.
+                # Encodings that parsers read differently are refused.
                 ("base64", b"QQ==QQ==", None), ("base64", b"QQ=\r\n=QQ==", None),
                 ("base64", b"QQ==" + b"\n" * 4_100_000 + b"QQ==", None),     # in three slices
                 ("base64", b"QUJDR", None), ("x-uuencode", b"begin 644", None)):
@@ -3192,12 +3185,12 @@ class DraftTests(unittest.TestCase):
                            + encoding.encode() + b"\n\n" + text)
                 if wanted is None:
                     with self.assertRaises(relay.NotConvertible):
-                        take_apart(message)
+                        draft_of(message)
                 else:
-                    attachment, = take_apart(message).attachments
-                    self.assertEqual(octets_of(attachment), wanted)
+                    attachment, = draft_of(message).attachments
+                    self.assertEqual(content_of(attachment), wanted)
 
-    def test_pieces_are_below_4_megabytes_and_cut_no_character(self) -> None:
+    def test_decoded_chunks_are_below_4_mb_and_split_no_byte(self) -> None:
         chance = random.Random(7)
         scan = bytes(chance.getrandbits(8) for _ in range(100_000)) * 80
         one_line = base64.b64encode(scan)
@@ -3210,18 +3203,18 @@ class DraftTests(unittest.TestCase):
             with self.subTest(encoding, text=text[:20]):
                 message = (f"Content-Type: x/y\nContent-Transfer-Encoding: {encoding}\n\n"
                            .encode() + text)
-                attachment, = take_apart(message).attachments
-                pieces = list(attachment.part.iter_decoded())
-                self.assertLess(max(map(len, pieces)), 4_000_000)
-                self.assertGreater(len(pieces), 1)
+                attachment, = draft_of(message).attachments
+                chunks = list(attachment.part.iter_decoded())
+                self.assertLess(max(map(len, chunks)), 4_000_000)
+                self.assertGreater(len(chunks), 1)
                 text = text.replace(b"\n", b"\r\n")
                 wanted = (scan if encoding == "base64" else text if "bi" in encoding
                           else quopri.decodestring(text))
-                self.assertEqual(b"".join(pieces), wanted)
+                self.assertEqual(b"".join(chunks), wanted)
                 self.assertEqual(attachment.size, len(wanted))
 
-    def test_the_properties(self) -> None:
-        draft = take_apart(
+    def test_header_fields_become_properties(self) -> None:
+        draft = draft_of(
             b"From: =?utf-8?Q?J=C3=B6rg?= <scanner@example.com>\nSubject: =?utf-8?B?w7w=?=\n"
             b" =?utf-8?B?w7w=?= scan\nTo: \"A, \\\"B\" <a@x.y>, b@x.y (Bob), o@x.y\n"
             b"Cc: Team: c@x.y;\n"
@@ -3245,8 +3238,8 @@ class DraftTests(unittest.TestCase):
                 {"name": "X-4", "value": "4"}],
             "body": {"contentType": "Text", "content": "Text\r\n"}})
         self.assertEqual(draft.attachments, [])
-        # What is not there is not said.
-        self.assertEqual(set(json.loads(take_apart(b"\nText\n").content)),
+        # Missing fields are left out.
+        self.assertEqual(set(json.loads(draft_of(b"\nText\n").content)),
                          {"from", "bccRecipients", "body"})
         for field, wanted in (
                 ("X-Priority: 1\nImportance: low", "low"), ("X-Priority: 1 (Highest)", "high"),
@@ -3255,20 +3248,20 @@ class DraftTests(unittest.TestCase):
                 ("X-Priority: 3", None), ("Priority: urgent", "high"),
                 ("Priority: non-urgent", "low"), ("Importance: odd", None),
                 ("X-MSMail-Priority: High", "high")):
-            content = json.loads(take_apart(f"{field}\n\n".encode()).content)
+            content = json.loads(draft_of(f"{field}\n\n".encode()).content)
             self.assertEqual(content.get("importance"), wanted, field)
-        content = json.loads(take_apart(b"Subject: =?utf-8?q?_s=0D?=\nTo: A <a@x.y> (x)\nReply-To: "
-                                        + b"a@b.c," * 50_000 + b"\n\n").content)
+        content = json.loads(draft_of(b"Subject: =?utf-8?q?_s=0D?=\nTo: A <a@x.y> (x)\nReply-To: "
+                                      + b"a@b.c," * 50_000 + b"\n\n").content)
         self.assertNotIn("replyTo", content)
         self.assertEqual((content["subject"], content["toRecipients"]), (
             "s", [{"emailAddress": {"address": "a@x.y", "name": "A"}}]))
-        # Many encoded words take their time, and stay as they are.
+        # Too many encoded words stay undecoded because decoding is slow.
         for count, wanted in ((500, "x" * 500), (501, ("=?utf-8?q?x?= " * 501).strip())):
-            draft = take_apart(b"Subject: " + b"=?utf-8?q?x?= " * count + b"\n\n")
+            draft = draft_of(b"Subject: " + b"=?utf-8?q?x?= " * count + b"\n\n")
             self.assertEqual(json.loads(draft.content)["subject"], wanted)
-        take_apart(b"Subject: =?utf-7?q?+2AA-?=\n\n")      # a surrogate
+        draft_of(b"Subject: =?utf-7?q?+2AA-?=\n\n")      # decodes to a surrogate
 
-    def test_the_text(self) -> None:
+    def test_body_text_is_decoded_from_its_charset(self) -> None:
         for head, text, wanted in (
                 ("", "\u00fc".encode(), "\u00fc"), ("", b"\xfc \x80", "\u00fc \u20ac"),
                 # An unknown encoding.
@@ -3276,7 +3269,7 @@ class DraftTests(unittest.TestCase):
                 ("\nContent-Transfer-Encoding: x-uuencode", b"x", "x"),
                 ("\nContent-Transfer-Encoding: \"base64\"", b"QQ==", "A"),
                 *((f"; charset={charset}", text, wanted) for charset, text, wanted in (
-                    # Most of these mean nothing; the last two would take quadratic time.
+                    # Most of these are unknown; the last two would take quadratic time.
                     *((charset, b"\xfc", "\u00fc") for charset in (
                         "iso-8859-1", "us-ascii", "utf8", '"a\0b"', "no-such", "undefined",
                         "unicode:escape", "hex", "x" * 9000, "punycode", "idna")),
@@ -3286,7 +3279,7 @@ class DraftTests(unittest.TestCase):
                     ("iso-8859-1", "\u0141".encode(), "\u0141"),
                     ("utf-16", "\u00fc".encode("utf-16"), "\u00fc"),
                     ("utf-16", "\u00fc".encode("utf-16") + b"x", "\u00fc\ufffd"),
-                    # What says it is UTF-8, and is not, or is with a fault.
+                    # Text labeled as UTF-8 that is not UTF-8, or has an error.
                     *(("utf-8", text, "\u00fc\ufffd")
                       for text in (b"\xfc\x81", b"\xc3\xbc\xff")),
                     ("iso-8859-1", b"\x80 \x93x\x94", "\u20ac \u201cx\u201d"),
@@ -3294,12 +3287,12 @@ class DraftTests(unittest.TestCase):
                     ("Shift_JIS", "\u2460".encode("cp932"), "\u2460"),
                     ("koi8-r", b"\xf0\xd2", "\u041f\u0440"),
                     ("utf-7", b"1+1=2, +49", "1+1=2, +49"),
-                    # A character that Python lacks; the rest must not become escapes.
+                    # A character unknown to Python; the rest must not become escapes.
                     ("iso-2022-jp", b"\x1b$B%F%9%H-!\x1b(B", "\u30c6\u30b9\u30c8\ufffd")))):
             with self.subTest(head, text=text):
                 message = f"Content-Type: text/plain{head}\n\n".encode() + text
-                self.assertEqual(json.loads(take_apart(message).content)["body"]["content"], wanted)
-        # A field counts more than <meta>, and what stands further down is text.
+                self.assertEqual(json.loads(draft_of(message).content)["body"]["content"], wanted)
+        # The header field overrides <meta>. After 1,024 bytes <meta> is ignored.
         meta, cyrillic = b"<meta charset=windows-1251>", "\u041f"
         for head, text, wanted in (
                 ("html", meta + b"\xcf", cyrillic), ("html", b" " * 1024 + meta + b"\xfc", "\xfc"),
@@ -3307,11 +3300,11 @@ class DraftTests(unittest.TestCase):
                 ("html; charset=utf-8", meta + b"\xc3\xbc", "\u00fc"),
                 *((f"plain; charset={charset}", ("x" * size).encode(charset), "x" * size)
                   for charset, size in (("utf-16", 2_200_000), ("utf-32", 1_000_000)))):
-            draft = take_apart(f"Content-Type: text/{head}\n\n".encode() + text)
+            draft = draft_of(f"Content-Type: text/{head}\n\n".encode() + text)
             self.assertEqual(json.loads(draft.content)["body"]["content"].rpartition(">")[2].strip(),
                              wanted)
 
-    def test_what_cannot_be_said_is_refused_and_the_reason_given(self) -> None:
+    def test_messages_that_a_draft_cannot_hold_are_refused_with_the_reason(self) -> None:
         deepest = PLAIN
         for _ in range(10):
             deepest = multipart("mixed", deepest)
@@ -3348,29 +3341,29 @@ class DraftTests(unittest.TestCase):
                     "Subject: x\n\n" + "\n" * 1_048_576))):
             with self.subTest(message[:70]), self.assertRaisesRegex(relay.NotConvertible,
                                                                     word) as caught:
-                take_apart(message.encode())
+                draft_of(message.encode())
         self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
-        room = 4_194_304 - len(take_apart(b"\n").content)
+        room = 4_194_304 - len(draft_of(b"\n").content)
         with self.assertRaises(relay.NotConvertible):
-            take_apart(b"\nx" + b"x" * room)
-        # The limits themselves are all right.
+            draft_of(b"\nx" + b"x" * room)
+        # Messages exactly at the limits are accepted.
         for message in (multipart("mixed", *[PLAIN] * 250), deepest, "\n" + "x" * room):
-            take_apart(message.encode())
+            draft_of(message.encode())
 
-    def test_the_author_and_the_answers_are_read_as_in_the_header(self) -> None:
+    def test_from_and_reply_to_keep_their_display_names(self) -> None:
         for field, name in (("M\u00fcller, Hans <o@x.y>", "M\u00fcller, Hans"),
                             ("Doe, =?utf-8?q?J=C3=BC?= <o@x.y>", "Doe, J\u00fc"),
                             ("\"Long\n name\" <o@x.y>", "Long name"), ("o@x.y (Me)", "Me"),
                             ("a@x.y <o@x.y>", "a@x.y"), ("S (x) @office <o@x.y>", "S (x) @office")):
-            draft = take_apart(f"From: {field}\nReply-To: {field}\n\n".encode())
+            draft = draft_of(f"From: {field}\nReply-To: {field}\n\n".encode())
             content = json.loads(draft.content)
             person = {"emailAddress": {"address": "o@x.y", "name": name}}
             self.assertEqual((content["from"], content["replyTo"]), (person, [person]))
-        draft = take_apart(b"From: Scanner\nReply-To: Scanner\n\n")
+        draft = draft_of(b"From: Scanner\nReply-To: Scanner\n\n")
         self.assertEqual(json.loads(draft.content)["from"], {"emailAddress": {"address": SENDER}})
         self.assertNotIn("replyTo", json.loads(draft.content))
 
-    def test_a_part_takes_no_quadratic_time(self) -> None:
+    def test_the_time_for_a_draft_is_not_quadratic(self) -> None:
         outer = multipart("mixed", PLAIN, PDF)
         for make in (lambda size: outer.replace("Hello", "--i\n" + "x" * size).replace(
                          "text/plain", "multipart/mixed; boundary=i"),
@@ -3384,25 +3377,25 @@ class DraftTests(unittest.TestCase):
                      lambda size: f"From: {'=?a?q?b?= ' * (size // 10)}@ <{SENDER}>\n\n",
                      lambda size: "\n" + "x" * size):
             with self.subTest(make(10)):
-                check_time(lambda size, make: take_apart(make(size).encode()), 20_000, make)
+                check_time(lambda size, make: draft_of(make(size).encode()), 20_000, make)
 
-    def test_random_mime(self) -> None:
-        """It is refused, or what the standard library finds is all there."""
-        pieces = ["Content-Type: multipart/mixed; boundary=b\n", "Content-Type: text/html\n",
-                  "Content-Type: multipart/alternative; boundary=c\n", "--b\n", "--b--\n",
-                  "--c\n", "--c--\n", "\n", "\n", "text\n", "Content-Type: x/y; name=a\n",
-                  "Content-Transfer-Encoding: base64\n", "QUJD\n", "Content-Type: text/plain\n",
-                  "Content-Transfer-Encoding: quoted-printable\n", "=41=\n", "junk\n", " f\n",
-                  "Content-Disposition: attachment; filename*0*=\n", "Content-ID: <x>\n",
-                  "To: o@x.y\n", "From: \udcff <\n", "=?utf-8?q?=FF?=\n"]
+    def test_random_mime_is_converted_or_refused(self) -> None:
+        """Each draft has valid JSON and only the recipient of the envelope."""
+        lines = ["Content-Type: multipart/mixed; boundary=b\n", "Content-Type: text/html\n",
+                 "Content-Type: multipart/alternative; boundary=c\n", "--b\n", "--b--\n",
+                 "--c\n", "--c--\n", "\n", "\n", "text\n", "Content-Type: x/y; name=a\n",
+                 "Content-Transfer-Encoding: base64\n", "QUJD\n", "Content-Type: text/plain\n",
+                 "Content-Transfer-Encoding: quoted-printable\n", "=41=\n", "junk\n", " f\n",
+                 "Content-Disposition: attachment; filename*0*=\n", "Content-ID: <x>\n",
+                 "To: o@x.y\n", "From: \udcff <\n", "=?utf-8?q?=FF?=\n"]
         chance = random.Random(33)
         drafts = 0
         for number in range(3000):
-            text = "".join(chance.choices(pieces, k=chance.randrange(25)))
+            text = "".join(chance.choices(lines, k=chance.randrange(25)))
             message = text.encode("utf-8", "surrogateescape")
             with self.subTest(number, message=message):
                 try:
-                    draft = take_apart(message)
+                    draft = draft_of(message)
                 except relay.NotConvertible:
                     continue
                 drafts += 1
@@ -3410,25 +3403,25 @@ class DraftTests(unittest.TestCase):
                 self.assertEqual(content["bccRecipients"], [{"emailAddress": {"address": "a@x.y"}}])
                 self.assertNotIn("toRecipients", content)
                 for attachment in draft.attachments:
-                    octets_of(attachment)
+                    content_of(attachment)
                     json.loads(attachment.as_json())
         self.assertGreater(drafts, 700)
 
 
 @unittest.skipUnless(pathlib.Path("/proc/self/status").exists(), "needs /proc")
 class MemoryTests(unittest.TestCase):
-    """One large message costs at most 2.5 times its size, and nothing when it is gone."""
+    """A large message takes memory of at most 2.5 times its size, and frees it again."""
 
-    def test_scans_of_25_and_35_megabytes_and_a_long_text(self) -> None:
+    def test_messages_of_25_and_35_mb_stay_within_the_memory_limit(self) -> None:
         fake = FakeMicrosoft()
         self.addCleanup(fake.close)
         text = "Content-Type: text/html; charset=utf-8\n\n\U0001f600" + "x" * 4_100_000 + "\n"
         for size, body in ((25, PLAIN), (35, text)):
-            # Of these base64 makes megabytes.
-            file, octets = scan(size * 756_000 - len(body) * 3 // 4)
+            # base64 makes this `size` megabytes.
+            file, data = scan(size * 756_000 - len(body) * 3 // 4)
             message = crlf(multipart("mixed", body, file, header=NAMED))
             port = free_port()
-            # As in the Dockerfile: else glibc keeps up to half of a message for the next.
+            # As in the Dockerfile; otherwise glibc keeps up to half of a message for reuse.
             with start_program(SMTP_PORT=str(port), AZURE_AUTHORITY_HOST=fake.url,
                                GRAPH_ENDPOINT=fake.url, TLS_SOURCE="off",
                                REQUIRE_TLS="false", LISTEN_ADDRESS="127.0.0.1",
@@ -3444,11 +3437,11 @@ class MemoryTests(unittest.TestCase):
                     self.assertTrue(reply.startswith("250 2.0.0 "), reply)
                     cost = (figures(process.pid)["most kB"] - before["most kB"]) * 1024
                     if platform.libc_ver()[0] == "glibc":
-                        most = before["kB"] + len(message) / 4096
-                        wait_for(lambda: figures(process.pid)["kB"] < most)     # noqa: B023
-            self.assertTrue(fake.sent_drafts[-1].files[0][1] == octets)
+                        limit = before["kB"] + len(message) / 4096
+                        wait_for(lambda: figures(process.pid)["kB"] < limit)    # noqa: B023
+            self.assertTrue(fake.sent_drafts[-1].files[0][1] == data)
             self.assertGreater(len(message), size * 990_000)
-            self.assertGreater(cost, len(message) * 0.9)        # so it is really measured
+            self.assertGreater(cost, len(message) * 0.9)        # the measurement works
             self.assertLess(cost, 2.5 * len(message))
 
 

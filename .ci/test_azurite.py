@@ -1,4 +1,4 @@
-"""Tests of the table of accounts against Azurite: AZURITE=its command .ci/test_azurite.py"""
+"""Tests of the accounts table against Azurite: AZURITE=COMMAND .ci/test_azurite.py"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ setUpModule, tearDownModule = tests.setUpModule, tests.tearDownModule
 
 
 def storage_token(lifetime: int = 3600) -> str:
-    """A token without a signature, as Azurite takes it."""
+    """Return a token without a signature, which Azurite accepts."""
     now = int(time.time())
     claims = {"aud": "https://storage.azure.com", "iss": f"https://sts.windows.net/{tests.TENANT}/",
               "iat": now - 7200, "nbf": now - 7200, "exp": now + lifetime}
@@ -33,14 +33,14 @@ def storage_token(lifetime: int = 3600) -> str:
     return ".".join([*parts, "x"])
 
 
-# Azurite's account; name and key are in its documentation, and no secret.
+# The account of Azurite. Name and key are published in its documentation.
 AZURITE_ACCOUNT = "devstoreaccount1"
 AZURITE_KEY = ("Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KB"
                "HBeksoGMGw==")
 
 
 def account_sas(permissions: str) -> str:
-    """A SAS for the tables of Azurite's account; Microsoft, "Create an account SAS"."""
+    """Return a SAS for the tables of the account; Microsoft, "Create an account SAS"."""
     expiry = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 3600))
     lines = (AZURITE_ACCOUNT, permissions, "t", "co", "", expiry, "", "https", "2020-12-06", "")
     digest = hmac.digest(base64.b64decode(AZURITE_KEY),
@@ -50,20 +50,20 @@ def account_sas(permissions: str) -> str:
         "spr": "https", "sig": base64.b64encode(digest).decode()})
 
 
-def answer(token: str) -> tests.Answer:
-    """What Entra answers."""
+def token_response(token: str) -> tests.Answer:
+    """Respond with a token as Entra does."""
     return tests.say(200, {"access_token": token, "expires_in": 3599})
 
 
 class AzuriteTests(tests.RelayCase):
-    """The real thing, as far as it can be had without Azure."""
+    """Logins through a real table service, but without Azure."""
 
     settings = tests.UNHURRIED
     account = ""
 
     @classmethod
     def setUpClass(cls) -> None:
-        """Start all, and fill the table."""
+        """Start Azurite and the relay, and fill the table."""
         environ = tests.at_environ(SSL_CERT_FILE=tests.FILES["ca.pem"],
                                    NO_PROXY="127.0.0.1,localhost")
         environ.start()
@@ -79,16 +79,16 @@ class AzuriteTests(tests.RelayCase):
         cls.addClassCleanup(azurite.kill)
         tests.wait_for(lambda: cls.post("Tables", TableName="users"), 6 * tests.PATIENCE)
         super().setUpClass()
-        entry = {"tenant_id": tests.TENANT, "client_id": tests.CLIENT}
+        entity = {"tenant_id": tests.TENANT, "client_id": tests.CLIENT}
         for name, properties in (
-                *((name, entry) for name in tests.ODD_NAMES),
+                *((name, entity) for name in tests.ODD_NAMES),
                 ("broken", {"tenant_id": tests.TENANT}),
-                ("app1", {**entry, "from_email": "app1@example.com", "description": "x"})):
+                ("app1", {**entity, "from_email": "app1@example.com", "description": "x"})):
             assert cls.post("users", PartitionKey="user", RowKey=name, **properties)
 
     @classmethod
     def post(cls, path: str, **body: str) -> bool:
-        """Make a table or an entity; returns whether that went well."""
+        """Create a table or an entity; return whether that succeeded."""
         request = urllib.request.Request(f"{cls.account}/{path}", json.dumps(body).encode(), {
             "Authorization": f"Bearer {storage_token()}", "x-ms-version": "2020-12-06",
             "Accept": "application/json;odata=nometadata", "Content-Type": "application/json"})
@@ -100,13 +100,13 @@ class AzuriteTests(tests.RelayCase):
 
     @classmethod
     def config(cls, **settings: str) -> relay.Config:
-        """Settings with the table."""
+        """Return settings that include the table."""
         return super().config(**{
             "AZURE_TABLES_URL": f"{cls.account}/users", "AZURE_TENANT_ID": tests.TENANT,
             "AZURE_CLIENT_ID": tests.CLIENT, "AZURE_CLIENT_SECRET": "s", **settings})
 
-    def test_names(self) -> None:
-        self.fake.will("token", answer(storage_token()))
+    def test_logins_find_their_row_in_the_table(self) -> None:
+        self.fake.will("token", token_response(storage_token()))
         for names, reply in ((("app1", *tests.ODD_NAMES), "235 2.7.0"), (("broken",), "454 4.7.0"),
                              (("none", "APP1", "o''brien", "x' or 'a' eq 'a"), "535 5.7.8")):
             for name in names:
@@ -115,24 +115,23 @@ class AzuriteTests(tests.RelayCase):
         self.assertReply(self.logged_in("app1@lookup").post(), "250 2.0.0")
         self.assertEqual(self.fake.delivered[0].mailbox, "app1@example.com")
 
-    def test_what_is_allowed(self) -> None:
-        """What the table does not allow the relay is no wrong password."""
+    def test_a_refused_table_request_is_not_a_wrong_password(self) -> None:
         good, url = storage_token(), f"{self.account}/users"
-        force, others = {"ACCOUNTS_REQUIRED": "true"}, {"AZURE_TABLES_URL": f"{url}2"}
+        required, missing = {"ACCOUNTS_REQUIRED": "true"}, {"AZURE_TABLES_URL": f"{url}2"}
         read, add = ({"AZURE_TABLES_URL": f"{url}?{account_sas(letter)}"} for letter in "ra")
         for token, settings, user, reply in (
-                (good, force, tests.USER, "235 2.7.0"),
-                (good, force, f"{tests.CLIENT}@{tests.CLIENT}", "535 5.7.8"),
+                (good, required, tests.USER, "235 2.7.0"),
+                (good, required, f"{tests.CLIENT}@{tests.CLIENT}", "535 5.7.8"),
                 (storage_token(-60), {}, "app1@lookup", "454 4.7.0"),
                 ("garbage", {}, "app1@lookup", "454 4.7.0"),
-                (good, others, "app1@lookup", "454 4.7.0"),
+                (good, missing, "app1@lookup", "454 4.7.0"),
                 ("", read, "app1@lookup", "235 2.7.0"),
                 ("", add, "app1@lookup", "454 4.7.0"),
-                ("", {**read, **force}, tests.USER, "235 2.7.0")):
+                ("", {**read, **required}, tests.USER, "235 2.7.0")):
             with self.subTest(user, token=token, **settings):
                 self.fake.reset()
                 if token:
-                    self.fake.will("token", answer(token))
+                    self.fake.will("token", token_response(token))
                 self.assertReply(self.log_in(user, running=self.another(**settings)), reply)
 
 

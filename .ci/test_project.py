@@ -1,4 +1,4 @@
-"""Tests of the files of the project: Dockerfile, README, and how the program is laid out."""
+"""Tests of the project's files: Dockerfile, README, and the layout of the program."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ setUpModule, tearDownModule = tests.setUpModule, tests.tearDownModule
 
 
 class DockerfileTests(unittest.TestCase):
-    """What can be told of the container without one."""
+    """The Dockerfile, checked without a container."""
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.text = (tests.HERE / "Dockerfile").read_text(encoding="utf-8")
 
-    def test_what_the_run_command_of_today_relies_on(self) -> None:
+    def test_the_image_keeps_its_directory_port_and_command(self) -> None:
         for line in ("WORKDIR /usr/src/smtp-relay", "EXPOSE 8025",
                      'CMD ["python", "smtp_oauth_relay.py"]'):
             self.assertIn(f"\n{line}\n", self.text)
@@ -46,28 +46,28 @@ class DockerfileTests(unittest.TestCase):
                 self.assertEqual(process.wait(tests.PATIENCE), 0)
             tests.wait_for(lambda: kept.find("disconnected"))
         self.assertIn("reason=quit", kept.find("disconnected")[0][1])
-        with socket.create_server(("127.0.0.1", 0)) as other:     # somebody who is no relay
-            port = str(other.getsockname()[1])
-            threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
+        with socket.create_server(("127.0.0.1", 0)) as server:     # a server that is not a relay
+            port = str(server.getsockname()[1])
+            threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
             with tests.start_python(*arguments, SMTP_PORT=port,
                                     LISTEN_ADDRESS="127.0.0.1") as process:
                 self.assertNotEqual(process.wait(tests.PATIENCE), 0)
 
 
 class ReadmeTests(unittest.TestCase):
-    """The README says what the program does."""
+    """The README agrees with the program."""
 
-    def test_the_readme_has_the_table_of_settings(self) -> None:
+    def test_the_readme_lists_every_setting_and_key(self) -> None:
         readme = (tests.HERE / "README.md").read_text(encoding="utf-8")
-        for what, rows in (("Variable", relay.settings()),
-                           ("Key", relay.settings_of(relay.Account))):
-            table = [f"| {what} | Default | Meaning |", "| --- | --- | --- |", *(
-                f"| `{name}` | {f'`{one.default}`' if one.default else ''} | {one.help} |"
-                for name, one in rows.items())]
+        for title, rows in (("Variable", relay.settings()),
+                            ("Key", relay.settings_of(relay.Account))):
+            table = [f"| {title} | Default | Meaning |", "| --- | --- | --- |", *(
+                f"| `{name}` | {f'`{row.default}`' if row.default else ''} | {row.help} |"
+                for name, row in rows.items())]
             for line in (*table, "\n".join(table)):
                 self.assertTrue(f"\n{line}\n" in readme, line)
 
-    def test_the_example_of_the_readme(self) -> None:
+    def test_the_accounts_file_of_the_readme_is_valid(self) -> None:
         readme = (tests.HERE / "README.md").read_text(encoding="utf-8")
         example, = re.findall(r"(?s)```ini\n(\[DEFAULT\].*?)```", readme)
         example = example.replace("scrypt$...", tests.HASH)
@@ -83,7 +83,7 @@ class ReadmeTests(unittest.TestCase):
 
 
 class LayoutTests(unittest.TestCase):
-    """The file can be read from the top: each section uses only those above it."""
+    """The program can be read from the top: each section uses only the sections above it."""
 
     PURE = range(1, 10)     # sections without I/O
 
@@ -98,7 +98,7 @@ class LayoutTests(unittest.TestCase):
     def section(self, line: int) -> int:
         return max((number for number, start in self.starts.items() if start <= line), default=0)
 
-    def test_the_contents_are_the_banners(self) -> None:
+    def test_the_table_of_contents_matches_the_banners(self) -> None:
         banners = re.findall(r"(?m)^# §(\d+)  (.*)$", self.text)
         contents = re.findall(r"(?m)^    §(\d+) +(.+?)(?:  .*)?$", ast.get_docstring(self.tree)
                               or "")
@@ -106,7 +106,7 @@ class LayoutTests(unittest.TestCase):
         self.assertEqual([number for number, _ in banners],
                          [str(index + 1) for index in range(len(banners))])
 
-    def test_no_section_uses_a_lower_one_and_pure_sections_do_no_io(self) -> None:
+    def test_no_section_uses_a_later_section_and_pure_sections_do_no_io(self) -> None:
         defined: dict[str, int] = {}
         for node in self.tree.body:
             names = ([node.name] if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef,
@@ -140,8 +140,8 @@ class LayoutTests(unittest.TestCase):
                     self.assertIn(name.split(".")[0],
                                   {*sys.stdlib_module_names, "smtp_oauth_relay"})
 
-    def test_the_map_of_the_tests(self) -> None:
-        """Helpers, tests in the order of the docstring, long looks; banners part them."""
+    def test_the_docstring_of_the_tests_lists_their_classes_in_order(self) -> None:
+        """Banners separate the helpers, the tests and the long-running tests."""
         text = (tests.HERE / "test_relay.py").read_text(encoding="utf-8")
         parts = re.split(r"(?m)^# -{70,}\n# .*\n", text)
         self.assertEqual(len(parts), 4)
