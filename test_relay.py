@@ -697,7 +697,13 @@ def parse(text: str, **settings: str) -> list[relay.Account]:
     return accounts
 
 
-TEST_PRINCIPAL = relay.Principal(relay.Account(), relay.Application("", ""), "test")
+TEST_PRINCIPAL = relay.Account().as_principal(relay.Config(), username="test")
+
+
+def policy_of(account: relay.Account, config: relay.Config) -> relay.ClientPolicy:
+    """Return a policy under which a client needs no login to send as an account."""
+    return relay.Accounts().match_address(None, config)._replace(
+        anonymous=account.as_principal(config))
 
 
 def accept(session: relay.Session, event: relay.Event) -> None:
@@ -717,9 +723,9 @@ class Dialogue:
                  answer: Callable[[relay.Session, relay.Event], None] = accept,
                  **options: Any) -> None:
         self.log: list[tuple[str, object]] = []
-        self.session = relay.Session(config, "relay.test",
-                                     lambda mark, item: self.log.append((mark, item)),
-                                     **options)
+        self.session = relay.Session(
+            config, "relay.test", on_line=lambda mark, line: self.log.append((mark, line)),
+            on_refusal=lambda error: self.log.append(("!", error.reply)), **options)
         if secure:
             self.session.tls_started()
         self.answer = answer
@@ -1315,7 +1321,7 @@ class Running:
 
     def forget_failures(self) -> None:
         """Reset the counts of failed logins."""
-        self.ask(self.relay.directory.failures._times._values.clear)
+        self.ask(self.relay.authenticator._limiter._times._values.clear)
 
     def begin_stop(self) -> None:
         """Do what SIGTERM does."""
@@ -2446,9 +2452,10 @@ require_tls = true
                 ("fd00::1", "office", True, "1.2"), ("fe80::1%eth0", None, True, "1.2"),
                 ("::ffff:10.1.0.1", "old", False, "1.0"), ("unknown", None, True, "1.2")):
             with self.subTest(address):
-                principal, config = accounts.at(relay.parse_address(address), tls_config())
+                policy = accounts.match_address(relay.parse_address(address), tls_config())
+                principal = policy.anonymous
                 self.assertEqual(principal and principal.account.name, name)
-                self.assertEqual((config.require_tls, config.tls_min_version), (require_tls, tls))
+                self.assertEqual(policy[1:], (require_tls, tls))
                 if principal:
                     self.assertEqual(principal.application.secret, "s")
 
@@ -2741,10 +2748,9 @@ class SessionTests(SessionCase):
                     self.assertNotIn(hidden, shown)
 
     def test_allowed_senders_and_recipients_are_enforced(self) -> None:
-        scan2 = relay.Principal(relay.Account("scan2", allowed_senders=("a.b",),
-                                              allowed_recipients=("d.e", "boss@f.g")),
-                                relay.Application("", "", "s"), "scan2")
-        dialogue = Dialogue(tls_config(), secure=True, guest=scan2)
+        policy = policy_of(relay.Account("scan2", allowed_senders=("a.b",),
+                                         allowed_recipients=("d.e", "boss@f.g")), tls_config())
+        dialogue = Dialogue(tls_config(), secure=True, policy=policy)
         replies = dialogue.feed(b"EHLO x\r\nMAIL FROM:<x@b.c>\r\nMAIL FROM:<x@A.B>\r\n"
                                 b"RCPT TO:<x@y.z>\r\nRCPT TO:<x@d.e>\r\nRCPT TO:<Boss@f.g>\r\n"
                                 + b"RCPT TO:<other@f.g>\r\n" * 150 + b"DATA\r\nText\r\n.\r\n")
@@ -3162,10 +3168,10 @@ class DraftTests(unittest.TestCase):
         config = make_config(LARGE_MESSAGES="refuse")
         message = bytearray(crlf(NAMED + "\n").ljust(3_145_728, b"x"))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, message)
-        self.assertIsNone(relay.prepare_message(envelope, LOGIN_OF_TESTS, config).draft)
+        self.assertIsNone(relay.prepare_message(envelope, TEST_PRINCIPAL, config).draft)
         envelope.recipients["b@x.y"] = "b@x.y"
         with self.assertRaisesRegex(relay.DeliveryError, "LARGE_MESSAGES=refuse") as caught:
-            relay.prepare_message(envelope, LOGIN_OF_TESTS, config)
+            relay.prepare_message(envelope, TEST_PRINCIPAL, config)
         self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
 
     def test_transfer_encodings_are_decoded_or_refused(self) -> None:
@@ -5560,7 +5566,7 @@ class SlowUploadTests(RelayCase):
         pool = relay.HttpPool([self.fake.url])
         graph = relay.GraphClient(config, pool, relay.Tokens(config, pool))
         envelope = relay.Envelope(SENDER, {"a@x.y": "a@x.y"}, bytearray(LARGE))
-        draft = relay.prepare_message(envelope, LOGIN_OF_TESTS, config).draft
+        draft = relay.prepare_message(envelope, TEST_PRINCIPAL, config).draft
         now = time.monotonic()
         context = relay.RequestContext(
             relay.Application(TENANT, CLIENT, self.password), SENDER, "id",
@@ -5777,7 +5783,7 @@ class SpoolTests(SpoolCase):
                 self.assertEqual(calls, wanted)
                 calls.clear()
         with self.assertRaises(FileNotFoundError):      # it was deleted meanwhile
-            files.note(path, message)
+            files.save(path, message)
         self.assertEqual(list(self.folder.glob("*/*")), [])
 
     def test_messages_with_the_fewest_attempts_go_first_then_the_oldest(self) -> None:
@@ -5822,7 +5828,7 @@ class SpoolTests(SpoolCase):
         self.fake.will("send", say(503), note(say(429, retry_after="4")), note(self.fake.accept))
         with kept_log() as kept:
             self.enqueue(client, "1")
-            wait_for(lambda: kept.find("delayed"))
+            wait_for(lambda: kept.find("deferred"))
             self.enqueue(client, "2")               # immediately, without a request to Graph
         self.wait_until_empty()
         self.assertGreaterEqual(times[1] - times[0], 4)
@@ -5875,7 +5881,7 @@ class SpoolTests(SpoolCase):
         asked = len(self.fake.asked("send"))
         with kept_log() as kept:
             running = self.start()
-            wait_for(lambda: kept.find("delayed"))
+            wait_for(lambda: kept.find("deferred"))
             another = self.connect(running)             # another application's secret is not used
             another.log_in(f"{TENANT}@{TENANT}", self.password)
             self.assertReply(self.post(another, "other"), "250 2.0.0")
@@ -5964,7 +5970,7 @@ class SpoolTests(SpoolCase):
                 self.be_down()
                 self.enqueue(client)
                 left = spare + self.only()[1].size - 1      # one byte less than the message needs
-                running.ask(lambda: memory.take(10_000_000 - left))     # noqa: B023
+                running.ask(lambda: memory.reserve(10_000_000 - left))     # noqa: B023
                 wait_for(lambda: running.ask(lambda: memory.free) == left)      # noqa: B023
                 self.be_up()
                 asked = len(self.fake.asked("send"))
@@ -6201,7 +6207,7 @@ class FullSpoolTests(SpoolCase):
             path.stat().st_size for path in self.queue.iterdir()))
 
     def test_a_message_that_cannot_be_stored_is_freed_from_memory(self) -> None:
-        spool = self.start(SPOOL_MAX_BYTES="1000").relay.spool
+        spool = self.start(SPOOL_MAX_BYTES="1000").relay.queue
 
         class Content(bytearray):        # weak references need a class
             pass
@@ -6489,13 +6495,13 @@ class SpoolStartTests(SpoolCase):
             ({"queue/ID.eml": eml, "queue/ID.json": state, "queue/ID.tmp": b"{"}, "", "removed",
              [b"s"]),
             # while the message was moved to failed/, or from there
-            ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "set-aside", []),
+            ({"queue/ID.json": state, "failed/ID.eml": eml}, "failed", "quarantined", []),
             ({"queue/ID.eml": eml, "failed/ID.json": state}, "failed", "listening", []),
             ({"queue/ID.eml": b"x", "failed/ID.json": state, "failed/ID.eml": eml}, "failed",
              "removed", []),
             # damaged state, or the state of another message
-            ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "set-aside", []),
-            ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "set-aside", []),
+            ({"queue/ID.json": b"\0" * 99, "queue/ID.eml": eml}, "failed", "quarantined", []),
+            ({"queue/ID.json": b"", "queue/ID.eml": eml}, "failed", "quarantined", []),
             ({"queue/ID.json": state.replace(b"ID", b"other"), "queue/ID.eml": eml}, "failed",
              "quarantined", []),
             ({"queue/ID.json": state, "queue/ID.eml": eml[:-9]}, "failed", "failed",
@@ -6593,7 +6599,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.age(path)
         with kept_log() as kept:
             self.spool("retry", path.stem)
-            wait_for(lambda: kept.find("delayed"))              # the secret was forgotten
+            wait_for(lambda: kept.find("deferred"))              # the secret was forgotten
         self.assertFalse(self.only()[1].bounce_sent)            # it starts over
         self.fake.will("send", say(400))                        # and its sender gets a bounce again
         self.log_in_to(running)
@@ -7020,7 +7026,7 @@ class DuplicateTests(RelayCase):
                 sent = self.fake.asked("send")
                 self.assertEqual(len(sent), requests)
                 self.assertTrue(reply.endswith(sent[-1].headers["client-request-id"]))
-        self.assertEqual(self.running.relay._duplicates._under_way, {})
+        self.assertEqual(self.running.relay.delivery._duplicates._in_progress, {})
 
     def test_a_waiting_duplicate_has_its_own_deadline(self) -> None:
         running = self.another(UPSTREAM_TIMEOUT="2")
@@ -7031,8 +7037,8 @@ class DuplicateTests(RelayCase):
         self.assertRegex(replies[1], "^451 4.4.[15] ")
 
     def test_a_duplicate_is_recognized_for_900_seconds(self) -> None:
-        clock = self.running.relay._duplicates._accepted._clock = Clock()
-        self.addCleanup(setattr, self.running.relay._duplicates._accepted, "_clock", time.monotonic)
+        clock = self.running.relay.delivery._duplicates._accepted._clock = Clock()
+        self.addCleanup(setattr, self.running.relay.delivery._duplicates._accepted, "_clock", time.monotonic)
         for pause, number in ((0, 1), (899, 1), (2, 2)):    # a repetition does not extend it
             clock.now += pause
             self.assertReply(self.sends().next_reply(), "250 2.0.0")
@@ -7260,7 +7266,7 @@ class ConnectionLimitTests(TlsCase):
         with kept_log() as kept:
             reply = self.read(self.raw())
         self.assertTrue(reply.startswith(b"421 4.7.0 Too many connections from your"), reply)
-        self.assertEqual(kept.find("turned-away")[0][0], "WARNING")
+        self.assertEqual(kept.find("connection-refused")[0][0], "WARNING")
         self.assertEqual(self.read(self.raw(smtps=True)), b"")
         held[0].close()
         wait_for(lambda: self.running.ask(lambda: len(self.running.server._connections)) < 3)
@@ -7596,7 +7602,7 @@ class OverloadTests(unittest.TestCase):
         if self.descriptors < 2 * self.DEVICES + 2000:
             self.skipTest("needs more descriptors")
         wrong = f"AUTH PLAIN {plain(password='wrong').decode()}\r\n".encode()
-        with self.watch(change="r.FAILURE_PAUSE, r.REFUSALS_LAST = 0.01, 3600.0") as watched:
+        with self.watch(change="r.FAILURE_DELAY, r.NEGATIVE_CACHE_TTL = 0.01, 3600.0") as watched:
             begun, asked = watched.memory(), len(self.fake.asked("token"))
             # No address reaches the limit of failed logins.
             with self.crowd(watched, self.DEVICES, send=b"EHLO x\r\n", expect=b"HELP",
@@ -8956,11 +8962,10 @@ class Playback:
         self.ends = [*cuts, len(data)]
         self.memory = relay.MemoryBudget(scenario.memory)
         self.decisions = Decisions(chance)
-        config = config_of(scene.offers_tls, scene.require_tls, scene.size)
+        config = scenario_config(scenario.offers_tls, scenario.require_tls, scenario.size)
         self.dialogue = Dialogue(
-            scenario_config(scenario.offers_tls, scenario.require_tls, scenario.size),
-            secure=scenario.secure, answer=self.decisions, memory=self.memory,
-            guest=GUEST_OF_TESTS if scenario.guest else None)
+            config, secure=scenario.secure, answer=self.decisions, memory=self.memory,
+            policy=policy_of(GUEST_OF_TESTS, config) if scenario.guest else None)
 
     def run(self, late: random.Random | None = None, *, eof: bool, packets: int = -1) -> None:
         """Feed all packets, or the first `packets`. With `late` events are answered late."""
@@ -9595,7 +9600,7 @@ def what_is_left(running: Running) -> list[str]:
         joined = running.relay
         held = {"connections": len(running.server._connections),
                 # Without this task and those of the server and of the queue.
-                "tasks": len(asyncio.all_tasks()) - 2 - (joined.spool is not None),
+                "tasks": len(asyncio.all_tasks()) - 2 - (joined.queue is not None),
                 "memory": joined.config.max_memory_for_messages - joined.memory.free,
                 "slots": sum(one.in_use for one in joined._graph._limiters.values()),
                 "fetches": len(joined._tokens._fetches), "loop errors": len(running.loop_errors)}
@@ -9662,7 +9667,7 @@ def fuzz_spool(seed: str, timeout: float = 1.5) -> list[str]:
             tempfile.TemporaryDirectory() as folder:
         problems = fuzz_round(
             seed, timeout=timeout, rules=DeliveryRules(at_least_once=True), SPOOL_DIRECTORY=folder,
-            is_over=lambda running: running.ask(lambda: not running.relay.spool._mailboxes))
+            is_over=lambda running: running.ask(lambda: not running.relay.queue._mailboxes))
         left = [str(path) for path in pathlib.Path(folder).glob("*/*")]
     return problems + left
 
