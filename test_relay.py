@@ -1894,7 +1894,8 @@ def begin_message(client: Client, message: bytes, sender: str = SENDER) -> Waiti
 
 def calls_under_way() -> int:
     """How many threads of relays ask others, or wait for the system; the idle do not count."""
-    return sum(one.name == "relay-call" for one in threading.enumerate()) - relay._idle._value
+    return (sum(one.name == "relay-call" for one in threading.enumerate())
+            - relay._idle_threads._value)
 
 
 def cut_when_done(running: Running, release: threading.Event) -> None:
@@ -3740,7 +3741,7 @@ class HttpsTests(HangCase):
                 raise RuntimeError("can't start new thread")
             start(thread)
         with unittest.mock.patch.object(threading.Thread, "start", refuse), \
-                unittest.mock.patch.object(relay, "_idle", threading.Semaphore(0)):
+                unittest.mock.patch.object(relay, "_idle_threads", threading.Semaphore(0)):
             self.assertReply(client.log_in(password=self.password), "454 4.7.0")
         self.assertReply(client.log_in(password=self.password), "235 2.7.0")
 
@@ -4260,7 +4261,7 @@ class IdentityTests(RelayCase):
         self.assertIn("No such file", self.failure(**settings))
         os.mkfifo(path)                         # a file that hangs, as one far away may
         self.addCleanup(os.close, os.open(path, os.O_RDWR))
-        self.assertIn(f"{path}: time is up", self.failure(timeout=0.2, **settings))
+        self.assertIn(f"{path}: timed out", self.failure(timeout=0.2, **settings))
 
     def test_app_service_and_container_apps(self) -> None:
         settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token", "IDENTITY_HEADER": "header"}
@@ -4396,7 +4397,7 @@ class AccountLoginTests(AccountCase):
             self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
             reply = self.logged_in_as("scan2", running=running).post_octets(
                 LARGE, "other@x.y", ["a@x.y"])
-            self.assertIn("as scanner@example.com", self.assertReply(reply, "552 5.3.4"))
+            self.assertIn("for scanner@example.com", self.assertReply(reply, "552 5.3.4"))
 
     def test_nobody_else_gets_it_even_if_the_header_says_so(self) -> None:
         running = self.another(HEADER_RECIPIENTS="keep")
@@ -4850,7 +4851,7 @@ class TableTests(RelayCase):
             reply = self.assertReply(self.log_in("app1@lookup", running=own), "454 4.7.0")
             for name, wanted in (("app1", "235 2.7.0"), ("2", "454 4.7.0"), ("3", "454 4.7.0")):
                 self.assertReply(self.log_in(f"{name}@lookup", running=by_sas), wanted)
-        self.assertIn("own credential is refused", reply)
+        self.assertIn("own credential was refused", reply)
         self.assertNotIn("hid", str(kept.lines))
         request = self.fake.asked("table")[0]
         self.assertTrue(request.path.endswith(f"&{sas}"))
@@ -5191,7 +5192,7 @@ class SendTests(RelayCase):
 
     def test_two_that_wait_for_one_token_hear_their_own_id(self) -> None:
         clients = [self.logged_in() for _ in range(2)]
-        self.running.ask(self.running.relay._tokens._answers._values.clear)
+        self.running.ask(self.running.relay._tokens._results._values.clear)
         self.fake.will("token", self.fake.hang_then(say(503)))
         waiting = [begin_message(client, SIMPLE) for client in clients]
         free = self.running._config.max_memory_for_messages - 2 * len(SIMPLE)
@@ -5418,7 +5419,8 @@ class DraftFaultTests(RelayCase):
     TABLE: tuple[tuple[str, tuple[Action, ...], str, int], ...] = (
         ("draft attach open put send-draft", (graph_says(403, "ErrorQuotaExceeded"),),
          "452 4.2.2", 1),
-        ("draft attach open put send-draft", (say(413),), "552 5.3.4 Microsoft", 1),
+        ("draft attach open put send-draft", (say(413),),
+         "552 5.3.4 Message too big for Microsoft", 1),
         ("draft attach open put send-draft", (say(500),), "451 4.3.0", 1),
         ("draft attach open put send-draft", (utter(b""),), "451 4.4.1", 1),
         ("draft attach open put send-draft", (say(429, retry_after="99"),), "451 4.4.5", 1),
@@ -5432,8 +5434,8 @@ class DraftFaultTests(RelayCase):
         ("put", (say(404),), "451 4.3.0", 1),
         # A missing right; nothing is remembered.
         ("draft attach open", (graph_says(403, "ErrorAccessDenied"),),
-         "552 5.3.4 The message is larger than 3 MB, and to send such as scanner@example.com "
-         "the application needs the right Mail.ReadWrite", 1),
+         "552 5.3.4 Message size exceeds 3 MB; grant the application the permission "
+         "Mail.ReadWrite for scanner@example.com", 1),
         ("send-draft", (graph_says(403, "ErrorAccessDenied"),), "550 5.7.1", 1),
         # A draft that not all servers know yet; the mailbox was there a moment ago.
         ("attach open send-draft", (NOT_FOUND, NOT_FOUND), "250 2.0.0", 3),
@@ -6277,7 +6279,7 @@ class FullSpoolTests(SpoolCase):
         with unittest.mock.patch.object(os, "fsync", hang):
             with patient_for(DISK_TIMEOUT=0.2, GRACE=0.05), kept_log() as kept:
                 self.assertReply(self.post(client, "refused"), "452 4.3.1")
-            self.assertIn("time is up", kept.find("refused")[0][1])
+            self.assertIn("timed out", kept.find("refused")[0][1])
             with patient_for(DISK_TIMEOUT=3600.0):      # the next one need not wait
                 self.assertTakesNothing(client, "the disk does not answer")
             self.assertEqual(len(hung), 1)
@@ -6317,7 +6319,7 @@ class SlowDiskTests(HangCase):
             waiting = Waiting(client, login_line(LOOK_UP_USER))
             self.served(running, "secret")
             self.assertTimely(waiting, "454 4.7.0")
-        self.assertIn(f"{FILES['token']}: time is up",
+        self.assertIn(f"{FILES['token']}: timed out",
                       "".join(text for _, text in kept.find("result=tempfail")))
 
     def test_the_accounts_file(self) -> None:
@@ -6775,7 +6777,7 @@ class VaultTests(RelayCase):
                 ("holds no PEM certificate", say(200, pem)),
                 ("holds no PEM key", say(200, {**pem, "value": ROOT_CERT})),
                 ("cannot be turned into PEM", say(200, {"value": "-----BEGIN\ud800"})),
-                ("No answer from Microsoft", utter(b""))):
+                ("Microsoft 365 did not respond", utter(b""))):
             with self.subTest(word):
                 self.fake.will("vault", *actions)      # type: ignore[arg-type]
                 with self.assertRaises(relay.StartError) as caught:
