@@ -37,7 +37,7 @@ Contents (search for the number; each section uses only those above it)
     §5   SMTP session               Session: bytes in; events and bytes out
     §6   Messages                   who gets it is the envelope; From; all else stays
     §7   Large messages             a message as a draft with attachments
-    §8   Microsoft's answers        which answer is which reply
+    §8   Microsoft's responses      which response is which reply
     §9   Queued messages            QueuedMessage: its state on the disk; the bounce
     §10  Log                        one line for an event        <- I/O starts here
     §11  HTTP                       HttpPool
@@ -2469,45 +2469,46 @@ def _recipient_json(address: Address) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------
-# §8  Microsoft's answers
+# §8  Microsoft's responses
 #
-# Anything may come: every reading here has a defined outcome for garbage.
+# HTTP requests and responses as data, and the tables that decide what each response means:
+#
+#     Entra ID, managed identity   parse_token    the token, or the reply to the client
+#     Microsoft Graph              graph_error    the reply to the client
+#     Azure Tables                 parse_entity   the entity of an account
+#
+# Responses are untrusted: every parser here has a defined result for malformed input.
+# A reply begins with the wording of an RFC or of Exchange and ends with a remedy.
 
-TRANSIENT_ENTRA_ERRORS = frozenset({"temporarily_unavailable", "server_error"})
-TRANSIENT_AADSTS = frozenset({50033, 50196, 90006, 90012, 90024, 90033, 90041, 90055,
-                              90090, 90091})
+MAX_RESPONSE_BODY = 65_536      # bytes, so that a response cannot fill the memory
+EXPIRY_MARGIN = 300             # seconds, as in Microsoft's own libraries
+MAX_TOKEN_LIFETIME = 86_400     # seconds
 
-# AADSTS number -> what to do. Microsoft, "Microsoft Entra authentication and
-# authorization error codes".
-AADSTS_REMEDIES: Mapping[int, str] = {
-    7000215: "wrong client secret; enter the secret's value, not its ID",
-    7000222: "the client secret has expired; make a new one in Entra, App registrations",
-    7000216: "no client secret arrived; enter it as the password",
-    7000218: "no client secret arrived; enter it as the password",
-    700016: "no such application in this tenant; check the client ID in the user name",
-    90002: "no such tenant; check the tenant ID in the user name, and the cloud",
-    900023: "no such tenant; check the tenant ID in the user name",
-    7000112: "the application is disabled; enable it in Entra, Enterprise applications",
-    53003: "a Conditional Access policy blocks this; allow the relay's IP address there",
-    70011: "the scope is refused; check GRAPH_ENDPOINT",
-    500011: "Graph is unknown in this tenant; check GRAPH_ENDPOINT",
-    90038: "this tenant is in another national cloud; check AZURE_AUTHORITY_HOST",
-}
+# The body of a request, or a function that returns it, as a whole or in chunks.
+Body = Union[bytes, Callable[[], Union[bytes, Iterator[bytes]]]]
 
-EXPIRES_EARLY = 300             # seconds, as Microsoft's own libraries have it
-MAX_TOKEN_LIFE = 86400          # seconds
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """An HTTP request. If `body` is a function, each attempt calls it in its thread."""
+
+    method: str
+    url: str = field(repr=False)            # can hold a secret
+    headers: Mapping[str, str] = field(repr=False)
+    body: Body = field(default=b"", repr=False)
+    max_bytes: int = MAX_RESPONSE_BODY      # of the response's body; the rest is not read
 
 
 @dataclass(frozen=True)
 class HttpResponse:
-    """An answer; header names are in lower case, the body may be cut off."""
+    """An HTTP response. Header names are in lower case; the body can be truncated."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes = field(repr=False)
 
     def json(self) -> dict[str, Any]:
-        """Read the body as a JSON object; what is none is an empty one."""
+        """Return the body as a JSON object; anything else becomes an empty dict."""
         try:
             value = json.loads(self.body)
         except (ValueError, RecursionError):
@@ -2515,57 +2516,27 @@ class HttpResponse:
         return value if isinstance(value, dict) else {}
 
     def retry_after(self, now: float) -> float | None:
-        """Seconds to wait after `now`, Unix time, or None; RFC 9110 section 10.2.3."""
+        """Return the seconds to wait from `now` (Unix time), or None; RFC 9110 10.2.3."""
         text = self.headers.get("retry-after", "").strip()
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
             return float(text)
         try:
             date = email.utils.parsedate_to_datetime(text)
-            if date.tzinfo is None:
+            if date.tzinfo is None:     # the zone "-0000", which means UTC
                 date = date.replace(tzinfo=datetime.timezone.utc)
             return max(0.0, date.timestamp() - now)
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
 
 
-def parse_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
-    """Return a token and its seconds from `now`. Raises AuthError and TemporaryError."""
-    answer = response.json()
-    token = answer.get("access_token")
-    if response.status == 200 and isinstance(token, str) and re.fullmatch("[!-~]+", token):
-        life = (_number(answer.get("expires_in"))       # App Service has only the other
-                or _number(answer.get("expires_on")) - now) - EXPIRES_EARLY
-        return token, min(max(life, 0.0), MAX_TOKEN_LIFE)
-    error, text = (value if isinstance(value, str) else ""
-                   for value in (answer.get("error"), answer.get("error_description")))
-    match = re.match("AADSTS([0-9]{1,9})", text)
-    code = int(match[1]) if match else 0
-    if response.status >= 400 and not error:    # in others there may be half of a token
-        text = response.body.decode("utf-8", "replace")
-    for form in filter(None, (secret, urllib.parse.quote_plus(secret))):
-        text = text.replace(form, "***")
-    facts = {"status": response.status, "aadsts": code or None, "error": error or None,
-             "said": text or None}
-    if (400 <= response.status < 500 and response.status != 429 and error
-            and error not in TRANSIENT_ENTRA_ERRORS and code not in TRANSIENT_AADSTS):
-        remedy = AADSTS_REMEDIES.get(code, "Entra refuses this application; see the log")
-        raise AuthError(f"AADSTS{code}: {remedy}" if code else f"{error}: {remedy}",
-                        facts=facts, level=logging.WARNING)
-    raise TemporaryError("Microsoft gives no token now; try again later", 451, "4.7.0",
-                         facts=facts)
-
-
-def parse_tenant_id(token: str) -> str:
-    """Return a token's tenant (tid) or "": for keys only, as no format is promised."""
-    try:
-        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
-        return decode_uuid(claims["tid"]) or ""
-    except (LookupError, TypeError, ValueError, RecursionError):
-        return ""
+def _string(values: object, name: str) -> str:
+    """Return the string of that name in a JSON object, or ""."""
+    value = values.get(name) if isinstance(values, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 def _number(value: object) -> float:
-    """Read a number that may be text; garbage is 0."""
+    """Return a number, which can be given as text; anything else becomes 0."""
     try:
         number = float(value)           # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -2573,68 +2544,129 @@ def _number(value: object) -> float:
     return number if math.isfinite(number) else 0.0
 
 
-# {mailbox} is filled in.
-_ACCESS_DENIED = Reply(
-    550, "5.7.1", "The application may not send as {mailbox}: it needs the right Mail.Send "
-    "for this mailbox (a new right takes up to 2 hours)")
-_MAILBOX_NOT_FOUND = Reply(550, "5.1.8",
-                           "Microsoft 365 has no mailbox {mailbox} to send from")
-_UPLOAD_DENIED = Reply(
-    552, "5.3.4", "The message is larger than 3 MB, and to send such as {mailbox} the "
-    "application needs the right Mail.ReadWrite too (a new right takes up to 2 hours)")
-_TOO_LARGE = Reply(552, "5.3.4", "Microsoft 365 says that the message is too large")
-_MAILBOX_FULL = Reply(452, "4.2.2", "The mailbox {mailbox} is full")
-_SERVICE_ERROR = Reply(451, "4.3.0", "Microsoft 365 has a problem; try again later")
-_THROTTLED = Reply(451, "4.4.5", "Microsoft 365 wants mail to come more slowly; try again "
-                              "later")
+# Errors of Entra ID that say nothing about the credential, by error and by AADSTS number.
+TRANSIENT_ENTRA_ERRORS = frozenset({"temporarily_unavailable", "server_error"})
+TRANSIENT_AADSTS = frozenset({50033, 50196, 90006, 90012, 90024, 90033, 90041, 90055,
+                              90090, 90091})
 
-# Graph's code decides first, in answers 400 to 499 but 401 and 429, and two codes in
-# those above too; then the status.
+# AADSTS number -> error and remedy; the reply puts the number before them. Microsoft,
+# "Microsoft Entra authentication and authorization error codes".
+AADSTS_REMEDIES: Mapping[int, str] = {
+    7000215: "invalid client secret; enter the secret's value, not its ID",
+    7000222: "the client secret has expired; create a new one in Entra, App registrations",
+    7000216: "the client secret is missing; enter it as the password",
+    7000218: "the client secret is missing; enter it as the password",
+    700016: "application not found in the tenant; check the client ID in the user name",
+    90002: "tenant not found; check the tenant ID in the user name, and the cloud",
+    900023: "tenant not found; check the tenant ID in the user name",
+    7000112: "the application is disabled; enable it in Entra, Enterprise applications",
+    53003: "blocked by Conditional Access; allow the relay's IP address in the policy",
+    70011: "invalid scope; check GRAPH_ENDPOINT",
+    500011: "Graph not found in the tenant; check GRAPH_ENDPOINT",
+    90038: "the tenant is in another national cloud; check AZURE_AUTHORITY_HOST",
+}
+
+
+def parse_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
+    """Return the access token, and the seconds from `now` (Unix time) until its renewal.
+
+    Removes `secret` from the text that is logged. Raises AuthError if the credential is
+    refused, and TemporaryError for every other response.
+    """
+    data = response.json()
+    token = data.get("access_token")
+    if response.status == 200 and isinstance(token, str) and re.fullmatch("[!-~]+", token):
+        # App Service sends expires_on only, a Unix time.
+        lifetime = _number(data.get("expires_in")) or _number(data.get("expires_on")) - now
+        return token, min(max(lifetime - EXPIRY_MARGIN, 0.0), MAX_TOKEN_LIFETIME)
+    error, text = _string(data, "error"), _string(data, "error_description")
+    match = re.match("AADSTS([0-9]{1,9})", text)
+    code = int(match[1]) if match else 0
+    if response.status >= 400 and not error:    # below 400 the body can hold half a token
+        text = response.body.decode("utf-8", "replace")
+    for form in filter(None, (secret, urllib.parse.quote_plus(secret))):
+        text = text.replace(form, "***")
+    facts = {"status": response.status, "aadsts": code or None, "error": error or None,
+             "said": text or None}
+    if (400 <= response.status < 500 and response.status != 429 and error
+            and error not in TRANSIENT_ENTRA_ERRORS and code not in TRANSIENT_AADSTS):
+        remedy = AADSTS_REMEDIES.get(code, "Entra ID refused the application; see the log")
+        raise AuthError(f"AADSTS{code}: {remedy}" if code else f"{error}: {remedy}",
+                        facts=facts, level=logging.WARNING)
+    raise TemporaryError("Microsoft Entra ID did not issue a token; try again later", 451,
+                         "4.7.0", facts=facts)
+
+
+def parse_tenant_id(token: str) -> str:
+    """Return a token's tenant ID, or "". Use it as a key only: no format is guaranteed."""
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+        return decode_uuid(claims["tid"]) or ""
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return ""
+
+
+# Replies to a message. {mailbox} is replaced by the mailbox that sends it.
+_ACCESS_DENIED = Reply(
+    550, "5.7.1", "Client does not have permissions to send as this sender; grant the "
+    "application the permission Mail.Send for {mailbox} (takes up to 2 hours)")
+_MAILBOX_NOT_FOUND = Reply(550, "5.1.8", "Sender address rejected: Microsoft 365 has no "
+                                         "mailbox {mailbox}; check the sender address")
+_UPLOAD_DENIED = Reply(552, "5.3.4", "Message size exceeds 3 MB; grant the application the "
+                       "permission Mail.ReadWrite for {mailbox} (takes up to 2 hours)")
+_TOO_LARGE = Reply(552, "5.3.4", "Message too big for Microsoft 365; make it smaller")
+_MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox full; delete messages from {mailbox}")
+_SERVICE_ERROR = Reply(451, "4.3.0", "Temporary error of Microsoft 365; try again later")
+_THROTTLED = Reply(451, "4.4.5", "Microsoft 365 is throttling requests; try again later")
+_MESSAGE_REFUSED = Reply(554, "5.6.0", "Invalid message content; see graph= in the log")
+_UNKNOWN_RESPONSE = Reply(554, "5.3.0", "Unknown response from Microsoft 365; see the log")
+
+# Graph's error code decides for the statuses 400 to 499 except 401 and 429. The codes in
+# GRAPH_CODES_OF_ANY_STATUS decide for 500 and above, too. Otherwise the status decides.
 GRAPH_CODES: Mapping[str, Reply] = {
     "erroraccessdenied": _ACCESS_DENIED,
     "errorsendasdenied": Reply(
-        550, "5.7.60", "The From field names a mailbox that {mailbox} may not send as; "
-        "make both the same in the device, or set FROM_MISMATCH=rewrite"),
+        550, "5.7.60", "Client does not have permissions to send as this sender; set the "
+        "From address to {mailbox} in the device, or set FROM_MISMATCH=rewrite"),
     "errorinvaliduser": _MAILBOX_NOT_FOUND,
     "resourcenotfound": _MAILBOX_NOT_FOUND,
     "errornonexistentmailbox": _MAILBOX_NOT_FOUND,
     "mailboxnotenabledforrestapi": _MAILBOX_NOT_FOUND,
     "mailboxnothostedinexchangeonline": _MAILBOX_NOT_FOUND,
-    "errorinvalidrecipients": Reply(550, "5.1.3", "Microsoft 365 does not accept a "
-                                                    "recipient"),
+    "errorinvalidrecipients": Reply(550, "5.1.3", "Bad recipient address syntax; fix it"),
     "errormessagesizeexceeded": _TOO_LARGE,
     "errorquotaexceeded": _MAILBOX_FULL,
-    "erroritemnotfound": _SERVICE_ERROR,      # the draft is gone
+    "erroritemnotfound": _SERVICE_ERROR,    # the draft has disappeared
 }
 GRAPH_CODES_OF_ANY_STATUS = frozenset({"errormessagesizeexceeded", "errorquotaexceeded"})
 GRAPH_STATUSES: Mapping[int, Reply] = {
-    401: Reply(451, "4.7.0", "Microsoft 365 does not accept its own token; try again "
-                               "later"),
+    401: Reply(451, "4.7.0", "Microsoft 365 did not accept the token; try again later"),
     403: _ACCESS_DENIED,
     404: _MAILBOX_NOT_FOUND,
-    408: _SERVICE_ERROR,         # the request came too slowly, RFC 9110 section 15.5.9
+    408: _SERVICE_ERROR,        # the request arrived too slowly, RFC 9110 section 15.5.9
     413: _TOO_LARGE,
     429: _THROTTLED,
     507: _MAILBOX_FULL,
 }
-_MESSAGE_REFUSED = Reply(554, "5.6.0", "Microsoft 365 does not accept the message")
-_UNKNOWN_ANSWER = Reply(554, "5.3.0", "Microsoft 365 gave an unknown answer; the message "
-                                      "was not accepted")
 
 
 class GraphOperation(enum.Enum):
-    """What Graph is asked to do, and the statuses that mean success."""
+    """An operation of Graph: its description and the statuses that mean success.
+
+    The descriptions make the values differ; an Enum makes aliases of equal values.
+    """
 
     SEND = "send a message", 202
-    CREATE = "make a draft", 200, 201
+    CREATE = "create a draft", 200, 201
     ATTACH = "change the draft", 200, 201, 204
-    UPLOAD = "take a piece of a file", 200, 201, 202        # this needs no token
+    UPLOAD = "upload a chunk", 200, 201, 202    # without a token: the URL is authorized
     SEND_DRAFT = "send the draft", 202
     DELETE = "delete the draft", 200, 204, 404
 
 
+# Operations that need the permission Mail.ReadWrite, and not only Mail.Send.
 NEEDS_READ_WRITE = frozenset({GraphOperation.CREATE, GraphOperation.ATTACH,
-                              GraphOperation.DELETE})       # Mail.ReadWrite
+                              GraphOperation.DELETE})
 
 
 class AccessDenied(DeliveryError):
@@ -2643,49 +2675,51 @@ class AccessDenied(DeliveryError):
 
 def graph_error(response: HttpResponse, mailbox: str,
                 operation: GraphOperation = GraphOperation.SEND) -> RelayError:
-    """Make the error for an answer of Graph that is not the one for success."""
-    reply, code = _find_reply(response), _graph_code(response)
-    if operation in NEEDS_READ_WRITE and reply is _ACCESS_DENIED:
+    """Return the error for a response whose status is not a success of `operation`."""
+    code = _string(response.json().get("error"), "code")
+    reply = _find_reply(response.status, code.lower())
+    if reply is _ACCESS_DENIED and operation in NEEDS_READ_WRITE:
         reply = _UPLOAD_DENIED
-    if (operation not in (GraphOperation.SEND, GraphOperation.CREATE)
-            and reply is _MAILBOX_NOT_FOUND):
-        reply = _SERVICE_ERROR                # it had one a moment ago
+    # Later operations concern a draft, so the mailbox existed a moment ago.
+    if reply is _MAILBOX_NOT_FOUND and operation not in (GraphOperation.SEND,
+                                                         GraphOperation.CREATE):
+        reply = _SERVICE_ERROR
+    # Graph itself has authorized the upload, so other errors are not the application's.
     if operation is GraphOperation.UPLOAD and reply not in (_TOO_LARGE, _MAILBOX_FULL,
                                                             _THROTTLED):
-        reply = _SERVICE_ERROR                # it is between Graph and Exchange
+        reply = _SERVICE_ERROR
     facts = {"status": response.status, "graph": code or None,
              "request_id": response.headers.get("request-id")}
-    kind = (AccessDenied if reply in (_ACCESS_DENIED, _MAILBOX_NOT_FOUND, _UPLOAD_DENIED)
-            else TemporaryError if reply.code < 500 else DeliveryError)
-    level = logging.ERROR if reply is _UNKNOWN_ANSWER else logging.WARNING
-    return kind(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
-                level=level)
+    error = (AccessDenied if reply in (_ACCESS_DENIED, _MAILBOX_NOT_FOUND, _UPLOAD_DENIED)
+             else TemporaryError if reply.code < 500 else DeliveryError)
+    level = logging.ERROR if reply is _UNKNOWN_RESPONSE else logging.WARNING
+    return error(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
+                 level=level)
 
 
-def _find_reply(response: HttpResponse) -> Reply:
-    status, code = response.status, _graph_code(response).lower()
-    reply = GRAPH_STATUSES.get(status, _SERVICE_ERROR if status >= 500 else
-                               _MESSAGE_REFUSED if status >= 400 else _UNKNOWN_ANSWER)
-    if status >= 400 and status not in (401, 429) and (
+def _find_reply(status: int, code: str) -> Reply:
+    """Return the reply for an HTTP status and an error code of Graph in lower case."""
+    if status >= 400 and status not in (401, 429) and code in GRAPH_CODES and (
             status < 500 or code in GRAPH_CODES_OF_ANY_STATUS):
-        reply = GRAPH_CODES.get(code, reply)
-    return reply
+        return GRAPH_CODES[code]
+    return GRAPH_STATUSES.get(status, _SERVICE_ERROR if status >= 500 else
+                              _MESSAGE_REFUSED if status >= 400 else _UNKNOWN_RESPONSE)
 
 
 def parse_draft_id(response: HttpResponse) -> str:
-    """Read the id of a new draft, or ""."""
-    ident = response.json().get("id")
-    return ident if isinstance(ident, str) and re.fullmatch("[!-~]{1,2000}", ident) else ""
+    """Return the ID of a new draft, or ""."""
+    draft_id = _string(response.json(), "id")
+    return draft_id if re.fullmatch("[!-~]{1,2000}", draft_id) else ""
 
 
 def parse_upload_url(response: HttpResponse) -> str:
-    """Read the URL of a new upload session, which holds a secret; "" if it is not safe."""
+    """Return the confidential URL of a new upload session, or "" if it is not safe."""
     url = str(response.json().get("uploadUrl"))
     return url if split_url(url) else ""
 
 
 def parse_next_range(response: HttpResponse) -> int | None:
-    """Read where the next piece begins: NextExpectedRanges ["5"] or ["5-"], in any case."""
+    """Return the offset of the next chunk: NextExpectedRanges ["5"] or ["5-"], any case."""
     for name, value in response.json().items():
         if name.lower() == "nextexpectedranges" and isinstance(value, list) and value:
             match = re.match("[0-9]{1,18}", str(value[0]))
@@ -2693,28 +2727,32 @@ def parse_next_range(response: HttpResponse) -> int | None:
     return None
 
 
-# x-ms-error-code -> what to do; Microsoft, "Table service error codes".
+# x-ms-error-code -> remedy, which is logged. Microsoft, "Table service error codes".
 TABLE_REMEDIES: Mapping[str, str] = {
-    "TableNotFound": "there is no such table; check AZURE_TABLES_URL",
+    "TableNotFound": "the table does not exist; check AZURE_TABLES_URL",
     "AuthorizationPermissionMismatch": "give the relay's identity the role Storage Table "
-                                       "Data Reader (it takes minutes), or the SAS sp=r",
-    "AuthorizationFailure": "the storage account's firewall or the SAS does not allow this",
+                                       "Data Reader (takes minutes), or the SAS sp=r",
+    "AuthorizationFailure": "blocked by the storage account's firewall, or by the SAS",
     "AuthenticationFailed": "the SAS has expired, or the identity is of another tenant",
 }
-_TABLE_UNAVAILABLE = "The relay cannot ask its table of accounts now; try again later"
+_TABLE_UNAVAILABLE = "Temporary lookup failure in the table of accounts; try again later"
 
 
 def parse_entity(response: HttpResponse) -> dict[str, Any] | None:
-    """Read the first entity in an answer of Azure Tables. Raises TemporaryError."""
-    answer, code = response.json(), response.headers.get("x-ms-error-code", "")
+    """Return the first entity in a response, or None if the table has none.
+
+    Raises TemporaryError for every other response.
+    """
+    data, code = response.json(), response.headers.get("x-ms-error-code", "")
     if response.status == 404 and code == "ResourceNotFound":
         return None
     remedy = TABLE_REMEDIES.get(code)
-    found = answer.get("value", [answer])       # a query has a list, a key has not
-    if (response.status == 200 and answer and isinstance(found, list)
-            and all(isinstance(one, dict) for one in found)):
-        if found or "x-ms-continuation-nextpartitionkey" not in response.headers:
-            return found[0] if found else None
+    # The response to a query holds a list; the response to a key is the entity itself.
+    entities = data.get("value", [data])
+    if (response.status == 200 and data and isinstance(entities, list)
+            and all(isinstance(entity, dict) for entity in entities)):
+        if entities or "x-ms-continuation-nextpartitionkey" not in response.headers:
+            return entities[0] if entities else None
         remedy = "the table is too large for a search; log in as NAME@lookup"
     raise TemporaryError(_TABLE_UNAVAILABLE, facts={
         "status": response.status, "table": code or None, "remedy": remedy},
@@ -2722,12 +2760,12 @@ def parse_entity(response: HttpResponse) -> dict[str, Any] | None:
 
 
 def parse_table_account(entity: Mapping[str, Any], name: str) -> Account:
-    """Read an entity of the table of accounts. Raises TemporaryError."""
-    values, keys = {}, settings_of(Account)
+    """Return the account in an entity. Raises TemporaryError if a value is not valid."""
+    values, settings = {}, settings_of(Account)
     for key in ("tenant_id", "client_id", "from_email"):
         text = str(entity.get(key) or "").strip()
         try:
-            values[key] = keys[key].parse(text)
+            values[key] = settings[key].parse(text)
             if not text and key != "from_email":
                 raise ValueError("set")
         except ValueError as error:
@@ -2736,18 +2774,16 @@ def parse_table_account(entity: Mapping[str, Any], name: str) -> Account:
     return Account(name, **values)
 
 
-def _graph_code(response: HttpResponse) -> str:
-    error = response.json().get("error")
-    code = error.get("code") if isinstance(error, dict) else None
-    return code if isinstance(code, str) else ""
-
-
 # ---------------------------------------------------------------------------
 # §9  Queued messages
 #
-# The queue has two files for each message: ID.eml, the message exactly as it goes out, and
-# ID.json, a QueuedMessage. Neither holds a secret: the name of an account, or tenant and
-# client, lead to it.
+# The queue directory holds two files for each message:
+#
+#     ID.eml      the message exactly as Microsoft Graph gets it
+#     ID.json     its state, a QueuedMessage
+#
+# Neither file holds a secret. To send the message, the relay finds its secret by the name
+# of the account or by the tenant and client.
 
 
 @dataclass(eq=False)
@@ -2758,8 +2794,8 @@ class QueuedMessage:
     account: str                # section of ACCOUNTS_FILE, or ""
     tenant: str
     client: str
-    mailbox: str                # that sends the message
-    reverse_path: str           # that receives the bounce; "" for no bounce
+    mailbox: str                # the sender's mailbox
+    reverse_path: str           # address for the bounce; "" for no bounce
     recipients: list[str]
     header_size: int            # bytes
     size: int                   # bytes, header and body
@@ -2767,18 +2803,18 @@ class QueuedMessage:
     queued_at: float            # SPOOL_LIFETIME begins
     attempts: int = 0
     next_attempt_at: float = 0.0        # for `spool list` only
-    reason: str = ""            # why it is still here
+    reason: str = ""            # for the last deferral or the failure
     bounce_sent: bool = False
-    is_sent: bool = False       # but the files could not be removed
+    is_sent: bool = False       # but its files could not be removed
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Return the key of the mailbox queue and of Graph's limits."""
+        """The key of the mailbox queue and of Graph's limits."""
         return self.tenant, self.client, self.mailbox.lower()
 
     @property
     def login(self) -> str:
-        """Return the user name whose login brings the secret, for messages to people."""
+        """The user name whose login provides the secret, for texts that people read."""
         return self.account or f"{self.tenant}@{self.client}"
 
 
@@ -2787,7 +2823,7 @@ _TYPES = list(map(type, vars(QueuedMessage("", "", "", "", "", "", [], 0, 0, Fal
 
 
 def parse_queued_message(text: bytes) -> QueuedMessage:
-    """Parse the content of ID.json. Raises ValueError if it is damaged."""
+    """Return the message whose state is the content of ID.json. Raises ValueError."""
     try:
         message = QueuedMessage(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
@@ -2798,20 +2834,22 @@ def parse_queued_message(text: bytes) -> QueuedMessage:
 
 
 def as_stored(content: bytes, message: QueuedMessage) -> PreparedMessage:
-    """Prepare a message that was edited before it was queued. Raises DeliveryError."""
+    """Prepare the content of ID.eml, which is already edited. Raises DeliveryError."""
     if len(content) != message.size:
-        raise DeliveryError("The file of the message is damaged")
-    header = content[:message.header_size]
-    edited = EditedMessage(message.mailbox, header, header,
-                        memoryview(content)[message.header_size:])
+        raise DeliveryError("The file of the queued message is damaged")
+    header, body = content[:message.header_size], memoryview(content)[message.header_size:]
+    edited = EditedMessage(message.mailbox, header, header, body)
     is_large = edited.size > GRAPH_MESSAGE_LIMIT
     return PreparedMessage(edited, make_draft(content, edited) if is_large else None)
 
 
 def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id: str,
                 now: float) -> bytes:
-    """Write the notice to the sender of a message that failed; RFC 3834 section 3."""
-    subject = split_header(header).find(b"subject")
+    """Return the bounce for a failed message. `reporter` is the relay's host name.
+
+    The header follows RFC 3834 section 3. `now` is a Unix time.
+    """
+    subjects = split_header(header).find(b"subject")
     lines = [
         f"From: Mail relay <{message.mailbox}>", f"To: <{message.reverse_path}>",
         "Subject: Undelivered mail", f"Date: {email.utils.formatdate(now)}",
@@ -2820,8 +2858,8 @@ def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id:
         "Content-Transfer-Encoding: 8bit", "",
         f"The SMTP relay at {reporter} could not deliver this message and has stopped "
         "trying:", "",
-        *(f"Subject:    {_decode_header_text(_unfold(field))[:200]}"
-          for field in subject[:1]),
+        *(f"Subject:    {_decode_header_text(_unfold(subject))[:200]}"
+          for subject in subjects[:1]),
         *(f"Recipient:  {recipient}" for recipient in message.recipients),
         f"Received:   {email.utils.formatdate(message.queued_at)}",
         f"Attempts:   {message.attempts}",
@@ -2834,33 +2872,42 @@ def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id:
 # ---------------------------------------------------------------------------
 # §10  Log
 #
-# One line for an event: time, level, the id of the session or the message, the event,
-# key=value. What an admin must mend is WARNING or ERROR; a client's mistake is INFO.
-# Passwords, secrets, tokens and content are never given to a function of this section.
+# One line is one event: time, level, log ID, event, facts.
+#
+#     2026-11-23T19:45:48+0100 INFO ffe02d31 disconnected reason=quit
+#
+# WARNING and ERROR are problems that an administrator must fix; a client's mistake is INFO.
+# Never pass passwords, secrets, tokens or the content of messages to this section.
 
 MAX_LOGGED_TEXT = 1000          # characters of one value
-LOG_QUEUE = 10_000              # lines that may wait to be written
+LOG_QUEUE = 10_000              # lines that can wait while standard error is blocked
 
 log = logging.getLogger("smtp_oauth_relay")
 
-for _needed in ("unicode_escape", "idna"):      # Python would load them when it may be
-    codecs.lookup(_needed)                      # too late: after RUN_AS, or out of files
+# Load these codecs now: a lazy import could fail after RUN_AS, or when the process has no
+# file descriptors left.
+for _codec in ("unicode_escape", "idna"):
+    codecs.lookup(_codec)
 
 
-def log_event(level: int, ident: str, event: str, **facts: object) -> None:
-    """Log an event with its facts."""
+def log_event(level: int, log_id: str, event: str, **facts: object) -> None:
+    """Log an event and its facts.
+
+    `log_id` is the ID of the message or of the SMTP session that the event is about, or
+    "-" for an event of the relay itself.
+    """
     if log.isEnabledFor(level):
-        log.log(level, "%s %s%s", ident, event, format_fields(facts))
+        log.log(level, "%s %s%s", log_id, event, format_fields(facts))
 
 
 def format_fields(facts: Mapping[str, object]) -> str:
-    """Write facts behind something; those that are None are left out."""
+    """Return the facts as " key=value" each, without those whose value is None."""
     return "".join(f" {name.replace('_', '-')}={quote_value(value)}"
                    for name, value in facts.items() if value is not None)
 
 
 def quote_value(value: object) -> str:
-    """Make a value one word, or a quoted one with everything odd escaped."""
+    """Return a value as one word of printable ASCII, or quoted with all else escaped."""
     text = f"{value:.3f}" if isinstance(value, float) else str(value)[:MAX_LOGGED_TEXT]
     if re.fullmatch(r"[!#-&(-<>-\[\]-~]+", text):
         return text
@@ -2868,12 +2915,12 @@ def quote_value(value: object) -> str:
 
 
 class LogQueue(logging.handlers.QueueHandler):
-    """Drops lines while the queue is full, and counts them."""
+    """A handler that drops lines while the queue is full, and counts them."""
 
     dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Queue a line; the first one that fits again reports how many were dropped."""
+        """Queue a line. The first line after a gap reports how many were dropped."""
         if self.dropped:
             record.msg = f"{record.msg} (lines lost before this one: {self.dropped})"
         try:
@@ -2885,25 +2932,27 @@ class LogQueue(logging.handlers.QueueHandler):
 
 @contextlib.contextmanager
 def logging_to_stderr(level: str) -> Iterator[None]:
-    """Write the log to standard error from a thread, because a full pipe blocks it."""
+    """Write the log to standard error, in a thread, because a full pipe would block it.
+
+    If the pipe is still full at the end, end the process with its normal exit status.
+    """
     stream = logging.StreamHandler()
     stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
                                           "%Y-%m-%dT%H:%M:%S%z"))
     lines: queue.Queue[Any] = queue.Queue(LOG_QUEUE)
     listener = logging.handlers.QueueListener(lines, stream)
     handler = LogQueue(lines)
-    root = logging.getLogger()
-    root.addHandler(handler)
-    logging.getLogger("asyncio").setLevel("ERROR")      # it warns of clients' mistakes
+    logging.root.addHandler(handler)
+    logging.getLogger("asyncio").setLevel("ERROR")      # its warnings are clients' mistakes
     log.setLevel(level)
     listener.start()
     try:
         yield
     finally:
-        root.removeHandler(handler)
+        logging.root.removeHandler(handler)
         with (done := lines.all_tasks_done):
             is_written = done.wait_for(lambda: not lines.unfinished_tasks, 2)
-        if not is_written:              # nobody reads, and Python would wait at its exit
+        if not is_written:      # listener.stop() and the exit of Python would hang
             error = sys.exc_info()[1]
             os._exit(2 if isinstance(error, ConfigError) else
                      0 if error is None or isinstance(error, SystemExit) else 1)
@@ -2913,61 +2962,56 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------
 # §11  HTTP
 #
-# http.client in worker threads. Opening a connection and using it are two calls, because a
-# DNS look-up can hang for longer than a client waits, and must not hold a message. The
-# thread that uses a connection keeps the deadline (time.monotonic) itself: before each send
-# and each receive it sets the socket's time-out to the time left.
+# HttpPool sends each request with http.client in a worker thread:
+#
+#     HttpPool.send --> connect             in a thread, if no idle connection is usable
+#                  \--> send_and_receive    in a thread: one request and its response
+#
+# These are two calls, because a DNS lookup can hang for longer than a client waits, and
+# must not keep a message in memory. Deadlines are times of time.monotonic(). The thread
+# keeps the deadline: before each send and receive it sets the socket's timeout to the time
+# left. The event loop waits GRACE longer, and then shuts the socket down.
 
-MAX_ANSWER = 65536              # octets of a body that are read
-KEEPALIVE_TIMEOUT = 60.0        # seconds an idle connection is kept: firewalls forget it
-MAX_IDLE_CONNECTIONS = 100          # for one host
-ACCEPTED_BODY_TIMEOUT = 1.0               # seconds for the end of a 202 without a body
-GRACE = 2.0                     # seconds past a deadline for a slow machine
-THREAD_IDLE_TIMEOUT = 10.0              # seconds until an idle thread ends
-Body = Union[bytes, Callable[[], Union[bytes, Iterator[bytes]]]]
+KEEPALIVE_TIMEOUT = 60.0        # seconds; firewalls forget connections that are idle longer
+MAX_IDLE_CONNECTIONS = 100      # for each host
+ACCEPTED_BODY_TIMEOUT = 1.0     # seconds for the body of a 202, which Graph leaves empty
+GRACE = 2.0                     # seconds after a deadline, for a thread on a slow machine
+THREAD_IDLE_TIMEOUT = 10.0      # seconds until an idle thread ends
+
+IdleConnection = tuple[http.client.HTTPConnection, asyncio.TimerHandle]
 
 
 class UpstreamUnavailable(TemporaryError):
-    """Microsoft was not reached, or did not answer in time, or answered nonsense."""
+    """Microsoft was not reached, did not respond in time or sent a malformed response."""
 
     status = "4.4.1"
 
-    def __init__(self, what: object) -> None:
-        super().__init__("No answer from Microsoft; try again later",
-                         facts={"problem": what})
+    def __init__(self, problem: object) -> None:
+        super().__init__("Microsoft 365 did not respond; try again later",
+                         facts={"problem": problem})
 
 
 class RequestNotSent(ConnectionError):
-    """A connection ended before the request went out whole: nothing can have happened."""
-
-
-@dataclass(frozen=True)
-class HttpRequest:
-    """A request; `body` may be a function that its thread calls, for each attempt."""
-
-    method: str
-    url: str = field(repr=False)        # may hold a secret
-    headers: Mapping[str, str] = field(repr=False)
-    body: Body = field(default=b"", repr=False)
-    max_bytes: int = MAX_ANSWER         # octets of the answer that are read
+    """The connection ended before the whole request was sent, so it can be sent again."""
 
 
 def time_left(deadline: float) -> float:
-    """Return the seconds until a deadline. Raises TimeoutError if there are none."""
+    """Return the seconds until a deadline. Raises TimeoutError if it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
-        raise TimeoutError("time is up")
+        raise TimeoutError("timed out")
     return left
 
 
-class _Reader(io.RawIOBase):
-    """A socket as a file for HTTPResponse that is read until a deadline."""
+class _DeadlineReader(io.RawIOBase):
+    """A file that reads from a socket until a deadline, in place of socket.makefile()."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock, self.deadline = sock, deadline
-        self.is_lenient = False         # True: a failure is the end of the file
+        self.is_lenient = False         # True: an error is the end of the file
 
     def makefile(self, _mode: str) -> io.BufferedReader:
+        """Return the file that HTTPResponse reads from."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -2984,16 +3028,18 @@ class _Reader(io.RawIOBase):
 
 
 def _set_deadline(connection: http.client.HTTPConnection, deadline: float) -> None:
-    connection.timeout = time_left(deadline)        # of connect(), and of the handshake
+    """Let a connection open, and read its next response, until a deadline."""
+    connection.timeout = time_left(deadline)        # of connect() and the TLS handshake
     connection.response_class = lambda sock, **options: (       # type: ignore[assignment]
-        http.client.HTTPResponse(cast(Any, _Reader(sock, deadline)), **options))
+        http.client.HTTPResponse(cast(Any, _DeadlineReader(sock, deadline)), **options))
 
 
 def connect(url: str, context: ssl.SSLContext | None,
             deadline: float) -> http.client.HTTPConnection:
-    """Open a connection to the host of a URL, by HTTPS_PROXY and NO_PROXY.
+    """Open a connection to the host of a URL, as HTTPS_PROXY and NO_PROXY say.
 
-    Plain http is for this machine only and takes no proxy: it holds secrets.
+    Plain http takes no proxy: it is for the relay's own machine and network, and its
+    requests hold secrets. Raises OSError, HTTPException and ValueError.
     """
     scheme, host, *_ = urllib.parse.urlsplit(url)
     if scheme == "http":
@@ -3003,124 +3049,130 @@ def connect(url: str, context: ssl.SSLContext | None,
         proxy = urllib.request.getproxies().get("https", "").strip()
     if proxy and not urllib.request.proxy_bypass(f"{connection.host}:{connection.port}"):
         via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        user, _, password = via.netloc.rpartition("@")[0].partition(":")
-        credentials = urllib.parse.unquote(f"{user}:{password}").encode()
+        login = urllib.parse.unquote(f"{via.username}:{via.password or ''}").encode()
         connection.set_tunnel(connection.host, connection.port, {
-            "Proxy-Authorization": f"Basic {base64.b64encode(credentials).decode()}"}
-            if user else None)
+            "Proxy-Authorization": f"Basic {base64.b64encode(login).decode()}"}
+            if via.username else None)
         connection.host, connection.port = via.hostname or "", via.port or 80
     _set_deadline(connection, deadline)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(connection.close)
         connection.connect()
-        time_left(deadline)             # after it no caller waits for the connection
+        time_left(deadline)     # after the deadline no caller takes the connection
         on_failure.pop_all()
     return connection
 
 
 async def wait_until_done(deadline: float, future: asyncio.Future[Any]) -> bool:
-    """Wait for a future, but not longer than until `deadline`; say whether it is done."""
+    """Wait for a future until a deadline. Return whether it is done."""
     await asyncio.wait({future}, timeout=max(0.0, deadline - time.monotonic()))
     return future.done()
 
 
 async def result_before(deadline: float, future: asyncio.Future[T]) -> T:
-    """Wait for what nobody else waits for. Raises TimeoutError when time is up."""
+    """Return a future's result. At the deadline cancel it and raise TimeoutError."""
     try:
         if not await wait_until_done(deadline, future):
-            raise TimeoutError("time is up")
+            raise TimeoutError("timed out")
         return future.result()
     finally:
-        future.cancel()                 # or asyncio would tell of an error nobody asked for
-        del future                      # see _work
+        future.cancel()         # or asyncio logs a later exception as never retrieved
+        # The traceback of an error refers to this frame, and the future to the error. Break
+        # the cycle, so that secrets and message bodies are freed immediately.
+        del future
 
 
 _calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-_idle = threading.Semaphore(0)          # counts the threads that wait for a call
+_idle_threads = threading.Semaphore(0)      # one permit for each thread without a call
 
 
 def run_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
     """Run a blocking call in an idle thread, or in a new one.
 
-    The threads are daemons, and not limited in number: a call that hangs in the operating
-    system (a DNS look-up) must neither keep the process from ending nor delay other calls.
+    The threads are daemons and their number is not limited: a call that hangs, in a DNS
+    lookup for example, must neither keep the process from ending nor delay other calls.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
     try:
-        if not _idle.acquire(blocking=False):
-            threading.Thread(target=_work, name="relay-call", daemon=True).start()
+        if not _idle_threads.acquire(blocking=False):
+            threading.Thread(target=_thread_main, name="relay-call", daemon=True).start()
         _calls.put((call, loop, future))
-    except RuntimeError as error:                   # the system has no more threads
-        future.set_exception(TemporaryError(f"The relay is too busy: {error}"))
+    except RuntimeError as error:       # the system has no more threads
+        future.set_exception(TemporaryError(f"Insufficient system resources: {error}"))
     return future
 
 
-def _work() -> None:
+def _thread_main() -> None:
+    """Run calls, until no call arrives for THREAD_IDLE_TIMEOUT."""
     while True:
         try:
             call, loop, future = _calls.get(timeout=THREAD_IDLE_TIMEOUT)
         except queue.Empty:
-            if _idle.acquire(blocking=False):
+            if _idle_threads.acquire(blocking=False):
                 return
-            continue                                # a call for it is on the way
+            continue            # run_in_thread() has taken the permit and adds a call
         try:
-            settle = functools.partial(future.set_result, call())
+            set_outcome = functools.partial(future.set_result, call())
         except BaseException as error:      # noqa: BLE001 - the future raises it
-            settle = functools.partial(future.set_exception, error)
-        with contextlib.suppress(RuntimeError):     # the loop has ended meanwhile
-            loop.call_soon_threadsafe(_settle, future, settle)
-        # The traceback of an error refers to this frame. If the frame refers to the error,
-        # only the garbage collector frees both, with secrets and messages of megabytes. So
-        # frames drop such references: here, and wherever a future can have failed.
-        del call, loop, future, settle
-        _idle.release()
+            set_outcome = functools.partial(future.set_exception, error)
+        with contextlib.suppress(RuntimeError):     # the loop is closed
+            loop.call_soon_threadsafe(_unless_done, future, set_outcome)
+        # Break the cycle of error, traceback and this frame, so that secrets and message
+        # bodies are freed immediately.
+        del call, loop, future, set_outcome
+        _idle_threads.release()
 
 
-def _settle(future: asyncio.Future[Any], settle: Callable[[], None]) -> None:
+def _unless_done(future: asyncio.Future[Any], set_outcome: Callable[[], None]) -> None:
+    """Set the outcome of a future, unless its waiter has cancelled it."""
     if not future.done():
-        settle()
+        set_outcome()
 
 
-def exchange(connection: http.client.HTTPConnection, request: HttpRequest,
-             deadline: float) -> HttpResponse:
-    """Send a request and read the response; close a connection that is of no more use.
+def send_and_receive(connection: http.client.HTTPConnection, request: HttpRequest,
+                     deadline: float) -> HttpResponse:
+    """Send a request and return its response. Close a connection that cannot be reused.
 
-    Raises NotSent if the server cannot have seen all of the request.
+    Raises RequestNotSent, OSError, HTTPException and ValueError.
     """
     sock = connection.sock
-    # With "Connection: close" http.client closes its socket before the response is read.
+    # This file keeps the socket open until the body is read: after the header field
+    # "Connection: close" http.client closes the socket itself too early.
     with sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
         on_failure.callback(connection.close)
-        response = _ask(connection, request, deadline)
-        reader, body = cast(_Reader, response.fp.raw), b""
-        reader.is_lenient = True        # the status counts, whatever becomes of the body
+        response = _get_response(connection, request, deadline)
+        reader, body = cast(_DeadlineReader, response.fp.raw), b""
+        reader.is_lenient = True        # the status counts, even if the body is truncated
         if response.status == 202:
             reader.deadline = min(deadline, time.monotonic() + ACCEPTED_BODY_TIMEOUT)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             body = response.read(request.max_bytes)
             if response.isclosed() and not response.length:
-                on_failure.pop_all()    # nothing of it is left on the connection
+                on_failure.pop_all()    # the whole body is read: reuse the connection
     headers = {name.lower(): value for name, value in response.getheaders()}
     return HttpResponse(response.status, headers, body)
 
 
-def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
-         deadline: float) -> http.client.HTTPResponse:
+def _get_response(connection: http.client.HTTPConnection, request: HttpRequest,
+                  deadline: float) -> http.client.HTTPResponse:
+    """Send a request and return the response whose body is still to be read."""
     body, sock = request.body() if callable(request.body) else request.body, connection.sock
-    if not isinstance(body, bytes):     # each piece has but the time that is left
-        body = (sock.settimeout(time_left(deadline)) or piece for piece in body)
+    if not isinstance(body, bytes):
+        # Before each chunk set the timeout to the time left. settimeout() returns None.
+        body = (sock.settimeout(time_left(deadline)) or chunk for chunk in body)
     sock.settimeout(time_left(deadline))
     _set_deadline(connection, deadline)
     problem = ""
     try:
-        connection.request(request.method, request.url[len(_base(request.url)):],
+        connection.request(request.method, request.url[len(_origin(request.url)):],
                            body or None, request.headers)
     except OSError as error:
         problem = str(error) or type(error).__name__
-    try:                                # an error such as 413 may come before the end
+    # A server can refuse a request, with 413 for example, before it has received it all.
+    try:
         response = connection.getresponse()
-        while response.status < 200:    # 103 and the like: another one follows
+        while response.status < 200:    # 103 Early Hints: the final response follows
             response.headers = None     # type: ignore[assignment]
             response.begin()
         return response
@@ -3131,75 +3183,79 @@ def _ask(connection: http.client.HTTPConnection, request: HttpRequest,
 
 
 class HttpPool:
-    """Sends requests, and keeps connections for the next ones."""
+    """Sends requests, and keeps their connections for later requests."""
 
     def __init__(self, urls: Iterable[str]) -> None:
-        """Get ready to send to the hosts of these URLs."""
-        # Reading the system's certificates takes a while: not where nobody asks for them.
+        """Prepare for requests to the hosts of these URLs."""
+        # Loading the system's certificates takes time: skip it if all URLs are plain http.
         self._context = (ssl.create_default_context()
                          if any(url.startswith("https:") for url in urls) else None)
-        self._kept: dict[str, list[tuple[http.client.HTTPConnection, asyncio.TimerHandle]]
-                         ] = collections.defaultdict(list)
+        self._idle: dict[str, list[IdleConnection]] = collections.defaultdict(list)
 
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
-        """Send a request; again only if a kept connection ended first. Raises NoAnswer."""
-        base = _base(request.url)
+        """Send a request and return its response. Raises UpstreamUnavailable.
+
+        If an idle connection ends before the request is sent, use a new connection.
+        """
+        origin = _origin(request.url)
         try:
-            kept = self._take(base)
-            if kept:
+            if idle := self._take_idle(origin):
                 with contextlib.suppress(RequestNotSent):
-                    return await self._exchange(kept, request, deadline)
+                    return await self._send_in_thread(idle, request, deadline)
             connection = await result_before(deadline, run_in_thread(
-                functools.partial(connect, base, self._context, deadline)))
-            return await self._exchange(connection, request, deadline)
+                functools.partial(connect, origin, self._context, deadline)))
+            return await self._send_in_thread(connection, request, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UpstreamUnavailable(str(error) or type(error).__name__) from None
 
     async def send_with_retries(
-            self, request: HttpRequest, deadline: float, pauses: Iterable[float],
-            *passing: int, timeout: float = math.inf) -> HttpResponse:
-        """Send a request; retry after each pause on 429, 5xx and the statuses `passing`."""
-        for pause in (*pauses, math.inf):
+            self, request: HttpRequest, deadline: float, delays: Iterable[float],
+            *retry_statuses: int, timeout: float = math.inf) -> HttpResponse:
+        """Send a request. Retry after each delay on 429, 5xx and `retry_statuses`.
+
+        `timeout` limits each attempt. Raises UpstreamUnavailable.
+        """
+        for delay in (*delays, math.inf):
             response = await self.send(request, min(deadline, time.monotonic() + timeout))
-            if ((response.status < 500 and response.status not in (429, *passing))
-                    or time.monotonic() + pause >= deadline):
+            if ((response.status < 500 and response.status not in (429, *retry_statuses))
+                    or time.monotonic() + delay >= deadline):
                 break
-            await asyncio.sleep(pause)
+            await asyncio.sleep(delay)
         return response
 
-    async def _exchange(self, connection: http.client.HTTPConnection,
-                        request: HttpRequest, deadline: float) -> HttpResponse:
-        sock = connection.sock          # the connection may let go of it
-        future = run_in_thread(functools.partial(exchange, connection, request, deadline))
+    async def _send_in_thread(self, connection: http.client.HTTPConnection,
+                              request: HttpRequest, deadline: float) -> HttpResponse:
+        """Run send_and_receive() in a thread, and keep the connection if it is open."""
+        sock = connection.sock          # the thread can set connection.sock to None
+        future = run_in_thread(functools.partial(
+            send_and_receive, connection, request, deadline))
         try:
-            if not await wait_until_done(deadline + GRACE, future):
-                raise TimeoutError("time is up")
-            response = future.result()
+            return await result_before(deadline + GRACE, future)
         except asyncio.CancelledError:
-            if (request.method != "POST" or not future.done() or future.exception()
+            # A 202 can arrive together with the cancellation: the message is sent.
+            if (request.method != "POST" or future.cancelled() or future.exception()
                     or future.result().status != 202):
                 raise
-            response = future.result()  # it came too late: the message is sent
+            return future.result()
         finally:
-            if future.done():
-                self._give_back(_base(request.url), connection)
-            else:                       # make the thread end soon
+            if not future.cancelled():
+                self._keep_idle(_origin(request.url), connection)
+            else:
+                # Make the thread end soon. SSLSocket.shutdown() would remove the encryption
+                # first, and the thread could then send plain text.
                 with contextlib.suppress(OSError):
-                    # Not sock.shutdown(): of a TLS socket that drops the encryption first,
-                    # and the thread could then write in the clear.
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            future.cancel()             # or asyncio would tell of an error nobody asked for
-            del future                  # see _work
-        return response
+            del future          # breaks the cycle of error, traceback and this frame
 
-    def _take(self, base: str) -> http.client.HTTPConnection | None:
-        while self._kept[base]:
-            connection, timer = self._kept[base].pop()
+    def _take_idle(self, origin: str) -> http.client.HTTPConnection | None:
+        """Return an idle connection that is still usable, or None."""
+        while self._idle[origin]:
+            connection, timer = self._idle[origin].pop()
             timer.cancel()
-            if connection.sock:             # not closed by the timer
+            if connection.sock:         # the timer has not closed it
                 connection.sock.settimeout(0)
                 try:
-                    connection.sock.recv(1)     # the end, or what nobody asked for
+                    connection.sock.recv(1)     # the end of the connection, or stray data
                 except (BlockingIOError, ssl.SSLWantReadError):
                     return connection
                 except OSError:
@@ -3207,222 +3263,232 @@ class HttpPool:
                 connection.close()
         return None
 
-    def _give_back(self, base: str, connection: http.client.HTTPConnection) -> None:
-        kept = self._kept[base]
-        if connection.sock is None or len(kept) >= MAX_IDLE_CONNECTIONS:
+    def _keep_idle(self, origin: str, connection: http.client.HTTPConnection) -> None:
+        """Keep an open connection for KEEPALIVE_TIMEOUT."""
+        if connection.sock is None or len(self._idle[origin]) >= MAX_IDLE_CONNECTIONS:
             connection.close()
         else:
-            kept.append((connection, asyncio.get_running_loop().call_later(
+            self._idle[origin].append((connection, asyncio.get_running_loop().call_later(
                 KEEPALIVE_TIMEOUT, connection.close)))
 
     def close(self) -> None:
-        """Close the connections that are kept."""
-        for base in list(self._kept):
-            while connection := self._take(base):
+        """Close the idle connections."""
+        for origin in self._idle:
+            while connection := self._take_idle(origin):
                 connection.close()
 
 
-def _base(url: str) -> str:
+def _origin(url: str) -> str:
+    """Return scheme, host and port of a URL, without a slash at the end."""
     return "/".join(url.split("/", 3)[:3])
 
 
 # ---------------------------------------------------------------------------
 # §12  Tokens
 #
-# A secret or the token of a workload identity is traded at Entra ID; a managed identity
-# is asked for at an address near by, never through a proxy. Microsoft, "How to use
-# managed identities for Azure resources", "... App Service".
+# Tokens gets access tokens and caches them. The credential of an Application decides which
+# request it makes:
+#
+#     secret              to Entra ID, with the client secret
+#     workload-identity   to Entra ID, with the token of Kubernetes in a file
+#     managed-identity    to IMDS or App Service, in the local network, without a proxy
+#
+# Microsoft, "How to use managed identities for Azure resources", "... App Service".
 
-NEGATIVE_CACHE_TTL = 30.0       # seconds: a device with a wrong password tries and tries
-MIN_TIME_LEFT = 0.1                # of UPSTREAM_TIMEOUT must be left for a try to be of use
-MAX_CACHED = 1000               # of anything
-IDENTITY_TIMEOUT = 10.0         # seconds for an answer of a managed identity
-IDENTITY_RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)        # before it is asked again
+NEGATIVE_CACHE_TTL = 30.0       # seconds; a device with a wrong password keeps retrying
+MIN_TIME_LEFT = 0.1             # of UPSTREAM_TIMEOUT; with less an attempt is of no use
+MAX_CACHED = 1000               # entries of a cache
+IDENTITY_TIMEOUT = 10.0         # seconds for one attempt at a managed identity
+IDENTITY_RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)      # seconds
 Key = tuple[str, str, str, str, bytes]  # tenant, client, credential, resource, keyed hash
 
 
 class Cache(Generic[K, T]):
-    """Values that expire. Of more than `most` the oldest goes."""
+    """Values that expire. When there are more than `limit`, the oldest is dropped."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic,
-                 most: int = MAX_CACHED) -> None:
-        self._clock, self._most = clock, most
-        self._values: dict[K, tuple[T, float]] = {}     # and when it expires
+                 limit: int = MAX_CACHED) -> None:
+        self._clock, self._limit = clock, limit
+        self._values: dict[K, tuple[T, float]] = {}     # with the time when each expires
 
     def get(self, key: K) -> T | None:
-        """Return the value, or None if there is none or it has expired."""
+        """Return the value, or None if it is missing or has expired."""
         value, expires_at = self._values.get(key, (None, 0.0))
         return value if self._clock() < expires_at else None
 
     def put(self, key: K, value: T, seconds: float) -> None:
-        """Keep a value for so many seconds."""
+        """Keep a value for `seconds`, in place of an earlier value of the key."""
         self._values.pop(key, None)
         self._values[key] = value, self._clock() + seconds
-        if len(self._values) > self._most:
+        if len(self._values) > self._limit:
             del self._values[next(iter(self._values))]
 
 
 def read_secret(path: str) -> str:
-    """Read a secret from a file. Raises ValueError, which says what is wrong."""
+    """Return the secret in a file. Raises ValueError, whose text follows the path."""
     try:
-        octets = pathlib.Path(path).read_bytes().strip()
+        content = pathlib.Path(path).read_bytes().strip()
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    if not re.fullmatch(b"[!-~]([ -~]*[!-~])?", octets):
+    if not re.fullmatch(b"[!-~]([ -~]*[!-~])?", content):
         raise ValueError("must hold one line of printable ASCII")
-    return octets.decode()
+    return content.decode()
 
 
 class Tokens:
-    """Fetches access tokens; one request serves all who need the same.
+    """A cache of access tokens, in which requests for the same token share one fetch.
 
-    A key holds a keyed hash of the secret, so a wrong secret never meets the token of
-    another, and no secret stays here.
+    Keys hold a keyed hash of the secret. A wrong secret therefore cannot get the token of
+    the right one, and the cache holds no secrets.
     """
 
     def __init__(self, config: Config, pool: HttpPool,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._config = config
-        self._pool = pool
+        self._config, self._pool = config, pool
         self._hash_key = secrets.token_bytes(32)
-        self._answers: Cache[Key, str | AuthError] = Cache(clock)
-        self._tenants: Cache[str, str] = Cache(clock)       # ID by domain
-        self._fetches: dict[Key, asyncio.Task[str]] = {}        # under way
+        self._results: Cache[Key, str | AuthError] = Cache(clock)
+        self._tenants: Cache[str, str] = Cache(clock)       # tenant ID by domain
+        self._fetches: dict[Key, asyncio.Task[str]] = {}    # in progress
 
     async def get(self, application: Application, deadline: float,
                   resource: str = "") -> str:
-        """Return a token, by default for Graph. Raises AuthError and TemporaryError."""
+        """Return an access token, by default for Graph.
+
+        Raises AuthError if the client's credential is refused, otherwise TemporaryError.
+        """
         try:
-            return await self._get(application, deadline,
-                                   resource or self._config.graph_endpoint)
+            return await self._get(application, deadline, resource)
         except AuthError as error:
             if not application.relay_holds_secret:
                 raise
             raise TemporaryError(
-                f"The relay's own credential is refused ({error.reply.text})", 451, "4.7.0",
+                f"The relay's own credential was refused: {error.reply.text}", 451, "4.7.0",
                 facts=error.facts, level=logging.ERROR) from None
 
     async def _get(self, application: Application, deadline: float, resource: str) -> str:
+        """Return a token from the cache or from a fetch, which other callers can share."""
         key = self._key(application, resource)
-        answer = self._answers.get(key)
-        if isinstance(answer, AuthError):
-            raise _without_traceback(answer)
-        if answer:
-            return answer
-        fetch = self._fetches.get(key)      # it has the deadline of who came first
+        result = self._results.get(key)
+        if isinstance(result, AuthError):
+            raise _without_traceback(result)
+        if result:
+            return result
+        fetch = self._fetches.get(key)      # with the deadline of its first caller
         if not fetch:
             fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
             self._fetches[key] = fetch
             fetch.add_done_callback(functools.partial(self._on_fetched, key))
         try:
             if not await wait_until_done(deadline + GRACE, fetch):
-                raise UpstreamUnavailable("time is up")
+                raise UpstreamUnavailable("timed out")
             return fetch.result()
         finally:
-            del fetch                   # see _work
+            del fetch           # breaks the cycle of error, traceback and this frame
 
     def forget(self, application: Application, token: str, resource: str = "") -> None:
-        """Drop a token that is not accepted, unless there is another already."""
-        key = self._key(application, resource or self._config.graph_endpoint)
-        if self._answers.get(key) == token:
-            self._answers.put(key, token, 0.0)
+        """Drop a token that was not accepted, unless it is already replaced."""
+        key = self._key(application, resource)
+        if self._results.get(key) == token:
+            self._results.put(key, token, 0.0)
 
     def resolve(self, tenant: str) -> str:
-        """Replace a domain of a tenant with the tenant's ID, if a token has named it."""
+        """Return the ID of a tenant given by domain, once a token has named it."""
         return self._tenants.get(tenant) or tenant
 
     async def _fetch(self, key: Key, application: Application, deadline: float) -> str:
+        """Request a token and cache it. Cache an AuthError for NEGATIVE_CACHE_TTL."""
         resource, secret = key[3], application.secret
         if application.credential == "managed-identity":
-            response = await self._request_identity_token(application.client, resource,
-                                                          deadline)
             secret = self._config.identity_header
+            response = await self._identity_response(application.client, resource, deadline)
         else:
             if application.credential == "workload-identity":
                 secret = await _read_secret_in_thread(
                     self._config.azure_federated_token_file, deadline)
-            response = await self._pool.send(
-                self._request(application, secret, resource), deadline)
+            response = await self._entra_response(application, secret, resource, deadline)
         try:
-            token, life = parse_token(response, secret, time.time())
+            token, lifetime = parse_token(response, secret, time.time())
         except AuthError as error:
-            self._answers.put(key, _without_traceback(error), NEGATIVE_CACHE_TTL)
+            self._results.put(key, _without_traceback(error), NEGATIVE_CACHE_TTL)
             raise
-        tenant = parse_tenant_id(token)
-        if tenant and "." in application.tenant:        # Entra gave it for this domain
-            self._tenants.put(application.tenant, tenant, MAX_TOKEN_LIFE)
+        if "." in application.tenant and (tenant := parse_tenant_id(token)):    # a domain
+            self._tenants.put(application.tenant, tenant, MAX_TOKEN_LIFETIME)
             key = self._key(application, resource)
-        self._answers.put(key, token, life)
+        self._results.put(key, token, lifetime)
         return token
 
-    def _request(self, application: Application, secret: str, resource: str) -> HttpRequest:
-        base = self._config.azure_authority_host
+    async def _entra_response(self, application: Application, secret: str, resource: str,
+                              deadline: float) -> HttpResponse:
+        """Request a token of Entra ID; RFC 6749 section 4.4.2, RFC 7523 section 2.2."""
         tenant = urllib.parse.quote(application.tenant, safe="")
-        proof = {"client_secret": secret}
+        credential = {"client_secret": secret}
         if application.credential == "workload-identity":
-            proof = {"client_assertion": secret, "client_assertion_type":
-                     "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"}
-        form = {"client_id": application.client, **proof, "scope": f"{resource}/.default",
-                "grant_type": "client_credentials"}
-        return HttpRequest(
-            "POST", f"{base}/{tenant}/oauth2/v2.0/token",
+            credential = {"client_assertion": secret, "client_assertion_type":
+                          "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"}
+        form = {"client_id": application.client, **credential,
+                "scope": f"{resource}/.default", "grant_type": "client_credentials"}
+        return await self._pool.send(HttpRequest(
+            "POST", f"{self._config.azure_authority_host}/{tenant}/oauth2/v2.0/token",
             {"Content-Type": "application/x-www-form-urlencoded",
              "Accept": "application/json", "User-Agent": USER_AGENT},
-            urllib.parse.urlencode(form).encode())
+            urllib.parse.urlencode(form).encode()), deadline)
 
-    async def _request_identity_token(self, client: str, resource: str,
-                            deadline: float) -> HttpResponse:
-        """Ask for a token of a managed identity. Retry while it is not ready."""
-        request = self._identity_request(client, resource)
-        try:
-            return await self._pool.send_with_retries(
-                request, deadline, IDENTITY_RETRY_DELAYS, 404, 410,
-                timeout=IDENTITY_TIMEOUT)
-        except UpstreamUnavailable as error:
-            error.facts["identity"] = request.url.partition("?")[0]
-            raise
+    async def _identity_response(self, client: str, resource: str,
+                                 deadline: float) -> HttpResponse:
+        """Request a token of a managed identity. Raises TemporaryError.
 
-    def _identity_request(self, client: str, resource: str) -> HttpRequest:
+        App Service sets IDENTITY_ENDPOINT and IDENTITY_HEADER. Otherwise the request goes
+        to IMDS, the metadata service of virtual machines.
+        """
         config, version, headers = self._config, "2018-02-01", {"Metadata": "true"}
         url = f"{config.azure_pod_identity_authority_host}/metadata/identity/oauth2/token"
-        if config.identity_endpoint and config.identity_header:     # App Service
+        if config.identity_endpoint and config.identity_header:
             try:
                 url, version = local_http_url(config.identity_endpoint), "2019-08-01"
             except ValueError as error:
                 raise TemporaryError(
-                    "The relay has no identity that it can ask for",
+                    "The relay's managed identity is not available; see the log",
                     facts={"problem": f"IDENTITY_ENDPOINT must be {error}"}) from None
             headers = {"X-IDENTITY-HEADER": config.identity_header}
         query = {"api-version": version, "resource": resource,
                  **({"client_id": client} if client else {})}
         mark = "&" if "?" in url else "?"
-        return HttpRequest("GET", f"{url}{mark}{urllib.parse.urlencode(query)}",
-                           {**headers, "User-Agent": USER_AGENT})
+        request = HttpRequest("GET", f"{url}{mark}{urllib.parse.urlencode(query)}",
+                              {**headers, "User-Agent": USER_AGENT})
+        try:                    # IMDS sends 404 and 410 while it is updated
+            return await self._pool.send_with_retries(
+                request, deadline, IDENTITY_RETRY_DELAYS, 404, 410,
+                timeout=IDENTITY_TIMEOUT)
+        except UpstreamUnavailable as error:
+            error.facts["identity"] = url.partition("?")[0]
+            raise
 
     def _on_fetched(self, key: Key, fetch: asyncio.Task[str]) -> None:
+        """Remove a fetch that is done."""
         del self._fetches[key]
         if not fetch.cancelled():
-            fetch.exception()           # it is known, even if nobody waits any more
+            fetch.exception()   # or asyncio logs it as never retrieved if nobody waits
 
     def _key(self, application: Application, resource: str) -> Key:
+        """Return the cache key of an application's token for a resource."""
         digest = hmac.digest(self._hash_key, application.secret.encode(), "sha256")
         return (self.resolve(application.tenant), application.client,
-                application.credential, resource, digest)
+                application.credential, resource or self._config.graph_endpoint, digest)
 
 
 async def _read_secret_in_thread(path: str, deadline: float) -> str:
-    """Read a secret in a thread. Raises TemporaryError."""
+    """Return the secret in a file whose disk can hang. Raises TemporaryError."""
     try:
         return await result_before(deadline, run_in_thread(
             functools.partial(read_secret, path)))
     except (TimeoutError, ValueError) as error:
         problem = str(error)
-    raise TemporaryError("The relay's own credential cannot be read", facts={
+    raise TemporaryError("The relay's own credential cannot be read; see the log", facts={
         "problem": f"{path}: {problem}"}, level=logging.ERROR)
 
 
 def _without_traceback(error: AuthError) -> AuthError:
-    """Copy an error without its traceback, which holds the frames, and these the secret."""
+    """Return a copy of an error without its traceback, whose frames hold the secret."""
     return AuthError(error.reply.text, facts=error.facts, level=error.level)
 
 
@@ -3967,7 +4033,7 @@ class GraphClient:
         # The response repeats the text, and may escape each character with six bytes.
         response = await self._perform(context, GraphOperation.CREATE, self._request(
             context, "messages", draft.content,
-            max_bytes=MAX_ANSWER + 6 * len(draft.content)))
+            max_bytes=MAX_RESPONSE_BODY + 6 * len(draft.content)))
         draft_id = parse_draft_id(response)
         if not draft_id:
             raise UpstreamUnavailable("a draft without an ID")
@@ -4034,7 +4100,7 @@ class GraphClient:
 
     def _request(self, context: RequestContext, path: str, body: Body = b"", *,
                  method: str = "POST", headers: Any = (),
-                 max_bytes: int = MAX_ANSWER) -> HttpRequest:
+                 max_bytes: int = MAX_RESPONSE_BODY) -> HttpRequest:
         mailbox = urllib.parse.quote(context.mailbox, safe="")
         return HttpRequest(
             method, f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",

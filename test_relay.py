@@ -1900,7 +1900,7 @@ def begin_message(client: Client, message: bytes, sender: str = SENDER) -> Waiti
 
 def calls_under_way() -> int:
     """Return how many threads of relays run a blocking call; idle threads do not count."""
-    return sum(thread.name == "relay-call" for thread in threading.enumerate()) - relay._idle._value
+    return sum(thread.name == "relay-call" for thread in threading.enumerate()) - relay._idle_threads._value
 
 
 def cut_when_done(running: Running, release: threading.Event) -> None:
@@ -3743,7 +3743,7 @@ class HttpsTests(HangCase):
                 raise RuntimeError("can't start new thread")
             start(thread)
         with unittest.mock.patch.object(threading.Thread, "start", refuse), \
-                unittest.mock.patch.object(relay, "_idle", threading.Semaphore(0)):
+                unittest.mock.patch.object(relay, "_idle_threads", threading.Semaphore(0)):
             self.assertReply(client.log_in(password=self.password), "454 4.7.0")
         self.assertReply(client.log_in(password=self.password), "235 2.7.0")
 
@@ -4259,7 +4259,7 @@ class IdentityTests(RelayCase):
         self.assertIn("No such file", self.failure(**settings))
         os.mkfifo(path)                         # reading hangs, as on a network file system
         self.addCleanup(os.close, os.open(path, os.O_RDWR))
-        self.assertIn(f"{path}: time is up", self.failure(timeout=0.2, **settings))
+        self.assertIn(f"{path}: timed out", self.failure(timeout=0.2, **settings))
 
     def test_the_identity_of_app_service_comes_from_identity_endpoint(self) -> None:
         settings = {"IDENTITY_ENDPOINT": f"{self.fake.url}/msi/token", "IDENTITY_HEADER": "header"}
@@ -4395,7 +4395,7 @@ class AccountLoginTests(AccountCase):
             self.fake.will("draft", graph_says(403, "ErrorAccessDenied"))
             reply = self.logged_in_as("scan2", running=running).post_octets(
                 LARGE, "other@x.y", ["a@x.y"])
-            self.assertIn("as scanner@example.com", self.assertReply(reply, "552 5.3.4"))
+            self.assertIn("for scanner@example.com", self.assertReply(reply, "552 5.3.4"))
 
     def test_allowed_recipients_apply_to_the_header_too_if_it_is_kept(self) -> None:
         running = self.another(HEADER_RECIPIENTS="keep")
@@ -4849,7 +4849,7 @@ class TableTests(RelayCase):
             reply = self.assertReply(self.log_in("app1@lookup", running=own), "454 4.7.0")
             for name, wanted in (("app1", "235 2.7.0"), ("2", "454 4.7.0"), ("3", "454 4.7.0")):
                 self.assertReply(self.log_in(f"{name}@lookup", running=by_sas), wanted)
-        self.assertIn("own credential is refused", reply)
+        self.assertIn("own credential was refused", reply)
         self.assertNotIn("hid", str(kept.lines))
         request = self.fake.asked("table")[0]
         self.assertTrue(request.path.endswith(f"&{sas}"))
@@ -5188,7 +5188,7 @@ class SendTests(RelayCase):
 
     def test_clients_that_wait_for_one_token_get_replies_with_their_own_ids(self) -> None:
         clients = [self.logged_in() for _ in range(2)]
-        self.running.ask(self.running.relay._tokens._answers._values.clear)
+        self.running.ask(self.running.relay._tokens._results._values.clear)
         self.fake.will("token", self.fake.hang_then(say(503)))
         waiting = [begin_message(client, SIMPLE) for client in clients]
         free = self.running._config.max_memory_for_messages - 2 * len(SIMPLE)
@@ -5416,7 +5416,8 @@ class DraftFaultTests(RelayCase):
     TABLE: tuple[tuple[str, tuple[Action, ...], str, int], ...] = (
         ("draft attach open put send-draft", (graph_says(403, "ErrorQuotaExceeded"),),
          "452 4.2.2", 1),
-        ("draft attach open put send-draft", (say(413),), "552 5.3.4 Microsoft", 1),
+        ("draft attach open put send-draft", (say(413),),
+         "552 5.3.4 Message too big for Microsoft", 1),
         ("draft attach open put send-draft", (say(500),), "451 4.3.0", 1),
         ("draft attach open put send-draft", (utter(b""),), "451 4.4.1", 1),
         ("draft attach open put send-draft", (say(429, retry_after="99"),), "451 4.4.5", 1),
@@ -5430,8 +5431,8 @@ class DraftFaultTests(RelayCase):
         ("put", (say(404),), "451 4.3.0", 1),
         # A missing permission is not remembered.
         ("draft attach open", (graph_says(403, "ErrorAccessDenied"),),
-         "552 5.3.4 The message is larger than 3 MB, and to send such as scanner@example.com "
-         "the application needs the right Mail.ReadWrite", 1),
+         "552 5.3.4 Message size exceeds 3 MB; grant the application the permission "
+         "Mail.ReadWrite for scanner@example.com", 1),
         ("send-draft", (graph_says(403, "ErrorAccessDenied"),), "550 5.7.1", 1),
         # Not all servers have the new draft yet; the mailbox existed a moment ago.
         ("attach open send-draft", (NOT_FOUND, NOT_FOUND), "250 2.0.0", 3),
@@ -6272,7 +6273,7 @@ class FullSpoolTests(SpoolCase):
         with unittest.mock.patch.object(os, "fsync", hang):
             with patient_for(DISK_TIMEOUT=0.2, GRACE=0.05), kept_log() as kept:
                 self.assertReply(self.post(client, "refused"), "452 4.3.1")
-            self.assertIn("time is up", kept.find("refused")[0][1])
+            self.assertIn("timed out", kept.find("refused")[0][1])
             with patient_for(DISK_TIMEOUT=3600.0):      # the next message does not wait for it
                 self.assertTakesNothing(client, "the disk does not answer")
             self.assertEqual(len(hung), 1)
@@ -6312,7 +6313,7 @@ class SlowDiskTests(HangCase):
             waiting = Waiting(client, login_line(LOOK_UP_USER))
             self.served(running, "secret")
             self.assertTimely(waiting, "454 4.7.0")
-        self.assertIn(f"{FILES['token']}: time is up",
+        self.assertIn(f"{FILES['token']}: timed out",
                       "".join(text for _, text in kept.find("result=tempfail")))
 
     def test_the_previous_accounts_serve_while_the_accounts_file_hangs(self) -> None:
@@ -6768,7 +6769,7 @@ class VaultTests(RelayCase):
                 ("holds no PEM certificate", say(200, pem)),
                 ("holds no PEM key", say(200, {**pem, "value": ROOT_CERT})),
                 ("cannot be turned into PEM", say(200, {"value": "-----BEGIN\ud800"})),
-                ("No answer from Microsoft", utter(b""))):
+                ("Microsoft 365 did not respond", utter(b""))):
             with self.subTest(word):
                 self.fake.will("vault", *actions)      # type: ignore[arg-type]
                 with self.assertRaises(relay.StartError) as caught:
