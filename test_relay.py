@@ -2245,7 +2245,8 @@ class SettingTests(unittest.TestCase):
     def test_every_setting_is_explained(self) -> None:
         for name, one in relay.settings().items():
             with self.subTest(name):
-                self.assertRegex(one.help, r"^[A-Z].*\.$")
+                begin = "`true`: " if one.default in ("true", "false") else "[A-Z]"
+                self.assertRegex(one.help, rf"^{begin}.*\.$")
                 self.assertIn(f"  {name} (default: {one.default or 'empty'})\n"
                               f"      {one.help}", relay.settings_help())
 
@@ -5401,7 +5402,7 @@ SOON = graph_says(429, "X", retry_after="0")
 
 
 @unittest.mock.patch.multiple(
-    relay, GRAPH_MESSAGE_LIMIT=31_457, LARGE_ATTACHMENT=31_300, UPLOAD_PIECE=39_322,
+    relay, GRAPH_MESSAGE_LIMIT=31_457, LARGE_ATTACHMENT=31_300, UPLOAD_CHUNK=39_322,
     MIN_RETRY_DELAY=0.01, DRAFT_RETRY_DELAYS=(0.01, 0.02))
 class DraftFaultTests(RelayCase):
     """Each step of a large message may fail: what is answered, asked, deleted and logged."""
@@ -6880,13 +6881,15 @@ login = optional
 
     def test_a_version_that_this_openssl_lacks(self) -> None:
         text = f"[a]\n{APPLICATION}login = required\nnetworks = 10.0.0.1\ntls_min_version = 1.0"
-        for name in ("HAS_TLSv1", "HAS_TLSv1_1"):
+        accounts = relay.AccountsFile(make_config(ACCOUNTS_FILE=FILES.write("old.ini", text)))
+        for name, version in (("HAS_TLSv1", "1.0"), ("HAS_TLSv1_1", "1.1")):
             with unittest.mock.patch.object(ssl, name, False):
-                _, faults = relay.parse_accounts(text, make_config())
-                self.assertEqual(["OpenSSL" in fault for fault in faults],
-                                 [True] * (name == "HAS_TLSv1"))
-                with self.assertRaisesRegex(relay.ConfigError, "TLS_MIN_VERSION='1.[01]'.*Open"):
-                    make_config(TLS_MIN_VERSION="1.0" if name == "HAS_TLSv1" else "1.1")
+                with (contextlib.nullcontext() if version == "1.1" else self.assertRaisesRegex(
+                        relay.ConfigError, r"^\S*: \[a\] tls_min_version = 1.0: must .*Open.*$")):
+                    accounts.load()
+                with self.assertRaisesRegex(relay.ConfigError,
+                                            f"^TLS_MIN_VERSION='{version}': must .*OpenSSL"):
+                    relay.make_tls_contexts(tls_config(TLS_MIN_VERSION=version))
 
     def test_weak_ciphers_are_for_old_tls_alone(self) -> None:
         def names(context: ssl.SSLContext) -> set[str]:
@@ -8078,8 +8081,8 @@ Path:     sendMail, 101 octets
                 code, text = self.explain(message, "--from", sender, "--to", "a@x.y", **environ)
                 self.assertEqual((code, text[:18]), (1, f"Refused: {reply}"))
         self.assertEqual(self.explain(b"", "--from", SENDER, "--to", "a@x.y", "--to", "@"), (
-            1, "Refused: 501 5.1.3 Syntax: TO:<address>, and the address must be complete as in "
-               "user@example.com\n"))
+            1, "Refused: 501 5.1.3 Bad recipient address syntax: use TO:<address>, with a "
+               "complete address such as user@example.com\n"))
 
     def test_what_cannot_be_told(self) -> None:
         for arguments, environ, word in (
