@@ -501,7 +501,7 @@ class Config:
     azure_authority_host: str = setting(
         _endpoint, CLOUDS["global"].authority, "URL of Entra ID for tokens.", _mask_url)
     graph_endpoint: str = setting(
-        _endpoint, CLOUDS["global"].graph, "URL of Graph, scope of tokens.", _mask_url)
+        _endpoint, CLOUDS["global"].graph, "URL and token scope of Graph.", _mask_url)
 
     # Azure
     azure_tables_url: str = setting(
@@ -558,7 +558,7 @@ class Config:
     # Limits
     max_message_size: int = setting(
         _integer(1000, EXCHANGE_LIMIT), "36700160",
-        "Maximum size of a message. A mailbox sends 35 MB, unless Exchange is set to more.")
+        "Maximum size of a message. Exchange limits a mailbox to 35 MB by default.")
     max_memory_for_messages: int = setting(
         _size, "268435456", "Maximum total size of the messages in memory.")
     max_recipients: int = setting(_count, "500", "Maximum recipients of a message.")
@@ -1689,9 +1689,9 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 # missing or empty, the relay adds it. If From names another mailbox, several or none, the
 # result depends on FROM_MISMATCH:
 #
-#     keep        From stays, and Microsoft decides
-#     rewrite     From gets the mailbox and keeps the display name; the old address goes to
-#                 Reply-To; several addresses or none also go to X-Original-From
+#     keep        From stays, and Microsoft decides.
+#     rewrite     From gets the mailbox and keeps the display name. The old address goes to
+#                 Reply-To. A From of several addresses or none becomes X-Original-From.
 #
 # A display name with a bare "@" is quoted, because Exchange takes it for an address.
 #
@@ -1721,7 +1721,7 @@ _ADDRESS = re.compile(
     r"[ \t\r\n]*(?P<end>[,;]|\Z)[, \t\r\n]*")
 _GROUP = re.compile(r"[\w .-]*\w:(?:(.*);)?", re.S | re.A)
 _ENCODED_WORD = r"=\?[^?\s]{1,75}\?[bq]\?[^?]*\?="
-# A From field that is not an address list: name <mailbox>, (comment), or a name alone.
+# A From field that is not an address list: name <mailbox>, text (name), or a name alone.
 _LOOSE_FROM = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
                          r"|[^()<>]*\((?P<comment>[^()<>]*)\)\s*|(?P<alone>[^<>]*)")
 # Top-level domains that are not on the Internet: RFC 6761, RFC 6762, RFC 8375, and usual
@@ -1934,7 +1934,7 @@ def edit_from(header: Header, fields: FromFields, mailbox: str, policy: str,
               login: str) -> None:
     """Make From agree with the sending mailbox; `policy` is FROM_MISMATCH.
 
-    `login` is the user name of the client, which is not a mailbox.
+    `login` is the user name of the client. It can look like a mailbox.
     """
     if not any(authors for _, authors in fields):
         for header_field, _ in fields:
@@ -1958,7 +1958,7 @@ def _rewrite_from(header: Header, fields: FromFields, mailbox: str, login: str) 
     (first, authors), *others = fields
     author = authors[0]._replace(mailbox=mailbox) if authors else mailbox
     first.replacement = _address_field(first.label, [author])
-    old = {author.key: author.mailbox for _, found in fields for author in found
+    old = {author.key: author.mailbox for _, listed in fields for author in listed
            if _is_deliverable(author.mailbox, login)}
     if old.keys() - {normalize_mailbox(mailbox)} and not header.find(b"reply-to"):
         first.replacement += _address_field(b"Reply-To", list(old.values()))
