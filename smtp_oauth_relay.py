@@ -35,7 +35,7 @@ Contents (search for the number; each section uses only those above it)
     §3   SMTP grammar               paths, parameters, base64
     §4   Accounts                   Account: who a client is, and what it may
     §5   SMTP session               Session: bytes in; events and bytes out
-    §6   Messages                   who gets it is the envelope; From; all else stays
+    §6   Message headers            who gets it is the envelope; From; all else stays
     §7   Large messages             a message as a draft with attachments
     §8   Microsoft's responses      which response is which reply
     §9   Queued messages            QueuedMessage: its state on the disk; the bounce
@@ -221,23 +221,27 @@ class StartError(Exception):
 # ---------------------------------------------------------------------------
 # §2  Configuration
 #
-# The fields of Config are the only list of settings. --help, the README's table and the
-# checks are made from it. Defaults are text, so they are parsed like any other value.
+# A field of Config is a setting. Its environment variable is the field name in upper case.
+# These fields are the only list of settings: --help and the table of the README are
+# generated from it. A default is text and is parsed like a value from the environment.
+#
+# This section does no I/O. What only the system knows is therefore checked where the
+# setting is used: users (RUN_AS), ciphers (TLS_CIPHER_SUITE), versions (TLS_MIN_VERSION).
 
-GRAPH_REQUEST_LIMIT = 4_194_304     # octets
-GRAPH_MESSAGE_LIMIT = 3_145_728     # octets: what base64 leaves of a request
-EXCHANGE_LIMIT = 157_286_400        # octets: the most that a mailbox can be set to send
-# User and password, host, port.
+GRAPH_REQUEST_LIMIT = 4_194_304     # bytes, the limit of Graph
+GRAPH_MESSAGE_LIMIT = 3_145_728     # bytes; base64 makes GRAPH_REQUEST_LIMIT of them
+EXCHANGE_LIMIT = 157_286_400        # bytes, the highest limit that a mailbox can have
+# A proxy has an optional user and password, a host, and an optional port.
 _PROXY = re.compile(r"(?:http://)?(?:[^/?#\s]*@)?(?:\[[0-9A-Fa-f:.]+\]|[^][/?#@:\s]+)"
                     r"(?::[0-9]{1,5})?/?")
 
 
 class Cloud(NamedTuple):
-    """Where a cloud of Microsoft's is; Microsoft, "National cloud deployments"."""
+    """The URLs of a Microsoft cloud (Microsoft, "National cloud deployments")."""
 
     authority: str
     graph: str
-    vault: str              # what a token for Key Vault is asked for
+    vault: str              # the resource of tokens for Key Vault
 
 
 CLOUDS = {
@@ -253,16 +257,20 @@ CLOUDS = {
 
 
 def _mask_url(url: str) -> str:
-    """Hide what may be a password in a URL."""
+    """Mask the user, query and fragment of a URL, because they can hold secrets."""
     return re.sub(r"(?s)^(\w+://)?(?:.*[?#].*@.*|.*@)|[?#].*", r"\1***", url)
 
 
 def _mask_all(secret: str) -> str:
+    """Mask a whole value."""
     return "***"
 
 
 class Setting(NamedTuple):
-    """How a setting is read (ValueError says what is accepted), explained and shown."""
+    """How to parse, explain and print a setting.
+
+    `parse` raises ValueError for an invalid value. The error text follows "must be".
+    """
 
     parse: Callable[[str], Any]
     default: str
@@ -272,34 +280,37 @@ class Setting(NamedTuple):
 
 def setting(parse: Callable[[str], Any], default: str, text: str,
             show: Callable[[str], str] = str) -> Any:
-    """Declare a field that is a setting; a variable of Config has its name in capitals."""
+    """Declare a dataclass field as a setting, with `text` for --help and the README.
+
+    A value with a `show` of its own is a secret and does not appear in the repr.
+    """
     return field(default_factory=lambda: parse(default), repr=show is str,
                  metadata={"setting": Setting(parse, default, text, show)})
 
 
-def settings_of(kind: type) -> dict[str, Setting]:
-    """List the settings of a dataclass, in its order."""
-    return {one.name: one.metadata["setting"] for one in dataclasses.fields(kind)
-            if "setting" in one.metadata}
+def settings_of(cls: type) -> dict[str, Setting]:
+    """Return the settings of a dataclass by field name, in the order of the fields."""
+    return {item.name: item.metadata["setting"] for item in dataclasses.fields(cls)
+            if "setting" in item.metadata}
 
 
-def _optional(parse: Callable[[str], Any], nothing: Any = "") -> Callable[[str], Any]:
-    """Read nothing too."""
-    return lambda text: parse(text) if text else nothing
+def _optional(parse: Callable[[str], Any], empty: Any = "") -> Callable[[str], Any]:
+    """Accept an empty value too, and parse it as `empty`."""
+    return lambda text: parse(text) if text else empty
 
 
 def _comma_separated(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Read values with commas between them."""
+    """Accept values separated by commas or white space, and drop repeated values."""
     def parse_all(text: str) -> tuple[Any, ...]:
-        found = tuple(parse(one) for one in re.split(r"[,\s]+", text) if one)
-        if text and not found:
+        values = tuple(parse(word) for word in re.split(r"[,\s]+", text) if word)
+        if text and not values:
             raise ValueError("values, or empty")
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(values))
     return parse_all
 
 
 def _matching(pattern: str, accepted: str) -> Callable[[str], str]:
-    """Read what matches a pattern."""
+    """Accept text that matches a pattern; `accepted` is the error text."""
     def parse(text: str) -> str:
         if re.fullmatch(pattern, text):
             return text
@@ -308,6 +319,7 @@ def _matching(pattern: str, accepted: str) -> Callable[[str], str]:
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
+    """Accept a decimal number from `low` to `high`."""
     def parse(text: str) -> int:
         if re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high:
             return int(text)
@@ -316,21 +328,20 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 
 _count = _integer(1, 1_000_000)
+_port = _integer(0, 65535)
+_size = _integer(1000, 10 ** 12 - 1)
 _text = _matching("[ -~]*", "printable ASCII text")
 _utf8 = _matching("[^\ud800-\udfff]*", "text in UTF-8")
 _HOST_NAME = "[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _host_name = _matching(_HOST_NAME, "a host name such as relay.example.com")
-_user = _matching("[ -9;-~]+", "the name of a user of this system, or nothing")
+_user = _matching("[ -9;-~]+", "the name of a user of this system, or empty")
 _ciphers = _matching("[ -~]+", "an OpenSSL cipher list that names a known cipher")
 _vault_name = _matching("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
-                    "the name of a certificate: letters, digits and hyphens")
-
-
-def _boolean(text: str) -> bool:
-    return _choice("true", "false")(text) == "true"
+                        "the name of a certificate: letters, digits and hyphens")
 
 
 def _choice(*accepted: str) -> Callable[[str], str]:
+    """Accept some words in any case, and return them as they are spelled here."""
     def parse(text: str) -> str:
         for value in accepted:
             if text.lower() == value.lower():
@@ -339,69 +350,72 @@ def _choice(*accepted: str) -> Callable[[str], str]:
     return parse
 
 
+_tls_version = _choice("1.0", "1.1", "1.2", "1.3")
+
+
+def _boolean(text: str) -> bool:
+    """Parse `true` or `false` in any case."""
+    return _choice("true", "false")(text) == "true"
+
+
 def _seconds(text: str) -> float:
+    """Parse a duration of at most a day, with at most six decimals."""
     if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) and 0 < float(text) <= 86400:
         return float(text)
     raise ValueError("a number of seconds above 0, up to 86400")
 
 
 def _address(text: str) -> str:
-    if text.lower() != "localhost":
-        try:
-            ipaddress.ip_address(text)
-        except ValueError:
-            raise ValueError("an IP address of this machine, localhost, or nothing for "
-                             "all addresses") from None
-    return text
+    """Check an address to listen on."""
+    with contextlib.suppress(ValueError):
+        if text.lower() == "localhost" or ipaddress.ip_address(text):
+            return text
+    raise ValueError("an IP address of this machine, localhost, or empty")
 
 
-def _tls_version(text: str) -> str:
-    version = _choice("1.0", "1.1", "1.2", "1.3")(text)
-    if not getattr(ssl, "HAS_TLSv" + version.replace(".", "_").replace("_0", ""), True):
-        raise ValueError("a version that the OpenSSL of this Python has")
-    return version
+def split_url(url: str, http_if: str = "is_loopback") -> urllib.parse.SplitResult | None:
+    """Split the URL of a service that receives secrets; return None if it is unsafe.
 
-
-def split_url(url: str, near: str = "is_loopback") -> urllib.parse.SplitResult | None:
-    """Split a URL for secrets; None unless https, or http to an address that is `near`."""
-    with contextlib.suppress(ValueError):       # of what is no URL, port or IP address
+    A safe URL is https, or http to an IP address with the property `http_if` of
+    ipaddress.IPv4Address. It contains no user and no fragment.
+    """
+    with contextlib.suppress(ValueError):       # no valid URL, port or IP address
         parts = urllib.parse.urlsplit(url)
         host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
-        if (host and parts.port != 0 and "@" not in parts.netloc
-                and re.fullmatch("[!\"$-~]+", url) and (parts.scheme == "https" or (
-                    parts.scheme == "http" and getattr(ipaddress.ip_address(host), near)))):
+        is_safe = parts.scheme == "https" or (
+            parts.scheme == "http" and getattr(ipaddress.ip_address(host or ""), http_if))
+        if (is_safe and host and parts.port != 0 and "@" not in parts.netloc
+                and re.fullmatch("[!\"$-~]+", url)):
             return parts
     return None
 
 
 def _endpoint(text: str) -> str:
-    """Read the URL of a Microsoft service."""
+    """Parse the URL of a Microsoft service; https:// is the default scheme."""
     parts = split_url(text if "://" in text else f"https://{text}")
     url = parts.geturl().rstrip("/") if parts else ""
     if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?", url):
-        raise ValueError("an https:// URL (http:// for this machine only, as 127.0.0.1)")
+        raise ValueError("an https:// URL (http:// only for 127.0.0.1 and the like)")
     return url
 
 
 def _table_url(text: str) -> str:
-    """Read the URL of an Azure table; behind a "?" may stand a SAS, which is a secret."""
+    """Parse the URL of an Azure table; the optional query is a SAS, which is a secret."""
     url, mark, sas = text.partition("?")
-    with contextlib.suppress(ValueError):
-        url = _endpoint(url)
-        if (re.fullmatch(r"[^/]+//[^/]+(/[^/]+)?/[A-Za-z][A-Za-z0-9]{2,62}", url)
-                and ".table.cosmos." not in url.lower()     # wants other tokens
-                and re.fullmatch(r"[!\"$-~]*", sas)):
-            return url + mark + sas
+    url = _endpoint(url)
+    if (re.fullmatch(r"[^/]+//[^/]+(/[^/]+)?/[A-Za-z][A-Za-z0-9]{2,62}", url)
+            and ".table.cosmos." not in url.lower()     # needs tokens for another resource
+            and re.fullmatch(r"[!\"$-~]*", sas)):
+        return url + mark + sas
     raise ValueError("https://ACCOUNT.table.core.windows.net/TABLE, with or without a SAS "
                      "(a table of Azure Storage, not of Cosmos DB)")
 
 
 def local_http_url(text: str) -> str:
-    """Read the URL of a managed identity; it is plain http. Raises ValueError."""
+    """Check the URL of a managed identity, which uses plain http. Raises ValueError."""
     parts = split_url(text, "is_private")
     if parts is None or parts.scheme != "http":
-        raise ValueError("an http:// URL of this machine, or of an address in its own "
-                         "network")
+        raise ValueError("an http:// URL of this machine or of its private network")
     return text.rstrip("/") if parts.path == "/" else text
 
 
@@ -412,7 +426,10 @@ _DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z
 
 
 def decode_uuid(text: str) -> str | None:
-    """Bring a UUID, or its base64url form, into lower case; None if it is neither."""
+    """Return a UUID in lower case; the text may be its base64url form.
+
+    Returns None if the text is not a UUID.
+    """
     if _UUID.fullmatch(text):
         return text.lower()
     if _SHORT_UUID.fullmatch(text):
@@ -426,7 +443,7 @@ def encode_uuid(text: str) -> str:
 
 
 def parse_tenant(text: str) -> str:
-    """Read a tenant: a UUID in either form, or a domain. Raises ValueError."""
+    """Parse a tenant: a UUID in either form, or a domain. Raises ValueError."""
     tenant = decode_uuid(text) or (text.lower() if _DOMAIN_NAME.fullmatch(text) else None)
     if tenant is None:
         raise ValueError("the ID of a tenant, or one of its domains")
@@ -434,7 +451,7 @@ def parse_tenant(text: str) -> str:
 
 
 def parse_client(text: str) -> str:
-    """Read a client: a UUID in either form. Raises ValueError."""
+    """Parse a client ID: a UUID in either form. Raises ValueError."""
     client = decode_uuid(text)
     if client is None:
         raise ValueError("the ID of an application (client)")
@@ -443,172 +460,160 @@ def parse_client(text: str) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """The settings. Times are in seconds, sizes in octets."""
+    """The settings. Durations are in seconds, sizes in bytes."""
 
     # Server
     listen_address: str = setting(
         _optional(_address), "", "Address to listen on. Empty: all, IPv4 and IPv6.")
-    smtp_port: int = setting(
-        _integer(0, 65535), "8025", "Port for SMTP with STARTTLS. 0 picks a free one.")
-    smtps_port: int = setting(
-        _integer(0, 65535), "0", "Port for SMTP with TLS from the first octet. 0: none.")
+    smtp_port: int = setting(_port, "8025", "Port for SMTP with STARTTLS. 0: a free port.")
+    smtps_port: int = setting(_port, "0", "Port for SMTP with implicit TLS. 0: disabled.")
     server_name: str = setting(
         _optional(_host_name), "", "Name in the greeting. Empty: this machine's host name.")
     server_greeting: str = setting(
         _text, "Microsoft Graph SMTP OAuth Relay", "Text in the greeting.")
     run_as: str = setting(
-        _optional(_user), "", "User to become once ports are open and the TLS key is read. "
-        "Empty: stay.")
+        _optional(_user), "", "User to switch to after opening the ports and reading the "
+        "TLS key. Empty: do not switch.")
     log_level: str = setting(
         _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "INFO",
-        "Least level that is logged; DEBUG shows the SMTP dialogue without secrets.")
+        "Minimum log level. DEBUG shows the SMTP dialogue without secrets.")
 
     # TLS with devices
     tls_source: str = setting(
-        _choice("file", "keyvault", "off"), "file", "Where the relay's certificate is: "
-        "file, keyvault (Azure), or off for no TLS.")
+        _choice("file", "keyvault", "off"), "file", "Source of the relay's certificate. "
+        "`file`: PEM files. `keyvault`: Azure Key Vault. `off`: no TLS.")
     tls_cert_filepath: str = setting(
         str, "certs/cert.pem", "PEM file of the certificate and its intermediates.")
     tls_key_filepath: str = setting(
         str, "certs/key.pem", "PEM file of the certificate's private key.")
     tls_min_version: str = setting(
-        _tls_version, "1.2", "Oldest TLS version accepted; old printers need 1.0.")
+        _tls_version, "1.2", "Minimum TLS version. Old printers need 1.0.")
     tls_cipher_suite: str = setting(
-        _optional(_ciphers), "", "OpenSSL cipher list. Empty: OpenSSL's own.")
+        _optional(_ciphers), "", "OpenSSL cipher list. Empty: OpenSSL's default.")
     require_tls: bool = setting(
-        _boolean, "true", "Whether devices may log in under TLS only.")
+        _boolean, "true", "`true`: devices must use TLS to log in and to send.")
 
-    # Signing in and sending
+    # Logins and endpoints
     username_delimiter: str = setting(
-        _choice("@", ":", "|"), "@",
-        "What stands between tenant and client in a user name.")
+        _choice("@", ":", "|"), "@", "Character between tenant and client in a user name.")
     accounts_file: str = setting(
         str, "", "INI file of accounts: short names, networks without login, and more.")
     accounts_required: bool = setting(
-        _boolean, "false", "If true, TENANT@CLIENT can log in only if the Azure table "
-        "lists it, and the relay starts only if it can read the table.")
+        _boolean, "false", "`true`: TENANT@CLIENT can log in only if the Azure table lists "
+        "it. The relay starts only if it can read the table.")
     allowed_tenants: tuple[str, ...] = setting(
-        _comma_separated(parse_tenant), "",
-        "Tenants that may log in as TENANT@CLIENT, with "
-        "commas between, each as the devices write it (ID or domain). Empty: all.")
+        _comma_separated(parse_tenant), "", "Tenants that may log in as TENANT@CLIENT, "
+        "separated by commas. Write each as the devices do (ID or domain). Empty: all.")
     azure_cloud: str = setting(
-        _choice(*CLOUDS), "global", "Microsoft's cloud: global, usgov, usgov-dod or china. "
-        "It sets the next two.")
+        _choice(*CLOUDS), "global", "Microsoft cloud: global, usgov, usgov-dod or china. "
+        "Sets the defaults of AZURE_AUTHORITY_HOST and GRAPH_ENDPOINT.")
     azure_authority_host: str = setting(
-        _endpoint, CLOUDS["global"].authority, "Where tokens come from.", _mask_url)
+        _endpoint, CLOUDS["global"].authority, "URL of Entra ID for tokens.", _mask_url)
     graph_endpoint: str = setting(
-        _endpoint, CLOUDS["global"].graph, "Microsoft Graph; the token's scope too.",
-        _mask_url)
+        _endpoint, CLOUDS["global"].graph, "URL and token scope of Graph.", _mask_url)
 
     # Azure
     azure_tables_url: str = setting(
-        _optional(_table_url), "", "Azure table of accounts, with a SAS or without.",
-        _mask_url)
+        _optional(_table_url), "", "Azure table of accounts. A SAS is optional.", _mask_url)
     azure_tables_partition_key: str = setting(
-        _utf8, "user", "PartitionKey of its accounts.")
+        _utf8, "user", "PartitionKey of the accounts in the Azure table.")
     azure_tables_force_usage: bool = setting(
-        _boolean, "false", "Another name of ACCOUNTS_REQUIRED; one of them is enough.")
+        _boolean, "false", "`true`: same as ACCOUNTS_REQUIRED=true.")
     azure_key_vault_url: str = setting(
-        _optional(_endpoint), "", "Key Vault of the certificate.", _mask_url)
+        _optional(_endpoint), "", "Key Vault that holds the certificate.", _mask_url)
     azure_key_vault_cert_name: str = setting(
-        _optional(_vault_name), "", "Name of the certificate there.")
+        _optional(_vault_name), "", "Name of the certificate in Key Vault.")
     azure_tenant_id: str = setting(
-        _optional(parse_tenant), "",
-        "Tenant of the relay itself, for Tables and Key Vault.")
+        _optional(parse_tenant), "", "Tenant of the relay's own identity in Azure.")
     azure_client_id: str = setting(
-        _optional(parse_client), "",
-        "Application, or user-assigned identity, of the relay.")
-    azure_client_secret: str = setting(_utf8, "", "Secret of that application.", _mask_all)
+        _optional(parse_client), "", "Application or user-assigned identity of the relay.")
+    azure_client_secret: str = setting(_utf8, "", "Secret of AZURE_CLIENT_ID.", _mask_all)
     azure_federated_token_file: str = setting(
-        str, "", "Token of a workload identity. Kubernetes sets it.")
+        str, "", "Token file of a workload identity. Kubernetes sets it.")
     identity_endpoint: str = setting(
         str, "", "Managed identity. App Service and Container Apps set it.", _mask_url)
     identity_header: str = setting(
-        _text, "", "Secret of that endpoint. Azure sets it with IDENTITY_ENDPOINT.",
-        _mask_all)
+        _text, "", "Secret of IDENTITY_ENDPOINT. Azure sets both.", _mask_all)
     azure_pod_identity_authority_host: str = setting(
-        local_http_url, "http://169.254.169.254", "Managed identity of virtual machines.",
-        _mask_url)
+        local_http_url, "http://169.254.169.254", "Managed identity of VMs.", _mask_url)
 
     # Messages
     sender_from: str = setting(
         _choice("envelope", "header"), "envelope",
-        "Which mailbox sends: envelope, that of MAIL FROM, or header, the first of From.")
+        "Source of the sending mailbox. `envelope`: MAIL FROM. `header`: first of From.")
     from_mismatch: str = setting(
-        _choice("keep", "rewrite"), "keep",
-        "When From names another mailbox than the one that sends: keep it (Microsoft "
-        "decides), or rewrite its address.")
+        _choice("keep", "rewrite"), "keep", "Action if From does not name the sending "
+        "mailbox. `keep`: Microsoft decides. `rewrite`: the relay replaces the address.")
     header_recipients: str = setting(
-        _choice("strip", "keep"), "strip",
-        "When To, Cc or Bcc name somebody who is no recipient: strip the name, or keep it "
-        "(Microsoft then sends the message there too).")
+        _choice("strip", "keep"), "strip", "Addresses in To, Cc and Bcc that are not "
+        "recipients. `strip`: remove them. `keep`: Microsoft sends the message there too.")
     large_messages: str = setting(
         _choice("upload", "refuse"), "upload",
-        f"What to do with messages above {GRAPH_MESSAGE_LIMIT} octets: upload their "
-        "attachments (this needs the right Mail.ReadWrite), or refuse them.")
+        f"Messages above 3 MB ({GRAPH_MESSAGE_LIMIT} bytes). `upload`: upload their "
+        "attachments, which needs the permission Mail.ReadWrite. `refuse`: refuse them.")
 
-    # Spool
+    # Queue
     spool_directory: str = setting(
-        str, "", "Folder for messages that Microsoft cannot take now; the relay sends them "
-        "later. Empty: none, the device is told to try again.")
+        str, "", "Queue directory for messages that Microsoft cannot accept now. The relay "
+        "sends them later. Empty: no queue, devices must retry.")
     spool_lifetime: int = setting(
-        _integer(1, 10 ** 8), "172800", "How long it tries, before it gives a message up.")
+        _integer(1, 10 ** 8), "172800", "Time limit for retries in the queue directory.")
     spool_max_bytes: int = setting(
-        _integer(1000, 10 ** 12 - 1), "1073741824",
-        "Most octets of that folder, with those of messages that were given up.")
+        _size, "1073741824", "Maximum size of the queue directory. Failed messages count.")
     duplicate_window: int = setting(
         _integer(0, 86400), "900", "How long an accepted message with Message-ID and Date "
-        "is remembered, so that it is not sent again if the device repeats it. 0: not.")
+        "is remembered, so that a duplicate is not sent again. 0: disabled.")
 
     # Limits
     max_message_size: int = setting(
         _integer(1000, EXCHANGE_LIMIT), "36700160",
-        "Largest message; a mailbox sends 35 MB unless it was set to more in Exchange.")
+        "Maximum size of a message. Exchange limits a mailbox to 35 MB by default.")
     max_memory_for_messages: int = setting(
-        _integer(1000, 10 ** 12 - 1), "268435456",
-        "Most octets of all messages in flight together.")
-    max_recipients: int = setting(_count, "500", "Most recipients of one message.")
-    max_connections: int = setting(_count, "1000", "Most connections at once.")
+        _size, "268435456", "Maximum total size of the messages in memory.")
+    max_recipients: int = setting(_count, "500", "Maximum recipients of a message.")
+    max_connections: int = setting(_count, "1000", "Maximum number of connections.")
     max_connections_per_client: int = setting(
-        _count, "100", "Most connections at once from one address, or one /64 of IPv6.")
+        _count, "100", "Maximum number of connections from an IPv4 address or IPv6 /64.")
     client_timeout: float = setting(
-        _seconds, "300", "How long a device may take for one command, or for each "
-        "64 KiB of a message.")
+        _seconds, "300", "Time limit for devices to send a command or 64 KiB of a message.")
     upstream_timeout: float = setting(
-        _seconds, "60", "How long Microsoft may take for one login or one message, "
-        "with all that is tried again.")
+        _seconds, "60", "Time limit for a login or a message at Microsoft, with retries.")
     shutdown_timeout: float = setting(
-        _seconds, "25", "How long messages in flight may take when the relay is stopped.")
+        _seconds, "25", "Time limit for messages in transit when the relay is stopped.")
 
     @property
     def size_limit(self) -> int:
-        """The largest message that can be sent, in octets."""
+        """The largest message that can be sent, in bytes."""
         limit = GRAPH_MESSAGE_LIMIT if self.large_messages == "refuse" else EXCHANGE_LIMIT
         return min(self.max_message_size, limit)
 
     @property
     def must_have_account(self) -> bool:
-        """Whether TENANT@CLIENT can log in only if the Azure table lists it."""
+        """Return whether TENANT@CLIENT can log in only if the Azure table lists it."""
         return self.accounts_required or self.azure_tables_force_usage
 
     @property
     def endpoints(self) -> tuple[str, ...]:
-        """The URLs that may be asked, but for those of managed identities."""
+        """The URLs of Microsoft services, without those of managed identities."""
         return tuple(filter(None, (self.azure_authority_host, self.graph_endpoint,
                                    self.azure_tables_url, self.azure_key_vault_url)))
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
-        """Read the settings. Raises ConfigError: all faulty values, else contradictions."""
+        """Read the settings.
+
+        Raises ConfigError with all invalid values, or with all conflicts if there are no
+        invalid values.
+        """
         values, errors = {}, []
         cloud = CLOUDS.get(environ.get("AZURE_CLOUD", "").strip().lower(), CLOUDS["global"])
         defaults = {"AZURE_AUTHORITY_HOST": cloud.authority, "GRAPH_ENDPOINT": cloud.graph}
-        for name, one in settings().items():
-            text = environ.get(name, "").strip()
+        for name, setting in settings().items():
+            text = environ.get(name, "").strip() or defaults.get(name, setting.default)
             try:
-                values[name.lower()] = one.parse(text or defaults.get(name, one.default))
+                values[name.lower()] = setting.parse(text)
             except ValueError as error:
-                errors.append(f"{name}={one.show(text)!r}: must be {error}")
+                errors.append(f"{name}={setting.show(text)!r}: must be {error}")
         config = cls(**values)
         errors = errors or list(config.conflicts(environ))
         if errors:
@@ -616,28 +621,26 @@ class Config:
         return config
 
     def conflicts(self, environ: Mapping[str, str]) -> Iterator[str]:
-        """Find settings that contradict each other, and proxies that cannot be used."""
+        """Yield an error for each pair of settings in conflict and each invalid proxy."""
         if self.tls_source == "off" and self.require_tls:
-            yield ("TLS_SOURCE=off with REQUIRE_TLS=true: nobody could log in; set "
-                   "TLS_SOURCE=file and give a certificate, or set REQUIRE_TLS=false "
-                   "(passwords then cross the network readable)")
+            yield ("TLS_SOURCE=off with REQUIRE_TLS=true: logins would be impossible. Set "
+                   "TLS_SOURCE=file, or REQUIRE_TLS=false (passwords are then unencrypted)")
         if self.tls_source == "off" and self.smtps_port:
-            yield (f"TLS_SOURCE=off with SMTPS_PORT={self.smtps_port}: that port needs "
-                   "TLS; set TLS_SOURCE=file and give a certificate, or set SMTPS_PORT=0")
+            yield (f"TLS_SOURCE=off with SMTPS_PORT={self.smtps_port}: this port needs "
+                   "TLS. Set TLS_SOURCE=file, or SMTPS_PORT=0")
         if self.tls_source == "keyvault" and not (self.azure_key_vault_url
                                                   and self.azure_key_vault_cert_name):
-            yield ("TLS_SOURCE=keyvault: set AZURE_KEY_VAULT_URL and "
-                   "AZURE_KEY_VAULT_CERT_NAME too")
+            yield ("TLS_SOURCE=keyvault: needs AZURE_KEY_VAULT_URL and "
+                   "AZURE_KEY_VAULT_CERT_NAME")
         if self.must_have_account and not (self.accounts_file or self.azure_tables_url):
-            yield ("ACCOUNTS_REQUIRED=true (or AZURE_TABLES_FORCE_USAGE=true): nobody "
-                   "could log in; set ACCOUNTS_FILE or AZURE_TABLES_URL too")
+            yield ("ACCOUNTS_REQUIRED=true (or AZURE_TABLES_FORCE_USAGE=true): logins "
+                   "would be impossible. Set ACCOUNTS_FILE or AZURE_TABLES_URL")
         if self.smtp_port and self.smtp_port == self.smtps_port:
-            yield (f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: must be "
-                   "different ports")
+            yield f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: same port"
         if self.max_memory_for_messages < self.size_limit:
-            yield (f"MAX_MEMORY_FOR_MESSAGES={self.max_memory_for_messages}: must hold one "
-                   f"message, {self.size_limit} octets; raise it, or lower "
-                   "MAX_MESSAGE_SIZE, or set LARGE_MESSAGES=refuse")
+            yield (f"MAX_MEMORY_FOR_MESSAGES={self.max_memory_for_messages}: must be at "
+                   f"least {self.size_limit}. Or lower MAX_MESSAGE_SIZE, or set "
+                   "LARGE_MESSAGES=refuse")
         needs_proxy = any(url.startswith("https:") for url in self.endpoints)
         for name in ("https_proxy", "HTTPS_PROXY") if needs_proxy else ():
             url = environ.get(name, "").strip()
@@ -647,25 +650,27 @@ class Config:
 
 
 def settings() -> dict[str, Setting]:
-    """List the settings by variable, in the order of Config."""
-    return {name.upper(): one for name, one in settings_of(Config).items()}
+    """Return the settings by environment variable, in the order of Config."""
+    return {name.upper(): setting for name, setting in settings_of(Config).items()}
 
 
 def settings_help() -> str:
-    """Show the settings for --help."""
-    return "\n".join(f"  {name} (default: {one.default or 'empty'})\n      {one.help}"
-                     for name, one in settings().items())
+    """Return the settings as text for --help."""
+    return "\n".join(f"  {name} (default: {item.default or 'empty'})\n      {item.help}"
+                     for name, item in settings().items())
 
 
 # ---------------------------------------------------------------------------
 # §3  SMTP grammar
 #
-# RFC 5321 section 4.1.2, with the UTF-8 of RFC 6531 section 3.3. Departures, as devices
-# make these mistakes and every server forgives them: white space may follow "FROM:" and
+# RFC 5321 section 4.1.2, with the UTF-8 of RFC 6531 section 3.3. Devices make some mistakes
+# that every server accepts, and so does the relay: white space may follow "FROM:" and
 # "TO:", a path may lack its angle brackets, and the argument of EHLO may be anything.
+# The constants have the names of the productions in the RFC.
 
-# Classes of what is not allowed, as to compile ranges of all UTF-8 takes the time of a
-# start; among it C1 controls, line separators, bidirectional overrides, surrogates.
+# The classes list the characters that are not allowed, because compiling the allowed ranges
+# of UTF-8 doubles the time that the program needs to start. _NO_UTF8 has the C1 controls,
+# the line separators and bidirectional overrides, and the surrogates.
 _NO_UTF8 = "\x7f-\xa0\u2028-\u202e\ud800-\udfff"
 _ATOM = rf'[^\x00- "(),.:;<>@\[\\\]{_NO_UTF8}]+'
 _DOT_STRING = rf"{_ATOM}(?:\.{_ATOM})*"
@@ -685,50 +690,52 @@ _BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3
 
 
 def parse_path(argument: str, keyword: str) -> tuple[str, dict[str, str | None]]:
-    """Read "FROM:<path> parameters" as a mailbox, "" for the null one, and parameters.
+    """Parse "FROM:<path> parameters" into the mailbox and the parameters.
 
-    The source route is dropped, RFC 5321 section 4.1.1.3. Raises ProtocolError.
+    The mailbox is "" for the null path "<>". A source route is ignored, RFC 5321 section
+    4.1.1.3. Raises ProtocolError.
     """
-    status = "5.1.7" if keyword == "FROM:" else "5.1.3"
+    status, party = ("5.1.7", "sender") if keyword == "FROM:" else ("5.1.3", "recipient")
     if argument[:len(keyword)].upper() != keyword:
-        raise ProtocolError(f"Syntax: {keyword}<address>", 501, "5.5.4")
+        raise ProtocolError(f"Syntax: {keyword}<address>")
     match = _PATH.fullmatch(argument, len(keyword))
     if match is None:
-        raise ProtocolError(f"Syntax: {keyword}<address>, and the address must be "
-                            "complete as in user@example.com", 501, status)
+        raise ProtocolError(f"Bad {party} address syntax: use {keyword}<address>, with a "
+                            "complete address such as user@example.com", 501, status)
     return (match["mailbox"] or match["bare"] or "",
             _parse_parameters(match["parameters"] or ""))
 
 
 def normalize_mailbox(mailbox: str) -> str:
-    """Bring a mailbox into the form in which two that are the same are equal.
+    """Normalize a mailbox for comparison.
 
-    Case does not matter, nor do needless quotes, RFC 5321 section 4.1.2.
+    Case is ignored, and so are quotes that are not necessary, RFC 5321 section 4.1.2.
     """
     local_part, _, domain = mailbox.rpartition("@")
     if local_part.startswith('"'):
         local_part = re.sub(r"\\(.)", r"\1", local_part[1:-1], flags=re.S)
-    # Of octets, so of ASCII only: beyond it, lower() makes different letters the same.
-    octets = f"{local_part}@{domain}".encode("utf-8", "surrogateescape")
-    return octets.lower().decode("utf-8", "surrogateescape")
+    # bytes.lower() changes ASCII only. str.lower() makes different letters equal, such as
+    # the Kelvin sign and "k", which can be different mailboxes.
+    data = f"{local_part}@{domain}".encode("utf-8", "surrogateescape")
+    return data.lower().decode("utf-8", "surrogateescape")
 
 
 def _parse_parameters(text: str) -> dict[str, str | None]:
-    """Read the parameters of MAIL or RCPT, RFC 5321 section 4.1.2."""
+    """Parse the parameters of MAIL or RCPT, RFC 5321 section 4.1.2."""
     words = list(filter(None, text.split(" ")))
     matches = [match for match in map(_PARAMETER.fullmatch, words) if match]
     parameters = {match[1].upper(): match[2] for match in matches}
     if len(matches) < len(words):
-        raise ProtocolError("A parameter is malformed")
+        raise ProtocolError("Syntax error in parameters: use KEYWORD or KEYWORD=value")
     if len(parameters) < len(words):
-        raise ProtocolError("A parameter is given twice")
+        raise ProtocolError("Syntax error in parameters: a keyword is repeated")
     return parameters
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode base64 as RFC 4954 section 4 wants it, strictly. Raises ProtocolError."""
+    """Decode base64 strictly, as RFC 4954 section 4 requires. Raises ProtocolError."""
     if not _BASE64.fullmatch(text):
-        raise ProtocolError("This is not base64", 501, "5.5.2")
+        raise ProtocolError("Invalid base64 data", 501, "5.5.2")
     return base64.b64decode(text)
 
 
@@ -1711,36 +1718,38 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 
 
 # ---------------------------------------------------------------------------
-# §6  Messages
+# §6  Message headers
 #
-# Graph has no envelope: it mails whoever stands in To, Cc and Bcc. So these are made to
-# name the envelope's recipients and nobody else (HEADER_RECIPIENTS=strip):
+# Graph has no envelope: it delivers to the addresses in To, Cc and Bcc. The relay therefore
+# rewrites these fields to match the recipients of the envelope exactly. With
+# HEADER_RECIPIENTS=strip
 #
-#     an address field ...            becomes
-#     names only the envelope's       what it was, octet for octet; stray ";" are commas
-#     names others too                itself without them: they go to X-Original-To, -Cc
-#     is ambiguous                    X-Original-To, -Cc as a whole
-#     is a Bcc                        part of the one Bcc, for whom no field names
+#     an address field that              becomes
+#     names recipients only              itself, byte for byte, but with "," for ";"
+#     names other addresses too          itself without them: they go to X-Original-To, -Cc
+#     is ambiguous                       X-Original-To or -Cc as a whole
+#     is a Bcc                           part of the single Bcc, which gets the recipients
+#                                        that no field names
 #
-# If the header has a malformed line, all recipients are in Bcc too, because a strict reader
-# may stop there. Ambiguous is any field that is not in the forms which all programs read
-# alike: if we read it in one way and Exchange in another, the mail would reach a stranger.
+# A field is ambiguous if it is not in one of the forms that all programs read alike. If the
+# relay and Exchange read it differently, the message could reach a stranger. If the header
+# has a malformed line, Bcc gets all recipients, because a strict reader may stop there.
 #
-# And Graph wants From to name the mailbox in its URL. One that is missing or empty is
-# added; of one that names another, or more, or nobody, FROM_MISMATCH makes
+# Graph also requires that From names the mailbox in the URL of the request. If From is
+# missing or empty, the relay adds it. If From names another mailbox, several or none, the
+# result depends on FROM_MISMATCH:
 #
-#     keep        nothing else: Microsoft decides
-#     rewrite     the mailbox, with the old name; the old address goes to Reply-To, and
-#                 what named several or nobody to X-Original-From too
+#     keep        From stays, and Microsoft decides.
+#     rewrite     From gets the mailbox and keeps the display name. The old address goes to
+#                 Reply-To. A From of several addresses or none becomes X-Original-From.
 #
-# A name with a bare "@" is put into quotes, as Exchange takes it for an address.
+# A display name with a bare "@" is quoted, because Exchange takes it for an address.
 #
-# Everything else stays as it is, octet for octet. The body is never copied: a message may
-# have 150 MB.
+# Everything else stays byte for byte. The body is never copied, because it can have 150 MB.
 
-# A URL at the start of a line is text; no address field begins so.
+# A URL at the start of a line is text: no name of an address field begins like that.
 _FIELD = re.compile(rb"((?!https?://|ftp://)[!-9;-~]+)[ \t]*:", re.I)
-# Text may look like fields ("Time: 12:00"): a header has at least one of these.
+# Text can look like fields ("Time: 12:00"), so a header must have one of these.
 _KNOWN_FIELD = re.compile(
     rb"from|to|cc|bcc|subject|date|sender|reply-to|message-id|received|return-path"
     rb"|delivered-to|mime-version|importance|priority|(?:content|resent|list|x)-.*", re.I)
@@ -1751,9 +1760,9 @@ _ADDRESS_FIELDS = (b"to", b"cc", b"bcc")
 _WHITESPACE = " \t\r\n"
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _QUOTED = r'"(?:[^"\\\r\n]|\\[^\r\n])*"'
-_QUOTED_TEXT = re.compile(f"{_QUOTED}?")    # the closing quote may be missing
-# The forms of an address that every reader reads alike: [name] <mailbox> or mailbox, each
-# with a comment or without. A name without quotes may be an address, see _read_field.
+_QUOTED_TEXT = re.compile(f"{_QUOTED}?")    # the closing quote can be missing
+# The forms of an address that all programs read alike: [name] <mailbox> or mailbox, each
+# with or without a comment. `alias` is a name that is itself an address, without quotes.
 _ADDRESS = re.compile(
     rf"(?P<before>(?:(?P<alias>{_MAILBOX})[ \t]*"
     rf'|(?:{_QUOTED}|[^"(),:;<>@\[\]\\])*)<[ \t]*)?'
@@ -1761,78 +1770,79 @@ _ADDRESS = re.compile(
     r"(?P<after>(?(before)[ \t]*>)(?:[ \t\r\n]*\([^()@\\\r\n]*\))?)"
     r"[ \t\r\n]*(?P<end>[,;]|\Z)[, \t\r\n]*")
 _GROUP = re.compile(r"[\w .-]*\w:(?:(.*);)?", re.S | re.A)
-# What is no address list, as a name and what stands in "<>"; a comment may be the name.
 _ENCODED_WORD = r"=\?[^?\s]{1,75}\?[bq]\?[^?]*\?="
+# A From field that is not an address list: name <mailbox>, text (name), or a name alone.
 _LOOSE_FROM = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
-                           r"|[^()<>]*\((?P<comment>[^()<>]*)\)\s*|(?P<alone>[^<>]*)")
-# Top-level domains that lead nowhere from outside, RFC 6761, RFC 6762 and RFC 8375.
+                         r"|[^()<>]*\((?P<comment>[^()<>]*)\)\s*|(?P<alone>[^<>]*)")
+# Top-level domains that are not on the Internet: RFC 6761, RFC 6762, RFC 8375, and usual
+# names of local networks.
 _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "invalid", "lan",
                             "local", "localdomain", "localhost", "test"})
 
-BASE64_CHUNK = 58_368         # octets, a multiple of 3: no piece but the last is padded
-MAX_HEADER = 1_048_576          # octets
-MAX_ADDRESSES = 262_144         # octets of one field; 500 mailboxes have 160,000
+BASE64_CHUNK = 58_368           # bytes, a multiple of 3: only the last chunk has padding
+MAX_HEADER = 1_048_576          # bytes
+MAX_ADDRESSES = 262_144         # bytes of a field; 500 mailboxes need 160,000
 MAX_HEADER_LINES = 10_000
 
 
 @dataclass
 class Field:
-    """A field of a header with its folded lines, or (name b"") a malformed line."""
+    """A header field with its folded lines. A malformed line has the name b""."""
 
     name: bytes             # in lower case
-    raw: bytes              # as it came, with the last CRLF
-    replacement: bytes      # as it goes out
+    raw: bytes              # as received, with the last CRLF
+    replacement: bytes      # as sent
 
     @property
     def label(self) -> bytes:
-        """The name as it is written."""
+        """The name as the client wrote it."""
         return self.raw.partition(b":")[0].rstrip()
 
     @property
     def value(self) -> str:
-        """What stands behind the colon; octets that are no UTF-8 survive encoding."""
+        """The text after the colon; bytes that are not UTF-8 become surrogates."""
         return self.raw.partition(b":")[2].decode("utf-8", "surrogateescape")
 
 
 class Address(NamedTuple):
-    """An address of a field, as it is written there."""
+    """An address of a field as the client wrote it: `before`, `mailbox`, `after`."""
 
-    key: str                # in comparable form; "" if the mailbox of a From is unreadable
+    key: str                # the normalized mailbox; "" if that of a From is unreadable
     mailbox: str
-    before: str             # name and "<"
+    before: str             # display name and "<"
     after: str              # ">" and comment
 
-    @property
-    def text(self) -> str:
-        """All of it."""
+    def __str__(self) -> str:
+        """Return the whole address."""
         return f"{self.before}{self.mailbox}{self.after}"
 
 
 class AddressList(NamedTuple):
-    """The addresses of a field; none if another reader may read it otherwise."""
+    """The addresses of a field; empty if the field is ambiguous."""
 
     addresses: list[Address]
     is_canonical: bool = True       # separated by commas
-    is_ambiguous: bool = False
+    is_ambiguous: bool = False      # other programs can read it differently
 
 
 @dataclass
 class Header:
-    """The header of a message, or of a part of one."""
+    """The header of a message or of a body part."""
 
     fields: list[Field]
-    end: int                # where the rest begins: with an empty line, or with text
-    is_malformed: bool      # has a line that is no field, or white space before a colon
-    top: list[bytes] = field(default_factory=list)  # new; a reader may end further down
+    end: int                # offset of the rest: an empty line, or text if there is none
+    is_malformed: bool      # a line is not a field, or has white space before the colon
+    # New fields come first, because a strict reader may stop at a malformed line.
+    top: list[bytes] = field(default_factory=list)
 
     def find(self, *names: bytes) -> list[Field]:
-        """The fields of some names."""
-        return [one for one in self.fields if one.name in names]
+        """Return the fields with one of the names, in their order."""
+        return [item for item in self.fields if item.name in names]
 
     def __bytes__(self) -> bytes:
-        """It as edited."""
-        lines = [one.replacement for one in self.fields]
-        # A new first field must come after a folded first line.
+        """Return the header with all replacements and new fields."""
+        lines = [item.replacement for item in self.fields]
+        # At the very top a new field would take in a first line that begins with a space.
         first = int(bool(lines) and lines[0][:1] in (b" ", b"\t"))
         return b"".join([*lines[:first], *self.top, *lines[first:]])
 
@@ -1842,23 +1852,22 @@ def split_header(message: bytes | bytearray, begin: int = 0,
     """Split the header of a message, or of a part from `begin` to `end`, into its fields.
 
     Lines end in CRLF. A malformed line does not end the header, because a lenient reader
-    would go on after it; but text between the last field and the empty line is not part
-    of it. Raises DeliveryError.
+    would go on after it. Lines between the last field and the empty line are text. Raises
+    DeliveryError.
     """
-    limit = len(message) if end is None else end
-    most = min(limit, begin + MAX_HEADER)
+    end = len(message) if end is None else end
+    limit = min(end, begin + MAX_HEADER)
     position = header_end = begin
     is_header = False
-    while line := _FOLDED_LINE.match(message, position, most):
-        match = _FIELD.match(message, position, most)
+    while line := _FOLDED_LINE.match(message, position, limit):
+        match = _FIELD.match(message, position, limit)
         position = line.end()
         if match:
             header_end = position
             is_header = is_header or bool(_KNOWN_FIELD.fullmatch(match[1]))
     header_end = header_end if is_header else begin
-    is_cut = most < limit and not message.startswith(b"\r\n", position)
-    if header_end == position and is_cut:
-        raise DeliveryError("The header is too large", 552, "5.3.4")
+    if header_end == position and limit < end and not message.startswith(b"\r\n", position):
+        raise DeliveryError("Header size exceeds fixed maximum size (1 MB)", 552, "5.3.4")
     if message.count(b"\n", begin, header_end) > MAX_HEADER_LINES:
         raise DeliveryError("The header has too many lines", 552, "5.3.4")
     fields, is_malformed = [], False
@@ -1870,10 +1879,11 @@ def split_header(message: bytes | bytearray, begin: int = 0,
 
 
 def _parse_addresses(field: Field) -> AddressList:
-    """Read an address list, RFC 5322 section 3.4; ";" counts as ",".
+    """Parse an address list, RFC 5322 section 3.4; ";" counts as ",".
 
-    A field in any other form than those of _ADDRESS, in one group or none, is ambiguous.
-    That is safe: such a field is renamed, and its recipients are in Bcc.
+    A field is ambiguous if it is not a list of addresses in the forms of _ADDRESS, or a
+    single group of them. An ambiguous field is safe: the relay renames it, and Bcc gets its
+    recipients.
     """
     value = field.value.strip(_WHITESPACE)
     ambiguous = AddressList([], is_ambiguous=True)
@@ -1887,6 +1897,7 @@ def _parse_addresses(field: Field) -> AddressList:
         if match is None or "=?" in match["mailbox"]:
             return ambiguous
         key, alias = normalize_mailbox(match["mailbox"]), match["alias"]
+        # A reader may take an unquoted name for the address, so both must be the same.
         if alias and normalize_mailbox(alias) != key:
             return ambiguous
         before = "<" if alias else match["before"] or ""
@@ -1896,105 +1907,119 @@ def _parse_addresses(field: Field) -> AddressList:
     return AddressList(addresses, is_canonical)
 
 
-def _address_field(name: bytes, texts: list[str]) -> bytes:
-    """Write a field; an address a line keeps lines below 998, RFC 5322 section 2.1.1."""
-    value = ",\r\n ".join(texts).encode("utf-8", "surrogateescape")
+def _address_field(name: bytes, addresses: Iterable[Address | str]) -> bytes:
+    """Write a field with an address on each line.
+
+    This keeps lines below 998 characters, RFC 5322 section 2.1.1.
+    """
+    value = ",\r\n ".join(map(str, addresses)).encode("utf-8", "surrogateescape")
     return name + b": " + value + b"\r\n"
 
 
 def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
-    """Make To, Cc and Bcc name just these recipients; `policy` is HEADER_RECIPIENTS."""
-    for one in header.find(b"resent-bcc"):      # hidden recipients, RFC 5322 section 3.6.6
-        one.replacement = b""
-    read = [(one, _parse_addresses(one)) for one in header.find(*_ADDRESS_FIELDS)]
-    keeps = policy == "keep"
-    named = {address.key for _, found in read if found.is_canonical or not keeps
-             for address in found.addresses if not header.is_malformed}
-    if not keeps:
-        for one, found in read:
-            one.replacement = _strip_unlisted(one, found, recipients)
+    """Make To, Cc and Bcc name the recipients; `policy` is HEADER_RECIPIENTS.
+
+    `recipients` has the mailboxes of the envelope by their normalized form.
+    """
+    # Resent-Bcc names hidden recipients, RFC 5322 section 3.6.6.
+    for header_field in header.find(b"resent-bcc"):
+        header_field.replacement = b""
+    lists = [(field, _parse_addresses(field)) for field in header.find(*_ADDRESS_FIELDS)]
+    keeps_others = policy == "keep"
+    # With "keep" a field with ";" is not rewritten, and some programs do not split there.
+    named = {address.key for _, parsed in lists if parsed.is_canonical or not keeps_others
+             for address in parsed.addresses if not header.is_malformed}
+    if not keeps_others:
+        for header_field, parsed in lists:
+            header_field.replacement = _strip_unlisted(header_field, parsed, recipients)
     missing = [mailbox for key, mailbox in recipients.items() if key not in named]
     if not missing:
         return
-    hidden = []                         # there may be one Bcc only, RFC 5322 section 3.6
-    for one, found in read:
-        if one.name == b"bcc" and not found.is_ambiguous:
-            one.replacement = b""
-            hidden += [address.text for address in found.addresses
-                       if (address.key in named if address.key in recipients else keeps)]
-    header.top.append(_address_field(b"Bcc", hidden + missing))
+    hidden: list[Address] = []          # RFC 5322 section 3.6 allows a single Bcc
+    for header_field, parsed in lists:
+        if header_field.name == b"bcc" and not parsed.is_ambiguous:
+            header_field.replacement = b""
+            hidden += [address for address in parsed.addresses if (
+                address.key in named if address.key in recipients else keeps_others)]
+    header.top.append(_address_field(b"Bcc", [*hidden, *missing]))
 
 
-def _strip_unlisted(one: Field, found: AddressList, recipients: Mapping[str, str]) -> bytes:
-    """Take out of a field whom the envelope does not name, as the table above says."""
-    if found.is_ambiguous:
-        return b"" if one.name == b"bcc" else b"X-Original-" + one.raw
-    kept = [address.text for address in found.addresses if address.key in recipients]
-    others = [address.text for address in found.addresses if address.key not in recipients]
-    if found.is_canonical and not others:
-        return one.raw
-    lines = _address_field(one.label, kept) if kept else b""
-    if others and one.name != b"bcc":
-        lines += _address_field(b"X-Original-" + one.label, others)
+def _strip_unlisted(field: Field, parsed: AddressList,
+                    recipients: Mapping[str, str]) -> bytes:
+    """Return a field without the addresses that are not recipients (table above)."""
+    if parsed.is_ambiguous:
+        return b"" if field.name == b"bcc" else b"X-Original-" + field.raw
+    kept = [address for address in parsed.addresses if address.key in recipients]
+    others = [address for address in parsed.addresses if address.key not in recipients]
+    if parsed.is_canonical and not others:
+        return field.raw
+    lines = _address_field(field.label, kept) if kept else b""
+    if others and field.name != b"bcc":
+        lines += _address_field(b"X-Original-" + field.label, others)
     return lines
 
 
-Authors = list[tuple[Field, list[Address]]]
+FromFields = list[tuple[Field, list[Address]]]
 
 
 def _parse_from(field: Field) -> list[Address]:
-    """Read a From field, also in forms that are no address list: it mails nobody."""
-    found = _parse_addresses(field)
-    if not found.is_ambiguous:
-        return found.addresses
-    value = field.value.replace("\r\n", "") if len(field.raw) <= MAX_ADDRESSES else "<"
-    match = _LOOSE_FROM.fullmatch(value)
+    """Parse a From or Reply-To field, also in forms that are not an address list.
+
+    This is safe because Graph does not deliver to these fields.
+    """
+    parsed = _parse_addresses(field)
+    if not parsed.is_ambiguous:
+        return parsed.addresses
+    is_small = len(field.raw) <= MAX_ADDRESSES
+    match = _LOOSE_FROM.fullmatch(field.value.replace("\r\n", "")) if is_small else None
     mailbox = (match["mailbox"] or "").strip() if match else ""
     name = match["name"] or match["comment"] or match["alone"] or "" if match else ""
     name = re.sub(f"[{_WHITESPACE}]+", " ", _NOT_TEXT.sub("", name)).strip()
-    if not re.fullmatch(_QUOTED, name):
-        name = _quote_name(name)
-    if not re.fullmatch(_MAILBOX, mailbox):
-        mailbox = ""
-    return [Address(mailbox and normalize_mailbox(mailbox), mailbox,
-                    f"{name} <".lstrip(), ">")]
+    name = name if re.fullmatch(_QUOTED, name) else _quote_name(name)
+    key = normalize_mailbox(mailbox) if re.fullmatch(_MAILBOX, mailbox) else ""
+    return [Address(key, mailbox if key else "", f"{name} <".lstrip(), ">")]
 
 
-def edit_from(header: Header, authors: Authors, mailbox: str, principal: Principal) -> None:
-    """Make From agree with the mailbox that sends, if FROM_MISMATCH wants it."""
-    if not any(found for _, found in authors):
-        for one, _ in authors:          # there are empty ones at most
-            one.replacement = b""
+def edit_from(header: Header, fields: FromFields, mailbox: str,
+              principal: Principal) -> None:
+    """Make From agree with the sending mailbox, as FROM_MISMATCH says."""
+    if not any(authors for _, authors in fields):
+        for header_field, _ in fields:
+            header_field.replacement = b""
         header.top.append(_address_field(b"From", [mailbox]))
         return
     key = normalize_mailbox(mailbox)
-    agrees = all(author.key == key for _, found in authors for author in found)
+    agrees = all(author.key == key for _, authors in fields for author in authors)
     if principal.options.from_mismatch == "rewrite" and not agrees:
-        _rewrite_from(header, authors, mailbox, principal.username)
+        _rewrite_from(header, fields, mailbox, principal.username)
         return
-    for one, found in authors:
-        names = _QUOTED_TEXT.sub("", one.value.replace("\r\n", ""))
-        if names.count("@") > len(found) and all(author.key for author in found):
-            one.replacement = _address_field(one.label, [author.text for author in found])
+    for header_field, authors in fields:
+        names = _QUOTED_TEXT.sub("", header_field.value.replace("\r\n", ""))
+        if names.count("@") > len(authors) and all(author.key for author in authors):
+            # _parse_from has put the name in quotes.
+            header_field.replacement = _address_field(header_field.label, authors)
 
 
-def _rewrite_from(header: Header, authors: Authors, mailbox: str, login: str) -> None:
-    """Put a mailbox into From; whom it named gets the answers, if mail reaches him."""
-    (first, found), *others = authors
-    author = found[0]._replace(mailbox=mailbox).text if found else mailbox
+def _rewrite_from(header: Header, fields: FromFields, mailbox: str, login: str) -> None:
+    """Replace the From address; move the old one to Reply-To if it looks deliverable."""
+    (first, authors), *others = fields
+    author = authors[0]._replace(mailbox=mailbox) if authors else mailbox
     first.replacement = _address_field(first.label, [author])
-    old = {author.key: author.mailbox for _, found in authors for author in found
+    old = {author.key: author.mailbox for _, listed in fields for author in listed
            if _is_deliverable(author.mailbox, login)}
     if old.keys() - {normalize_mailbox(mailbox)} and not header.find(b"reply-to"):
         first.replacement += _address_field(b"Reply-To", list(old.values()))
-    if len(found) != 1 or not found[0].key:
+    if len(authors) != 1 or not authors[0].key:
         first.replacement += b"X-Original-" + first.raw
-    for one, _ in others:
-        one.replacement = b"X-Original-" + one.raw
+    for header_field, _ in others:
+        header_field.replacement = b"X-Original-" + header_field.raw
 
 
 def _is_deliverable(mailbox: str, login: str) -> bool:
-    """Whether mail to a mailbox may arrive: not to the login of a device, or @printer."""
+    """Return whether a reply to a mailbox can arrive.
+
+    It cannot arrive at the login of a device, nor at a host such as @printer.
+    """
     domain = mailbox.rpartition("@")[2].lower()
     top = domain.rpartition(".")[2]
     return ("." in domain and not domain.endswith("]") and not top.isdigit()
@@ -2002,7 +2027,10 @@ def _is_deliverable(mailbox: str, login: str) -> bool:
 
 
 def _quote_name(name: str) -> str:
-    """Write a name as quoted-strings; not its encoded words, RFC 2047 section 5."""
+    """Write a display name as quoted strings.
+
+    Encoded words stay outside, because they have no meaning in quotes, RFC 2047 section 5.
+    """
     words = re.split(rf"((?:(?<= )|^){_ENCODED_WORD}(?=[ ,;:]|$))", name, flags=re.I)
     return " ".join(word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
                     for number, word in enumerate(map(str.strip, words)) if word)
@@ -2010,20 +2038,20 @@ def _quote_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class EditedMessage:
-    """A message as it is to go out, sent by `mailbox`."""
+    """A message to be sent by `mailbox`, with its new header."""
 
     mailbox: str
-    original_header: bytes = field(repr=False)      # as it came
-    header: bytes = field(repr=False)       # as it goes
-    body: memoryview = field(repr=False)    # with the empty line, if `header` lacks it
+    original_header: bytes = field(repr=False)      # as received
+    header: bytes = field(repr=False)               # as sent
+    body: memoryview = field(repr=False)    # with the empty line if `header` lacks it
 
     @property
     def size(self) -> int:
-        """Octets."""
+        """The size in bytes."""
         return len(self.header) + len(self.body)
 
     def as_base64(self) -> Iterator[bytes]:
-        """Encode the message in pieces, as sendMail wants it."""
+        """Encode the message for sendMail, chunk by chunk."""
         begin = BASE64_CHUNK - len(self.header) % 3
         yield base64.b64encode(self.header + bytes(self.body[:begin]))
         for start in range(begin, len(self.body), BASE64_CHUNK):
@@ -2035,52 +2063,53 @@ def edit_message(envelope: Envelope, principal: Principal) -> EditedMessage:
     message = envelope.message
     mbox_line = _MBOX_LINE.match(message)
     header = split_header(message, mbox_line.end() if mbox_line else 0)
-    authors = [(one, _parse_from(one)) for one in header.find(b"from")]
-    named = [author.mailbox for _, found in authors for author in found if author.mailbox]
+    fields = [(field, _parse_from(field)) for field in header.find(b"from")]
+    named = [item.mailbox for _, authors in fields for item in authors if item.mailbox]
     mailbox = principal.sender(envelope.reverse_path, named)
-    edit_from(header, authors, mailbox, principal)
+    edit_from(header, fields, mailbox, principal)
     edit_recipients(header, envelope.recipients, principal.options.header_recipients)
-    octets, body = bytes(header), memoryview(message)[header.end:]
-    if len(octets) > MAX_HEADER:
-        raise DeliveryError("The header is too large", 552, "5.3.4")
+    edited, body = bytes(header), memoryview(message)[header.end:]
+    if len(edited) > MAX_HEADER:
+        raise DeliveryError("Header size exceeds fixed maximum size (1 MB)", 552, "5.3.4")
     if bytes(body[:2]) != b"\r\n" and (body or not header.fields):
-        octets += b"\r\n"
-    return EditedMessage(mailbox, bytes(message[:header.end]), octets, body)
+        edited += b"\r\n"
+    return EditedMessage(mailbox, bytes(message[:header.end]), edited, body)
 
 
 # ---------------------------------------------------------------------------
 # §7  Large messages
 #
-# What is too large for one request goes as a draft: its text as JSON, its attachments one
-# by one (Microsoft, "Attach large files to Outlook messages or events"). That has no place
-# for the structure of MIME, so a message that means something by it is refused.
+# A message that is too large for one request is sent as a draft: its text as JSON, its
+# attachments in further requests (Microsoft, "Attach large files to Outlook messages or
+# events"). A draft cannot hold the structure of MIME. The relay therefore refuses a message
+# that would lose its meaning.
 #
-#     part                                           becomes
-#     the first text/plain or text/html              the body
-#     the other forms of it in multipart/            nothing: Exchange makes them anew
-#     alternative; the best is text/html
-#     anything else, further texts too               an attachment; inline if the body
-#                                                    names its Content-ID
+#     a body part that is                            becomes
+#     the first text/plain or text/html              the body of the draft
+#     another form of that text in multipart/        nothing, because Exchange generates it;
+#     alternative                                    text/html is preferred as the body
+#     anything else, including further text          an attachment; it is inline if the body
+#                                                    refers to its Content-ID
 #     signed, encrypted, an invitation ...           552 5.3.4
 #
 # Text in an unknown charset or encoding is decoded as what it most likely is.
 #
-# Parts are found by their boundaries, and decoded piece by piece while they are sent: the
-# email package needs four times the size of the message more, and a second for 35 MB.
+# Parts are found by their boundaries, and are decoded in chunks while they are sent. The
+# email package would need four times the size of the message as extra memory, and a second
+# of processor time for 35 MB.
 
-LARGE_ATTACHMENT = 3_130_000    # octets; from here on by upload session (whose least is
-                                # 2,097,152), below in one request, with its JSON
-UPLOAD_PIECE = 3_932_160        # octets, before decoding; Graph wants less than 4 MB
-MAX_PARTS = 250                 # of a message, Exchange's own limit
-MAX_DEPTH = 10                  # of parts within parts
-MAX_VALUE = 4096                # characters of a field of a part that are read, and
-MAX_PARAMETERS = 100            # of its parameters: the standard library is slow with more
-MAX_ENCODED_WORDS = 500         # in one field: the standard library is slow with more
-MAX_X_FIELDS = 5                # of a draft, Graph's own limit
+LARGE_ATTACHMENT = 3_130_000    # bytes; smaller files fit into one request with their JSON,
+                                # and an upload session needs at least 2,097,152
+UPLOAD_CHUNK = 3_932_160        # bytes before decoding; the limit of Graph is 4 MB
+MAX_PARTS = 250                 # in a message, the limit of Exchange
+MAX_DEPTH = 10                  # levels of parts within parts
+MAX_VALUE = 4096                # characters of a field of a part; more are ignored, because
+MAX_PARAMETERS = 100            # the standard library is slow, also with many parameters
+MAX_ENCODED_WORDS = 500         # in a field; more stay encoded, for the same reason
+MAX_X_FIELDS = 5                # in a draft, the limit of Graph
 MAX_FILE_NAME = 255             # characters
 
-_NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-                                          b"abcdefghijklmnopqrstuvwxyz0123456789+/="))
+_NOT_BASE64 = re.sub(b"[A-Za-z0-9+/=]", b"", bytes(range(256)))
 _PART_FIELDS = frozenset({b"content-type", b"content-disposition", b"content-id",
                           b"content-transfer-encoding"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -2089,6 +2118,7 @@ _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset=[\"']?([\w-]{1,40})", re.I
 _ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.I)
 _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
 
+# Media type of a part that a draft cannot hold -> the reason, for NotConvertible.
 UNSUPPORTED_TYPES: Mapping[str, str] = {
     "multipart/signed": "is signed",
     "multipart/encrypted": "is encrypted",
@@ -2099,132 +2129,139 @@ UNSUPPORTED_TYPES: Mapping[str, str] = {
     "multipart/report": "is a report",
     "multipart/digest": "is a digest",
     "text/calendar": "is a calendar invitation",
-    "message/partial": "is a part of another",
-    "message/external-body": "has an attachment that lies elsewhere",
+    "message/partial": "is a part of another message",
+    "message/external-body": "has an attachment that is stored elsewhere",
 }
-# Unless they say that they are a file: a signed invoice, a date to save.
+# These types are supported as an attachment: a signed invoice, a date to save.
 SUPPORTED_AS_FILE = frozenset({"application/pkcs7-mime", "application/x-pkcs7-mime",
-                           "text/calendar"})
+                               "text/calendar"})
 IMPORTANCE: Mapping[str, str] = {
     "high": "high", "urgent": "high", "1": "high", "2": "high", "normal": "normal",
     "low": "low", "non-urgent": "low", "4": "low", "5": "low"}
-# The charset to decode with in place of one with this name in Python: mail programs mean
-# more by some names, and the last two take quadratic time.
+# Codec name in Python -> the codec to use. Mail programs use the first five names for more
+# than their standard defines. The last two codecs need quadratic time.
 CHARSETS: Mapping[str, str] = {
     "ascii": "utf-8", "iso8859-1": "cp1252", "gb2312": "gb18030", "shift-jis": "cp932",
     "euc-kr": "cp949", "punycode": "utf-8", "idna": "utf-8"}
-# As "replace" does, but in Python: other threads run during the seconds that 8 MB of faults
-# take in some codecs.
+# Like "replace", but written in Python: some codecs need seconds for 8 MB of errors, and
+# the interpreter can switch to other threads meanwhile.
 codecs.register_error("relay.replace",
                       lambda error: ("\ufffd", error.end))  # type: ignore[attr-defined]
 
 
 class NotConvertible(DeliveryError):
-    """A message that a draft cannot hold without loss; `why` follows "it"."""
+    """A message that cannot be converted to a draft without loss.
+
+    `why` is a clause about the message, such as "is signed".
+    """
 
     def __init__(self, why: str) -> None:
-        super().__init__(f"The message is larger than 3 MB and {why}, so it cannot be sent "
-                         "in parts; it must be smaller", 552, "5.3.4")
+        super().__init__("Message size exceeds fixed limit: a message above 3 MB cannot be "
+                         f"sent in parts if it {why}", 552, "5.3.4")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a message, which stands in its octets from `begin` to `end`."""
+    """A body part of a message: the bytes from `begin` to `end`, without its header."""
 
     message: bytes | bytearray = field(repr=False)
     begin: int
     end: int
     media_type: str             # in lower case
-    parameters: Mapping[str, str]           # of it
-    is_attachment: bool         # says that it is one
+    parameters: Mapping[str, str]           # of Content-Type
+    is_attachment: bool         # Content-Disposition says so
     file_name: str
     content_id: str
     encoding: str
 
     @property
     def is_text_alternative(self) -> bool:
-        """Whether it is text for the eye, in whatever form."""
+        """Return whether the part is text to be displayed, in any format."""
         return (self.media_type.startswith("text/")
                 and not self.is_attachment and not self.file_name)
 
     @property
     def is_text(self) -> bool:
-        """Whether it may be the body of a draft."""
+        """Return whether the part can be the body of a draft."""
         return self.media_type in ("text/plain", "text/html") and self.is_text_alternative
 
     def iter_decoded(self) -> Iterator[bytes]:
-        """Decode it piece by piece, each below 4 MB. Raises Unsayable."""
+        """Decode the part in chunks below 4 MB. Raises NotConvertible."""
         if self.encoding == "base64":
-            return _decode_base64(self._slices())
+            return _decode_base64(self._chunks())
         if self.encoding == "quoted-printable":
-            return map(binascii.a2b_qp, self._slices())
+            return map(binascii.a2b_qp, self._chunks())
         if self.encoding in ("7bit", "8bit", "binary") or self.is_text_alternative:
-            return self._slices()
+            return self._chunks()
         raise NotConvertible("has a part in an unknown encoding")
 
-    def _slices(self) -> Iterator[bytes]:
-        """Yield it in slices, none of which ends within an encoded character."""
-        begin, octets = self.begin, memoryview(self.message)
+    def _chunks(self) -> Iterator[bytes]:
+        """Yield the encoded part in chunks that do not end within an encoded character."""
+        begin, data = self.begin, memoryview(self.message)
         while begin < self.end:
-            end = min(begin + UPLOAD_PIECE, self.end)
+            end = min(begin + UPLOAD_CHUNK, self.end)
             if end < self.end:
                 line_end = self.message.rfind(b"\n", begin, end)
                 equals = self.message.rfind(b"=", end - 2, end)
                 end = line_end + 1 if line_end >= 0 else equals if equals >= 0 else end
-            yield bytes(octets[begin:end])
+            yield bytes(data[begin:end])
             begin = end
 
 
-def _decode_base64(slices: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode base64; octets outside its alphabet do not count, RFC 2045 section 6.8."""
+def _decode_base64(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode base64 in chunks. Raises NotConvertible.
+
+    Bytes outside the alphabet are ignored, RFC 2045 section 6.8. Data after the padding is
+    an error, because programs differ in what they make of it.
+    """
     rest, is_ended = b"", False
-    for one in itertools.chain(slices, [b"="]):     # the padding may be missing
-        text, padding, behind = one.translate(None, _NOT_BASE64).partition(b"=")
-        if (is_ended and text) or behind.strip(b"="):
-            raise NotConvertible("has an attachment that goes on behind its end")
+    for chunk in itertools.chain(chunks, [b"="]):       # the padding can be missing
+        data, padding, after = chunk.translate(None, _NOT_BASE64).partition(b"=")
+        if (is_ended and data) or after.strip(b"="):
+            raise NotConvertible("has an attachment with data after its end")
         is_ended = is_ended or bool(padding)
-        text = rest + text
-        cut = len(text) if is_ended else len(text) // 4 * 4
+        data = rest + data
+        cut = len(data) if is_ended else len(data) // 4 * 4
         if cut % 4 == 1:
-            raise NotConvertible("has an attachment that is cut off")
-        yield binascii.a2b_base64(text[:cut] + b"=" * (-cut % 4))
-        rest = text[cut:]
+            raise NotConvertible("has an attachment that is truncated")
+        yield binascii.a2b_base64(data[:cut] + b"=" * (-cut % 4))
+        rest = data[cut:]
 
 
 class Attachment(NamedTuple):
-    """A file of a draft; `content_id` is "" unless the body shows it."""
+    """A file of a draft. `content_id` is "" unless the body of the draft refers to it."""
 
     name: str
     part: Part
     content_id: str
-    size: int               # octets
+    size: int               # bytes
 
     @property
     def is_large(self) -> bool:
-        """Whether it needs an upload session."""
+        """Return whether the file needs an upload session."""
         return self.size >= LARGE_ATTACHMENT
 
     def properties(self) -> dict[str, Any]:
-        """Describe it as Graph wants it."""
+        """Return the properties that Graph needs, without the content."""
         inline = {"isInline": True, "contentId": self.content_id} if self.content_id else {}
         return {"name": self.name, "contentType": self.part.media_type, **inline}
 
     def as_json(self) -> bytes:
-        """Write a small one as a fileAttachment."""
-        octets = base64.b64encode(b"".join(self.part.iter_decoded())).decode()
+        """Encode a small file as a fileAttachment of Graph."""
+        content = base64.b64encode(b"".join(self.part.iter_decoded())).decode()
         return json.dumps({"@odata.type": "#microsoft.graph.fileAttachment",
-                           **self.properties(), "contentBytes": octets}).encode()
+                           **self.properties(), "contentBytes": content}).encode()
 
 
 class Draft(NamedTuple):
-    """A message as JSON, and what is attached to it."""
+    """A message resource of Graph as JSON, and its attachments."""
 
     content: bytes
     attachments: list[Attachment]
 
 
 class PreparedMessage(NamedTuple):
-    """A message for Graph: one request, or a draft if it is too large for one."""
+    """A message for Graph: a single request, or a draft if it is too large for that."""
 
     edited: EditedMessage
     draft: Draft | None = None
@@ -2232,92 +2269,95 @@ class PreparedMessage(NamedTuple):
 
 def prepare_message(envelope: Envelope, principal: Principal,
                     config: Config) -> PreparedMessage:
-    """Do all to a message of a device with that login. Raises DeliveryError."""
+    """Edit and convert the message of a client for Graph. Raises DeliveryError."""
     edited = edit_message(envelope, principal)
     if edited.size <= GRAPH_MESSAGE_LIMIT:
         return PreparedMessage(edited)
     if config.large_messages == "refuse":
         raise DeliveryError(
-            f"The message has {edited.size} octets with the fields that the relay adds: "
-            f"{GRAPH_MESSAGE_LIMIT} are the most, as LARGE_MESSAGES=refuse", 552, "5.3.4")
+            f"Message size exceeds fixed limit: {edited.size} bytes with added fields, the "
+            f"limit is {GRAPH_MESSAGE_LIMIT} (LARGE_MESSAGES=refuse)", 552, "5.3.4")
     return PreparedMessage(edited, make_draft(envelope.message, edited))
 
 
 def make_draft(message: bytes | bytearray, edited: EditedMessage) -> Draft:
-    """Take a prepared message apart. Raises DeliveryError."""
-    fields = split_header(edited.header).fields
-    leaves = _leaf_parts(_parse_part(fields, message, len(edited.original_header),
-                                     len(message)), itertools.count())
+    """Convert a message with an edited header to a draft. Raises DeliveryError."""
+    header = split_header(edited.header)
+    part = _parse_part(header, message, len(edited.original_header), len(message))
+    leaves = _leaf_parts(part, itertools.count())
     text = _body_part(leaves)
-    files = [one for one in leaves if one is not text]
     body = _decode_body(text) if text else ""
     is_html = text is not None and text.media_type == "text/html"
     html = body.lower() if is_html else ""
-    # Separately: a text with one emoji has four bytes for each character until encoded.
+    # Encode the two separately: a str that holds an emoji has four bytes per character.
     content, properties = (
         json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-        for value in (body, _draft_properties(fields, edited.mailbox)))
+        for value in (body, _draft_properties(header, edited.mailbox)))
     content = b'{"body": {"contentType": "%b", "content": %b}, %b' % (
         b"HTML" if is_html else b"Text", content, properties[1:])
     if len(content) > GRAPH_REQUEST_LIMIT:
         raise NotConvertible("has a text that is too large by itself")
-    # An object of our own, as that of the module reads files of the system.
+    # A new object, because the functions of the module read files of the system.
     types = mimetypes.MimeTypes()
     attachments = []
-    for number, part in enumerate(files, 1):
+    for number, part in enumerate((leaf for leaf in leaves if leaf is not text), 1):
         suffix = types.guess_extension(part.media_type) or ".bin"
-        # To the end of the reference; of one without quotes that is a space or a ")".
+        # A URL without quotes ends at a space or a ")".
         reference = rf"cid:{re.escape(part.content_id.lower())}(?:[\"'<>&\s)]|$)"
-        is_shown = part.content_id and re.search(reference, html)
-        attachments.append(Attachment(
-            part.file_name or f"ATT{number:05}{suffix}", part,  # as Exchange names it
-            part.content_id if is_shown else "", sum(map(len, part.iter_decoded()))))
+        content_id = part.content_id if re.search(reference, html) else ""
+        name = part.file_name or f"ATT{number:05}{suffix}"      # as Exchange names it
+        size = sum(map(len, part.iter_decoded()))
+        attachments.append(Attachment(name, part, content_id, size))
     return Draft(content, attachments)
 
 
-def _parse_part(fields: list[Field], message: bytes | bytearray, begin: int,
-               end: int) -> Part:
-    """Read what the fields of a part say, RFC 2045, 2183, 2231."""
-    if message.startswith(b"\r\n", begin, end):       # the empty line behind them
+def _parse_part(header: Header, message: bytes | bytearray, begin: int, end: int) -> Part:
+    """Parse the header of a part, RFC 2045, RFC 2183 and RFC 2231.
+
+    The content goes from `begin` to `end`, after an empty line if there is one.
+    """
+    if message.startswith(b"\r\n", begin, end):
         begin += 2
-    header = email.message.Message()
-    for one in fields:
-        if one.name in _PART_FIELDS:
-            parameters = _unfold(one)[:MAX_VALUE].split(";")[:MAX_PARAMETERS]
-            header[one.name.decode()] = ";".join(parameters)
-    disposition = _first_word(header.get("content-disposition", ""))
-    encoding = _first_word(header.get("content-transfer-encoding", "") or "7bit")
-    of_type = _parameters(header, "content-type")
-    name = (_parameters(header, "content-disposition").get("filename")
-            or of_type.get("name", ""))
+    fields = email.message.Message()
+    for header_field in header.find(*_PART_FIELDS):
+        values = _unfold(header_field)[:MAX_VALUE].split(";")[:MAX_PARAMETERS]
+        fields[header_field.name.decode()] = ";".join(values)
+    encoding = _first_word(fields.get("content-transfer-encoding", "") or "7bit")
+    parameters = _parameters(fields, "content-type")
+    name = (_parameters(fields, "content-disposition").get("filename")
+            or parameters.get("name", ""))
     file_name = _decode_header_text(name, "_").encode("utf-8", "replace").decode()
-    match = _MEDIA_TYPE.match(header.get("content-type", "") or "text/plain")
+    match = _MEDIA_TYPE.match(fields.get("content-type", "") or "text/plain")
     unknown = "application/octet-stream" if encoding == "base64" else "text/plain"
     return Part(message, begin, end,
-                f"{match[1]}/{match[2]}".lower() if match else unknown, of_type,
-                disposition == "attachment", file_name[-MAX_FILE_NAME:],
-                header.get("content-id", "").strip(" \t<>"), encoding)
+                f"{match[1]}/{match[2]}".lower() if match else unknown, parameters,
+                _first_word(fields.get("content-disposition", "")) == "attachment",
+                file_name[-MAX_FILE_NAME:],
+                fields.get("content-id", "").strip(" \t<>"), encoding)
 
 
 def _first_word(value: str) -> str:
-    """The first word of a value, in lower case."""
+    """Return the first word of a value, in lower case."""
     return str(re.findall(r"\W*([\w.-]*)", value, re.A)[0]).lower()
 
 
-def _parameters(header: email.message.Message, name: str) -> dict[str, str]:
-    """Read the parameters of a field; those of RFC 2231 come last, and win."""
+def _parameters(fields: email.message.Message, name: str) -> dict[str, str]:
+    """Parse the parameters of a field; those of RFC 2231 come last and take precedence."""
     parameters = {}
-    # RFC 2231 that is nonsense makes the standard library raise.
+    # The standard library raises these for malformed RFC 2231.
     with contextlib.suppress(ValueError, TypeError, LookupError):
-        for key, value in header.get_params([], name):
-            if isinstance(value, tuple):    # charset, language, octets
+        for key, value in fields.get_params([], name):
+            if isinstance(value, tuple):    # charset, language, bytes as latin-1
                 value = decode_text(value[2].encode("latin-1", "replace"), value[0] or "")
-            parameters[key] = value     # the standard library has it in lower case
+            parameters[key] = value     # get_params() returns the key in lower case
     return parameters
 
 
 def _leaf_parts(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
-    """Find the text and the files of a part by the table above. Raises Unsayable."""
+    """Find the text and the files in a part, by the table above.
+
+    `counter` counts all parts of the message. Raises NotConvertible.
+    """
     _check_supported(part, depth)
     if next(counter) > MAX_PARTS or depth > MAX_DEPTH:
         raise NotConvertible("has too many parts")
@@ -2325,46 +2365,47 @@ def _leaf_parts(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part
         is_empty = (part.end - part.begin < 1000
                     and not part.message[part.begin:part.end].strip())
         return [] if is_empty and part.is_text else [part]
-    found: list[list[Part]] = []
+    children: list[list[Part]] = []         # the leaves of each child
     for begin, end in _split_parts(part):
-        # The CRLF of the next delimiter may be that of the last field.
+        # The last field can share its CRLF with the next delimiter.
         header = split_header(part.message, begin, min(end + 2, part.end))
-        child = _parse_part(header.fields, part.message, min(header.end, end), end)
-        found.append(_leaf_parts(child, counter, depth + 1))
-    if not found:
+        child = _parse_part(header, part.message, min(header.end, end), end)
+        children.append(_leaf_parts(child, counter, depth + 1))
+    if not children:
         raise NotConvertible("has parts that cannot be told apart")
-    leaves = [leaf for one in found for leaf in one]
-    texts = [text for text in map(_body_part, found) if text]
+    leaves = list(itertools.chain(*children))
+    texts = [text for text in map(_body_part, children) if text]
     if part.media_type == "multipart/alternative" and texts:
-        best = ([one for one in texts if one.media_type == "text/html"] or texts)[-1]
-        forms = texts + [one[0] for one in found
-                         if len(one) == 1 and one[0].is_text_alternative]
-        leaves = [best] + [leaf for leaf in leaves if leaf not in forms]
+        best = ([text for text in texts if text.media_type == "text/html"] or texts)[-1]
+        others = texts + [child[0] for child in children
+                          if len(child) == 1 and child[0].is_text_alternative]
+        leaves = [best] + [leaf for leaf in leaves if leaf not in others]
     return leaves
 
 
 def _check_supported(part: Part, depth: int) -> None:
-    is_file = depth > 0 and part.is_attachment and part.media_type in SUPPORTED_AS_FILE
-    if part.media_type in UNSUPPORTED_TYPES and (
-            not is_file or "method" in part.parameters):
+    """Raise NotConvertible for a part whose type a draft cannot hold."""
+    is_file = (depth > 0 and part.is_attachment and "method" not in part.parameters
+               and part.media_type in SUPPORTED_AS_FILE)
+    if part.media_type in UNSUPPORTED_TYPES and not is_file:
         raise NotConvertible(UNSUPPORTED_TYPES[part.media_type])
     if depth == 0 and part.file_name.lower().endswith((".p7m", ".p7z")):
         raise NotConvertible("is signed or encrypted")       # RFC 8551 section 3.9
 
 
 def _body_part(leaves: list[Part]) -> Part | None:
-    """The text is the first that may be one."""
-    return next((one for one in leaves if one.is_text), None)
+    """Return the first part that can be the body of a draft."""
+    return next((part for part in leaves if part.is_text), None)
 
 
 def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
-    """Find where the parts of a part begin and end, RFC 2046 section 5.1.1."""
+    """Yield the begin and end of each part of a multipart, RFC 2046 section 5.1.1."""
     boundary = part.parameters.get("boundary", "").encode("utf-8", "replace")
     if not boundary:
         return
-    # The CRLF after a delimiter may be the one before the next.
+    # The lookahead leaves the CRLF, because it can also begin the next delimiter.
     delimiter = re.compile(rb"\r\n--%b(--)?[ \t]*(?=\r\n|\Z)" % re.escape(boundary))
-    begin = part.end + 1                # nothing began yet
+    begin = part.end + 1                # before the first delimiter there is no part
     for match in delimiter.finditer(part.message, max(0, part.begin - 2), part.end):
         if begin <= part.end:
             yield begin, match.start()
@@ -2376,78 +2417,80 @@ def _split_parts(part: Part) -> Iterator[tuple[int, int]]:
 
 
 def _decode_body(part: Part) -> str:
-    """Read the text of a draft. Raises Unsayable."""
+    """Decode the text of a draft. Raises NotConvertible."""
     charset = part.parameters.get("charset", "").strip()
-    octets = bytearray()
-    for piece in part.iter_decoded():
-        octets += piece
-        if len(octets) > 2 * GRAPH_REQUEST_LIMIT:       # UTF-16 has two for a character
+    data = bytearray()
+    for chunk in part.iter_decoded():
+        data += chunk
+        if len(data) > 2 * GRAPH_REQUEST_LIMIT:     # UTF-16 has two bytes for a character
             raise NotConvertible("has a text that is too large by itself")
     if not charset and part.media_type == "text/html":
-        match = _META_CHARSET.search(octets, 0, 1024)
+        match = _META_CHARSET.search(data, 0, 1024)
         charset = match[1].decode() if match else ""
-    return decode_text(octets, charset)
+    return decode_text(data, charset)
 
 
-def decode_text(octets: bytes | bytearray, charset: str = "") -> str:
-    """Decode text; what is wrong or not said is what it most likely is."""
+def decode_text(data: bytes | bytearray, charset: str = "") -> str:
+    """Decode text; guess if the charset is missing, unknown or wrong."""
     codec = "utf-8"
     with contextlib.suppress(LookupError, ValueError):
-        b" ".decode(charset[:40], "replace")            # not all codecs are of text
+        b" ".decode(charset[:40], "replace")        # fails for a codec that is not for text
         codec = codecs.lookup(charset[:40]).name.replace("_", "-")
     codec = CHARSETS.get(codec, codec)
-    # ISO-2022-JP with a fault is ASCII, and so UTF-8, but it is not what it says.
+    # Malformed ISO-2022-JP is ASCII and therefore valid UTF-8, but it would be unreadable.
     for name in (codec,) if codec.startswith("iso2022") else (codec, "utf-8"):
         with contextlib.suppress(ValueError):
-            return octets.decode(name)
-    text = octets.decode(codec, "relay.replace")
+            return data.decode(name)
+    text = data.decode(codec, "relay.replace")
     if codec == "utf-8" and not re.search("[^\x00-\x7f\ufffd]", text):
-        return octets.decode("cp1252", "relay.replace")       # nothing of UTF-8 was in it
+        return data.decode("cp1252", "relay.replace")       # no character was valid UTF-8
     return text
 
 
-def _unfold(one: Field) -> str:
-    """The value of a field on one line, RFC 5322 section 2.2.3."""
-    return decode_text(one.raw.partition(b":")[2].replace(b"\r\n", b"")).strip()
+def _unfold(field: Field) -> str:
+    """Return the value of a field on one line, RFC 5322 section 2.2.3."""
+    return decode_text(field.raw.partition(b":")[2].replace(b"\r\n", b"")).strip()
 
 
 def _decode_header_text(text: str, control: str = " ") -> str:
-    """Decode the encoded words of a value, RFC 2047; its control characters go."""
+    """Decode the encoded words of a value, RFC 2047, and replace control characters."""
     if text.count("=?") <= MAX_ENCODED_WORDS:
         text = _ENCODED_WORDS.sub(_decode_words, text)
     return _CONTROL.sub(control, text.strip()).strip()
 
 
 def _decode_words(match: re.Match[str]) -> str:
-    """Decode a run of words; a character may begin in one and end in the next."""
+    """Decode a sequence of encoded words, because a character can span two of them."""
     try:
-        return "".join(decode_text(octets, charset or "")
-                       for octets, charset in email.header.decode_header(match[0]))
+        return "".join(decode_text(data, charset or "")
+                       for data, charset in email.header.decode_header(match[0]))
     except (ValueError, TypeError, email.errors.MessageError):
         return match[0]
 
 
-def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
-    """Write the header as Graph wants it, but for what has no place there."""
+def _draft_properties(header: Header, mailbox: str) -> dict[str, Any]:
+    """Return the header as properties of a Graph message; other fields are lost.
+
+    The addresses of a repeated field are joined. Of any other repeated field the first
+    value counts.
+    """
+    def people(name: bytes) -> list[dict[str, Any]]:
+        delivers = name in _ADDRESS_FIELDS      # so Graph must read it as the relay does
+        return [_recipient_json(address) for field in header.find(name) for address in (
+            _parse_addresses(field).addresses if delivers else _parse_from(field))
+            if address.key]
+
     first: dict[bytes, Field] = {}
-    people: dict[bytes, list[dict[str, Any]]] = {}
-    for one in fields:
-        if one.name in (*_ADDRESS_FIELDS, b"from", b"reply-to"):
-            mails = one.name in _ADDRESS_FIELDS
-            people.setdefault(one.name, []).extend(
-                _recipient_json(address)
-                for address in (_parse_addresses(one).addresses if mails
-                                else _parse_from(one)) if address.key)
-        else:
-            first.setdefault(one.name, one)
-    values = {name: _decode_header_text(_unfold(one)) for name, one in first.items()}
-    authors = people.get(b"from") or [{"emailAddress": {"address": mailbox}}]
+    for header_field in header.fields:
+        first.setdefault(header_field.name, header_field)
+    values = {name: _decode_header_text(_unfold(field)) for name, field in first.items()}
     importance = (IMPORTANCE.get(_first_word(values.get(name, ""))) for name in (
         b"importance", b"x-priority", b"priority", b"x-msmail-priority"))
     properties = {
-        "subject": values.get(b"subject"), "from": authors[0],
-        "toRecipients": people.get(b"to"), "ccRecipients": people.get(b"cc"),
-        "bccRecipients": people.get(b"bcc"), "replyTo": people.get(b"reply-to"),
+        "subject": values.get(b"subject"),
+        "from": [*people(b"from"), {"emailAddress": {"address": mailbox}}][0],
+        "toRecipients": people(b"to"), "ccRecipients": people(b"cc"),
+        "bccRecipients": people(b"bcc"), "replyTo": people(b"reply-to"),
         "importance": next(filter(None, importance), None),
         "internetMessageId": values.get(b"message-id"),
         "internetMessageHeaders": [
@@ -2458,7 +2501,7 @@ def _draft_properties(fields: list[Field], mailbox: str) -> dict[str, Any]:
 
 
 def _recipient_json(address: Address) -> dict[str, Any]:
-    """Write an address as Graph wants it; a comment may be the name."""
+    """Return an address as a recipient resource of Graph; a comment can be the name."""
     name = (address.before.rstrip("<" + _WHITESPACE)
             or address.after.strip(">()" + _WHITESPACE))
     name = _QUOTED_TEXT.sub(lambda match: email.utils.unquote(match[0]), name)
@@ -3621,6 +3664,12 @@ MAX_FAILURE_DELAY = 5.0
 DUMMY_HASH = f"scrypt${'A' * 22}${'A' * 43}"    # no password has this hash
 
 
+def has_tls_version(version: str) -> bool:
+    """Return whether the OpenSSL of this Python has a TLS version."""
+    name = f"HAS_TLSv{version}".replace(".0", "").replace(".", "_")
+    return bool(getattr(ssl, name, True))
+
+
 class AccountsFile:
     """ACCOUNTS_FILE, with the files of secrets that it names."""
 
@@ -3646,6 +3695,10 @@ class AccountsFile:
         accounts, errors = parse_accounts(text, self._config)
         secrets_by_path = {"": ""}
         for account in accounts:
+            version = account.tls_min_version
+            if not has_tls_version(version):
+                errors.append(f"[{account.name}] tls_min_version = {version}: must be a "
+                              "version that the OpenSSL of this Python has")
             name = account.client_secret_file
             if name not in secrets_by_path:
                 states[name], secrets_by_path[name] = _file_state(name), ""
@@ -4923,6 +4976,9 @@ def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
     """
     if config.tls_source == "off":
         return {}
+    if not has_tls_version(config.tls_min_version):
+        raise ConfigError(f"TLS_MIN_VERSION={config.tls_min_version!r}: must be a version "
+                          "that the OpenSSL of this Python has")
     if config.tls_source == "file":
         return _make_contexts(config, config.tls_cert_filepath, config.tls_key_filepath,
                               f"TLS_CERT_FILEPATH={config.tls_cert_filepath!r}",

@@ -2251,7 +2251,8 @@ class SettingTests(unittest.TestCase):
     def test_the_help_explains_every_setting(self) -> None:
         for name, setting in relay.settings().items():
             with self.subTest(name):
-                self.assertRegex(setting.help, r"^[A-Z].*\.$")
+                begin = "`true`: " if setting.default in ("true", "false") else "[A-Z]"
+                self.assertRegex(setting.help, rf"^{begin}.*\.$")
                 self.assertIn(f"  {name} (default: {setting.default or 'empty'})\n"
                               f"      {setting.help}", relay.settings_help())
 
@@ -5399,7 +5400,7 @@ SOON = graph_says(429, "X", retry_after="0")
 
 
 @unittest.mock.patch.multiple(
-    relay, GRAPH_MESSAGE_LIMIT=31_457, LARGE_ATTACHMENT=31_300, UPLOAD_PIECE=39_322,
+    relay, GRAPH_MESSAGE_LIMIT=31_457, LARGE_ATTACHMENT=31_300, UPLOAD_CHUNK=39_322,
     MIN_RETRY_DELAY=0.01, DRAFT_RETRY_DELAYS=(0.01, 0.02))
 class DraftFaultTests(RelayCase):
     """Each step of a large message can fail: reply, requests, deletion and log."""
@@ -6873,13 +6874,15 @@ login = optional
 
     def test_a_tls_version_that_openssl_lacks_is_an_error(self) -> None:
         text = f"[a]\n{APPLICATION}login = required\nnetworks = 10.0.0.1\ntls_min_version = 1.0"
-        for name in ("HAS_TLSv1", "HAS_TLSv1_1"):
+        accounts = relay.AccountsFile(make_config(ACCOUNTS_FILE=FILES.write("old.ini", text)))
+        for name, version in (("HAS_TLSv1", "1.0"), ("HAS_TLSv1_1", "1.1")):
             with unittest.mock.patch.object(ssl, name, False):
-                _, faults = relay.parse_accounts(text, make_config())
-                self.assertEqual(["OpenSSL" in fault for fault in faults],
-                                 [True] * (name == "HAS_TLSv1"))
-                with self.assertRaisesRegex(relay.ConfigError, "TLS_MIN_VERSION='1.[01]'.*Open"):
-                    make_config(TLS_MIN_VERSION="1.0" if name == "HAS_TLSv1" else "1.1")
+                with (contextlib.nullcontext() if version == "1.1" else self.assertRaisesRegex(
+                        relay.ConfigError, r"^\S*: \[a\] tls_min_version = 1.0: must .*Open.*$")):
+                    accounts.load()
+                with self.assertRaisesRegex(relay.ConfigError,
+                                            f"^TLS_MIN_VERSION='{version}': must .*OpenSSL"):
+                    relay.make_tls_contexts(tls_config(TLS_MIN_VERSION=version))
 
     def test_weak_ciphers_are_enabled_for_old_tls_only(self) -> None:
         def names(context: ssl.SSLContext) -> set[str]:
@@ -8062,8 +8065,8 @@ Path:     sendMail, 101 octets
                 code, text = self.explain(message, "--from", sender, "--to", "a@x.y", **environ)
                 self.assertEqual((code, text[:18]), (1, f"Refused: {reply}"))
         self.assertEqual(self.explain(b"", "--from", SENDER, "--to", "a@x.y", "--to", "@"), (
-            1, "Refused: 501 5.1.3 Syntax: TO:<address>, and the address must be complete as in "
-               "user@example.com\n"))
+            1, "Refused: 501 5.1.3 Bad recipient address syntax: use TO:<address>, with a "
+               "complete address such as user@example.com\n"))
 
     def test_invalid_arguments_and_settings_end_with_2(self) -> None:
         for arguments, environ, word in (
