@@ -4930,38 +4930,49 @@ class Delivery:
 
 # ---------------------------------------------------------------------------
 # §18  TLS
+#
+# The certificate that the relay shows to devices, from two PEM files (TLS_SOURCE=file) or
+# from Azure Key Vault (TLS_SOURCE=keyvault). The relay reads it once, at start, because the
+# user of RUN_AS may be unable to read the key. A renewed certificate needs a restart.
+#
+# An account can set `tls_min_version` for its networks, and ACCOUNTS_FILE can change while
+# the relay runs. Therefore there is an SSLContext for each TLS version from the start, and
+# the server picks one for each connection.
 
 TLS_VERSIONS: Mapping[str, ssl.TLSVersion] = {
     "1.0": ssl.TLSVersion.TLSv1, "1.1": ssl.TLSVersion.TLSv1_1,
     "1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
-# OpenSSL's name of a failure -> what it means for who looks after the device.
+# OpenSSL's reason for a failed handshake -> the explanation in the log.
 TLS_PROBLEMS: Mapping[str, str] = {
-    "UNSUPPORTED_PROTOCOL": "the client's TLS is older than TLS_MIN_VERSION",
-    "VERSION_TOO_LOW": "the client's TLS is older than TLS_MIN_VERSION",
-    "NO_SHARED_CIPHER": "the client has no cipher that TLS_CIPHER_SUITE allows",
-    "HTTP_REQUEST": "the client speaks HTTP",
-    "WRONG_VERSION_NUMBER": "the client does not speak TLS here; on SMTPS_PORT it must be "
-                            "set to TLS, not to STARTTLS or none",
+    **dict.fromkeys(("UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW"),
+                    "the client's TLS version is older than TLS_MIN_VERSION"),
+    "NO_SHARED_CIPHER": "the client supports no cipher that TLS_CIPHER_SUITE allows",
+    "HTTP_REQUEST": "the client sent an HTTP request",
+    "WRONG_VERSION_NUMBER": "the client did not start TLS; for SMTPS_PORT set the device "
+                            "to SSL/TLS, not to STARTTLS or no encryption",
     **dict.fromkeys(
         ("TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
          "SSLV3_ALERT_BAD_CERTIFICATE"),
-        "the client does not trust the relay's certificate; import it there"),
+        "the client does not trust the relay's certificate; import it on the device"),
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the relay's certificate has expired",
 }
 
+# HTTP status of Key Vault -> what the administrator can do.
 VAULT_REMEDIES: Mapping[int, str] = {
-    401: "the relay's identity is of another tenant than the vault",
-    403: "give the relay's identity the role Key Vault Secrets User, and let it through "
-         "the vault's firewall",
+    401: "the relay's identity belongs to another tenant than the vault",
+    403: "give the relay's identity the role Key Vault Secrets User, and allow the relay "
+         "in the vault's firewall",
     404: "there is no such certificate",
 }
 
-OPENSSL_TIMEOUT = 10.0          # for one run of the openssl command
-# X509_V_FLAG_PARTIAL_CHAIN, which ssl names from 3.10 on, and X509_V_FLAG_NO_CHECK_TIME
+OPENSSL_TIMEOUT = 10.0          # seconds for one run of the openssl command
+
+# X509_V_FLAG_PARTIAL_CHAIN (ssl names it only from Python 3.10 on) accepts a certificate
+# without its root, X509_V_FLAG_NO_CHECK_TIME an expired one.
 _ANY_CERTIFICATE = 0x80000 | 0x200000
 
-# asyncio gives each TLS connection a receive buffer of 256 KiB from Python 3.11 on. A TLS
+# From Python 3.11 on asyncio gives each TLS connection a receive buffer of 256 KiB. A TLS
 # record has at most 16 KiB, and most connections are idle.
 _protocol: Any = getattr(getattr(asyncio, "sslproto", None), "SSLProtocol", None)
 if hasattr(_protocol, "max_size"):
@@ -4969,10 +4980,10 @@ if hasattr(_protocol, "max_size"):
 
 
 def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
-    """Read the relay's certificate and key; returns a context for each TLS_MIN_VERSION
-    that a network may have, as the key cannot be read again after RUN_AS.
+    """Load the relay's certificate; return contexts by their minimum version.
 
-    Raises ConfigError, StartError.
+    A version that OpenSSL lacks is left out. If TLS_SOURCE=off, the dict is empty. Raises
+    ConfigError, StartError.
     """
     if config.tls_source == "off":
         return {}
@@ -4980,42 +4991,44 @@ def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
         raise ConfigError(f"TLS_MIN_VERSION={config.tls_min_version!r}: must be a version "
                           "that the OpenSSL of this Python has")
     if config.tls_source == "file":
-        return _make_contexts(config, config.tls_cert_filepath, config.tls_key_filepath,
+        return _load_contexts(config, config.tls_cert_filepath, config.tls_key_filepath,
                               f"TLS_CERT_FILEPATH={config.tls_cert_filepath!r}",
                               f"TLS_KEY_FILEPATH={config.tls_key_filepath!r}")
     name = f"AZURE_KEY_VAULT_CERT_NAME={config.azure_key_vault_cert_name!r}"
-    pem = asyncio.run(fetch_certificate(config, name))
-    with _private_file(pem) as path:
-        return _make_contexts(config, path, path, name, name)
+    with _private_file(asyncio.run(fetch_certificate(config, name))) as path:
+        return _load_contexts(config, path, path, name, name)
 
 
-def _make_contexts(config: Config, cert_path: str, key_path: str, cert_name: str,
+def _load_contexts(config: Config, cert_path: str, key_path: str, cert_name: str,
                    key_name: str) -> dict[str, ssl.SSLContext]:
-    def ask_password() -> str:
-        raise StartError(f"{key_name}: the key is encrypted; give it without a passphrase")
+    """Load a certificate and its key; the names are for error messages."""
+    def ask_passphrase() -> str:
+        raise StartError(f"{key_name}: the key is encrypted; remove its passphrase")
 
-    with _pem_problems(cert_name, "certificate"):
+    with _pem_errors(cert_name, "certificate"):
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert_path)
     contexts = {config.tls_min_version: _make_context(config, config.tls_min_version)}
-    for version in TLS_VERSIONS:        # but what this OpenSSL does not have
-        with contextlib.suppress(ssl.SSLError, ValueError):
+    for version in TLS_VERSIONS:
+        with contextlib.suppress(ssl.SSLError, ValueError):     # OpenSSL lacks this version
             contexts.setdefault(version, _make_context(config, version))
     for context in contexts.values():
-        with _pem_problems(key_name, "key"):
-            context.load_cert_chain(cert_path, key_path, ask_password)
+        with _pem_errors(key_name, "key"):
+            context.load_cert_chain(cert_path, key_path, ask_passphrase)
     if certificate_dates(contexts[config.tls_min_version], cert_path)[1] < time.time():
-        log_event(logging.WARNING, "-", "tls", problem="the certificate has expired; "
-                  "devices may refuse it", certificate=cert_name)
+        log_event(logging.WARNING, "-", "certificate-expired", certificate=cert_name,
+                  problem="the certificate has expired; devices may refuse it")
     return contexts
 
 
-def _make_context(config: Config, least: str) -> ssl.SSLContext:
+def _make_context(config: Config, version: str) -> ssl.SSLContext:
+    """Make a context without a certificate. Raises ConfigError for TLS_CIPHER_SUITE."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.options |= ssl.OP_NO_RENEGOTIATION
     ciphers = config.tls_cipher_suite
-    if {least, config.tls_min_version} & {"1.0", "1.1"} and "@SECLEVEL" not in ciphers:
-        # OpenSSL 3 has these versions at level 0 only: their handshake uses SHA-1. And
-        # who needs them may have a certificate that is as old.
+    if {version, config.tls_min_version} & {"1.0", "1.1"} and "@SECLEVEL" not in ciphers:
+        # OpenSSL 3 has these versions only at security level 0, because their handshake
+        # uses SHA-1. If TLS_MIN_VERSION is one of them, the certificate can be as old, and
+        # the contexts of the newer versions must load it too.
         ciphers = f"{ciphers or 'DEFAULT'}:@SECLEVEL=0"
     if ciphers:
         try:
@@ -5023,45 +5036,46 @@ def _make_context(config: Config, least: str) -> ssl.SSLContext:
         except ssl.SSLError:
             raise ConfigError(f"TLS_CIPHER_SUITE={config.tls_cipher_suite!r}: must be an "
                               "OpenSSL cipher list that names a known cipher") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)     # so is the device
-        context.minimum_version = TLS_VERSIONS[least]
+    with warnings.catch_warnings():     # Python deprecates TLS 1.0 and 1.1
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = TLS_VERSIONS[version]
     return context
 
 
 @contextlib.contextmanager
-def _pem_problems(name: str, kind: str) -> Iterator[None]:
-    """Raise StartError for what is wrong with a file."""
+def _pem_errors(name: str, content: str) -> Iterator[None]:
+    """Turn errors of reading a PEM file into StartError."""
     try:
         yield
     except ssl.SSLError as error:
-        problem = ("does not belong to the certificate"
-                   if error.reason == "KEY_VALUES_MISMATCH"
-                   else f"holds no PEM {kind} that can be used: {error.reason or error}")
+        problem = ("does not match the certificate" if error.reason == "KEY_VALUES_MISMATCH"
+                   else f"contains no usable PEM {content}: {error.reason or error}")
         raise StartError(f"{name}: {problem}") from None
     except OSError as error:
         raise StartError(f"{name}: cannot be read: {error.strerror}") from None
 
 
 def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, float]:
-    """Return when the validity of a server's certificate begins and ends, in Unix time.
+    """Return the start and the end of a server certificate's validity, in Unix time.
 
-    The ssl module tells it only after a handshake; if that fails, this is (0, inf).
+    The ssl module shows a certificate only after a handshake, so this does one in memory.
+    Returns (0, inf) if the handshake fails.
     """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= _ANY_CERTIFICATE
     client.load_verify_locations(cert_path)
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
-        client.set_ciphers("ALL:@SECLEVEL=0")       # for a key that is as old as a printer
-        sides = (client.wrap_bio(back, there), context.wrap_bio(there, back, True))
-        for side in sides * 3:
+        client.set_ciphers("ALL:@SECLEVEL=0")       # accept an old, weak certificate
+        sides = (client.wrap_bio(to_client, to_server),
+                 context.wrap_bio(to_server, to_client, True))
+        for side in sides * 3:          # a side has at most three turns in a handshake
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()
-        found: Any = sides[0].getpeercert()
-        return (ssl.cert_time_to_seconds(found["notBefore"]),
-                ssl.cert_time_to_seconds(found["notAfter"]))
+        certificate: Any = sides[0].getpeercert()
+        return (ssl.cert_time_to_seconds(certificate["notBefore"]),
+                ssl.cert_time_to_seconds(certificate["notAfter"]))
     except (ssl.SSLError, ValueError):
         return 0.0, math.inf
 
@@ -5069,32 +5083,32 @@ def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, f
 def pfx_to_pem(pfx: bytes) -> bytes:
     """Convert a PKCS#12 file without a password to PEM: key, certificate, chain.
 
-    The ssl module cannot, so openssl does. Nothing is on the disk. Raises ValueError.
+    The ssl module cannot read PKCS#12, so the openssl command converts it, through pipes:
+    the key is not written to disk. Raises ValueError.
     """
     for legacy in ["-legacy"], []:      # OpenSSL 3 needs it for RC2; 1.1 does not know it
         command = ["openssl", "pkcs12", "-nodes", "-passin", "pass:", *legacy]
         try:
-            parts = [subprocess.run([*command, *options], input=pfx,        # noqa: S603
-                                    capture_output=True, timeout=OPENSSL_TIMEOUT)
-                     for options in (["-nocerts"], ["-nokeys", "-clcerts"],
-                                     ["-nokeys", "-cacerts"])]
-        except OSError as error:
-            raise ValueError(f"the openssl command: {error.strerror}") from None
-        except subprocess.TimeoutExpired:
-            raise ValueError("the openssl command: timed out") from None
-        failed = [part for part in parts if part.returncode]
+            results = [subprocess.run([*command, *options.split()], input=pfx,  # noqa: S603
+                                      capture_output=True, timeout=OPENSSL_TIMEOUT)
+                       for options in ("-nocerts", "-nokeys -clcerts", "-nokeys -cacerts")]
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = getattr(error, "strerror", "timed out")
+            raise ValueError(f"the openssl command: {problem}") from None
+        failed = [result for result in results if result.returncode]
         if not failed:
-            if not parts[0].stdout or not parts[1].stdout:
-                raise ValueError("no private key with its certificate in it")
-            return b"".join(part.stdout for part in parts)
+            if not results[0].stdout or not results[1].stdout:
+                raise ValueError("it has no private key with its certificate")
+            return b"".join(result.stdout for result in results)
     reason = failed[0].stderr.decode(errors="replace").partition("\n")[0].strip()[:120]
     raise ValueError(f"the openssl command: {reason or 'cannot read it'}")
 
 
 async def fetch_certificate(config: Config, name: str) -> bytes:
-    """Get the certificate and its key from Key Vault, as PEM. Raises StartError.
+    """Return the certificate and its key from Key Vault as PEM. Raises StartError.
 
-    Microsoft, "Get Secret (Key Vault REST API)"; "About Azure Key Vault certificates".
+    The vault's secret with the name of the certificate holds both. Microsoft, "Get Secret
+    (Key Vault REST API)" and "About Azure Key Vault certificates".
     """
     pool = HttpPool(config.endpoints)
     try:
@@ -5110,33 +5124,33 @@ async def fetch_certificate(config: Config, name: str) -> bytes:
     value = response.json().get("value")
     if response.status != 200 or not isinstance(value, str):
         remedy = VAULT_REMEDIES.get(response.status, "try again later")
-        # The code, and the one within, such as ForbiddenByRbac.
+        # The error's code and its inner code, such as Forbidden and ForbiddenByRbac.
         codes = re.findall(rb'"code"\s*:\s*"([A-Za-z]{1,60})"', response.body)[:5]
-        raise StartError(f"{name}: Key Vault answers {response.status} "
+        raise StartError(f"{name}: Key Vault returned {response.status} "
                          f"{b'/'.join(codes).decode()}: {remedy}")
     try:
-        if "-----BEGIN" in value:       # the content type PEM
+        if "-----BEGIN" in value:       # the certificate has the content type PEM
             return value.encode()
         return pfx_to_pem(base64.b64decode("".join(value.split()), validate=True))
     except ValueError as error:
-        raise StartError(f"{name}: cannot be turned into PEM ({error}); in Key Vault set "
+        raise StartError(f"{name}: cannot be converted to PEM ({error}); in Key Vault set "
                          "the content type in the certificate's issuance policy to PEM, "
                          "and issue a new version") from None
 
 
 @contextlib.contextmanager
-def _private_file(octets: bytes) -> Iterator[str]:
-    """Hold octets in a file of mode 0600: in memory, or where that fails on disk."""
+def _private_file(data: bytes) -> Iterator[str]:
+    """Provide data as a file of mode 0600, in memory or else on disk, for ssl."""
     file: Any
     try:
         file = open(os.memfd_create("relay"), "wb")     # noqa: SIM115
         path = f"/proc/self/fd/{file.fileno()}"
         os.stat(path)
-    except (AttributeError, OSError):   # other systems, old kernels, no /proc
+    except (AttributeError, OSError):   # not Linux; an old kernel, or no /proc
         file = tempfile.NamedTemporaryFile()            # noqa: SIM115
         path = file.name
     with file:
-        file.write(octets)
+        file.write(data)
         file.flush()
         yield path
 
@@ -5601,61 +5615,63 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
 
 # ---------------------------------------------------------------------------
 # §20  Demo
+#
+# The demo runs the real server, but with DemoMicrosoft in place of Tokens and GraphClient:
+# everything up to the HTTP request can be tried without an account at Microsoft. It turns
+# TLS, RUN_AS and the queue off. It listens on 127.0.0.1 unless LISTEN_ADDRESS is set.
 
 DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
 
 
 class DemoMicrosoft:
-    """Takes the place of Microsoft: accepts every login, and stores messages as files."""
+    """A replacement for Tokens and GraphClient that saves messages as files."""
 
     folder = pathlib.Path("outbox")
 
     async def get(self, application: Application, deadline: float) -> str:
-        """Return a token, as Tokens does."""
+        """Accept a login: return a token, as Tokens.get() does."""
         return "token"
 
-    async def send(self, application: Application, message: PreparedMessage, ident: str,
-                   deadline: float, *, is_live: bool) -> HttpResponse:
-        """Store a message, large ones too. Raises DeliveryError."""
-        path = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{ident}.eml"
+    async def send(self, application: Application, message: PreparedMessage,
+                   message_id: str, deadline: float, *, is_live: bool) -> HttpResponse:
+        """Save a message of any size as it would be sent. Raises DeliveryError."""
+        path = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{message_id}.eml"
         edited = message.edited
         try:
             await result_before(deadline, run_in_thread(lambda: path.write_bytes(
                 edited.header + edited.body)))
         except OSError as error:
-            raise DeliveryError(f"{path} cannot be written: {error.strerror}", 452,
-                                "4.3.1") from None
-        print(f"{path}: {edited.size} octets from {quote_value(edited.mailbox)}",
-              flush=True)
+            raise DeliveryError(f"{path}: {error.strerror}", 452, "4.3.1") from None
+        print(f"{path}: {edited.size} bytes from {quote_value(edited.mailbox)}", flush=True)
         return HttpResponse(202, {}, b"")
 
 
 def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
-    """Run with an outbox in place of Microsoft. Raises ConfigError, StartError."""
+    """Run the relay with an outbox instead of Microsoft. Raises ConfigError, StartError."""
     try:
         DemoMicrosoft.folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise StartError("the folder outbox cannot be made here: "
-                         f"{error.strerror}") from None
+        raise StartError(f"cannot create the folder outbox: {error.strerror}") from None
     config = Config.from_environ({
         **environ, "TLS_SOURCE": "off", "REQUIRE_TLS": "false", "SMTPS_PORT": "0",
         "RUN_AS": "", "SPOOL_DIRECTORY": "",
         "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"})
     with logging_to_stderr(config.log_level):
-        run(config, functools.partial(_print_demo, config), DemoMicrosoft())
+        run(config, functools.partial(_print_instructions, config), DemoMicrosoft())
 
 
-def _print_demo(config: Config, port: int) -> None:
+def _print_instructions(config: Config, port: int) -> None:
+    """Print how to log in, and commands that send a first message."""
     user = config.username_delimiter.join(DEMO_USER)
     address = config.listen_address
     host = "127.0.0.1" if address in ("localhost", "0.0.0.0", "::") else address
     in_url = f"[{host}]" if ":" in host else host
     credentials = f"{urllib.parse.quote(user, safe='')}:demo"
     print(f"""\
-The relay listens on {address} port {port}, without TLS, in front of a stand-in for
-Microsoft. For a printer, start it with LISTEN_ADDRESS=0.0.0.0. With any password, log in as
+The relay listens on {address} port {port}, without TLS, and saves messages in outbox/.
+For a printer, start it with LISTEN_ADDRESS=0.0.0.0. Log in with any password and user name
 {user}
-Each message is saved in {DemoMicrosoft.folder}/. Send a first one from another terminal:
+Send a first message from another terminal:
 
   printf 'Subject: Hello\\n\\nIt works.\\n' | curl \\
     smtp://{credentials}@{in_url}:{port} \\
@@ -5674,53 +5690,55 @@ Stop with Ctrl-C.
 # ---------------------------------------------------------------------------
 # §21  Explain
 #
-# What would become of a message, told without any network by the code that would do it.
+# The command `explain` prints what the relay would do with a message, without any network:
+#
+#   file --> Session --> Envelope --> prepare_message() --> printed, or the first refusal
+#
+# All of it is code that the server uses, too. _receive() plays a client that has logged in
+# under TLS as TENANT@CLIENT, so settings of accounts do not apply.
 
 def explain(config: Config, message: bytes, sender: str, recipients: Iterable[str]) -> bool:
-    """Print what the relay would do; returns whether it would send the message."""
+    """Print what the relay would do; return whether it would send the message."""
     try:
         envelope = _receive(config, message, sender, recipients)
-        outgoing = prepare_message(envelope, Account().as_principal(config), config)
+        edited, draft = prepare_message(envelope, Account().as_principal(config), config)
     except RelayError as error:
         print(f"Refused: {error.reply}")
         return False
-    edited = outgoing.edited
     print(f"Sent by:  {escape_unprintable(edited.mailbox)}\nSent to:")
-    for one in split_header(edited.header).find(*_ADDRESS_FIELDS):
-        for address in _parse_addresses(one).addresses:
-            more = "" if address.key in envelope.recipients else ", though no recipient"
-            print(f"  {escape_unprintable(address.mailbox)}  ({one.label.decode()}{more})")
+    for header_field in split_header(edited.header).find(*_ADDRESS_FIELDS):
+        label = header_field.label.decode()
+        for address in _parse_addresses(header_field).addresses:
+            note = "" if address.key in envelope.recipients else ", not a recipient in SMTP"
+            print(f"  {escape_unprintable(address.mailbox)}  ({label}{note})")
     edits = list(_edits(edited.original_header, edited.header))
     print("\n".join(["Edits:", *edits] if edits else ["Edits:    none"]))
-    if outgoing.draft is None:
-        print(f"Path:     sendMail, {edited.size} octets")
-        return True
-    print(f"Path:     a draft, as {edited.size} octets are more than "
-          f"{GRAPH_MESSAGE_LIMIT}; attachments: {len(outgoing.draft.attachments)}")
-    for attachment in outgoing.draft.attachments:
+    path = f"draft (over {GRAPH_MESSAGE_LIMIT} bytes)" if draft else "sendMail"
+    print(f"Path:     {path}, {edited.size} bytes")
+    for attachment in draft.attachments if draft else ():
+        upload = "by upload session" if attachment.is_large else "in one request"
+        inline = ", inline" if attachment.content_id else ""
         print(f"  {escape_unprintable(attachment.name)}  ({attachment.part.media_type}, "
-              f"{attachment.size} octets, "
-              f"{'by upload session' if attachment.is_large else 'in one request'}"
-              f"{', within the text' if attachment.content_id else ''})")
+              f"{attachment.size} bytes, {upload}{inline})")
     return True
 
 
 def _receive(config: Config, message: bytes, sender: str,
              recipients: Iterable[str]) -> Envelope:
-    """Say to a Session what a device would. Raises RelayError with its first refusal."""
+    """Pass a message through a Session. Raises RelayError with the first refusal."""
     session = Session(config, "explain", on_refusal=_raise_refusal)
     session.tls_started()
     session.authenticated(Account().as_principal(config, username="explain"))
     utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
     lines = ["EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
-             *(f"RCPT TO:<{one}>" for one in recipients), "DATA", ""]
+             *(f"RCPT TO:<{recipient}>" for recipient in recipients), "DATA", ""]
     session.receive("\r\n".join(lines).encode("utf-8", "surrogateescape"))
-    if message:                         # its last line may end as in any text file
+    if message:     # the last line of a file can end with LF or without any line end
         message = message.removesuffix(b"\n").removesuffix(b"\r") + b"\r\n"
     session.receive(b"." * message.startswith(b".") + message.replace(b"\r\n.", b"\r\n.."))
     session.receive(b".\r\n")
     event = session.next_event()
-    assert isinstance(event, Deliver)   # anything else has raised
+    assert isinstance(event, Deliver)   # _raise_refusal() has raised for any other outcome
     return event.envelope
 
 
@@ -5729,24 +5747,34 @@ def _raise_refusal(error: RelayError) -> None:
 
 
 def _edits(before: bytes, after: bytes) -> Iterator[str]:
-    """Compare two headers by their lines."""
+    """Compare two headers; yield the lines that were removed (-) and added (+)."""
     old, new = before.split(b"\r\n"), after.split(b"\r\n")
-    lines = difflib.SequenceMatcher(None, old, new, autojunk=len(old) > 2000)  # it is slow
-    for kind, *at in lines.get_opcodes():
-        if kind != "equal":
-            yield from (f"  - {escape_unprintable(decode_text(line))}"
-                        for line in old[at[0]:at[1]])
-            yield from (f"  + {escape_unprintable(decode_text(line))}"
-                        for line in new[at[2]:at[3]])
+    # autojunk makes the comparison of many lines fast, but the result less exact.
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=len(old) > 2000)
+    for tag, *ends in matcher.get_opcodes():
+        if tag != "equal":
+            lines = [b"  - " + line for line in old[ends[0]:ends[1]]]
+            lines += [b"  + " + line for line in new[ends[2]:ends[3]]]
+            yield from (escape_unprintable(decode_text(line)) for line in lines)
 
 
 def escape_unprintable(text: str) -> str:
-    """Make a text one line that shows all there is in it."""
+    """Return a text as one line, with a Python escape for each unprintable character."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------
 # §22  Command line
+#
+# A function for each command. It gets the environment and the parsed arguments, prints its
+# result, and returns the exit status:
+#
+#   0, None   success
+#   1         StartError: a file, a port or the network cannot be used
+#   1         `explain`: the relay would refuse the message; `spool`: there is no such ID
+#   2         ConfigError: a setting, an argument or ACCOUNTS_FILE is wrong
+#
+# main() turns the two errors into a line on standard error and their status.
 
 def serve(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Run the relay. Raises ConfigError, StartError."""
@@ -5756,31 +5784,31 @@ def serve(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
 
 
 def run_explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
-    """Print what would become of a file. Raises ConfigError."""
-    addresses = [arguments.sender, *arguments.recipients]
-    if not all(one.isprintable() for one in addresses):
-        raise ConfigError("an address holds control characters")
+    """Explain the message in a file. Raises ConfigError."""
+    if not "".join([arguments.sender, *arguments.recipients]).isprintable():
+        raise ConfigError("an address contains control characters")
     try:
         message = pathlib.Path(arguments.file).read_bytes()
     except OSError as error:
         raise ConfigError(f"{arguments.file}: cannot be read: {error.strerror}") from None
+    # The terminal may be unable to show all characters of a header.
     sys.stdout.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]
     config = Config.from_environ(environ)
     return 0 if explain(config, message, arguments.sender, arguments.recipients) else 1
 
 
 def print_hash(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
-    """Ask for a password, or read it from a pipe; print its hash. Raises ConfigError."""
+    """Print the hash of a password, from a prompt or a pipe. Raises ConfigError."""
     if sys.stdin.isatty():
         password = getpass.getpass()
         if getpass.getpass("Again: ") != password:
-            raise ConfigError("the two are not the same")
+            raise ConfigError("the passwords are not the same")
     else:
         password = sys.stdin.buffer.readline().decode(errors="replace").rstrip("\r\n")
     if not password.isprintable() or not password or "\ufffd" in password:
         raise ConfigError("a password must be printable text in UTF-8, and not empty")
     if not has_scrypt():
-        raise ConfigError("this Python has no scrypt; use another one")
+        raise ConfigError("this Python has no scrypt; use another Python")
     print(hash_password(password, secrets.token_bytes(16)))
 
 
@@ -5789,13 +5817,13 @@ def print_user_name(environ: Mapping[str, str], arguments: argparse.Namespace) -
     try:
         tenant, client = parse_tenant(arguments.tenant), parse_client(arguments.client)
     except ValueError as error:
-        raise ConfigError(f"needed is {error}") from None
+        raise ConfigError(f"an argument must be {error}") from None
     short = encode_uuid(tenant) if decode_uuid(tenant) else tenant
     print(short + Config.from_environ(environ).username_delimiter + encode_uuid(client))
 
 
 def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
-    """Print the accounts as they are understood, or what an address gets."""
+    """Print the accounts, or what applies to an IP address. Raises ConfigError."""
     config = Config.from_environ(environ)
     if not config.accounts_file:
         raise ConfigError("ACCOUNTS_FILE is not set")
@@ -5806,48 +5834,48 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
         return
     address = parse_address(arguments.match)
     if address is None:
-        raise ConfigError(f"{arguments.match!r} is no IP address")
+        raise ConfigError(f"{arguments.match!r} is not an IP address")
     policy = file.accounts.match_address(address, config)
     anonymous = f"as [{policy.anonymous.account.name}]" if policy.anonymous else "no"
+    names = [f"[{account.name}]" for account in file.accounts
+             if (account.password or not account.has_credential)
+             and account.allows_address(address)]
     print(f"{address}\n"
           f"without login:    {anonymous}\n"
           f"require_tls:      {str(policy.require_tls).lower()}\n"
           f"tls_min_version:  {policy.tls_min_version}\n"
-          "may log in as:    "
-          + (" ".join(f"[{one.name}]" for one in file.accounts
-                      if (one.password or not one.has_credential)
-                      and one.allows_address(address))
-             or "none"))
+          f"may log in as:    {' '.join(names) or 'none'}")
 
 
 def describe_account(account: Account) -> str:
-    """Show an account as a section of ACCOUNTS_FILE, without its secrets."""
+    """Return an account as a section of ACCOUNTS_FILE, without its secrets."""
     lines = [f"[{account.name}]"]
-    for key, one in settings_of(Account).items():
+    for key, setting in settings_of(Account).items():
         value = getattr(account, key)
         text = (", ".join(map(str, value)) if isinstance(value, tuple) else
                 str(value).lower() if isinstance(value, bool) else str(value or ""))
         if text and not (key == "client_secret" and account.client_secret_file):
-            lines.append(f"{key} = {one.show(text)}")
+            lines.append(f"{key} = {setting.show(text)}")
     return "\n".join(lines)
 
 
 def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
-    """Show what is in the queue, or change it. Raises ConfigError, StartError."""
-    config, action, wanted = Config.from_environ(environ), arguments.action, arguments.ident
+    """List, show, retry or drop messages of the queue. Raises ConfigError, StartError."""
+    config, action, wanted = Config.from_environ(environ), arguments.action, arguments.id
     if not config.spool_directory:
         raise ConfigError("SPOOL_DIRECTORY is not set")
     if action in ("show", "drop") and not wanted:
         raise ConfigError(f"spool {action} needs the ID of a message, see `spool list`")
     files = QueueFiles(config)
     try:
-        os.listdir(files.queue)         # or an error, which glob() does not tell
-        found = [(path, message) for folder in (files.queue, files.failed)
-                 for path, message in files.read_all(folder) if wanted in (None, path.stem)]
-        if not found:
-            print("There is no such message." if wanted else "The spool is empty.")
-        for path, message in sorted(found, key=lambda one: one[1].queued_at if one[1]
-                                    else math.inf):
+        os.listdir(files.queue)     # glob() in read_all() hides an error of the folder
+        messages = [(path, message) for folder in (files.queue, files.failed)
+                    for path, message in files.read_all(folder)
+                    if wanted in (None, path.stem)]
+        messages.sort(key=lambda item: item[1].queued_at if item[1] else math.inf)
+        if not messages:
+            print("There is no such message." if wanted else "The queue is empty.")
+        for path, message in messages:
             if action == "drop":
                 files.remove(path)
                 files.notify(path.stem)
@@ -5857,41 +5885,43 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
                     text = decode_text(path.with_suffix(".eml").read_bytes())
                     print(*map(escape_unprintable, text.splitlines()), sep="\n")
             elif message and (wanted or path.parent == files.queue):
+                # Without an ID, `retry` leaves the failed messages where they are.
                 if path.parent == files.failed:
                     files.retry(message)
                 files.notify(message.id)
-                print(f"{message.id} is tried again; if the relay lacks its secret, when "
+                print(f"{message.id} will be retried; if the relay lacks its secret, when "
                       f"{message.login} logs in")
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None
-    return int(not found and wanted is not None)
+    return int(not messages and wanted is not None)
 
 
 def describe_message(path: pathlib.Path, message: QueuedMessage | None) -> str:
-    """Show on one line the state of a message of the queue."""
-    def at(seconds: float) -> str:
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
+    """Return a line about a message in queue/ or failed/; `message` None: it is damaged."""
     if message is None:
         return f"damaged {path.stem}{format_fields({'file': path})}"
     is_waiting = path.parent.name == "queue"
+    has_delay = is_waiting and message.next_attempt_at > time.time()
     return ("waiting " if is_waiting else "failed  ") + message.id + format_fields({
-        "queued": at(message.queued_at), "size": message.size,
+        "queued": _utc(message.queued_at), "size": message.size,
         "account": message.account or None, "sender": message.mailbox,
-        "recipients": ",".join(message.recipients), "notice": message.is_bounce or None,
-        "tries": message.attempts, "reason": message.reason or None,
-        "again": at(message.next_attempt_at)
-        if is_waiting and message.next_attempt_at > time.time() else None})
+        "recipients": ",".join(message.recipients), "bounce": message.is_bounce or None,
+        "attempts": message.attempts, "reason": message.reason or None,
+        "next_attempt": _utc(message.next_attempt_at) if has_delay else None})
+
+
+def _utc(seconds: float) -> str:
+    """Format a Unix time."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
+    """Build the parser; its result has the function of the command as `run`."""
     parser = argparse.ArgumentParser(
         prog="smtp_oauth_relay.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Accept mail over SMTP, and send it through Microsoft 365.",
-        epilog="environment variables (times in seconds, sizes in octets):\n"
-               f"{settings_help()}\n\nHTTPS_PROXY, NO_PROXY and SSL_CERT_FILE work as in "
-               "other programs.")
+        description="Accept mail over SMTP and send it through Microsoft 365.",
+        epilog=f"environment variables (units: seconds and bytes):\n{settings_help()}\n\n"
+               "HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE work as in other programs.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(run=serve)
     _add_commands(parser.add_subparsers(metavar="command"))
@@ -5899,45 +5929,43 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_commands(commands: Any) -> None:
+    """Add the commands; `commands` is what add_subparsers() returns."""
     def add(name: str, run: Callable[..., object], text: str) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.set_defaults(run=run)
         return command
 
-    add("serve", serve, "run the relay; this is the default")
-    add("demo", demo, "try the relay without an account, in front of a stand-in for "
-        "Microsoft")
-    explaining = add("explain", run_explain, "show what would become of a message, without "
-                     "any network; exit status 0: it would be sent, 1: refused, 2: it "
-                     "cannot be told")
-    explaining.add_argument("file", metavar="FILE.eml")
-    explaining.add_argument("--from", dest="sender", metavar="ADDRESS", required=True,
-                            help="the sender, as in MAIL FROM; may be empty")
-    explaining.add_argument("--to", dest="recipients", metavar="ADDRESS", required=True,
-                            action="append", help="a recipient, as in RCPT TO; repeatable")
-    encoding = add("encode", print_user_name, "print the short user name of an application")
-    encoding.add_argument("tenant", metavar="TENANT", help="its ID, or a domain")
-    encoding.add_argument("client", metavar="CLIENT", help="the application's ID")
+    add("serve", serve, "run the relay (default)")
+    add("demo", demo, "try the relay without an account; it saves messages to outbox/")
+    command = add("explain", run_explain, "show what the relay would do with a message, "
+                  "without any network; exit status 0: send, 1: refuse, 2: error")
+    command.add_argument("file", metavar="FILE.eml")
+    command.add_argument("--from", dest="sender", metavar="ADDRESS", required=True,
+                         help="the sender in MAIL FROM; can be empty")
+    command.add_argument("--to", dest="recipients", metavar="ADDRESS", required=True,
+                         action="append", help="a recipient in RCPT TO; repeatable")
+    command = add("encode", print_user_name, "print the short user name of an application")
+    command.add_argument("tenant", metavar="TENANT", help="tenant ID or domain")
+    command.add_argument("client", metavar="CLIENT", help="application (client) ID")
     add("hash-password", print_hash, "print the hash of a password for ACCOUNTS_FILE")
-    listing = add("accounts", print_accounts, "show ACCOUNTS_FILE as it is understood")
-    listing.add_argument("--match", metavar="ADDRESS",
-                         help="show what a client with this IP address may do")
-    spooling = add("spool", run_spool, "show messages that wait in SPOOL_DIRECTORY or were "
-                   "given up, try them again at once (without ID: all that wait), or "
-                   "delete one; a running relay follows within seconds")
-    spooling.add_argument("action", nargs="?", default="list",
-                          choices=("list", "show", "retry", "drop"))
-    spooling.add_argument("ident", nargs="?", metavar="ID")
+    command = add("accounts", print_accounts, "show ACCOUNTS_FILE as the relay reads it")
+    command.add_argument("--match", metavar="ADDRESS",
+                         help="show what applies to a device with this IP address")
+    command = add("spool", run_spool, "list, show, retry or drop queued and failed "
+                  "messages; retry without ID: all queued messages")
+    command.add_argument("action", nargs="?", default="list",
+                         choices=("list", "show", "retry", "drop"))
+    command.add_argument("id", nargs="?", metavar="ID")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status."""
+    """Run the command; return the exit status."""
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(os.environ, arguments) or 0
     except ConfigError as error:
-        print(f"smtp_oauth_relay: what was given cannot be used:\n{error}", file=sys.stderr)
+        print(f"smtp_oauth_relay: invalid configuration:\n{error}", file=sys.stderr)
         return 2
     except StartError as error:
         print(f"smtp_oauth_relay: {error}", file=sys.stderr)

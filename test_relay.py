@@ -1900,7 +1900,8 @@ def begin_message(client: Client, message: bytes, sender: str = SENDER) -> Waiti
 
 def calls_under_way() -> int:
     """Return how many threads of relays run a blocking call; idle threads do not count."""
-    return sum(thread.name == "relay-call" for thread in threading.enumerate()) - relay._idle_threads._value
+    calls = [thread for thread in threading.enumerate() if thread.name == "relay-call"]
+    return len(calls) - relay._idle_threads._value
 
 
 def cut_when_done(running: Running, release: threading.Event) -> None:
@@ -3308,7 +3309,8 @@ class DraftTests(unittest.TestCase):
                 *((f"plain; charset={charset}", ("x" * size).encode(charset), "x" * size)
                   for charset, size in (("utf-16", 2_200_000), ("utf-32", 1_000_000)))):
             draft = draft_of(f"Content-Type: text/{head}\n\n".encode() + text)
-            self.assertEqual(json.loads(draft.content)["body"]["content"].rpartition(">")[2].strip(),
+            content = json.loads(draft.content)["body"]["content"]
+            self.assertEqual(content.rpartition(">")[2].strip(),
                              wanted)
 
     def test_messages_that_a_draft_cannot_hold_are_refused_with_the_reason(self) -> None:
@@ -3567,11 +3569,11 @@ class QueuedMessageTests(unittest.TestCase):
     def test_the_list_shows_only_the_facts_that_apply(self) -> None:
         for folder, values, word, is_there in (
                 ("queue", {"account": "scanner8"}, "account=scanner8", True),
-                ("queue", {}, "account", False), ("queue", {}, "notice", False),
-                ("queue", {"is_bounce": True}, "notice=", True),
-                ("queue", {"next_attempt_at": 4e9}, "again=2096-10-02T07:06:40Z", True),
-                ("queue", {"next_attempt_at": 5.0}, "again", False),
-                ("failed", {"next_attempt_at": 4e9}, "again", False)):
+                ("queue", {}, "account", False), ("queue", {}, "bounce", False),
+                ("queue", {"is_bounce": True}, "bounce=", True),
+                ("queue", {"next_attempt_at": 4e9}, "next-attempt=2096-10-02T07:06:40Z", True),
+                ("queue", {"next_attempt_at": 5.0}, "next-attempt", False),
+                ("failed", {"next_attempt_at": 4e9}, "next-attempt", False)):
             line = relay.describe_message(pathlib.Path(folder) / "8d6f.json",
                                           make_message(**values))
             self.assertEqual(word in line, is_there, line)
@@ -6540,7 +6542,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
 
     def test_list_and_show_print_the_queued_messages(self) -> None:
         running = self.start()
-        self.assertEqual(self.spool(), "The spool is empty.\n")
+        self.assertEqual(self.spool(), "The queue is empty.\n")
         client = self.log_in_to(running)
         self.be_down()
         self.enqueue(client, "\x1b[31mred", recipients=("a@x.y", "B@X.y"))
@@ -6548,8 +6550,8 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         (self.queue / "6f.eml").write_bytes(b"{")          # a message being written
         wait_for(lambda: self.only()[1].attempts > 1)
         self.assertRegex(self.spool(), rf"(?m)^waiting {message_id} queued=20\d\d-\d\d-\d\dT"
-                         rf"[0-9:]+Z size=\d+ sender={SENDER} recipients=a@x.y,B@X.y tries=\d+ "
-                         r'reason="451 4.3.0 .*"( again=\S+)?$')
+                         rf"[0-9:]+Z size=\d+ sender={SENDER} recipients=a@x.y,B@X.y attempts=\d+ "
+                         r'reason="451 4.3.0 .*"( next-attempt=\S+)?$')
         self.assertEqual(self.spool().count("\n"), 1)
         shown = self.spool("show", message_id)
         self.assertIn("\nSubject: \\x1b[31mred\n", shown)
@@ -6564,7 +6566,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         for subject in "123":
             self.enqueue(client, subject, sender=f"s{subject}@example.com")
         idents = self.idents()
-        self.assertEqual(self.spool("retry", idents[b"2"]), f"{idents[b'2']} is tried again; if "
+        self.assertEqual(self.spool("retry", idents[b"2"]), f"{idents[b'2']} will be retried; if "
                          f"the relay lacks its secret, when {USER} logs in\n")
         wait_for(lambda: len(self.waiting()) == 2)
         self.assertEqual(self.subjects(), [b"2"])
@@ -6627,7 +6629,7 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         self.spool("drop", "junk")
         shutil.rmtree(self.failed)              # as an administrator might
         self.spool("drop", message_id)
-        self.assertEqual(self.spool(), "The spool is empty.\n")
+        self.assertEqual(self.spool(), "The queue is empty.\n")
         for folder, wanted, word in (("", 2, "SPOOL_DIRECTORY is not set"),
                                      (str(self.folder / "none"), 1, "No such file")):
             status, _, err = self.outcome("spool", SPOOL_DIRECTORY=folder)
@@ -6760,16 +6762,16 @@ class VaultTests(RelayCase):
                  "Secrets User", say(403, forbidden)),
                 ("404 SecretNotFound: there is no such certificate",
                  say(404, {"error": {"code": "SecretNotFound"}})),
-                ("401 : the relay's identity is of another tenant", *[say(401)] * 2),
+                ("401 : the relay's identity belongs to another tenant", *[say(401)] * 2),
                 ("429 : try again later", *[say(429)] * 3),
-                ("Key Vault answers 200", say(200, b"garbage")),
-                ("Key Vault answers 404", say(404, pem)),
-                ("Key Vault answers 200", say(200, {"value": 5})),
+                ("Key Vault returned 200", say(200, b"garbage")),
+                ("Key Vault returned 404", say(404, pem)),
+                ("Key Vault returned 200", say(200, {"value": 5})),
                 *((to_pem, say(200, {"value": value, "contentType": "application/x-pkcs12"}))
                   for value in ("hid den", "aGlkZGVu")),
-                ("holds no PEM certificate", say(200, pem)),
-                ("holds no PEM key", say(200, {**pem, "value": ROOT_CERT})),
-                ("cannot be turned into PEM", say(200, {"value": "-----BEGIN\ud800"})),
+                ("contains no usable PEM certificate", say(200, pem)),
+                ("contains no usable PEM key", say(200, {**pem, "value": ROOT_CERT})),
+                ("cannot be converted to PEM", say(200, {"value": "-----BEGIN\ud800"})),
                 ("Microsoft 365 did not respond", utter(b""))):
             with self.subTest(word):
                 self.fake.will("vault", *actions)      # type: ignore[arg-type]
@@ -7041,8 +7043,9 @@ class DuplicateTests(RelayCase):
         self.assertRegex(replies[1], "^451 4.4.[15] ")
 
     def test_a_duplicate_is_recognized_for_900_seconds(self) -> None:
-        clock = self.running.relay.delivery._duplicates._accepted._clock = Clock()
-        self.addCleanup(setattr, self.running.relay.delivery._duplicates._accepted, "_clock", time.monotonic)
+        accepted = self.running.relay.delivery._duplicates._accepted
+        clock = accepted._clock = Clock()
+        self.addCleanup(setattr, accepted, "_clock", time.monotonic)
         for pause, number in ((0, 1), (899, 1), (2, 2)):    # a repetition does not extend it
             clock.now += pause
             self.assertReply(self.sends().next_reply(), "250 2.0.0")
@@ -7121,7 +7124,7 @@ class ConnectionTests(TlsCase):
         strict = ssl.create_default_context(cafile=FILES["expired.pem"])
         for word, context, smtps in (
                 ("SMTPS_PORT", trusting(), False),          # a ClientHello on the plain port
-                ("does not speak TLS here", None, True),
+                ("did not start TLS", None, True),
                 ("does not trust", strict, True)):
             with self.subTest(word), kept_log() as kept:
                 sock = self.raw(smtps=smtps)
@@ -7957,9 +7960,9 @@ class DemoTests(unittest.TestCase):
                 while line == "\n":
                     line = process.stdout.readline()
                 path, _, rest = line.partition(": ")
-                self.assertEqual(rest, "78 octets from scanner@example.com\n"
+                self.assertEqual(rest, "78 bytes from scanner@example.com\n"
                                  if sent or "curl" not in command else
-                                 "80 octets from scanner@example.com\n")
+                                 "80 bytes from scanner@example.com\n")
                 self.assertRegex(path, r"^outbox/\d{8}-\d{6}-[0-9a-f-]{36}\.eml$")
                 self.assertIn(b"Bcc: you@example.com\r\nSubject: Hello\r\n\r\nIt works.",
                               (pathlib.Path(folder) / path).read_bytes())
@@ -7980,7 +7983,7 @@ class DemoTests(unittest.TestCase):
                 path, = pathlib.Path(folder).glob("outbox/*.eml")
                 self.assertTrue(path.read_bytes() == LARGE)
                 shutil.rmtree(path.parent)
-                self.assertRegex(client.post(), "^452 4.3.1 outbox/.* cannot be written: No such ")
+                self.assertRegex(client.post(), "^452 4.3.1 outbox/.*: No such ")
 
     def test_an_outbox_that_cannot_be_created_ends_the_demo(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
@@ -8016,22 +8019,22 @@ Edits:
   - To: \u00fc\\x85 <a@x.y>, o@x.y
   + To: \u00fc\\x85 <a@x.y>
   + X-Original-To: o@x.y
-Path:     sendMail, 101 octets
+Path:     sendMail, 101 bytes
 """))
 
     def test_an_unchanged_message_and_recipients_of_the_header_alone_are_shown(self) -> None:
         code, text = self.explain(crlf(NAMED + "\n.\n"), "--from", SENDER, "--to", "A@x.y")
         self.assertEqual((code, text.splitlines()[3:]),
                          (0, ["Edits:    none",
-                              f"Path:     sendMail, {len(crlf(NAMED)) + 5} octets"]))
+                              f"Path:     sendMail, {len(crlf(NAMED)) + 5} bytes"]))
         _, text = self.explain(crlf(FROM + "To: o@x.y\n\n"), HEADER_RECIPIENTS="keep")
-        self.assertIn("  o@x.y  (To, though no recipient)\n", text)
+        self.assertIn("  o@x.y  (To, not a recipient in SMTP)\n", text)
         self.assertNotIn("a@x.y  (Bcc, ", text)
 
     def test_a_leading_dot_and_non_ascii_addresses_are_shown(self) -> None:
         for message, sender, size in ((b".\n", SENDER, 44), (b"..\n", "\u00fc@x.y", 32)):
             _, text = self.explain(message, "--from", sender, "--to", "a@x.y")
-            self.assertIn(f"sendMail, {size} octets", text)
+            self.assertIn(f"sendMail, {size} bytes", text)
         path = FILES.write("message.eml", "To: \u00fc <o@x.y>\n\n")
         with start_program("explain", path, "--from", SENDER, "--to", "a@x.y",
                            PYTHONIOENCODING="ascii") as process:
@@ -8048,10 +8051,10 @@ Path:     sendMail, 101 octets
             "related", HTML, IMAGE), SCAN.replace("scan.pdf", "a=?utf-8?q?=0Ab?="), header=NAMED))
         code, text = self.explain(message)
         self.assertEqual(code, 0)
-        self.assertIn("Path:     a draft, as ", text)
+        self.assertIn("Path:     draft (over 3145728 bytes), ", text)
         self.assertTrue(text.endswith(
-            "  ATT00001.png  (image/png, 4 octets, in one request, within the text)\n"
-            "  a_b  (application/pdf, 3200000 octets, by upload session)\n"), text)
+            "  ATT00001.png  (image/png, 4 bytes, in one request, inline)\n"
+            "  a_b  (application/pdf, 3200000 bytes, by upload session)\n"), text)
 
     def test_the_reply_to_a_refused_message_is_shown(self) -> None:
         for message, sender, environ, reply in (
@@ -8112,10 +8115,10 @@ class CommandLineTests(ProgramCase):
         for changed, *words in (
                 ({"TLS_CERT_FILEPATH": "/no/such"}, "TLS_CERT_FILEPATH='/no/such'", "No such"),
                 ({"TLS_KEY_FILEPATH": FILES["."]}, "TLS_KEY_FILEPATH=", "directory"),
-                ({"TLS_KEY_FILEPATH": FILES["other.pem"]}, "does not belong"),
+                ({"TLS_KEY_FILEPATH": FILES["other.pem"]}, "does not match"),
                 ({"TLS_KEY_FILEPATH": FILES["encrypted.pem"]}, "encrypted"),
-                ({"TLS_CERT_FILEPATH": text}, "TLS_CERT_FILEPATH", "no PEM certificate"),
-                ({"TLS_KEY_FILEPATH": text}, "TLS_KEY_FILEPATH", "no PEM key"),
+                ({"TLS_CERT_FILEPATH": text}, "TLS_CERT_FILEPATH", "no usable PEM certificate"),
+                ({"TLS_KEY_FILEPATH": text}, "TLS_KEY_FILEPATH", "no usable PEM key"),
                 ({"SMTP_PORT": port, "LISTEN_ADDRESS": "127.0.0.1"},
                  f"SMTP_PORT={port}", "in use"),
                 ({"SMTPS_PORT": port}, f"SMTPS_PORT={port}", "in use"),
@@ -8246,7 +8249,7 @@ login = required
                     f"tls_min_version:  {version}\nmay log in as:    {names}\n"))
         status, _, err = self.outcome("accounts", "--match", "printer", ACCOUNTS_FILE=path)
         self.assertEqual(status, 2)
-        self.assertIn("'printer' is no IP address", err)
+        self.assertIn("'printer' is not an IP address", err)
 
     def test_missing_or_invalid_accounts_end_with_2_and_show_no_secret(self) -> None:
         faulty = FILES.write("faulty.ini", "[a]\ntenant_id = x\n[b]\npassword = hidden\n")
