@@ -207,7 +207,6 @@ class DeliveryError(RelayError):
 
     code = 554
     status = "5.6.0"
-    cost = 0                # all recipients of a message may be refused, one by one
 
 
 class ConfigError(Exception):
@@ -907,7 +906,7 @@ class Account:
         if allowed and name not in allowed and name.rpartition("@")[2] not in allowed:
             action = "send as" if key == "allowed_senders" else "send to"
             raise DeliveryError(f"This account may not {action} {mailbox}; see its {key}",
-                                550, "5.7.1")
+                                550, "5.7.1", cost=0)
 
     def conflicts(self, config: Config) -> Iterator[str]:
         """Find keys that conflict with each other or with a setting."""
@@ -963,7 +962,7 @@ class Principal(NamedTuple):
             mailbox = [*from_mailboxes, reverse_path][0]
             if not mailbox:
                 raise DeliveryError("MAIL FROM:<> needs a From field with the mailbox to "
-                                    "send from", 550, "5.1.7")
+                                    "send from", 550, "5.1.7", cost=0)
             self.account.check(mailbox, "allowed_senders")
         return mailbox
 
@@ -1503,7 +1502,7 @@ class Session:
         key = normalize_mailbox(mailbox)
         if key not in recipients and len(recipients) >= self._config.max_recipients:
             raise DeliveryError("Too many recipients; send the rest in another message",
-                                452, "4.5.3")
+                                452, "4.5.3", cost=0)
         recipients.setdefault(key, mailbox)
         self._phase = Phase.RCPT
         return Reply(250, "2.1.5", "Recipient ok", cost=0)
@@ -2649,41 +2648,63 @@ def parse_tenant_id(token: str) -> str:
         return ""
 
 
-# Replies to a message. {mailbox} is replaced by the mailbox that sends it.
-_ACCESS_DENIED = Reply(
-    550, "5.7.1", "Client does not have permissions to send as this sender; grant the "
-    "application the permission Mail.Send for {mailbox} (takes up to 2 hours)")
-_MAILBOX_NOT_FOUND = Reply(550, "5.1.8", "Sender address rejected: Microsoft 365 has no "
-                                         "mailbox {mailbox}; check the sender address")
-_UPLOAD_DENIED = Reply(552, "5.3.4", "Message size exceeds 3 MB; grant the application the "
-                       "permission Mail.ReadWrite for {mailbox} (takes up to 2 hours)")
-_TOO_LARGE = Reply(552, "5.3.4", "Message too big for Microsoft 365; make it smaller")
-_MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox full; delete messages from {mailbox}")
-_SERVICE_ERROR = Reply(451, "4.3.0", "Temporary error of Microsoft 365; try again later")
-_THROTTLED = Reply(451, "4.4.5", "Microsoft 365 is throttling requests; try again later")
-_MESSAGE_REFUSED = Reply(554, "5.6.0", "Invalid message content; see graph= in the log")
-_UNKNOWN_RESPONSE = Reply(554, "5.3.0", "Unknown response from Microsoft 365; see the log")
+class AccessDenied(DeliveryError):
+    """The application has no access to the mailbox; an administrator can grant it."""
+
+
+class GraphFailure(NamedTuple):
+    """An error to raise; {mailbox} in the text becomes the mailbox that sends."""
+
+    error: type[RelayError]
+    code: int
+    status: str
+    text: str
+    cost: int = 1
+
+
+_ACCESS_DENIED = GraphFailure(
+    AccessDenied, 550, "5.7.1", "Client does not have permissions to send as this sender; "
+    "grant the application the permission Mail.Send for {mailbox} (takes up to 2 hours)", 0)
+_MAILBOX_NOT_FOUND = GraphFailure(
+    AccessDenied, 550, "5.1.8", "Sender address rejected: Microsoft 365 has no mailbox "
+    "{mailbox}; check the sender address", 0)
+_UPLOAD_DENIED = GraphFailure(
+    AccessDenied, 552, "5.3.4", "Message size exceeds 3 MB; grant the application the "
+    "permission Mail.ReadWrite for {mailbox} (takes up to 2 hours)")
+_TOO_LARGE = GraphFailure(DeliveryError, 552, "5.3.4",
+                          "Message too big for Microsoft 365; make it smaller")
+_MAILBOX_FULL = GraphFailure(TemporaryError, 452, "4.2.2",
+                             "Mailbox full; delete messages from {mailbox}", 0)
+_SERVICE_ERROR = GraphFailure(TemporaryError, 451, "4.3.0",
+                              "Temporary error of Microsoft 365; try again later")
+_THROTTLED = GraphFailure(TemporaryError, 451, "4.4.5",
+                          "Microsoft 365 is throttling requests; try again later")
+_MESSAGE_REFUSED = GraphFailure(DeliveryError, 554, "5.6.0",
+                                "Invalid message content; see graph= in the log")
+_UNKNOWN_RESPONSE = GraphFailure(DeliveryError, 554, "5.3.0",
+                                 "Unknown response from Microsoft 365; see the log")
 
 # Graph's error code decides for the statuses 400 to 499 except 401 and 429. The codes in
 # GRAPH_CODES_OF_ANY_STATUS decide for 500 and above, too. Otherwise the status decides.
-GRAPH_CODES: Mapping[str, Reply] = {
+GRAPH_CODES: Mapping[str, GraphFailure] = {
     "erroraccessdenied": _ACCESS_DENIED,
-    "errorsendasdenied": Reply(
-        550, "5.7.60", "Client does not have permissions to send as this sender; set the "
-        "From address to {mailbox} in the device, or set FROM_MISMATCH=rewrite"),
-    "errorinvaliduser": _MAILBOX_NOT_FOUND,
-    "resourcenotfound": _MAILBOX_NOT_FOUND,
-    "errornonexistentmailbox": _MAILBOX_NOT_FOUND,
-    "mailboxnotenabledforrestapi": _MAILBOX_NOT_FOUND,
-    "mailboxnothostedinexchangeonline": _MAILBOX_NOT_FOUND,
-    "errorinvalidrecipients": Reply(550, "5.1.3", "Bad recipient address syntax; fix it"),
+    "errorsendasdenied": GraphFailure(
+        DeliveryError, 550, "5.7.60", "Client does not have permissions to send as this "
+        "sender; set the From address to {mailbox} in the device, or set "
+        "FROM_MISMATCH=rewrite", 0),
+    **dict.fromkeys(("errorinvaliduser", "resourcenotfound", "errornonexistentmailbox",
+                     "mailboxnotenabledforrestapi", "mailboxnothostedinexchangeonline"),
+                    _MAILBOX_NOT_FOUND),
+    "errorinvalidrecipients": GraphFailure(
+        DeliveryError, 550, "5.1.3", "Bad recipient address: Microsoft 365 does not take it", 0),
     "errormessagesizeexceeded": _TOO_LARGE,
     "errorquotaexceeded": _MAILBOX_FULL,
     "erroritemnotfound": _SERVICE_ERROR,    # the draft has disappeared
 }
 GRAPH_CODES_OF_ANY_STATUS = frozenset({"errormessagesizeexceeded", "errorquotaexceeded"})
-GRAPH_STATUSES: Mapping[int, Reply] = {
-    401: Reply(451, "4.7.0", "Microsoft 365 did not accept the token; try again later"),
+GRAPH_STATUSES: Mapping[int, GraphFailure] = {
+    401: GraphFailure(TemporaryError, 451, "4.7.0",
+                      "Microsoft 365 did not accept the token; try again later"),
     403: _ACCESS_DENIED,
     404: _MAILBOX_NOT_FOUND,
     408: _SERVICE_ERROR,        # the request arrived too slowly, RFC 9110 section 15.5.9
@@ -2712,36 +2733,30 @@ NEEDS_READ_WRITE = frozenset({GraphOperation.CREATE, GraphOperation.ATTACH,
                               GraphOperation.DELETE})
 
 
-class AccessDenied(DeliveryError):
-    """The application has no access to the mailbox; an administrator can grant it."""
-
-
 def graph_error(response: HttpResponse, mailbox: str,
                 operation: GraphOperation = GraphOperation.SEND) -> RelayError:
     """Return the error for a response whose status is not a success of `operation`."""
     code = _string(response.json().get("error"), "code")
-    reply = _find_reply(response.status, code.lower())
-    if reply is _ACCESS_DENIED and operation in NEEDS_READ_WRITE:
-        reply = _UPLOAD_DENIED
+    failure = _find_failure(response.status, code.lower())
+    if failure is _ACCESS_DENIED and operation in NEEDS_READ_WRITE:
+        failure = _UPLOAD_DENIED
     # Later operations concern a draft, so the mailbox existed a moment ago.
-    if reply is _MAILBOX_NOT_FOUND and operation not in (GraphOperation.SEND,
-                                                         GraphOperation.CREATE):
-        reply = _SERVICE_ERROR
+    if failure is _MAILBOX_NOT_FOUND and operation not in (GraphOperation.SEND,
+                                                           GraphOperation.CREATE):
+        failure = _SERVICE_ERROR
     # Graph itself has authorized the upload, so other errors are not the application's.
-    if operation is GraphOperation.UPLOAD and reply not in (_TOO_LARGE, _MAILBOX_FULL,
-                                                            _THROTTLED):
-        reply = _SERVICE_ERROR
-    facts = {"status": response.status, "graph": code or None,
-             "request_id": response.headers.get("request-id")}
-    error = (AccessDenied if reply in (_ACCESS_DENIED, _MAILBOX_NOT_FOUND, _UPLOAD_DENIED)
-             else TemporaryError if reply.code < 500 else DeliveryError)
-    level = logging.ERROR if reply is _UNKNOWN_RESPONSE else logging.WARNING
-    return error(reply.text.format(mailbox=mailbox), reply.code, reply.status, facts=facts,
-                 level=level)
+    if operation is GraphOperation.UPLOAD and failure not in (_TOO_LARGE, _MAILBOX_FULL,
+                                                              _THROTTLED):
+        failure = _SERVICE_ERROR
+    return failure.error(
+        failure.text.format(mailbox=mailbox), failure.code, failure.status,
+        cost=failure.cost, level=logging.ERROR if failure is _UNKNOWN_RESPONSE else
+        logging.WARNING, facts={"status": response.status, "graph": code or None,
+                                "request_id": response.headers.get("request-id")})
 
 
-def _find_reply(status: int, code: str) -> Reply:
-    """Return the reply for an HTTP status and an error code of Graph in lower case."""
+def _find_failure(status: int, code: str) -> GraphFailure:
+    """Decide by an HTTP status and an error code of Graph in lower case."""
     if status >= 400 and status not in (401, 429) and code in GRAPH_CODES and (
             status < 500 or code in GRAPH_CODES_OF_ANY_STATUS):
         return GRAPH_CODES[code]
@@ -3909,8 +3924,7 @@ class Authenticator:
                                                address, deadline)
         if account is None or problem or not is_right:
             raise AuthError(
-                "Authentication credentials invalid: wrong user name, password or network; "
-                "the relay's log says which",
+                "Authentication credentials invalid; the relay's log says why",
                 facts={"account": account.name if account else None, "problem":
                        problem or ("wrong password" if hashed else "it has no password")})
         return account.as_principal(self._config, username=request.username)
@@ -4544,7 +4558,7 @@ class QueueManager:
             raise TemporaryError(
                 "Insufficient system storage, cannot queue the message; try again later",
                 452, "4.3.1", level=logging.ERROR, cost=0, facts={
-                    "problem": error.strerror or str(error)}) from None
+                    "queue": error.strerror or str(error)}) from None
         finally:
             cancelled.set()
         self._admit(message, delay).messages[message.id] = message
@@ -4920,11 +4934,15 @@ class Delivery:
         edited, return_path = message.edited, envelope.reverse_path
         if return_path:                 # the bounce goes to a mailbox that exists
             return_path = principal.account.from_email or return_path
-        await self._queue.put(QueuedMessage(
+        queued = QueuedMessage(
             message_id, principal.account.name, application.tenant, application.client,
             edited.mailbox, return_path, list(envelope.recipients.values()),
-            len(edited.header), edited.size, False, time.time(), 1, 0.0, reason),
-            [edited.header, edited.body], application)
+            len(edited.header), edited.size, False, time.time(), 1, 0.0, reason)
+        try:
+            await self._queue.put(queued, [edited.header, edited.body], application)
+        except TemporaryError as error:
+            error.facts.update(facts, reply=error.reply)
+            raise
         return Outcome("queued", f"Queued, id {message_id}", facts, logging.WARNING)
 
 

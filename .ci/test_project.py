@@ -72,7 +72,7 @@ class ReadmeTests(unittest.TestCase):
         example, = re.findall(r"(?s)```ini\n(\[DEFAULT\].*?)```", readme)
         example = example.replace("scrypt$...", tests.HASH)
         scan, nas = tests.parse(example)
-        self.assertEqual((scan.name, scan.login, scan.tls_min_version, nas.name, nas.login),
+        self.assertEqual((scan.name, scan.authentication, scan.tls_min_version, nas.name, nas.authentication),
                          ("scan2", "optional", "1.0", "nas", "required"))
         file = tests.FILES.folder / "bom.ini"
         file.write_bytes(b"\xef\xbb\xbf" + example.replace(
