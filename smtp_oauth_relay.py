@@ -2696,7 +2696,7 @@ GRAPH_CODES: Mapping[str, GraphFailure] = {
                      "mailboxnotenabledforrestapi", "mailboxnothostedinexchangeonline"),
                     _MAILBOX_NOT_FOUND),
     "errorinvalidrecipients": GraphFailure(
-        DeliveryError, 550, "5.1.3", "Bad recipient address: Microsoft 365 does not take it", 0),
+        DeliveryError, 550, "5.1.3", "Bad recipient address for Microsoft 365", 0),
     "errormessagesizeexceeded": _TOO_LARGE,
     "errorquotaexceeded": _MAILBOX_FULL,
     "erroritemnotfound": _SERVICE_ERROR,    # the draft has disappeared
