@@ -1,56 +1,86 @@
 #!/usr/bin/env python3
 r"""Accept mail over SMTP, and send it through Microsoft 365.
 
-Printers, scanners, NAS boxes and old applications that can only say SMTP with a user
-name and a password log in here. The relay trades these for an OAuth 2.0 token (client
-credentials) and hands each message to Microsoft Graph. A device is told "250" when
-Microsoft has accepted the message, or when it is safe in SPOOL_DIRECTORY, if that is set.
+Printers, scanners, NAS boxes and old applications that know only SMTP with a user name and
+a password log in here. The relay exchanges the password for an OAuth 2.0 token (client
+credentials) and sends each message through Microsoft Graph. A client gets "250" when
+Microsoft has accepted its message, or when the message is on disk in SPOOL_DIRECTORY.
 
-    python3 smtp_oauth_relay.py demo      try it, without any account
+    python3 smtp_oauth_relay.py demo      try it without any account
     python3 smtp_oauth_relay.py           serve, configured by environment variables
-    python3 smtp_oauth_relay.py explain   see what would become of a message
-    python3 smtp_oauth_relay.py spool     see what waits
-    python3 smtp_oauth_relay.py --help    the variables
+    python3 smtp_oauth_relay.py explain   show what the relay would do with a message
+    python3 smtp_oauth_relay.py spool     show the queue
+    python3 smtp_oauth_relay.py --help    list the variables
 
 What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS files, writes
 its log to standard error, and connects to AZURE_AUTHORITY_HOST, GRAPH_ENDPOINT and the host
-that Graph names for the upload of a large message, through HTTPS_PROXY if that is set. Only
-if they are set: ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL,
-SPOOL_DIRECTORY, the token file or the managed identity of the machine (asked directly), and
-AZURE_KEY_VAULT_URL. `openssl` may be run to read a key from there, which is for a moment in
-a file of mode 0600 if the system has no files in memory. The demo writes to outbox/.
+that Graph names for an upload, through HTTPS_PROXY if that is set. Only if they are set:
+ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL, AZURE_KEY_VAULT_URL,
+SPOOL_DIRECTORY, and the token file or managed identity of the machine (without a proxy).
+The command openssl may run to convert a key from Key Vault. That key is for a moment in a
+file of mode 0600, or in memory where the system allows it. The demo writes to outbox/.
 
-    device --SMTP--> Connection --bytes--> Session       the protocol, without I/O
-                         |  Authenticate, Deliver        its events
-                       Relay --> Directory               who may log in, and as whom
-                         |  \--> Tokens --HTTPS--> Entra ID
-                         |  \--> QueueManager            what must wait, on disk
-                         |         |
-                       Graph <-----+ --HTTPS--> Microsoft 365     in worker threads
+    client --SMTP--> Connection --bytes--> Session        the protocol, without I/O
+                         |  events: Authenticate, Deliver
+             Authenticator <---> Delivery ---> QueueManager            on disk
+                    |                |               |
+                 Tokens          GraphClient <-------+
+                    |                |
+                    +-> HttpPool <---+ --HTTPS--> Entra ID, Microsoft Graph
+
+The path of a message. Server accepts the connection, and Accounts derive a ClientPolicy
+from the client's address: whether it needs TLS and a login. Connection moves bytes between
+the socket and Session, where a row of Command and the Phase decide whether a command is in
+order. Each answer is a Reply. For all that needs I/O the session returns an event:
+StartTls, Authenticate, Deliver or Close.
+
+Authenticate goes to Authenticator. LoginLimiter counts failures. The Account comes from
+AccountsFile, or through AzureClient from AccountsTable. Tokens has Entra ID check the
+secret of its Application, and keeps tokens in a Cache. The result is a Principal.
+
+MAIL, RCPT and DATA fill an Envelope within the MemoryBudget, and Deliver passes it to
+Delivery. The Header, a list of Field with an AddressList of Address, becomes that of an
+EditedMessage. A large message is split into a tree of Part, and becomes a Draft with a list
+of Attachment. Both are in the PreparedMessage. If DuplicateGuard knows it as Accepted, the
+old reply is repeated. Else GraphClient waits for a slot of MailboxLimiter. Each
+GraphOperation is an HttpRequest, which HttpPool sends in a thread within the limits of the
+RequestContext. An HttpResponse that is not a success is a GraphFailure. If Microsoft cannot
+accept the message now, QueueManager stores it with QueueFiles as a QueuedMessage, and the
+task of a MailboxQueue retries it. The Outcome goes to the client, and by LogQueue to the
+log. Relay holds these parts together; in the demo DemoMicrosoft replaces two of them.
+
+The path of a setting, HEADER_RECIPIENTS: a field of Config declares it with a Setting (or
+a default of a Cloud). from_environ() parses it, and conflicts() compares it with others.
+as_principal() copies it to MessageOptions unless the account decides, and edit_recipients()
+obeys it.
+
+The path of an account: AccountsFile.load() reads the file, and parse_accounts() checks its
+keys. A login finds the account by name, match_address() by network. The principal keeps it
+until the session ends. A queued message keeps only its name, which leads to the secret.
 
 Contents (search for the number; each section uses only those above it)
 
-    §1   Replies and errors         Reply, RelayError and its kinds
-    §2   Configuration              Config, of which every field is a setting
+    §1   Replies and errors         Reply, RelayError and its subclasses
+    §2   Configuration              Config: each field is a setting
     §3   SMTP grammar               paths, parameters, base64
-    §4   Accounts                   Account: who a client is, and what it may
-    §5   SMTP session               Session: bytes in; events and bytes out
-    §6   Message headers            who gets it is the envelope; From; all else stays
+    §4   Accounts                   Account, Principal: what a client may do
+    §5   SMTP session               Session: bytes in, events and bytes out
+    §6   Message headers            To, Cc, Bcc by the envelope; From; nothing else changes
     §7   Large messages             a message as a draft with attachments
-    §8   Microsoft's responses      which response is which reply
-    §9   Queued messages            QueuedMessage: its state on the disk; the bounce
-    §10  Log                        one line for an event        <- I/O starts here
-    §11  HTTP                       HttpPool
-    §12  Tokens                     Tokens: one request for all who need the same
-    §13  Azure                      the table of accounts
+    §8   Microsoft's responses      which response means which reply
+    §9   Queued messages            QueuedMessage: its state on disk; the bounce
+    §10  Log                        log_event: one line for an event    <- I/O starts here
+    §11  HTTP                       HttpPool: requests in threads, with deadlines
+    §12  Tokens                     Tokens: Entra ID and managed identities
+    §13  Azure                      AccountsTable
     §14  Authentication             Authenticator: decides every login
-    §15  Graph                      GraphClient: sendMail or a draft, 4 at once per mailbox
+    §15  Graph                      GraphClient: sendMail or a draft
     §16  Queue                      QueueManager: messages that wait, on disk
     §17  Delivery                   Delivery: from the end of DATA to the reply
     §18  TLS                        the relay's own certificate
-    §19  Server                     Relay, Connection, Server
+    §19  Server                     Relay, Connection, Server, run
     §20  Demo                       an outbox in place of Microsoft
-    §21  Explain                    what would become of a message
+    §21  Explain                    what the relay would do with a message
     §22  Command line               main
 """
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import smtp_oauth_relay as relay
 import test_relay as tests
 
+SOURCE = tests.PROGRAM.read_text(encoding="utf-8")
 setUpModule, tearDownModule = tests.setUpModule, tests.tearDownModule
 
 
@@ -81,6 +82,40 @@ class ReadmeTests(unittest.TestCase):
         accounts.load()
         self.assertEqual(len(list(accounts.accounts)), 2)
 
+    def test_the_readme_lists_every_event_and_key_of_the_log(self) -> None:
+        readme = (tests.HERE / "README.md").read_text(encoding="utf-8")
+        section = readme.partition("\n## The log\n")[2].partition("\n## ")[0]
+        table, _, rest = section.partition("\nAnd these are all keys: ")
+        events, keys = log_names()
+        self.assertEqual(set(re.findall("`([a-z-]+)`", "".join(
+            re.findall(r"(?m)^\| (`.*?) \|", table)))), events)
+        self.assertEqual(set(re.findall("`([a-z-]+)`", rest.partition("\n")[0])), keys)
+
+
+def log_names() -> tuple[set[str], set[str]]:
+    """Return the events and the keys of the program's log lines."""
+    events, keys = set(re.findall(r'log\.error\("%s ([a-z-]+)"', SOURCE)), set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        facts: list[ast.expr] = []
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            event = node.args[2:3] if name == "log_event" else node.args[:1]
+            if name in ("log_event", "Outcome") and isinstance(event[0], ast.Constant):
+                events.add(event[0].value)
+            if name in ("log_event", "facts.update"):
+                keys |= {keyword.arg for keyword in node.keywords if keyword.arg}
+            facts = [keyword.value for keyword in node.keywords if keyword.arg == "facts"]
+            facts += node.args[2:3] if name == "Outcome" else []
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            facts = [node.value] if "facts" in ast.unparse(target) and node.value else []
+            if isinstance(target, ast.Subscript) and facts:
+                keys.add(ast.literal_eval(target.slice))
+        for value in facts:
+            keys |= {key.value for part in ast.walk(value) if isinstance(part, ast.Dict)
+                     for key in part.keys if isinstance(key, ast.Constant)}
+    return events, {key.replace("_", "-") for key in keys}
+
 
 class LayoutTests(unittest.TestCase):
     """The program can be read from the top: each section uses only the sections above it."""
@@ -89,7 +124,7 @@ class LayoutTests(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.text = tests.PROGRAM.read_text(encoding="utf-8")
+        cls.text = SOURCE
         cls.tree = ast.parse(cls.text)
         cls.starts = {int(number): cls.text[:match.start()].count("\n") + 1
                       for match in re.finditer(r"(?m)^# §(\d+)  .*$", cls.text)
@@ -106,6 +141,13 @@ class LayoutTests(unittest.TestCase):
         self.assertEqual([number for number, _ in banners],
                          [str(index + 1) for index in range(len(banners))])
 
+    def test_the_walks_at_the_top_name_every_class_but_errors(self) -> None:
+        walks = (ast.get_docstring(self.tree) or "").partition("The path of a message")[2]
+        for node in self.tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not issubclass(
+                    getattr(relay, node.name), Exception):
+                self.assertRegex(walks.partition("\nContents ")[0], rf"\b{node.name}\b")
+
     def test_no_section_uses_a_later_section_and_pure_sections_do_no_io(self) -> None:
         defined: dict[str, int] = {}
         for node in self.tree.body:
@@ -120,8 +162,9 @@ class LayoutTests(unittest.TestCase):
                 section, place = self.section(node.lineno), f"{node.id} in line {node.lineno}"
                 self.assertLessEqual(defined.get(node.id, 0), section, place)
                 if section in self.PURE:
-                    self.assertNotIn(node.id, {"asyncio", "socket", "ssl", "open", "os",
-                                               "pwd", "time", "subprocess"}, place)
+                    self.assertNotIn(node.id, {
+                        "asyncio", "fcntl", "open", "os", "pathlib", "pwd", "resource", "signal",
+                        "socket", "ssl", "subprocess", "tempfile", "threading", "time"}, place)
 
     def test_no_function_is_longer_than_40_lines_and_no_line_than_92_columns(self) -> None:
         for node in ast.walk(self.tree):
