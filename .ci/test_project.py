@@ -73,8 +73,9 @@ class ReadmeTests(unittest.TestCase):
         example, = re.findall(r"(?s)```ini\n(\[DEFAULT\].*?)```", readme)
         example = example.replace("scrypt$...", tests.HASH)
         scan, nas = tests.parse(example)
-        self.assertEqual((scan.name, scan.authentication, scan.tls_min_version, nas.name, nas.authentication),
-                         ("scan2", "optional", "1.0", "nas", "required"))
+        self.assertEqual((scan.name, scan.authentication, scan.tls_min_version),
+                         ("scan2", "optional", "1.0"))
+        self.assertEqual((nas.name, nas.authentication), ("nas", "required"))
         file = tests.FILES.folder / "bom.ini"
         file.write_bytes(b"\xef\xbb\xbf" + example.replace(
             "client_secret_file = /opt/smtp-relay/accounts/graph", "client_secret = s").encode())
@@ -101,7 +102,7 @@ def log_names() -> tuple[set[str], set[str]]:
             name = ast.unparse(node.func)
             event = node.args[2:3] if name == "log_event" else node.args[:1]
             if name in ("log_event", "Outcome") and isinstance(event[0], ast.Constant):
-                events.add(event[0].value)
+                events.add(str(event[0].value))
             if name in ("log_event", "facts.update"):
                 keys |= {keyword.arg for keyword in node.keywords if keyword.arg}
             facts = [keyword.value for keyword in node.keywords if keyword.arg == "facts"]
@@ -112,7 +113,7 @@ def log_names() -> tuple[set[str], set[str]]:
             if isinstance(target, ast.Subscript) and facts:
                 keys.add(ast.literal_eval(target.slice))
         for value in facts:
-            keys |= {key.value for part in ast.walk(value) if isinstance(part, ast.Dict)
+            keys |= {str(key.value) for part in ast.walk(value) if isinstance(part, ast.Dict)
                      for key in part.keys if isinstance(key, ast.Constant)}
     return events, {key.replace("_", "-") for key in keys}
 
