@@ -6032,8 +6032,8 @@ class FailedTests(SpoolCase):
             message = make_message(size=size, queued_at=time.time())
             asyncio.run_coroutine_threadsafe(
                 spool.put(message, [b"x" * size]), running._loop).result(PATIENCE)
-            sizes += [one.size for mailbox in spool._mailboxes.values()
-                      for one in mailbox.messages.values()]
+            sizes += [message.size for mailbox in spool._mailboxes.values()
+                      for message in mailbox.messages.values()]
         self.assertEqual(sizes, [11, 12])
 
     def test_a_message_whose_files_were_deleted_is_dropped_without_an_error(self) -> None:
@@ -7026,8 +7026,9 @@ class DuplicateTests(RelayCase):
                 self.assertTrue(self.fake.arrived.acquire(timeout=PATIENCE))
                 second = self.sends()
                 first.close()
-                wait_for(lambda: self.running.ask(lambda: sum(
-                    one._session.holds_message for one in self.running.server._connections)) == 2)
+                wait_for(lambda: 2 == self.running.ask(lambda: sum(
+                    connection._session.holds_message
+                    for connection in self.running.server._connections)))
                 self.fake.release.set()
                 reply = self.assertReply(second.next_reply(), "250 2.0.0")
                 self.assertEqual(len(self.fake.delivered), 1)
@@ -7155,8 +7156,8 @@ class ConnectionTests(TlsCase):
         """Without TCP_NODELAY a second packet would be delayed by 40 ms."""
         sock = self.raw()
         self.read_until(sock, b"\r\n")
-        one, = self.running.ask(lambda: list(self.running.server._connections))
-        self.assertTrue(one._writer.get_extra_info("socket").getsockopt(
+        connection, = self.running.ask(lambda: list(self.running.server._connections))
+        self.assertTrue(connection._writer.get_extra_info("socket").getsockopt(
             socket.IPPROTO_TCP, socket.TCP_NODELAY))
         for _ in range(20):             # repeated because two writes can share a packet by chance
             sock.sendall(b"NOOP\r\nRSET\r\nNOOP\r\n")
@@ -7206,8 +7207,8 @@ class SlowReaderTests(TlsCase):
             send()
             return any(self.running.ask(lambda: [
                 writer.transport.get_write_buffer_size()
-                for one in self.running.server._connections
-                for writer in (one._writer, one._plain_writer)]))
+                for connection in self.running.server._connections
+                for writer in (connection._writer, connection._plain_writer)]))
         wait_for(is_full)
         return self.running.ask(lambda: next(iter(self.running.server._connections)))
 
@@ -7218,15 +7219,15 @@ class SlowReaderTests(TlsCase):
             with self.subTest(stops=stops), kept_log() as kept, \
                     unittest.mock.patch.object(relay, "LINGER", PATIENCE):
                 sock = self.deaf()
-                one = self.fill(functools.partial(sock.sendall, b"HELP\r\n" * 100))
+                connection = self.fill(functools.partial(sock.sendall, b"HELP\r\n" * 100))
                 sock.sendall(b"QUIT\r\n")
                 wait_for(lambda: kept.find("disconnected"))
                 if stops:
                     self.running.begin_stop()
                     wait_for(lambda: kept.find("stopping"))
                 self.assertIn(b"\r\n221 2.0.0", last_octets(sock))
-                wait_for(one.task.done)
-                self.assertIsNone(one.task.exception())
+                wait_for(connection.task.done)
+                self.assertIsNone(connection.task.exception())
 
     def test_the_relay_ends_tls_with_a_close_notify(self) -> None:
         """Otherwise a client could not know whether it has received everything."""
@@ -9613,7 +9614,7 @@ def what_is_left(running: Running) -> list[str]:
                 # Without this task and those of the server and of the queue.
                 "tasks": len(asyncio.all_tasks()) - 2 - (joined.queue is not None),
                 "memory": joined.config.max_memory_for_messages - joined.memory.free,
-                "slots": sum(one.in_use for one in joined._graph._limiters.values()),
+                "slots": sum(limiter.in_use for limiter in joined._graph._limiters.values()),
                 "fetches": len(joined._tokens._fetches), "loop errors": len(running.loop_errors)}
         return [f"{number} {name} left" for name, number in held.items() if number]
     held: list[str] = running.ask(look)
