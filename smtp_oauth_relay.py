@@ -2942,18 +2942,13 @@ LOG_QUEUE = 10_000              # lines that can wait while standard error is bl
 
 log = logging.getLogger("smtp_oauth_relay")
 
-# Load these codecs now: a lazy import could fail after RUN_AS, or when the process has no
-# file descriptors left.
+# Load these now: a lazy import could fail after RUN_AS, or without a free file descriptor.
 for _codec in ("unicode_escape", "idna"):
     codecs.lookup(_codec)
 
 
 def log_event(level: int, log_id: str, event: str, **facts: object) -> None:
-    """Log an event and its facts.
-
-    `log_id` is the ID of the message or of the SMTP session that the event is about, or
-    "-" for an event of the relay itself.
-    """
+    """Log an event of the message or SMTP session `log_id`, or of the relay ("-")."""
     if log.isEnabledFor(level):
         log.log(level, "%s %s%s", log_id, event, format_fields(facts))
 
@@ -2990,10 +2985,7 @@ class LogQueue(logging.handlers.QueueHandler):
 
 @contextlib.contextmanager
 def logging_to_stderr(level: str) -> Iterator[None]:
-    """Write the log to standard error, in a thread, because a full pipe would block it.
-
-    If the pipe is still full at the end, end the process with its normal exit status.
-    """
+    """Write the log to standard error in a thread, because a full pipe would block it."""
     stream = logging.StreamHandler()
     stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
                                           "%Y-%m-%dT%H:%M:%S%z"))
@@ -3009,11 +3001,10 @@ def logging_to_stderr(level: str) -> Iterator[None]:
     finally:
         logging.root.removeHandler(handler)
         with (done := lines.all_tasks_done):
-            is_written = done.wait_for(lambda: not lines.unfinished_tasks, 2)
-        if not is_written:      # listener.stop() and the exit of Python would hang
-            error = sys.exc_info()[1]
-            os._exit(2 if isinstance(error, ConfigError) else
-                     0 if error is None or isinstance(error, SystemExit) else 1)
+            if not done.wait_for(lambda: not lines.unfinished_tasks, 2):
+                error = sys.exc_info()[1]   # listener.stop() and Python's exit would hang
+                os._exit(2 if isinstance(error, ConfigError) else
+                         0 if error is None or isinstance(error, SystemExit) else 1)
         listener.stop()
 
 
