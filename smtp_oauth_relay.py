@@ -3016,10 +3016,9 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 #     HttpPool.send --> connect             in a thread, if no idle connection is usable
 #                  \--> send_and_receive    in a thread: one request and its response
 #
-# These are two calls, because a DNS lookup can hang for longer than a client waits, and
-# must not keep a message in memory. Deadlines are times of time.monotonic(). The thread
-# keeps the deadline: before each send and receive it sets the socket's timeout to the time
-# left. The event loop waits GRACE longer, and then shuts the socket down.
+# These are two calls, because a DNS lookup that hangs must not keep a message in memory.
+# Deadlines are times of time.monotonic(). The thread sets the socket's timeout to the time
+# left before each send and receive. GRACE later the event loop shuts the socket down.
 
 KEEPALIVE_TIMEOUT = 60.0        # seconds; firewalls forget connections that are idle longer
 MAX_IDLE_CONNECTIONS = 100      # for each host
@@ -3046,8 +3045,7 @@ class RequestNotSent(ConnectionError):
 
 def time_left(deadline: float) -> float:
     """Return the seconds until a deadline. Raises TimeoutError if it has passed."""
-    left = deadline - time.monotonic()
-    if left <= 0:
+    if (left := deadline - time.monotonic()) <= 0:
         raise TimeoutError("timed out")
     return left
 
@@ -3085,17 +3083,14 @@ def _set_deadline(connection: http.client.HTTPConnection, deadline: float) -> No
 
 def connect(url: str, context: ssl.SSLContext | None,
             deadline: float) -> http.client.HTTPConnection:
-    """Open a connection to the host of a URL, as HTTPS_PROXY and NO_PROXY say.
-
-    Plain http takes no proxy: it is for the relay's own machine and network, and its
-    requests hold secrets. Raises OSError, HTTPException and ValueError.
-    """
+    """Open a connection to a URL's host. Raises OSError, HTTPException and ValueError."""
     scheme, host, *_ = urllib.parse.urlsplit(url)
+    # Plain http is for the relay's own network and its requests hold secrets: no proxy.
     if scheme == "http":
         connection, proxy = http.client.HTTPConnection(host), ""
     else:
         connection = http.client.HTTPSConnection(host, context=context)
-        proxy = urllib.request.getproxies().get("https", "").strip()
+        proxy = urllib.request.getproxies().get("https", "").strip()    # HTTPS_PROXY
     if proxy and not urllib.request.proxy_bypass(f"{connection.host}:{connection.port}"):
         via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         login = urllib.parse.unquote(f"{via.username}:{via.password or ''}").encode()
@@ -3135,18 +3130,17 @@ _calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
 _idle_threads = threading.Semaphore(0)      # one permit for each thread without a call
 
 
-def run_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+def run_in_thread(call: Callable[..., T], *args: object) -> asyncio.Future[T]:
     """Run a blocking call in an idle thread, or in a new one.
 
-    The threads are daemons and their number is not limited: a call that hangs, in a DNS
-    lookup for example, must neither keep the process from ending nor delay other calls.
+    The threads are daemons without a limit: a call that hangs, in a DNS lookup for example,
+    must neither keep the process from ending nor delay other calls.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     try:
         if not _idle_threads.acquire(blocking=False):
             threading.Thread(target=_thread_main, name="relay-call", daemon=True).start()
-        _calls.put((call, loop, future))
+        _calls.put((call, args, future))
     except RuntimeError as error:       # the system has no more threads
         future.set_exception(TemporaryError(f"Insufficient system resources: {error}"))
     return future
@@ -3156,20 +3150,18 @@ def _thread_main() -> None:
     """Run calls, until no call arrives for THREAD_IDLE_TIMEOUT."""
     while True:
         try:
-            call, loop, future = _calls.get(timeout=THREAD_IDLE_TIMEOUT)
+            call, args, future = _calls.get(timeout=THREAD_IDLE_TIMEOUT)
         except queue.Empty:
             if _idle_threads.acquire(blocking=False):
                 return
             continue            # run_in_thread() has taken the permit and adds a call
         try:
-            set_outcome = functools.partial(future.set_result, call())
+            set_outcome = functools.partial(future.set_result, call(*args))
         except BaseException as error:      # noqa: BLE001 - the future raises it
             set_outcome = functools.partial(future.set_exception, error)
         with contextlib.suppress(RuntimeError):     # the loop is closed
-            loop.call_soon_threadsafe(_unless_done, future, set_outcome)
-        # Break the cycle of error, traceback and this frame, so that secrets and message
-        # bodies are freed immediately.
-        del call, loop, future, set_outcome
+            future.get_loop().call_soon_threadsafe(_unless_done, future, set_outcome)
+        del call, args, future, set_outcome   # frees secrets; see result_before()
         _idle_threads.release()
 
 
@@ -3185,10 +3177,9 @@ def send_and_receive(connection: http.client.HTTPConnection, request: HttpReques
 
     Raises RequestNotSent, OSError, HTTPException and ValueError.
     """
-    sock = connection.sock
     # This file keeps the socket open until the body is read: after the header field
     # "Connection: close" http.client closes the socket itself too early.
-    with sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
+    with connection.sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
         on_failure.callback(connection.close)
         response = _get_response(connection, request, deadline)
         reader, body = cast(_DeadlineReader, response.fp.raw), b""
@@ -3235,24 +3226,19 @@ class HttpPool:
     """Sends requests, and keeps their connections for later requests."""
 
     def __init__(self, urls: Iterable[str]) -> None:
-        """Prepare for requests to the hosts of these URLs."""
         # Loading the system's certificates takes time: skip it if all URLs are plain http.
         self._context = (ssl.create_default_context()
                          if any(url.startswith("https:") for url in urls) else None)
         self._idle: dict[str, list[IdleConnection]] = collections.defaultdict(list)
 
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
-        """Send a request and return its response. Raises UpstreamUnavailable.
-
-        If an idle connection ends before the request is sent, use a new connection.
-        """
-        origin = _origin(request.url)
+        """Send a request and return its response. Raises UpstreamUnavailable."""
         try:
-            if idle := self._take_idle(origin):
-                with contextlib.suppress(RequestNotSent):
+            if idle := self._take_idle(_origin(request.url)):
+                with contextlib.suppress(RequestNotSent):       # then open a connection
                     return await self._send_in_thread(idle, request, deadline)
             connection = await result_before(deadline, run_in_thread(
-                functools.partial(connect, origin, self._context, deadline)))
+                connect, request.url, self._context, deadline))
             return await self._send_in_thread(connection, request, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UpstreamUnavailable(str(error) or type(error).__name__) from None
@@ -3276,8 +3262,7 @@ class HttpPool:
                               request: HttpRequest, deadline: float) -> HttpResponse:
         """Run send_and_receive() in a thread, and keep the connection if it is open."""
         sock = connection.sock          # the thread can set connection.sock to None
-        future = run_in_thread(functools.partial(
-            send_and_receive, connection, request, deadline))
+        future = run_in_thread(send_and_receive, connection, request, deadline)
         try:
             return await result_before(deadline + GRACE, future)
         except asyncio.CancelledError:
