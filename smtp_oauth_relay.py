@@ -3325,7 +3325,7 @@ def _origin(url: str) -> str:
 #
 #     secret              to Entra ID, with the client secret
 #     workload-identity   to Entra ID, with the token of Kubernetes in a file
-#     managed-identity    to IMDS or App Service, in the local network, without a proxy
+#     managed-identity    to IMDS (virtual machines) or App Service; local, without a proxy
 #
 # Microsoft, "How to use managed identities for Azure resources", "... App Service".
 
@@ -3372,8 +3372,7 @@ def read_secret(path: str) -> str:
 class Tokens:
     """A cache of access tokens, in which requests for the same token share one fetch.
 
-    Keys hold a keyed hash of the secret. A wrong secret therefore cannot get the token of
-    the right one, and the cache holds no secrets.
+    Keys hold a keyed hash of the secret: no secret is kept, and a wrong one gets no token.
     """
 
     def __init__(self, config: Config, pool: HttpPool,
@@ -3386,14 +3385,11 @@ class Tokens:
 
     async def get(self, application: Application, deadline: float,
                   resource: str = "") -> str:
-        """Return an access token, by default for Graph.
-
-        Raises AuthError if the client's credential is refused, otherwise TemporaryError.
-        """
+        """Return a token, by default for Graph. Raises AuthError and TemporaryError."""
         try:
             return await self._get(application, deadline, resource)
         except AuthError as error:
-            if not application.relay_holds_secret:
+            if not application.relay_holds_secret:      # the client's credential
                 raise
             raise TemporaryError(
                 f"The relay's own credential was refused: {error.reply.text}", 451, "4.7.0",
@@ -3407,8 +3403,7 @@ class Tokens:
             raise _without_traceback(result)
         if result:
             return result
-        fetch = self._fetches.get(key)      # with the deadline of its first caller
-        if not fetch:
+        if not (fetch := self._fetches.get(key)):   # it has its first caller's deadline
             fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
             self._fetches[key] = fetch
             fetch.add_done_callback(functools.partial(self._on_fetched, key))
@@ -3437,8 +3432,7 @@ class Tokens:
             response = await self._identity_response(application.client, resource, deadline)
         else:
             if application.credential == "workload-identity":
-                secret = await _read_secret_in_thread(
-                    self._config.azure_federated_token_file, deadline)
+                secret = await self._read_federated_token(deadline)
             response = await self._entra_response(application, secret, resource, deadline)
         try:
             token, lifetime = parse_token(response, secret, time.time())
@@ -3447,9 +3441,18 @@ class Tokens:
             raise
         if "." in application.tenant and (tenant := parse_tenant_id(token)):    # a domain
             self._tenants.put(application.tenant, tenant, MAX_TOKEN_LIFETIME)
-            key = self._key(application, resource)
-        self._results.put(key, token, lifetime)
+        self._results.put(self._key(application, resource), token, lifetime)
         return token
+
+    async def _read_federated_token(self, deadline: float) -> str:
+        """Return the token of Kubernetes; its disk can hang. Raises TemporaryError."""
+        path = self._config.azure_federated_token_file
+        try:
+            return await result_before(deadline, run_in_thread(read_secret, path))
+        except (TimeoutError, ValueError) as error:
+            problem = str(error)
+        raise TemporaryError("The relay's own credential cannot be read; see the log",
+                             facts={"problem": f"{path}: {problem}"}, level=logging.ERROR)
 
     async def _entra_response(self, application: Application, secret: str, resource: str,
                               deadline: float) -> HttpResponse:
@@ -3469,14 +3472,10 @@ class Tokens:
 
     async def _identity_response(self, client: str, resource: str,
                                  deadline: float) -> HttpResponse:
-        """Request a token of a managed identity. Raises TemporaryError.
-
-        App Service sets IDENTITY_ENDPOINT and IDENTITY_HEADER. Otherwise the request goes
-        to IMDS, the metadata service of virtual machines.
-        """
+        """Request a token of a managed identity. Raises TemporaryError."""
         config, version, headers = self._config, "2018-02-01", {"Metadata": "true"}
         url = f"{config.azure_pod_identity_authority_host}/metadata/identity/oauth2/token"
-        if config.identity_endpoint and config.identity_header:
+        if config.identity_endpoint and config.identity_header:     # set by App Service
             try:
                 url, version = local_http_url(config.identity_endpoint), "2019-08-01"
             except ValueError as error:
@@ -3508,17 +3507,6 @@ class Tokens:
         digest = hmac.digest(self._hash_key, application.secret.encode(), "sha256")
         return (self.resolve(application.tenant), application.client,
                 application.credential, resource or self._config.graph_endpoint, digest)
-
-
-async def _read_secret_in_thread(path: str, deadline: float) -> str:
-    """Return the secret in a file whose disk can hang. Raises TemporaryError."""
-    try:
-        return await result_before(deadline, run_in_thread(
-            functools.partial(read_secret, path)))
-    except (TimeoutError, ValueError) as error:
-        problem = str(error)
-    raise TemporaryError("The relay's own credential cannot be read; see the log", facts={
-        "problem": f"{path}: {problem}"}, level=logging.ERROR)
 
 
 def _without_traceback(error: AuthError) -> AuthError:
