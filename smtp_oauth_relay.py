@@ -3522,7 +3522,6 @@ def _without_traceback(error: AuthError) -> AuthError:
 
 AZURE_RETRY_DELAYS = (1.0, 3.0)     # seconds before Azure is asked again
 TABLE_CACHE_TTL = 60.0          # seconds; a change in the table takes effect after it
-STORAGE = "https://storage.azure.com"       # the resource of a token for Azure Storage
 _NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")      # characters that Azure forbids
 
 
@@ -3531,19 +3530,13 @@ class AzureClient:
 
     def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
         self._application = relay_identity(config)
-        self._pool = pool
-        self._tokens = tokens
+        self._pool, self._tokens = pool, tokens
 
     async def get(self, url: str, resource: str, headers: Mapping[str, str],
                   deadline: float) -> HttpResponse:
-        """Send a GET request, with a token if `resource` is not "".
-
-        If the service does not accept the token, retry once with a new token. Raises
-        TemporaryError.
-        """
+        """Send a GET request, with a token if `resource` is set. Raises TemporaryError."""
         headers = {**headers, "User-Agent": USER_AGENT}
         for _ in ("first token", "new token"):
-            token = ""
             if resource:
                 token = await self._tokens.get(self._application, deadline, resource)
                 headers["Authorization"] = f"Bearer {token}"
@@ -3551,8 +3544,7 @@ class AzureClient:
                 HttpRequest("GET", url, headers), deadline, AZURE_RETRY_DELAYS)
             code = response.headers.get("x-ms-error-code")
             # For a token that has expired, Tables sends 403 with this code.
-            is_stale = response.status == 401 or code == "AuthenticationFailed"
-            if not (is_stale and token):
+            if not resource or (response.status != 401 and code != "AuthenticationFailed"):
                 break
             self._tokens.forget(self._application, token, resource)
         return response
@@ -3563,8 +3555,7 @@ class AccountsTable:
 
     def __init__(self, config: Config, azure: AzureClient,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._azure = azure
-        self._partition = config.azure_tables_partition_key
+        self._azure, self._partition = azure, config.azure_tables_partition_key
         self._url, _, self._sas = config.azure_tables_url.partition("?")
         # A tuple of one, because the cache cannot store None for "no such account".
         self._cache: Cache[tuple[str, ...], tuple[Account | None]] = Cache(clock)
@@ -3581,19 +3572,17 @@ class AccountsTable:
     async def find_application(self, tenant: str, client: str,
                                deadline: float) -> Account | None:
         """Return an account with this application. Raises TemporaryError."""
-        return await self._find("", "()", _filter(
-            PartitionKey=[self._partition], tenant_id=_spellings(tenant),
-            client_id=_spellings(client)), deadline)
+        query = self._filter(tenant_id=_spellings(tenant), client_id=_spellings(client))
+        return await self._find("", "()", query, deadline)
 
     async def check(self, deadline: float) -> None:
         """Raise TemporaryError if the table cannot be read."""
-        await self._query("()", _filter(PartitionKey=[self._partition]), deadline)
+        await self._query("()", self._filter(), deadline)
 
     async def _find(self, name: str, path: str, query: Mapping[str, str],
                     deadline: float) -> Account | None:
         key = (path, *query.values())
-        cached = self._cache.get(key)
-        if not cached:
+        if not (cached := self._cache.get(key)):
             entity = await self._query(path, query, deadline)
             cached = (None if entity is None else parse_table_account(entity, name),)
             self._cache.put(key, cached, TABLE_CACHE_TTL)
@@ -3601,24 +3590,22 @@ class AccountsTable:
 
     async def _query(self, path: str, query: Mapping[str, str],
                      deadline: float) -> dict[str, Any] | None:
-        text = urllib.parse.urlencode(
-            {**query, "$select": "tenant_id,client_id,from_email"}, safe="$",
-            quote_via=urllib.parse.quote)
+        query = {**query, "$select": "tenant_id,client_id,from_email"}
+        text = urllib.parse.urlencode(query, safe="$", quote_via=urllib.parse.quote)
         return parse_entity(await self._azure.get(
             f"{self._url}{path}?{text}{self._sas and '&'}{self._sas}",
-            "" if self._sas else STORAGE,
+            "" if self._sas else "https://storage.azure.com",
             {"Accept": "application/json;odata=nometadata",
              "DataServiceVersion": "3.0;NetFx", "x-ms-version": "2020-12-06",
              "x-ms-date": email.utils.formatdate(usegmt=True)}, deadline))
 
-
-def _filter(**columns: Iterable[str]) -> dict[str, str]:
-    """Make a query for one entity whose columns have one of the given values each."""
-    conditions = []
-    for name, values in columns.items():
-        quoted = ("'" + value.replace("'", "''") + "'" for value in values)
-        conditions.append("(" + " or ".join(f"{name} eq {value}" for value in quoted) + ")")
-    return {"$filter": " and ".join(conditions), "$top": "1"}
+    def _filter(self, **columns: Iterable[str]) -> dict[str, str]:
+        """Make a query for one entity whose columns have one of the given values each."""
+        conditions = []
+        for name, values in {"PartitionKey": [self._partition], **columns}.items():
+            terms = (f"{name} eq '" + value.replace("'", "''") + "'" for value in values)
+            conditions.append("(" + " or ".join(terms) + ")")
+        return {"$filter": " and ".join(conditions), "$top": "1"}
 
 
 def _spellings(value: str) -> Iterable[str]:
