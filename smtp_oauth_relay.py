@@ -3632,8 +3632,7 @@ DUMMY_HASH = f"scrypt${'A' * 22}${'A' * 43}"    # no password has this hash
 
 def has_tls_version(version: str) -> bool:
     """Return whether the OpenSSL of this Python has a TLS version."""
-    name = f"HAS_TLSv{version}".replace(".0", "").replace(".", "_")
-    return bool(getattr(ssl, name, True))
+    return getattr(ssl, "HAS_TLSv" + version.replace(".0", "").replace(".", "_"), True)
 
 
 class AccountsFile:
@@ -3655,14 +3654,12 @@ class AccountsFile:
         try:
             text = pathlib.Path(path).read_text("utf-8-sig")
         except (OSError, UnicodeError) as error:    # UnicodeError quotes the file's text
-            problem = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
-                              f"{problem}") from None
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: {reason}") from None
         accounts, errors = parse_accounts(text, self._config)
         secrets_by_path = {"": ""}
         for account in accounts:
-            version = account.tls_min_version
-            if not has_tls_version(version):
+            if not has_tls_version(version := account.tls_min_version):
                 errors.append(f"[{account.name}] tls_min_version = {version}: must be a "
                               "version that the OpenSSL of this Python has")
             name = account.client_secret_file
@@ -3710,7 +3707,7 @@ class AccountsFile:
             self._reload.clear()
             try:
                 # Without a deadline: if the disk hangs, only this task waits.
-                if await run_in_thread(functools.partial(self._poll, is_requested)):
+                if await run_in_thread(self._poll, is_requested):
                     log_event(logging.INFO, "-", "accounts-loaded",
                               accounts=len(list(self.accounts)))
                     logged = ""
@@ -3725,12 +3722,9 @@ class AccountsFile:
             logged = problem
 
     def _poll(self, is_requested: bool) -> bool:
-        """Load the files if requested, or if two polls saw the same change.
-
-        A file that changes between two polls may be half written. Return whether the files
-        were loaded.
-        """
+        """Load the files if requested or changed. Return whether they were loaded."""
         states = {path: _file_state(path) for path in self._loaded}
+        # A file that changes between two polls may be half written.
         is_settled, self._polled = states == self._polled, states
         if not is_requested and (states == self._loaded or not is_settled):
             return False
@@ -3776,10 +3770,7 @@ class LoginLimiter:
 
 
 def client_prefix(address: IpAddress | None) -> bytes:
-    """Return the bytes that identify a client: an IPv4 address, or a /64 of IPv6.
-
-    A provider usually assigns a whole /64 to a customer, so its addresses are one client.
-    """
+    """Return an IPv4 address, or the /64 of an IPv6 address: a customer has a whole /64."""
     return address.packed[:8] if address else b""
 
 
@@ -3789,12 +3780,9 @@ class Authenticator:
     def __init__(self, config: Config, accounts_file: AccountsFile,
                  table: AccountsTable | None, tokens: Tokens,
                  on_login: Callable[[Application], None] | None) -> None:
-        """Create it; `on_login` is the queue's, and None if there is no queue."""
-        self._config = config
-        self._accounts_file = accounts_file
-        self._table = table
-        self._tokens = tokens
-        self._on_login = on_login
+        self._config, self._tokens = config, tokens
+        self._accounts_file, self._table = accounts_file, table
+        self._on_login = on_login       # of the queue; None if there is no queue
         self._limiter = LoginLimiter()
         self._scrypt = threading.Semaphore(2)       # checks at once: each takes 32 MiB
 
@@ -3807,7 +3795,7 @@ class Authenticator:
         """Check a login. Raises AuthError, after a delay, and TemporaryError."""
         user = self._loggable_username(request.username)
         try:
-            principal = await self._check_login(request, address)
+            principal = await self._check(request, address)
         except RelayError as error:
             delay, result, facts = 0.0, "tempfail", dict(error.facts)
             if isinstance(error, AuthError):
@@ -3826,8 +3814,7 @@ class Authenticator:
                   account=principal.account.name or None)
         return principal
 
-    async def _check_login(self, request: Authenticate,
-                           address: IpAddress | None) -> Principal:
+    async def _check(self, request: Authenticate, address: IpAddress | None) -> Principal:
         deadline = time.monotonic() + self._config.upstream_timeout
         self._limiter.check(address)
         try:
@@ -3847,45 +3834,38 @@ class Authenticator:
 
     async def _find_principal(self, request: Authenticate, address: IpAddress | None,
                               deadline: float) -> Principal:
-        """Check everything but a secret that Entra ID must check.
-
-        Raises AuthError and TemporaryError.
-        """
-        name = lookup_name(request.username, self._config.username_delimiter)
+        """Check all but a secret of Entra ID. Raises AuthError and TemporaryError."""
+        username, password = request.username, request.password
+        name = lookup_name(username, self._config.username_delimiter)
         accounts = self._accounts_file.accounts
-        account = (accounts.find(request.username)
-                   or (accounts.find(name) if name else None)
-                   or await self._find_elsewhere(request.username, name, deadline))
+        account = (accounts.find(username) or (accounts.find(name) if name else None)
+                   or await self._find_elsewhere(username, name, deadline))
         problem = ""
         if account is None:
             problem = "there is no such account"
         elif not account.allows_address(address):
             problem = "not from its networks"
         elif not account.has_credential:        # Entra ID will check the password
-            if request.password:
-                return account.as_principal(self._config, request.password,
-                                            request.username)
+            if password:
+                return account.as_principal(self._config, password, username)
             if not account.name:
                 raise AuthError("The password is empty; it must be the client secret")
             problem = "the password is empty"
-        # From here every login costs one scrypt. So its time does not tell whether the
-        # account exists.
+        # Now every login costs one scrypt, or its time would tell if the account exists.
         hashed = account.password if account else ""
-        is_right = await self._verify_password(request.password, hashed or DUMMY_HASH,
-                                               address, deadline)
+        is_right = await self._verify(password, hashed or DUMMY_HASH, address, deadline)
         if account is None or problem or not is_right:
-            raise AuthError(
-                "Authentication credentials invalid; the relay's log says why",
-                facts={"account": account.name if account else None, "problem":
-                       problem or ("wrong password" if hashed else "it has no password")})
-        return account.as_principal(self._config, username=request.username)
+            problem = problem or ("wrong password" if hashed else "it has no password")
+            raise AuthError("Authentication credentials invalid; the relay's log says why",
+                            facts={"account": account and account.name, "problem": problem})
+        return account.as_principal(self._config, username=username)
 
     async def _find_elsewhere(self, username: str, name: str | None,
                               deadline: float) -> Account | None:
         """Find an account that is not in ACCOUNTS_FILE: in the table or the user name."""
-        config = self._config
+        config, table = self._config, self._table
         if name is not None:
-            return await self._table.find(name, deadline) if self._table else None
+            return await table.find(name, deadline) if table else None
         try:
             tenant, client = parse_username(username, config.username_delimiter)
         except AuthError:
@@ -3896,14 +3876,13 @@ class Authenticator:
             raise AuthError("This tenant may not log in here; see ALLOWED_TENANTS")
         if not config.must_have_account:
             return Account("", tenant, client)
-        account = (await self._table.find_application(tenant, client, deadline)
-                   if self._table else None)
+        account = await table.find_application(tenant, client, deadline) if table else None
         if account is None:
             raise AuthError("Only accounts that the relay knows may log in")
         return account
 
-    async def _verify_password(self, password: str, hashed: str, address: IpAddress | None,
-                               deadline: float) -> bool:
+    async def _verify(self, password: str, hashed: str, address: IpAddress | None,
+                      deadline: float) -> bool:
         def verify() -> bool:
             with self._scrypt:
                 time_left(deadline)                 # the client may no longer wait
