@@ -2972,18 +2972,13 @@ LOG_QUEUE = 10_000              # lines that can wait while standard error is bl
 
 log = logging.getLogger("smtp_oauth_relay")
 
-# Load these codecs now: a lazy import could fail after RUN_AS, or when the process has no
-# file descriptors left.
+# Load these now: a lazy import could fail after RUN_AS, or without a free file descriptor.
 for _codec in ("unicode_escape", "idna"):
     codecs.lookup(_codec)
 
 
 def log_event(level: int, log_id: str, event: str, **facts: object) -> None:
-    """Log an event and its facts.
-
-    `log_id` is the ID of the message or of the SMTP session that the event is about, or
-    "-" for an event of the relay itself.
-    """
+    """Log an event of the message or SMTP session `log_id`, or of the relay ("-")."""
     if log.isEnabledFor(level):
         log.log(level, "%s %s%s", log_id, event, format_fields(facts))
 
@@ -3020,10 +3015,7 @@ class LogQueue(logging.handlers.QueueHandler):
 
 @contextlib.contextmanager
 def logging_to_stderr(level: str) -> Iterator[None]:
-    """Write the log to standard error, in a thread, because a full pipe would block it.
-
-    If the pipe is still full at the end, end the process with its normal exit status.
-    """
+    """Write the log to standard error in a thread, because a full pipe would block it."""
     stream = logging.StreamHandler()
     stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
                                           "%Y-%m-%dT%H:%M:%S%z"))
@@ -3039,11 +3031,10 @@ def logging_to_stderr(level: str) -> Iterator[None]:
     finally:
         logging.root.removeHandler(handler)
         with (done := lines.all_tasks_done):
-            is_written = done.wait_for(lambda: not lines.unfinished_tasks, 2)
-        if not is_written:      # listener.stop() and the exit of Python would hang
-            error = sys.exc_info()[1]
-            os._exit(2 if isinstance(error, ConfigError) else
-                     0 if error is None or isinstance(error, SystemExit) else 1)
+            if not done.wait_for(lambda: not lines.unfinished_tasks, 2):
+                error = sys.exc_info()[1]   # listener.stop() and Python's exit would hang
+                os._exit(2 if isinstance(error, ConfigError) else
+                         0 if error is None or isinstance(error, SystemExit) else 1)
         listener.stop()
 
 
@@ -3055,10 +3046,9 @@ def logging_to_stderr(level: str) -> Iterator[None]:
 #     HttpPool.send --> connect             in a thread, if no idle connection is usable
 #                  \--> send_and_receive    in a thread: one request and its response
 #
-# These are two calls, because a DNS lookup can hang for longer than a client waits, and
-# must not keep a message in memory. Deadlines are times of time.monotonic(). The thread
-# keeps the deadline: before each send and receive it sets the socket's timeout to the time
-# left. The event loop waits GRACE longer, and then shuts the socket down.
+# These are two calls, because a DNS lookup that hangs must not keep a message in memory.
+# Deadlines are times of time.monotonic(). The thread sets the socket's timeout to the time
+# left before each send and receive. GRACE later the event loop shuts the socket down.
 
 KEEPALIVE_TIMEOUT = 60.0        # seconds; firewalls forget connections that are idle longer
 MAX_IDLE_CONNECTIONS = 100      # for each host
@@ -3085,8 +3075,7 @@ class RequestNotSent(ConnectionError):
 
 def time_left(deadline: float) -> float:
     """Return the seconds until a deadline. Raises TimeoutError if it has passed."""
-    left = deadline - time.monotonic()
-    if left <= 0:
+    if (left := deadline - time.monotonic()) <= 0:
         raise TimeoutError("timed out")
     return left
 
@@ -3124,17 +3113,14 @@ def _set_deadline(connection: http.client.HTTPConnection, deadline: float) -> No
 
 def connect(url: str, context: ssl.SSLContext | None,
             deadline: float) -> http.client.HTTPConnection:
-    """Open a connection to the host of a URL, as HTTPS_PROXY and NO_PROXY say.
-
-    Plain http takes no proxy: it is for the relay's own machine and network, and its
-    requests hold secrets. Raises OSError, HTTPException and ValueError.
-    """
+    """Open a connection to a URL's host. Raises OSError, HTTPException and ValueError."""
     scheme, host, *_ = urllib.parse.urlsplit(url)
+    # Plain http is for the relay's own network and its requests hold secrets: no proxy.
     if scheme == "http":
         connection, proxy = http.client.HTTPConnection(host), ""
     else:
         connection = http.client.HTTPSConnection(host, context=context)
-        proxy = urllib.request.getproxies().get("https", "").strip()
+        proxy = urllib.request.getproxies().get("https", "").strip()    # HTTPS_PROXY
     if proxy and not urllib.request.proxy_bypass(f"{connection.host}:{connection.port}"):
         via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         login = urllib.parse.unquote(f"{via.username}:{via.password or ''}").encode()
@@ -3174,18 +3160,17 @@ _calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
 _idle_threads = threading.Semaphore(0)      # one permit for each thread without a call
 
 
-def run_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+def run_in_thread(call: Callable[..., T], *args: object) -> asyncio.Future[T]:
     """Run a blocking call in an idle thread, or in a new one.
 
-    The threads are daemons and their number is not limited: a call that hangs, in a DNS
-    lookup for example, must neither keep the process from ending nor delay other calls.
+    The threads are daemons without a limit: a call that hangs, in a DNS lookup for example,
+    must neither keep the process from ending nor delay other calls.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     try:
         if not _idle_threads.acquire(blocking=False):
             threading.Thread(target=_thread_main, name="relay-call", daemon=True).start()
-        _calls.put((call, loop, future))
+        _calls.put((call, args, future))
     except RuntimeError as error:       # the system has no more threads
         future.set_exception(TemporaryError(f"Insufficient system resources: {error}"))
     return future
@@ -3195,20 +3180,18 @@ def _thread_main() -> None:
     """Run calls, until no call arrives for THREAD_IDLE_TIMEOUT."""
     while True:
         try:
-            call, loop, future = _calls.get(timeout=THREAD_IDLE_TIMEOUT)
+            call, args, future = _calls.get(timeout=THREAD_IDLE_TIMEOUT)
         except queue.Empty:
             if _idle_threads.acquire(blocking=False):
                 return
             continue            # run_in_thread() has taken the permit and adds a call
         try:
-            set_outcome = functools.partial(future.set_result, call())
+            set_outcome = functools.partial(future.set_result, call(*args))
         except BaseException as error:      # noqa: BLE001 - the future raises it
             set_outcome = functools.partial(future.set_exception, error)
         with contextlib.suppress(RuntimeError):     # the loop is closed
-            loop.call_soon_threadsafe(_unless_done, future, set_outcome)
-        # Break the cycle of error, traceback and this frame, so that secrets and message
-        # bodies are freed immediately.
-        del call, loop, future, set_outcome
+            future.get_loop().call_soon_threadsafe(_unless_done, future, set_outcome)
+        del call, args, future, set_outcome   # frees secrets; see result_before()
         _idle_threads.release()
 
 
@@ -3224,10 +3207,9 @@ def send_and_receive(connection: http.client.HTTPConnection, request: HttpReques
 
     Raises RequestNotSent, OSError, HTTPException and ValueError.
     """
-    sock = connection.sock
     # This file keeps the socket open until the body is read: after the header field
     # "Connection: close" http.client closes the socket itself too early.
-    with sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
+    with connection.sock.makefile("rb", 0), contextlib.ExitStack() as on_failure:
         on_failure.callback(connection.close)
         response = _get_response(connection, request, deadline)
         reader, body = cast(_DeadlineReader, response.fp.raw), b""
@@ -3274,24 +3256,19 @@ class HttpPool:
     """Sends requests, and keeps their connections for later requests."""
 
     def __init__(self, urls: Iterable[str]) -> None:
-        """Prepare for requests to the hosts of these URLs."""
         # Loading the system's certificates takes time: skip it if all URLs are plain http.
         self._context = (ssl.create_default_context()
                          if any(url.startswith("https:") for url in urls) else None)
         self._idle: dict[str, list[IdleConnection]] = collections.defaultdict(list)
 
     async def send(self, request: HttpRequest, deadline: float) -> HttpResponse:
-        """Send a request and return its response. Raises UpstreamUnavailable.
-
-        If an idle connection ends before the request is sent, use a new connection.
-        """
-        origin = _origin(request.url)
+        """Send a request and return its response. Raises UpstreamUnavailable."""
         try:
-            if idle := self._take_idle(origin):
-                with contextlib.suppress(RequestNotSent):
+            if idle := self._take_idle(_origin(request.url)):
+                with contextlib.suppress(RequestNotSent):       # then open a connection
                     return await self._send_in_thread(idle, request, deadline)
             connection = await result_before(deadline, run_in_thread(
-                functools.partial(connect, origin, self._context, deadline)))
+                connect, request.url, self._context, deadline))
             return await self._send_in_thread(connection, request, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UpstreamUnavailable(str(error) or type(error).__name__) from None
@@ -3315,8 +3292,7 @@ class HttpPool:
                               request: HttpRequest, deadline: float) -> HttpResponse:
         """Run send_and_receive() in a thread, and keep the connection if it is open."""
         sock = connection.sock          # the thread can set connection.sock to None
-        future = run_in_thread(functools.partial(
-            send_and_receive, connection, request, deadline))
+        future = run_in_thread(send_and_receive, connection, request, deadline)
         try:
             return await result_before(deadline + GRACE, future)
         except asyncio.CancelledError:
@@ -3379,7 +3355,7 @@ def _origin(url: str) -> str:
 #
 #     secret              to Entra ID, with the client secret
 #     workload-identity   to Entra ID, with the token of Kubernetes in a file
-#     managed-identity    to IMDS or App Service, in the local network, without a proxy
+#     managed-identity    to IMDS (virtual machines) or App Service; local, without a proxy
 #
 # Microsoft, "How to use managed identities for Azure resources", "... App Service".
 
@@ -3426,8 +3402,7 @@ def read_secret(path: str) -> str:
 class Tokens:
     """A cache of access tokens, in which requests for the same token share one fetch.
 
-    Keys hold a keyed hash of the secret. A wrong secret therefore cannot get the token of
-    the right one, and the cache holds no secrets.
+    Keys hold a keyed hash of the secret: no secret is kept, and a wrong one gets no token.
     """
 
     def __init__(self, config: Config, pool: HttpPool,
@@ -3440,14 +3415,11 @@ class Tokens:
 
     async def get(self, application: Application, deadline: float,
                   resource: str = "") -> str:
-        """Return an access token, by default for Graph.
-
-        Raises AuthError if the client's credential is refused, otherwise TemporaryError.
-        """
+        """Return a token, by default for Graph. Raises AuthError and TemporaryError."""
         try:
             return await self._get(application, deadline, resource)
         except AuthError as error:
-            if not application.relay_holds_secret:
+            if not application.relay_holds_secret:      # the client's credential
                 raise
             raise TemporaryError(
                 f"The relay's own credential was refused: {error.reply.text}", 451, "4.7.0",
@@ -3461,8 +3433,7 @@ class Tokens:
             raise _without_traceback(result)
         if result:
             return result
-        fetch = self._fetches.get(key)      # with the deadline of its first caller
-        if not fetch:
+        if not (fetch := self._fetches.get(key)):   # it has its first caller's deadline
             fetch = asyncio.ensure_future(self._fetch(key, application, deadline))
             self._fetches[key] = fetch
             fetch.add_done_callback(functools.partial(self._on_fetched, key))
@@ -3491,8 +3462,7 @@ class Tokens:
             response = await self._identity_response(application.client, resource, deadline)
         else:
             if application.credential == "workload-identity":
-                secret = await _read_secret_in_thread(
-                    self._config.azure_federated_token_file, deadline)
+                secret = await self._read_federated_token(deadline)
             response = await self._entra_response(application, secret, resource, deadline)
         try:
             token, lifetime = parse_token(response, secret, time.time())
@@ -3501,9 +3471,18 @@ class Tokens:
             raise
         if "." in application.tenant and (tenant := parse_tenant_id(token)):    # a domain
             self._tenants.put(application.tenant, tenant, MAX_TOKEN_LIFETIME)
-            key = self._key(application, resource)
-        self._results.put(key, token, lifetime)
+        self._results.put(self._key(application, resource), token, lifetime)
         return token
+
+    async def _read_federated_token(self, deadline: float) -> str:
+        """Return the token of Kubernetes; its disk can hang. Raises TemporaryError."""
+        path = self._config.azure_federated_token_file
+        try:
+            return await result_before(deadline, run_in_thread(read_secret, path))
+        except (TimeoutError, ValueError) as error:
+            problem = str(error)
+        raise TemporaryError("The relay's own credential cannot be read; see the log",
+                             facts={"problem": f"{path}: {problem}"}, level=logging.ERROR)
 
     async def _entra_response(self, application: Application, secret: str, resource: str,
                               deadline: float) -> HttpResponse:
@@ -3523,14 +3502,10 @@ class Tokens:
 
     async def _identity_response(self, client: str, resource: str,
                                  deadline: float) -> HttpResponse:
-        """Request a token of a managed identity. Raises TemporaryError.
-
-        App Service sets IDENTITY_ENDPOINT and IDENTITY_HEADER. Otherwise the request goes
-        to IMDS, the metadata service of virtual machines.
-        """
+        """Request a token of a managed identity. Raises TemporaryError."""
         config, version, headers = self._config, "2018-02-01", {"Metadata": "true"}
         url = f"{config.azure_pod_identity_authority_host}/metadata/identity/oauth2/token"
-        if config.identity_endpoint and config.identity_header:
+        if config.identity_endpoint and config.identity_header:     # set by App Service
             try:
                 url, version = local_http_url(config.identity_endpoint), "2019-08-01"
             except ValueError as error:
@@ -3564,17 +3539,6 @@ class Tokens:
                 application.credential, resource or self._config.graph_endpoint, digest)
 
 
-async def _read_secret_in_thread(path: str, deadline: float) -> str:
-    """Return the secret in a file whose disk can hang. Raises TemporaryError."""
-    try:
-        return await result_before(deadline, run_in_thread(
-            functools.partial(read_secret, path)))
-    except (TimeoutError, ValueError) as error:
-        problem = str(error)
-    raise TemporaryError("The relay's own credential cannot be read; see the log", facts={
-        "problem": f"{path}: {problem}"}, level=logging.ERROR)
-
-
 def _without_traceback(error: AuthError) -> AuthError:
     """Return a copy of an error without its traceback, whose frames hold the secret."""
     return AuthError(error.reply.text, facts=error.facts, level=error.level)
@@ -3588,7 +3552,6 @@ def _without_traceback(error: AuthError) -> AuthError:
 
 AZURE_RETRY_DELAYS = (1.0, 3.0)     # seconds before Azure is asked again
 TABLE_CACHE_TTL = 60.0          # seconds; a change in the table takes effect after it
-STORAGE = "https://storage.azure.com"       # the resource of a token for Azure Storage
 _NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")      # characters that Azure forbids
 
 
@@ -3597,19 +3560,13 @@ class AzureClient:
 
     def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
         self._application = relay_identity(config)
-        self._pool = pool
-        self._tokens = tokens
+        self._pool, self._tokens = pool, tokens
 
     async def get(self, url: str, resource: str, headers: Mapping[str, str],
                   deadline: float) -> HttpResponse:
-        """Send a GET request, with a token if `resource` is not "".
-
-        If the service does not accept the token, retry once with a new token. Raises
-        TemporaryError.
-        """
+        """Send a GET request, with a token if `resource` is set. Raises TemporaryError."""
         headers = {**headers, "User-Agent": USER_AGENT}
         for _ in ("first token", "new token"):
-            token = ""
             if resource:
                 token = await self._tokens.get(self._application, deadline, resource)
                 headers["Authorization"] = f"Bearer {token}"
@@ -3617,8 +3574,7 @@ class AzureClient:
                 HttpRequest("GET", url, headers), deadline, AZURE_RETRY_DELAYS)
             code = response.headers.get("x-ms-error-code")
             # For a token that has expired, Tables sends 403 with this code.
-            is_stale = response.status == 401 or code == "AuthenticationFailed"
-            if not (is_stale and token):
+            if not resource or (response.status != 401 and code != "AuthenticationFailed"):
                 break
             self._tokens.forget(self._application, token, resource)
         return response
@@ -3629,8 +3585,7 @@ class AccountsTable:
 
     def __init__(self, config: Config, azure: AzureClient,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._azure = azure
-        self._partition = config.azure_tables_partition_key
+        self._azure, self._partition = azure, config.azure_tables_partition_key
         self._url, _, self._sas = config.azure_tables_url.partition("?")
         # A tuple of one, because the cache cannot store None for "no such account".
         self._cache: Cache[tuple[str, ...], tuple[Account | None]] = Cache(clock)
@@ -3647,19 +3602,17 @@ class AccountsTable:
     async def find_application(self, tenant: str, client: str,
                                deadline: float) -> Account | None:
         """Return an account with this application. Raises TemporaryError."""
-        return await self._find("", "()", _filter(
-            PartitionKey=[self._partition], tenant_id=_spellings(tenant),
-            client_id=_spellings(client)), deadline)
+        query = self._filter(tenant_id=_spellings(tenant), client_id=_spellings(client))
+        return await self._find("", "()", query, deadline)
 
     async def check(self, deadline: float) -> None:
         """Raise TemporaryError if the table cannot be read."""
-        await self._query("()", _filter(PartitionKey=[self._partition]), deadline)
+        await self._query("()", self._filter(), deadline)
 
     async def _find(self, name: str, path: str, query: Mapping[str, str],
                     deadline: float) -> Account | None:
         key = (path, *query.values())
-        cached = self._cache.get(key)
-        if not cached:
+        if not (cached := self._cache.get(key)):
             entity = await self._query(path, query, deadline)
             cached = (None if entity is None else parse_table_account(entity, name),)
             self._cache.put(key, cached, TABLE_CACHE_TTL)
@@ -3667,24 +3620,22 @@ class AccountsTable:
 
     async def _query(self, path: str, query: Mapping[str, str],
                      deadline: float) -> dict[str, Any] | None:
-        text = urllib.parse.urlencode(
-            {**query, "$select": "tenant_id,client_id,from_email"}, safe="$",
-            quote_via=urllib.parse.quote)
+        query = {**query, "$select": "tenant_id,client_id,from_email"}
+        text = urllib.parse.urlencode(query, safe="$", quote_via=urllib.parse.quote)
         return parse_entity(await self._azure.get(
             f"{self._url}{path}?{text}{self._sas and '&'}{self._sas}",
-            "" if self._sas else STORAGE,
+            "" if self._sas else "https://storage.azure.com",
             {"Accept": "application/json;odata=nometadata",
              "DataServiceVersion": "3.0;NetFx", "x-ms-version": "2020-12-06",
              "x-ms-date": email.utils.formatdate(usegmt=True)}, deadline))
 
-
-def _filter(**columns: Iterable[str]) -> dict[str, str]:
-    """Make a query for one entity whose columns have one of the given values each."""
-    conditions = []
-    for name, values in columns.items():
-        quoted = ("'" + value.replace("'", "''") + "'" for value in values)
-        conditions.append("(" + " or ".join(f"{name} eq {value}" for value in quoted) + ")")
-    return {"$filter": " and ".join(conditions), "$top": "1"}
+    def _filter(self, **columns: Iterable[str]) -> dict[str, str]:
+        """Make a query for one entity whose columns have one of the given values each."""
+        conditions = []
+        for name, values in {"PartitionKey": [self._partition], **columns}.items():
+            terms = (f"{name} eq '" + value.replace("'", "''") + "'" for value in values)
+            conditions.append("(" + " or ".join(terms) + ")")
+        return {"$filter": " and ".join(conditions), "$top": "1"}
 
 
 def _spellings(value: str) -> Iterable[str]:
@@ -3711,8 +3662,7 @@ DUMMY_HASH = f"scrypt${'A' * 22}${'A' * 43}"    # no password has this hash
 
 def has_tls_version(version: str) -> bool:
     """Return whether the OpenSSL of this Python has a TLS version."""
-    name = f"HAS_TLSv{version}".replace(".0", "").replace(".", "_")
-    return bool(getattr(ssl, name, True))
+    return getattr(ssl, "HAS_TLSv" + version.replace(".0", "").replace(".", "_"), True)
 
 
 class AccountsFile:
@@ -3734,14 +3684,12 @@ class AccountsFile:
         try:
             text = pathlib.Path(path).read_text("utf-8-sig")
         except (OSError, UnicodeError) as error:    # UnicodeError quotes the file's text
-            problem = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: "
-                              f"{problem}") from None
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise ConfigError(f"ACCOUNTS_FILE={path!r}: cannot be read: {reason}") from None
         accounts, errors = parse_accounts(text, self._config)
         secrets_by_path = {"": ""}
         for account in accounts:
-            version = account.tls_min_version
-            if not has_tls_version(version):
+            if not has_tls_version(version := account.tls_min_version):
                 errors.append(f"[{account.name}] tls_min_version = {version}: must be a "
                               "version that the OpenSSL of this Python has")
             name = account.client_secret_file
@@ -3789,7 +3737,7 @@ class AccountsFile:
             self._reload.clear()
             try:
                 # Without a deadline: if the disk hangs, only this task waits.
-                if await run_in_thread(functools.partial(self._poll, is_requested)):
+                if await run_in_thread(self._poll, is_requested):
                     log_event(logging.INFO, "-", "accounts-loaded",
                               accounts=len(list(self.accounts)))
                     logged = ""
@@ -3804,12 +3752,9 @@ class AccountsFile:
             logged = problem
 
     def _poll(self, is_requested: bool) -> bool:
-        """Load the files if requested, or if two polls saw the same change.
-
-        A file that changes between two polls may be half written. Return whether the files
-        were loaded.
-        """
+        """Load the files if requested or changed. Return whether they were loaded."""
         states = {path: _file_state(path) for path in self._loaded}
+        # A file that changes between two polls may be half written.
         is_settled, self._polled = states == self._polled, states
         if not is_requested and (states == self._loaded or not is_settled):
             return False
@@ -3855,10 +3800,7 @@ class LoginLimiter:
 
 
 def client_prefix(address: IpAddress | None) -> bytes:
-    """Return the bytes that identify a client: an IPv4 address, or a /64 of IPv6.
-
-    A provider usually assigns a whole /64 to a customer, so its addresses are one client.
-    """
+    """Return an IPv4 address, or the /64 of an IPv6 address: a customer has a whole /64."""
     return address.packed[:8] if address else b""
 
 
@@ -3868,12 +3810,9 @@ class Authenticator:
     def __init__(self, config: Config, accounts_file: AccountsFile,
                  table: AccountsTable | None, tokens: Tokens,
                  on_login: Callable[[Application], None] | None) -> None:
-        """Create it; `on_login` is the queue's, and None if there is no queue."""
-        self._config = config
-        self._accounts_file = accounts_file
-        self._table = table
-        self._tokens = tokens
-        self._on_login = on_login
+        self._config, self._tokens = config, tokens
+        self._accounts_file, self._table = accounts_file, table
+        self._on_login = on_login       # of the queue; None if there is no queue
         self._limiter = LoginLimiter()
         self._scrypt = threading.Semaphore(2)       # checks at once: each takes 32 MiB
 
@@ -3886,7 +3825,7 @@ class Authenticator:
         """Check a login. Raises AuthError, after a delay, and TemporaryError."""
         user = self._loggable_username(request.username)
         try:
-            principal = await self._check_login(request, address)
+            principal = await self._check(request, address)
         except RelayError as error:
             delay, result, facts = 0.0, "tempfail", dict(error.facts)
             if isinstance(error, AuthError):
@@ -3905,8 +3844,7 @@ class Authenticator:
                   account=principal.account.name or None)
         return principal
 
-    async def _check_login(self, request: Authenticate,
-                           address: IpAddress | None) -> Principal:
+    async def _check(self, request: Authenticate, address: IpAddress | None) -> Principal:
         deadline = time.monotonic() + self._config.upstream_timeout
         self._limiter.check(address)
         try:
@@ -3926,45 +3864,38 @@ class Authenticator:
 
     async def _find_principal(self, request: Authenticate, address: IpAddress | None,
                               deadline: float) -> Principal:
-        """Check everything but a secret that Entra ID must check.
-
-        Raises AuthError and TemporaryError.
-        """
-        name = lookup_name(request.username, self._config.username_delimiter)
+        """Check all but a secret of Entra ID. Raises AuthError and TemporaryError."""
+        username, password = request.username, request.password
+        name = lookup_name(username, self._config.username_delimiter)
         accounts = self._accounts_file.accounts
-        account = (accounts.find(request.username)
-                   or (accounts.find(name) if name else None)
-                   or await self._find_elsewhere(request.username, name, deadline))
+        account = (accounts.find(username) or (accounts.find(name) if name else None)
+                   or await self._find_elsewhere(username, name, deadline))
         problem = ""
         if account is None:
             problem = "there is no such account"
         elif not account.allows_address(address):
             problem = "not from its networks"
         elif not account.has_credential:        # Entra ID will check the password
-            if request.password:
-                return account.as_principal(self._config, request.password,
-                                            request.username)
+            if password:
+                return account.as_principal(self._config, password, username)
             if not account.name:
                 raise AuthError("The password is empty; it must be the client secret")
             problem = "the password is empty"
-        # From here every login costs one scrypt. So its time does not tell whether the
-        # account exists.
+        # Now every login costs one scrypt, or its time would tell if the account exists.
         hashed = account.password if account else ""
-        is_right = await self._verify_password(request.password, hashed or DUMMY_HASH,
-                                               address, deadline)
+        is_right = await self._verify(password, hashed or DUMMY_HASH, address, deadline)
         if account is None or problem or not is_right:
-            raise AuthError(
-                "Authentication credentials invalid; the relay's log says why",
-                facts={"account": account.name if account else None, "problem":
-                       problem or ("wrong password" if hashed else "it has no password")})
-        return account.as_principal(self._config, username=request.username)
+            problem = problem or ("wrong password" if hashed else "it has no password")
+            raise AuthError("Authentication credentials invalid; the relay's log says why",
+                            facts={"account": account and account.name, "problem": problem})
+        return account.as_principal(self._config, username=username)
 
     async def _find_elsewhere(self, username: str, name: str | None,
                               deadline: float) -> Account | None:
         """Find an account that is not in ACCOUNTS_FILE: in the table or the user name."""
-        config = self._config
+        config, table = self._config, self._table
         if name is not None:
-            return await self._table.find(name, deadline) if self._table else None
+            return await table.find(name, deadline) if table else None
         try:
             tenant, client = parse_username(username, config.username_delimiter)
         except AuthError:
@@ -3975,14 +3906,13 @@ class Authenticator:
             raise AuthError("This tenant may not log in here; see ALLOWED_TENANTS")
         if not config.must_have_account:
             return Account("", tenant, client)
-        account = (await self._table.find_application(tenant, client, deadline)
-                   if self._table else None)
+        account = await table.find_application(tenant, client, deadline) if table else None
         if account is None:
             raise AuthError("Only accounts that the relay knows may log in")
         return account
 
-    async def _verify_password(self, password: str, hashed: str, address: IpAddress | None,
-                               deadline: float) -> bool:
+    async def _verify(self, password: str, hashed: str, address: IpAddress | None,
+                      deadline: float) -> bool:
         def verify() -> bool:
             with self._scrypt:
                 time_left(deadline)                 # the client may no longer wait
