@@ -251,11 +251,11 @@ class StartError(Exception):
 # §2  Configuration
 #
 # A field of Config is a setting. Its environment variable is the field name in upper case.
-# These fields are the only list of settings: --help and the table of the README are
-# generated from it. A default is text and is parsed like a value from the environment.
+# These fields are the only list of settings: --help and the table of the README come from
+# it. A default is text and is parsed like a value from the environment.
 #
-# This section does no I/O. What only the system knows is therefore checked where the
-# setting is used: users (RUN_AS), ciphers (TLS_CIPHER_SUITE), versions (TLS_MIN_VERSION).
+# This section does no I/O. What only the system knows is checked where the setting is used:
+# users (RUN_AS), ciphers (TLS_CIPHER_SUITE), versions (TLS_MIN_VERSION).
 
 GRAPH_REQUEST_LIMIT = 4_194_304     # bytes, the limit of Graph
 GRAPH_MESSAGE_LIMIT = 3_145_728     # bytes; base64 makes GRAPH_REQUEST_LIMIT of them
@@ -263,6 +263,10 @@ EXCHANGE_LIMIT = 157_286_400        # bytes, the highest limit that a mailbox ca
 # A proxy has an optional user and password, a host, and an optional port.
 _PROXY = re.compile(r"(?:http://)?(?:[^/?#\s]*@)?(?:\[[0-9A-Fa-f:.]+\]|[^][/?#@:\s]+)"
                     r"(?::[0-9]{1,5})?/?")
+_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.I)
+_SHORT_UUID = re.compile("[A-Za-z0-9_-]{22}(?:==)?")
+_DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*",
+                          re.I | re.A)
 
 
 class Cloud(NamedTuple):
@@ -291,17 +295,13 @@ def _mask_url(url: str) -> str:
 
 
 def _mask_all(secret: str) -> str:
-    """Mask a whole value."""
     return "***"
 
 
 class Setting(NamedTuple):
-    """How to parse, explain and print a setting.
+    """How to parse, explain and print a setting."""
 
-    `parse` raises ValueError for an invalid value. The error text follows "must be".
-    """
-
-    parse: Callable[[str], Any]
+    parse: Callable[[str], Any]     # raises ValueError, whose text follows "must be"
     default: str
     help: str
     show: Callable[[str], str] = str
@@ -309,10 +309,7 @@ class Setting(NamedTuple):
 
 def setting(parse: Callable[[str], Any], default: str, text: str,
             show: Callable[[str], str] = str) -> Any:
-    """Declare a dataclass field as a setting, with `text` for --help and the README.
-
-    A value with a `show` of its own is a secret and does not appear in the repr.
-    """
+    """Declare a field as a setting; one with a `show` is a secret, which the repr omits."""
     return field(default_factory=lambda: parse(default), repr=show is str,
                  metadata={"setting": Setting(parse, default, text, show)})
 
@@ -328,13 +325,13 @@ def _optional(parse: Callable[[str], Any], empty: Any = "") -> Callable[[str], A
     return lambda text: parse(text) if text else empty
 
 
-def _comma_separated(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+def _list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """Accept values separated by commas or white space, and drop repeated values."""
     def parse_all(text: str) -> tuple[Any, ...]:
-        values = tuple(parse(word) for word in re.split(r"[,\s]+", text) if word)
+        values = dict.fromkeys(parse(word) for word in re.split(r"[,\s]+", text) if word)
         if text and not values:
             raise ValueError("values, or empty")
-        return tuple(dict.fromkeys(values))
+        return tuple(values)
     return parse_all
 
 
@@ -344,6 +341,16 @@ def _matching(pattern: str, accepted: str) -> Callable[[str], str]:
         if re.fullmatch(pattern, text):
             return text
         raise ValueError(accepted)
+    return parse
+
+
+def _choice(*accepted: str) -> Callable[[str], str]:
+    """Accept some words in any case, and return them as they are spelled here."""
+    def parse(text: str) -> str:
+        for value in accepted:
+            if text.lower() == value.lower():
+                return value
+        raise ValueError("one of " + " ".join(accepted))
     return parse
 
 
@@ -363,23 +370,11 @@ _text = _matching("[ -~]*", "printable ASCII text")
 _utf8 = _matching("[^\ud800-\udfff]*", "text in UTF-8")
 _HOST_NAME = "[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 _host_name = _matching(_HOST_NAME, "a host name such as relay.example.com")
+_tls_version = _choice("1.0", "1.1", "1.2", "1.3")
 _user = _matching("[ -9;-~]+", "the name of a user of this system, or empty")
 _ciphers = _matching("[ -~]+", "an OpenSSL cipher list that names a known cipher")
 _vault_name = _matching("[0-9A-Za-z-]{1,127}(/[0-9A-Za-z]{1,64})?",
                         "the name of a certificate: letters, digits and hyphens")
-
-
-def _choice(*accepted: str) -> Callable[[str], str]:
-    """Accept some words in any case, and return them as they are spelled here."""
-    def parse(text: str) -> str:
-        for value in accepted:
-            if text.lower() == value.lower():
-                return value
-        raise ValueError("one of " + " ".join(accepted))
-    return parse
-
-
-_tls_version = _choice("1.0", "1.1", "1.2", "1.3")
 
 
 def _boolean(text: str) -> bool:
@@ -448,17 +443,8 @@ def local_http_url(text: str) -> str:
     return text.rstrip("/") if parts.path == "/" else text
 
 
-_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.I)
-_SHORT_UUID = re.compile("[A-Za-z0-9_-]{22}(?:==)?")
-_DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*",
-                          re.I | re.A)
-
-
 def decode_uuid(text: str) -> str | None:
-    """Return a UUID in lower case; the text may be its base64url form.
-
-    Returns None if the text is not a UUID.
-    """
+    """Return a UUID, given in full or in base64url, in lower case; else return None."""
     if _UUID.fullmatch(text):
         return text.lower()
     if _SHORT_UUID.fullmatch(text):
@@ -473,7 +459,7 @@ def encode_uuid(text: str) -> str:
 
 def parse_tenant(text: str) -> str:
     """Parse a tenant: a UUID in either form, or a domain. Raises ValueError."""
-    tenant = decode_uuid(text) or (text.lower() if _DOMAIN_NAME.fullmatch(text) else None)
+    tenant = text.lower() if _DOMAIN_NAME.fullmatch(text) else decode_uuid(text)
     if tenant is None:
         raise ValueError("the ID of a tenant, or one of its domains")
     return tenant
@@ -481,10 +467,9 @@ def parse_tenant(text: str) -> str:
 
 def parse_client(text: str) -> str:
     """Parse a client ID: a UUID in either form. Raises ValueError."""
-    client = decode_uuid(text)
-    if client is None:
-        raise ValueError("the ID of an application (client)")
-    return client
+    if client := decode_uuid(text):
+        return client
+    raise ValueError("the ID of an application (client)")
 
 
 @dataclass(frozen=True)
@@ -501,8 +486,7 @@ class Config:
     server_greeting: str = setting(
         _text, "Microsoft Graph SMTP OAuth Relay", "Text in the greeting.")
     run_as: str = setting(
-        _optional(_user), "", "User to switch to after opening the ports and reading the "
-        "TLS key. Empty: do not switch.")
+        _optional(_user), "", "User to run as, once the relay has its ports and TLS key.")
     log_level: str = setting(
         _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "INFO",
         "Minimum log level. DEBUG shows the SMTP dialogue without secrets.")
@@ -511,28 +495,22 @@ class Config:
     tls_source: str = setting(
         _choice("file", "keyvault", "off"), "file", "Source of the relay's certificate. "
         "`file`: PEM files. `keyvault`: Azure Key Vault. `off`: no TLS.")
-    tls_cert_filepath: str = setting(
-        str, "certs/cert.pem", "PEM file of the certificate and its intermediates.")
-    tls_key_filepath: str = setting(
-        str, "certs/key.pem", "PEM file of the certificate's private key.")
-    tls_min_version: str = setting(
-        _tls_version, "1.2", "Minimum TLS version. Old printers need 1.0.")
-    tls_cipher_suite: str = setting(
-        _optional(_ciphers), "", "OpenSSL cipher list. Empty: OpenSSL's default.")
-    require_tls: bool = setting(
-        _boolean, "true", "`true`: devices must use TLS to log in and to send.")
+    tls_cert_filepath: str = setting(str, "certs/cert.pem", "PEM file: certificate chain.")
+    tls_key_filepath: str = setting(str, "certs/key.pem", "PEM file: its private key.")
+    tls_min_version: str = setting(_tls_version, "1.2", "Minimum. Old printers need 1.0.")
+    tls_cipher_suite: str = setting(_optional(_ciphers), "", "OpenSSL list or its default.")
+    require_tls: bool = setting(_boolean, "true", "`true`: logins and messages need TLS.")
 
     # Logins and endpoints
     username_delimiter: str = setting(
         _choice("@", ":", "|"), "@", "Character between tenant and client in a user name.")
-    accounts_file: str = setting(
-        str, "", "INI file of accounts: short names, networks without login, and more.")
+    accounts_file: str = setting(str, "", "INI file of accounts, by name or by network.")
     accounts_required: bool = setting(
         _boolean, "false", "`true`: TENANT@CLIENT can log in only if the Azure table lists "
         "it. The relay starts only if it can read the table.")
     allowed_tenants: tuple[str, ...] = setting(
-        _comma_separated(parse_tenant), "", "Tenants that may log in as TENANT@CLIENT, "
-        "separated by commas. Write each as the devices do (ID or domain). Empty: all.")
+        _list_of(parse_tenant), "", "Tenants that may log in as TENANT@CLIENT, separated "
+        "by commas. Write each as the devices do (ID or domain). Empty: all.")
     azure_cloud: str = setting(
         _choice(*CLOUDS), "global", "Microsoft cloud: global, usgov, usgov-dod or china. "
         "Sets the defaults of AZURE_AUTHORITY_HOST and GRAPH_ENDPOINT.")
@@ -544,25 +522,20 @@ class Config:
     # Azure
     azure_tables_url: str = setting(
         _optional(_table_url), "", "Azure table of accounts. A SAS is optional.", _mask_url)
-    azure_tables_partition_key: str = setting(
-        _utf8, "user", "PartitionKey of the accounts in the Azure table.")
+    azure_tables_partition_key: str = setting(_utf8, "user", "PartitionKey of accounts.")
     azure_tables_force_usage: bool = setting(
         _boolean, "false", "`true`: same as ACCOUNTS_REQUIRED=true.")
     azure_key_vault_url: str = setting(
         _optional(_endpoint), "", "Key Vault that holds the certificate.", _mask_url)
     azure_key_vault_cert_name: str = setting(
         _optional(_vault_name), "", "Name of the certificate in Key Vault.")
-    azure_tenant_id: str = setting(
-        _optional(parse_tenant), "", "Tenant of the relay's own identity in Azure.")
+    azure_tenant_id: str = setting(_optional(parse_tenant), "", "The relay's own tenant.")
     azure_client_id: str = setting(
         _optional(parse_client), "", "Application or user-assigned identity of the relay.")
     azure_client_secret: str = setting(_utf8, "", "Secret of AZURE_CLIENT_ID.", _mask_all)
-    azure_federated_token_file: str = setting(
-        str, "", "Token file of a workload identity. Kubernetes sets it.")
-    identity_endpoint: str = setting(
-        str, "", "Managed identity. App Service and Container Apps set it.", _mask_url)
-    identity_header: str = setting(
-        _text, "", "Secret of IDENTITY_ENDPOINT. Azure sets both.", _mask_all)
+    azure_federated_token_file: str = setting(str, "", "Token file that Kubernetes sets.")
+    identity_endpoint: str = setting(str, "", "Managed identity. Azure sets it.", _mask_url)
+    identity_header: str = setting(_text, "", "Secret for IDENTITY_ENDPOINT.", _mask_all)
     azure_pod_identity_authority_host: str = setting(
         local_http_url, "http://169.254.169.254", "Managed identity of VMs.", _mask_url)
 
@@ -577,38 +550,30 @@ class Config:
         _choice("strip", "keep"), "strip", "Addresses in To, Cc and Bcc that are not "
         "recipients. `strip`: remove them. `keep`: Microsoft sends the message there too.")
     large_messages: str = setting(
-        _choice("upload", "refuse"), "upload",
-        f"Messages above 3 MB ({GRAPH_MESSAGE_LIMIT} bytes). `upload`: upload their "
-        "attachments, which needs the permission Mail.ReadWrite. `refuse`: refuse them.")
+        _choice("upload", "refuse"), "upload", "Messages above 3 MB. `upload`: send them "
+        "as drafts, which needs the permission Mail.ReadWrite. `refuse`: refuse them.")
 
     # Queue
     spool_directory: str = setting(
-        str, "", "Queue directory for messages that Microsoft cannot accept now. The relay "
-        "sends them later. Empty: no queue, devices must retry.")
-    spool_lifetime: int = setting(
-        _integer(1, 10 ** 8), "172800", "Time limit for retries in the queue directory.")
-    spool_max_bytes: int = setting(
-        _size, "1073741824", "Maximum size of the queue directory. Failed messages count.")
+        str, "", "Queue directory of messages to send later. Empty: devices must retry.")
+    spool_lifetime: int = setting(_integer(1, 10 ** 8), "172800", "Time limit for retries.")
+    spool_max_bytes: int = setting(_size, "1073741824", "Maximum size of the directory.")
     duplicate_window: int = setting(
-        _integer(0, 86400), "900", "How long an accepted message with Message-ID and Date "
-        "is remembered, so that a duplicate is not sent again. 0: disabled.")
+        _integer(0, 86400), "900", "How long a duplicate is accepted but not sent. 0: off.")
 
     # Limits
     max_message_size: int = setting(
-        _integer(1000, EXCHANGE_LIMIT), "36700160",
-        "Maximum size of a message. Exchange limits a mailbox to 35 MB by default.")
+        _integer(1000, EXCHANGE_LIMIT), "36700160", "Maximum. Exchange's default is 35 MB.")
     max_memory_for_messages: int = setting(
         _size, "268435456", "Maximum total size of the messages in memory.")
     max_recipients: int = setting(_count, "500", "Maximum recipients of a message.")
     max_connections: int = setting(_count, "1000", "Maximum number of connections.")
     max_connections_per_client: int = setting(
         _count, "100", "Maximum number of connections from an IPv4 address or IPv6 /64.")
-    client_timeout: float = setting(
-        _seconds, "300", "Time limit for devices to send a command or 64 KiB of a message.")
+    client_timeout: float = setting(_seconds, "300", "Time limit for a command or 64 KiB.")
     upstream_timeout: float = setting(
         _seconds, "60", "Time limit for a login or a message at Microsoft, with retries.")
-    shutdown_timeout: float = setting(
-        _seconds, "25", "Time limit for messages in transit when the relay is stopped.")
+    shutdown_timeout: float = setting(_seconds, "25", "Time limit for messages in transit.")
 
     @property
     def size_limit(self) -> int:
@@ -629,11 +594,7 @@ class Config:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
-        """Read the settings.
-
-        Raises ConfigError with all invalid values, or with all conflicts if there are no
-        invalid values.
-        """
+        """Read the settings. Raises ConfigError with all invalid values, else conflicts."""
         values, errors = {}, []
         cloud = CLOUDS.get(environ.get("AZURE_CLOUD", "").strip().lower(), CLOUDS["global"])
         defaults = {"AZURE_AUTHORITY_HOST": cloud.authority, "GRAPH_ENDPOINT": cloud.graph}
@@ -697,9 +658,8 @@ def settings_help() -> str:
 # "TO:", a path may lack its angle brackets, and the argument of EHLO may be anything.
 # The constants have the names of the productions in the RFC.
 
-# The classes list the characters that are not allowed, because compiling the allowed ranges
-# of UTF-8 doubles the time that the program needs to start. _NO_UTF8 has the C1 controls,
-# the line separators and bidirectional overrides, and the surrogates.
+# The classes list forbidden characters, because compiling the allowed ranges of UTF-8 would
+# double the start time. _NO_UTF8: C1, line separators, bidi overrides, surrogates.
 _NO_UTF8 = "\x7f-\xa0\u2028-\u202e\ud800-\udfff"
 _ATOM = rf'[^\x00- "(),.:;<>@\[\\\]{_NO_UTF8}]+'
 _DOT_STRING = rf"{_ATOM}(?:\.{_ATOM})*"
@@ -719,10 +679,9 @@ _BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3
 
 
 def parse_path(argument: str, keyword: str) -> tuple[str, dict[str, str | None]]:
-    """Parse "FROM:<path> parameters" into the mailbox and the parameters.
+    """Parse "FROM:<path> parameters" into the mailbox ("" for "<>") and the parameters.
 
-    The mailbox is "" for the null path "<>". A source route is ignored, RFC 5321 section
-    4.1.1.3. Raises ProtocolError.
+    A source route is ignored, RFC 5321 section 4.1.1.3. Raises ProtocolError.
     """
     status, party = ("5.1.7", "sender") if keyword == "FROM:" else ("5.1.3", "recipient")
     if argument[:len(keyword)].upper() != keyword:
@@ -736,10 +695,7 @@ def parse_path(argument: str, keyword: str) -> tuple[str, dict[str, str | None]]
 
 
 def normalize_mailbox(mailbox: str) -> str:
-    """Normalize a mailbox for comparison.
-
-    Case is ignored, and so are quotes that are not necessary, RFC 5321 section 4.1.2.
-    """
+    """Drop case and needless quotes, to compare mailboxes, RFC 5321 section 4.1.2."""
     local_part, _, domain = mailbox.rpartition("@")
     if local_part.startswith('"'):
         local_part = re.sub(r"\\(.)", r"\1", local_part[1:-1], flags=re.S)
@@ -777,10 +733,9 @@ def decode_base64(text: str) -> bytes:
 #     NAME               an account of ACCOUNTS_FILE
 #     NAME@lookup        the same account, or else an entry of the Azure table
 #
-# or it needs no login, because its address is in a network of an account that says
-# "authentication = optional". If several such networks contain the address, the most
-# specific network decides. require_tls and tls_min_version are decided separately, each by
-# the most specific network that sets it.
+# or it needs no login, because an account with "authentication = optional" has its network.
+# The most specific network that contains its address decides. require_tls and
+# tls_min_version are decided separately, each by the most specific network that sets it.
 
 SCRYPT_COST = 2 ** 15               # N of RFC 7914; the tests lower it
 MIN_PREFIX_LENGTH = {4: 8, 6: 7}    # of a network without login: 10.0.0.0/8, fc00::/7
@@ -865,8 +820,7 @@ class Account:
     tenant_id: str = setting(
         _optional(parse_tenant), "", "Tenant of the application: its ID or a domain.")
     client_id: str = setting(
-        _optional(parse_client), "", "The application's ID. With `managed-identity`: that "
-        "of a user-assigned identity, or empty for the system-assigned identity.")
+        _optional(parse_client), "", "ID of the application or user-assigned identity.")
     client_secret: str = setting(str, "", "The application's secret.", _mask_all)
     client_secret_file: str = setting(str, "", "File that contains the secret.")
     credential: str = setting(
@@ -876,20 +830,16 @@ class Account:
         _optional(_hash), "", "The device's password, as printed by `hash-password`. Leave "
         "it empty if the device's password is the application's secret.", _mask_all)
     from_email: str = setting(
-        _optional(_mailbox), "", "Send as this mailbox, whatever sender the device names. "
-        "The display name is kept.")
+        _optional(_mailbox), "", "Send as this mailbox, whatever sender the device names.")
     allowed_recipients: tuple[str, ...] = setting(
-        _comma_separated(_address_or_domain), "",
-        "Domains and addresses that may receive messages. Empty: all.")
+        _list_of(_address_or_domain), "", "Permitted domains and addresses. Empty: all.")
     allowed_senders: tuple[str, ...] = setting(
-        _comma_separated(_address_or_domain), "",
-        "Domains and addresses that may send messages. Empty: all.")
+        _list_of(_address_or_domain), "", "Permitted domains and addresses. Empty: all.")
     networks: tuple[Network, ...] = setting(
-        _comma_separated(_network), "", "Networks that the device must be in. Empty: any.")
+        _list_of(_network), "", "Networks that the device must be in. Empty: any.")
     authentication: str = setting(
         _choice("required", "optional"), "required",
-        "`optional`: clients in `networks` may send without login. `login` is the old name "
-        "of this key.")
+        "`optional`: clients in `networks` may send without login. Old name: `login`.")
     require_tls: bool | None = setting(
         _optional(_boolean, None), "", "`REQUIRE_TLS` for `networks`.")
     tls_min_version: str = setting(
@@ -897,10 +847,7 @@ class Account:
 
     @property
     def has_credential(self) -> bool:
-        """Return whether the relay has the credential.
-
-        Otherwise the device's password is the application's secret.
-        """
+        """Return whether the relay has the credential; else it is the device's password."""
         return bool(self.client_secret or self.client_secret_file or self.credential)
 
     def as_application(self, password: str = "") -> Application:
@@ -927,8 +874,7 @@ class Account:
 
     def allows_address(self, address: IpAddress | None) -> bool:
         """Return whether a client may log in from an address."""
-        return not self.networks or (address is not None and any(
-            address in network for network in self.networks))
+        return not self.networks or any(address in net for net in self.networks if address)
 
     def check(self, mailbox: str, key: str) -> None:
         """Raise DeliveryError if `key`, such as allowed_senders, excludes a mailbox."""
@@ -978,10 +924,7 @@ class Principal(NamedTuple):
     username: str = ""      # "" for a client that did not log in
 
     def check_reverse_path(self, mailbox: str) -> None:
-        """Raise DeliveryError if MAIL FROM may not name a mailbox.
-
-        If the From field decides which mailbox sends, sender() checks that mailbox instead.
-        """
+        """Check MAIL FROM, unless From decides: see sender(). Raises DeliveryError."""
         if mailbox and self.options.envelope_sender(mailbox):
             self.account.check(mailbox, "allowed_senders")
 
@@ -1026,8 +969,7 @@ class Accounts:
         """Return the policy for a client by its address."""
         anonymous: Account | None = None
         values = {name: getattr(config, name) for name in NETWORK_KEYS}
-        networks = [network for network in self.by_network
-                    if address and address in network]
+        networks = [net for net in self.by_network if address and address in net]
         for network in sorted(networks, key=lambda network: network.prefixlen):
             # The most specific network comes last, so that it overrides the others.
             accounts = self.by_network[network]
@@ -1050,9 +992,8 @@ def parse_address(text: str) -> IpAddress | None:
 def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]:
     """Parse an accounts file; return accounts and errors, or conflicts if no errors."""
     # DEFAULT is parsed like the other sections, so that its errors are reported once.
-    parser = configparser.ConfigParser(default_section="", delimiters=("=",),
-                                       inline_comment_prefixes=(";", "#"),
-                                       interpolation=None)
+    parser = configparser.RawConfigParser(default_section="", delimiters=("=",),
+                                          inline_comment_prefixes=(";", "#"))
     parser.SECTCRE = re.compile(r"\[\s*(?P<header>[^\]]*[^\]\s])\s*\]\s*$")
     try:
         parser.read_string(text)
@@ -1064,8 +1005,7 @@ def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]
     defaults = sections.pop("DEFAULT", {})
     errors += [f"[{name}]: must be [DEFAULT]" for name in sections
                if name.upper() == "DEFAULT"]
-    accounts = [_make_account(name, defaults, values, config)
-                for name, values in sections.items()]
+    accounts = [_make_account(*item, defaults, config) for item in sections.items()]
     if not sections:
         errors.append("the file contains no account")
     return accounts, errors or list(_account_conflicts(accounts, config))
@@ -1088,25 +1028,23 @@ def _parse_section(section: str, pairs: Iterable[tuple[str, str]],
     keys = settings_of(Account)
     values: dict[str, Any] = {}
     for name, text in pairs:
-        key = KEY_ALIASES.get(name, name)
+        key, where = KEY_ALIASES.get(name, name), f"[{section}] {name}"
         if key not in keys:
             shown = name if re.fullmatch("[a-z_]{1,40}", name) else "***"
             errors.append(f"[{section}] {shown}: unknown key")
         elif key in values:
             errors.append(f"[{section}] {key}: appears twice, also under its old name")
         elif "\n" in text and ("=" in text or key not in LIST_KEYS):
-            errors.append(f"[{section}] {name}: continues on an indented line; do not "
-                          "indent keys")
+            errors.append(f"{where}: continues on an indented line; do not indent keys")
         else:
             try:
                 values[key] = keys[key].parse(text or keys[key].default)
             except ValueError as error:
-                shown = keys[key].show(text)
-                errors.append(f"[{section}] {name} = {shown}: must be {error}")
+                errors.append(f"{where} = {keys[key].show(text)}: must be {error}")
     return values
 
 
-def _make_account(name: str, defaults: Mapping[str, Any], values: Mapping[str, Any],
+def _make_account(name: str, values: Mapping[str, Any], defaults: Mapping[str, Any],
                   config: Config) -> Account:
     """Merge a section with the defaults; any secret in it replaces all default secrets."""
     if SECRET_KEYS & values.keys():
@@ -1168,10 +1106,9 @@ def lookup_name(username: str, delimiter: str) -> str | None:
 
 
 def parse_username(username: str, delimiter: str) -> tuple[str, str]:
-    """Split "tenant@client" into tenant and client. Raises AuthError.
+    """Split "tenant@client" into tenant and client, in all their forms. Raises AuthError.
 
-    Each is a UUID or its 22 characters in base64url; the tenant may also be a domain. Text
-    after a dot in the client is ignored, because some devices require an e-mail address.
+    Text after a dot in the client is ignored: some devices require an e-mail address.
     """
     tenant, _, client = username.partition(delimiter)
     try:
@@ -1750,8 +1687,7 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 # §6  Message headers
 #
 # Graph has no envelope: it delivers to the addresses in To, Cc and Bcc. The relay therefore
-# rewrites these fields to match the recipients of the envelope exactly. With
-# HEADER_RECIPIENTS=strip
+# makes them match the recipients of the envelope exactly. With HEADER_RECIPIENTS=strip
 #
 #     an address field that              becomes
 #     names recipients only              itself, byte for byte, but with "," for ";"
@@ -1760,20 +1696,18 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 #     is a Bcc                           part of the single Bcc, which gets the recipients
 #                                        that no field names
 #
-# A field is ambiguous if it is not in one of the forms that all programs read alike. If the
-# relay and Exchange read it differently, the message could reach a stranger. If the header
-# has a malformed line, Bcc gets all recipients, because a strict reader may stop there.
+# A field is ambiguous if it is not in a form that all programs read alike. If the relay and
+# Exchange read it differently, the message could reach a stranger. If the header has a
+# malformed line, Bcc gets all recipients, because a strict reader may stop there.
 #
-# Graph also requires that From names the mailbox in the URL of the request. If From is
-# missing or empty, the relay adds it. If From names another mailbox, several or none, the
-# result depends on FROM_MISMATCH:
+# Graph also requires that From names the mailbox in the request's URL. The relay adds a
+# missing or empty From. If From names another mailbox, several or none, FROM_MISMATCH says:
 #
 #     keep        From stays, and Microsoft decides.
 #     rewrite     From gets the mailbox and keeps the display name. The old address goes to
 #                 Reply-To. A From of several addresses or none becomes X-Original-From.
 #
 # A display name with a bare "@" is quoted, because Exchange takes it for an address.
-#
 # Everything else stays byte for byte. The body is never copied, because it can have 150 MB.
 
 # A URL at the start of a line is text: no name of an address field begins like that.
@@ -1803,8 +1737,7 @@ _ENCODED_WORD = r"=\?[^?\s]{1,75}\?[bq]\?[^?]*\?="
 # A From field that is not an address list: name <mailbox>, text (name), or a name alone.
 _LOOSE_FROM = re.compile(r"(?P<name>[^<>]*)<(?P<mailbox>[^<>]*)>[^<>]*"
                          r"|[^()<>]*\((?P<comment>[^()<>]*)\)\s*|(?P<alone>[^<>]*)")
-# Top-level domains that are not on the Internet: RFC 6761, RFC 6762, RFC 8375, and usual
-# names of local networks.
+# Top-level domains not on the Internet: RFC 6761, RFC 6762, RFC 8375, usual local names.
 _LOCAL_DOMAINS = frozenset({"arpa", "corp", "example", "home", "internal", "invalid", "lan",
                             "local", "localdomain", "localhost", "test"})
 
@@ -1842,7 +1775,6 @@ class Address(NamedTuple):
     after: str              # ">" and comment
 
     def __str__(self) -> str:
-        """Return the whole address."""
         return f"{self.before}{self.mailbox}{self.after}"
 
 
@@ -1869,7 +1801,6 @@ class Header:
         return [item for item in self.fields if item.name in names]
 
     def __bytes__(self) -> bytes:
-        """Return the header with all replacements and new fields."""
         lines = [item.replacement for item in self.fields]
         # At the very top a new field would take in a first line that begins with a space.
         first = int(bool(lines) and lines[0][:1] in (b" ", b"\t"))
@@ -1878,11 +1809,10 @@ class Header:
 
 def split_header(message: bytes | bytearray, begin: int = 0,
                  end: int | None = None) -> Header:
-    """Split the header of a message, or of a part from `begin` to `end`, into its fields.
+    """Split the header of a message, or of a part of it, into fields. Raises DeliveryError.
 
     Lines end in CRLF. A malformed line does not end the header, because a lenient reader
-    would go on after it. Lines between the last field and the empty line are text. Raises
-    DeliveryError.
+    would go on after it. Lines between the last field and the empty line are text.
     """
     end = len(message) if end is None else end
     limit = min(end, begin + MAX_HEADER)
@@ -1910,9 +1840,8 @@ def split_header(message: bytes | bytearray, begin: int = 0,
 def _parse_addresses(field: Field) -> AddressList:
     """Parse an address list, RFC 5322 section 3.4; ";" counts as ",".
 
-    A field is ambiguous if it is not a list of addresses in the forms of _ADDRESS, or a
-    single group of them. An ambiguous field is safe: the relay renames it, and Bcc gets its
-    recipients.
+    A field is ambiguous unless it is a list in the forms of _ADDRESS, or a single group of
+    them. An ambiguous field is safe: the relay renames it, and Bcc gets its recipients.
     """
     value = field.value.strip(_WHITESPACE)
     ambiguous = AddressList([], is_ambiguous=True)
@@ -1937,19 +1866,13 @@ def _parse_addresses(field: Field) -> AddressList:
 
 
 def _address_field(name: bytes, addresses: Iterable[Address | str]) -> bytes:
-    """Write a field with an address on each line.
-
-    This keeps lines below 998 characters, RFC 5322 section 2.1.1.
-    """
+    """Write an address a line, for lines below 998 characters, RFC 5322 section 2.1.1."""
     value = ",\r\n ".join(map(str, addresses)).encode("utf-8", "surrogateescape")
     return name + b": " + value + b"\r\n"
 
 
 def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
-    """Make To, Cc and Bcc name the recipients; `policy` is HEADER_RECIPIENTS.
-
-    `recipients` has the mailboxes of the envelope by their normalized form.
-    """
+    """Make To, Cc and Bcc name the envelope's recipients; `policy` is HEADER_RECIPIENTS."""
     # Resent-Bcc names hidden recipients, RFC 5322 section 3.6.6.
     for header_field in header.find(b"resent-bcc"):
         header_field.replacement = b""
@@ -1988,14 +1911,8 @@ def _strip_unlisted(field: Field, parsed: AddressList,
     return lines
 
 
-FromFields = list[tuple[Field, list[Address]]]
-
-
 def _parse_from(field: Field) -> list[Address]:
-    """Parse a From or Reply-To field, also in forms that are not an address list.
-
-    This is safe because Graph does not deliver to these fields.
-    """
+    """Parse From or Reply-To in any form, which is safe: Graph does not deliver there."""
     parsed = _parse_addresses(field)
     if not parsed.is_ambiguous:
         return parsed.addresses
@@ -2009,7 +1926,7 @@ def _parse_from(field: Field) -> list[Address]:
     return [Address(key, mailbox if key else "", f"{name} <".lstrip(), ">")]
 
 
-def edit_from(header: Header, fields: FromFields, mailbox: str,
+def edit_from(header: Header, fields: list[tuple[Field, list[Address]]], mailbox: str,
               principal: Principal) -> None:
     """Make From agree with the sending mailbox, as FROM_MISMATCH says."""
     if not any(authors for _, authors in fields):
@@ -2029,7 +1946,8 @@ def edit_from(header: Header, fields: FromFields, mailbox: str,
             header_field.replacement = _address_field(header_field.label, authors)
 
 
-def _rewrite_from(header: Header, fields: FromFields, mailbox: str, login: str) -> None:
+def _rewrite_from(header: Header, fields: list[tuple[Field, list[Address]]], mailbox: str,
+                  login: str) -> None:
     """Replace the From address; move the old one to Reply-To if it looks deliverable."""
     (first, authors), *others = fields
     author = authors[0]._replace(mailbox=mailbox) if authors else mailbox
@@ -2045,10 +1963,7 @@ def _rewrite_from(header: Header, fields: FromFields, mailbox: str, login: str) 
 
 
 def _is_deliverable(mailbox: str, login: str) -> bool:
-    """Return whether a reply to a mailbox can arrive.
-
-    It cannot arrive at the login of a device, nor at a host such as @printer.
-    """
+    """Return whether a reply can arrive: not at a device's login or at @printer."""
     domain = mailbox.rpartition("@")[2].lower()
     top = domain.rpartition(".")[2]
     return ("." in domain and not domain.endswith("]") and not top.isdigit()
@@ -2056,10 +1971,7 @@ def _is_deliverable(mailbox: str, login: str) -> bool:
 
 
 def _quote_name(name: str) -> str:
-    """Write a display name as quoted strings.
-
-    Encoded words stay outside, because they have no meaning in quotes, RFC 2047 section 5.
-    """
+    """Quote a display name, but not its encoded words, which RFC 2047 section 5 forbids."""
     words = re.split(rf"((?:(?<= )|^){_ENCODED_WORD}(?=[ ,;:]|$))", name, flags=re.I)
     return " ".join(word if number % 2 else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
                     for number, word in enumerate(map(str.strip, words)) if word)
