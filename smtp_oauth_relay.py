@@ -497,8 +497,9 @@ class Config:
         "`file`: PEM files. `keyvault`: Azure Key Vault. `off`: no TLS.")
     tls_cert_filepath: str = setting(str, "certs/cert.pem", "PEM file: certificate chain.")
     tls_key_filepath: str = setting(str, "certs/key.pem", "PEM file: its private key.")
-    tls_min_version: str = setting(_tls_version, "1.2", "Minimum. Old printers need 1.0.")
-    tls_cipher_suite: str = setting(_optional(_ciphers), "", "OpenSSL list or its default.")
+    tls_min_version: str = setting(
+        _tls_version, "1.2", "Minimum TLS version. Old printers need 1.0.")
+    tls_cipher_suite: str = setting(_optional(_ciphers), "", "OpenSSL cipher list.")
     require_tls: bool = setting(_boolean, "true", "`true`: logins and messages need TLS.")
 
     # Logins and endpoints
@@ -557,13 +558,13 @@ class Config:
     spool_directory: str = setting(
         str, "", "Queue directory of messages to send later. Empty: devices must retry.")
     spool_lifetime: int = setting(_integer(1, 10 ** 8), "172800", "Time limit for retries.")
-    spool_max_bytes: int = setting(_size, "1073741824", "Maximum size of the directory.")
+    spool_max_bytes: int = setting(_size, "1073741824", "Size limit, with failed messages.")
     duplicate_window: int = setting(
         _integer(0, 86400), "900", "How long a duplicate is accepted but not sent. 0: off.")
 
     # Limits
     max_message_size: int = setting(
-        _integer(1000, EXCHANGE_LIMIT), "36700160", "Maximum. Exchange's default is 35 MB.")
+        _integer(1000, EXCHANGE_LIMIT), "36700160", "Largest message. Exchange has 35 MB.")
     max_memory_for_messages: int = setting(
         _size, "268435456", "Maximum total size of the messages in memory.")
     max_recipients: int = setting(_count, "500", "Maximum recipients of a message.")
