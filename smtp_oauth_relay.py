@@ -5188,6 +5188,7 @@ LINGER = 1                      # second for the last reply, and for the end of 
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # file descriptors kept for connections to Microsoft
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+Sockets = list[tuple[socket.socket, bool]]      # True marks a socket for implicit TLS
 _STOPPING = Reply(421, "4.3.2", "The relay is shutting down; try again later")
 
 
@@ -5195,10 +5196,7 @@ class Relay:
     """The parts of a relay, put together."""
 
     def __init__(self, config: Config, microsoft: Any = None) -> None:
-        """Create the parts; `microsoft` replaces Tokens and GraphClient in the demo.
-
-        Raises ConfigError.
-        """
+        """Create the parts; `microsoft` is a DemoMicrosoft or None. Raises ConfigError."""
         self.config = config
         host = socket.gethostname()     # does not ask the DNS
         self.name = config.server_name or (
@@ -5256,7 +5254,7 @@ class Connection:
         self.policy = relay.authenticator.policy(address)
         self._loop = asyncio.get_running_loop()
         self._relay, self._contexts, self._address = relay, contexts, address
-        # asyncio closes a writer's transport when the writer is collected, so keep the first.
+        # asyncio closes the transport of a writer that is collected, so keep the first.
         self._reader, self._writer, self._plain_writer = reader, writer, writer
         self._session = Session(relay.config, relay.name, self.policy, relay.memory,
                                 self._log_line, self._log_refusal)
@@ -5421,9 +5419,8 @@ class Server:
         limit = raise_open_files(2 * relay.config.max_connections + 2 * SPARE_FILES)
         self._client_files = limit - min(SPARE_FILES, limit / 2)
 
-    async def run(self, sockets: list[tuple[socket.socket, bool]],
-                  stop: asyncio.Event) -> None:
-        """Serve on bound sockets until `stop`; True marks a socket for implicit TLS."""
+    async def run(self, sockets: Sockets, stop: asyncio.Event) -> None:
+        """Serve on bound sockets until `stop`, then let messages in flight finish."""
         servers = []
         for sock, implicit_tls in sockets:
             accept = functools.partial(self._accept, implicit_tls)
@@ -5431,9 +5428,9 @@ class Server:
             # each failure. If no file descriptor is left, 1 keeps that to one line.
             servers.append(await asyncio.start_server(accept, sock=sock, backlog=1))
             sock.listen(BACKLOG)
-            log_event(logging.INFO, "-", "listening", address=sock.getsockname()[0],
-                      port=sock.getsockname()[1], tls="implicit" if implicit_tls else
-                      "starttls" if self._contexts else "off")
+            tls = "implicit" if implicit_tls else "starttls" if self._contexts else "off"
+            address, port, *_ = sock.getsockname()
+            log_event(logging.INFO, "-", "listening", address=address, port=port, tls=tls)
         await stop.wait()
         self._is_stopping = True
         log_event(logging.INFO, "-", "stopping", connections=len(self._connections))
@@ -5503,8 +5500,8 @@ class Server:
         return ""
 
 
-def open_listeners(config: Config) -> list[tuple[socket.socket, bool]]:
-    """Open the ports; True marks a port for implicit TLS. Raises StartError."""
+def open_listeners(config: Config) -> Sockets:
+    """Open the ports. Raises StartError."""
     sockets = [(_listen(config, "SMTP_PORT", config.smtp_port), False)]
     if config.smtps_port:
         sockets.append((_listen(config, "SMTPS_PORT", config.smtps_port), True))
@@ -5580,10 +5577,7 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
 
 def serve(environ: Mapping[str, str], arguments: argparse.Namespace,
           microsoft: Any = None) -> None:
-    """Run the relay until a signal. Raises ConfigError and StartError.
-
-    `microsoft` is for the demo, see Relay.
-    """
+    """Run the relay until a signal. Raises ConfigError, StartError."""
     config = Config.from_environ(environ)
     with logging_to_stderr(config.log_level):
         handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has started yet
@@ -5597,8 +5591,7 @@ def serve(environ: Mapping[str, str], arguments: argparse.Namespace,
         asyncio.run(_run(relay, Server(relay, contexts), sockets))
 
 
-async def _run(relay: Relay, server: Server,
-               sockets: list[tuple[socket.socket, bool]]) -> None:
+async def _run(relay: Relay, server: Server, sockets: Sockets) -> None:
     loop = asyncio.get_running_loop()
     # Called for errors outside of tasks, such as accept() without free file descriptors.
     loop.set_exception_handler(lambda _, context: log_event(
@@ -5679,11 +5672,10 @@ def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
         OUTBOX.mkdir(exist_ok=True)
     except OSError as error:
         raise StartError(f"cannot create the folder outbox: {error.strerror}") from None
-    serve({
-        **environ, "TLS_SOURCE": "off", "REQUIRE_TLS": "false", "SMTPS_PORT": "0",
-        "RUN_AS": "", "SPOOL_DIRECTORY": "",
-        "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"},
-        arguments, DemoMicrosoft())
+    address = environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"
+    values = {**environ, "LISTEN_ADDRESS": address, "TLS_SOURCE": "off", "SMTPS_PORT": "0",
+              "REQUIRE_TLS": "false", "RUN_AS": "", "SPOOL_DIRECTORY": ""}
+    serve(values, arguments, DemoMicrosoft())
 
 
 # ---------------------------------------------------------------------------
@@ -5732,7 +5724,7 @@ def explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
 
 
 def _receive(config: Config, data: bytes, sender: str, recipients: list[str]) -> Envelope:
-    """Pass a message, `data`, through a Session. Raises RelayError with the first refusal."""
+    """Pass `data` as a message through a Session. Raises RelayError with the first refusal."""
     def fail(error: RelayError) -> None:
         raise error
 
@@ -5772,8 +5764,8 @@ def escape_unprintable(text: str) -> str:
 # ---------------------------------------------------------------------------
 # §22  Command line
 #
-# A function for each command. It gets the environment and the parsed arguments, prints its
-# result, and returns the exit status:
+# A function for each command; serve(), demo() and explain() are above. It gets the
+# environment and the parsed arguments, prints its result, and returns the exit status:
 #
 #   0, None   success
 #   1         StartError: a file, a port or the network cannot be used
