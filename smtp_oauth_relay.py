@@ -5724,7 +5724,7 @@ def explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
 
 
 def _receive(config: Config, data: bytes, sender: str, recipients: list[str]) -> Envelope:
-    """Pass `data` as a message through a Session. Raises RelayError with the first refusal."""
+    """Pass the message through a Session. Raises RelayError with the first refusal."""
     def fail(error: RelayError) -> None:
         raise error
 
