@@ -5052,7 +5052,7 @@ def _private_file(data: bytes) -> Iterator[str]:
 # Relay is the place where the parts above are put together. Server accepts connections
 # within the limits. Connection is the shell of a Session: it moves bytes, keeps time, does
 # the TLS handshake, and passes logins to the Authenticator and messages to the Delivery.
-# run() starts and stops it all.
+# serve() starts and stops it all.
 
 READ_SIZE = 16384               # bytes; a TLS record has no more
 HANDSHAKE_TIMEOUT = 30.0        # seconds
@@ -5061,7 +5061,7 @@ LINGER = 1                      # second for the last reply, and for the end of 
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # file descriptors kept for connections to Microsoft
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
+Sockets = list[tuple[socket.socket, bool]]      # True marks a socket for implicit TLS
 _STOPPING = Reply(421, "4.3.2", "The relay is shutting down; try again later")
 
 
@@ -5069,10 +5069,7 @@ class Relay:
     """The parts of a relay, put together."""
 
     def __init__(self, config: Config, microsoft: Any = None) -> None:
-        """Create the parts; `microsoft` replaces Tokens and GraphClient in the demo.
-
-        Raises ConfigError.
-        """
+        """Create the parts; `microsoft` is a DemoMicrosoft or None. Raises ConfigError."""
         self.config = config
         host = socket.gethostname()     # does not ask the DNS
         self.name = config.server_name or (
@@ -5126,19 +5123,14 @@ class Connection:
         """Start to serve the client, in `task`."""
         self.session_id = secrets.token_hex(4)
         self.client_prefix = client_prefix(address)
-        self.is_running = False
-        self.is_stopping = False
+        self.is_running = self.is_stopping = False
         self.policy = relay.authenticator.policy(address)
-        self._relay = relay
-        self._address = address
-        self._context = contexts.get(self.policy.tls_min_version)
-        self._reader = reader
-        self._writer = writer
-        # Kept, because asyncio closes a writer's transport when the writer is collected.
-        self._plain_writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._relay, self._contexts, self._address = relay, contexts, address
+        # asyncio closes the transport of a writer that is collected, so keep the first.
+        self._reader, self._writer, self._plain_writer = reader, writer, writer
         self._session = Session(relay.config, relay.name, self.policy, relay.memory,
                                 self._log_line, self._log_refusal)
-        self._timeout = relay.config.client_timeout
         self._progress = -1             # Session.progress when the deadline was set
         self._deadline = 0.0            # for the current command
         self._accepted_at = time.monotonic()        # the last login or message
@@ -5192,10 +5184,7 @@ class Connection:
                 await self._send(replies)
             if isinstance(event, Close):
                 return event.reason
-            if event is None:
-                await self._read()
-            else:
-                await self._handle(event)
+            await (self._read() if event is None else self._handle(event))
 
     async def _handle(self, event: StartTls | Authenticate | Deliver) -> None:
         """Do what an event asks for, and pass the result to the session."""
@@ -5209,18 +5198,17 @@ class Connection:
                 assert self._session.principal is not None      # MAIL requires a login
                 self._session.delivered(await self._relay.delivery.deliver(
                     self._session.principal, event.envelope, self.session_id))
+            self._accepted_at = time.monotonic()
         except RelayError as error:
             self._session.refuse(error.reply)
-        else:
-            self._accepted_at = time.monotonic()
         self._progress = -1             # that time does not count against the client
 
     async def _send(self, replies: bytes) -> None:
         """Send replies; abort the connection if the client does not read them."""
         self._writer.write(replies)
         # Not wait_for(), which can lose the cancellation that stop() requests.
-        timer = asyncio.get_running_loop().call_later(
-            self._timeout, self._writer.transport.abort)
+        timer = self._loop.call_later(self._relay.config.client_timeout,
+                                      self._writer.transport.abort)
         try:
             await self._writer.drain()
         finally:
@@ -5230,16 +5218,16 @@ class Connection:
         """Pass input to the session. End it if the client makes no progress in time."""
         if self._progress != self._session.progress:
             self._progress = self._session.progress
-            self._deadline = time.monotonic() + self._timeout
+            self._deadline = time.monotonic() + self._relay.config.client_timeout
         # Not wait_for(), which would create a task for each read.
-        timer = asyncio.get_running_loop().call_later(
-            self._deadline - time.monotonic(), self._time_out)
+        timer = self._loop.call_later(self._deadline - time.monotonic(), self._time_out)
         try:
             self._session.receive(await self._reader.read(READ_SIZE))
         finally:
             timer.cancel()
 
     def _time_out(self) -> None:
+        """End the session, and wake _read()."""
         self._session.end(Reply(421, "4.4.2", "Timeout exceeded, closing connection"),
                           "timed out")
         self._writer.transport.pause_reading()      # type: ignore[attr-defined]
@@ -5252,13 +5240,12 @@ class Connection:
         new reader has seen nothing, and asyncio reads nothing for the old reader between
         pause_reading(), or the start of a new connection's task, and the first await.
         """
-        assert self._context is not None
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        context = self._contexts[self.policy.tls_min_version]
+        reader = asyncio.StreamReader(loop=self._loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=self._loop)
         try:
-            transport = await loop.start_tls(
-                self._writer.transport, protocol, self._context, server_side=True,
+            transport = await self._loop.start_tls(
+                self._writer.transport, protocol, context, server_side=True,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
         except BaseException:
             self._writer.transport.abort()      # its protocol does not learn of the end
@@ -5266,13 +5253,14 @@ class Connection:
         assert transport is not None
         protocol.connection_made(transport)
         self._reader = reader
-        self._writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        self._writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
         self._session.tls_started()
         log_event(logging.INFO, self.session_id, "tls",
                   version=self._writer.get_extra_info("ssl_object").version(),
                   cipher=self._writer.get_extra_info("cipher")[0])
 
     async def _close(self) -> None:
+        """Close the connection. Wait up to LINGER for the client to get the last reply."""
         # In Python 3.9 only the transport below TLS knows that the connection is closed.
         if not (self._plain_writer.transport.is_closing()
                 or self._writer.transport.is_closing()):
@@ -5297,17 +5285,15 @@ class Server:
 
     def __init__(self, relay: Relay, contexts: Mapping[str, ssl.SSLContext]) -> None:
         """Create it; `contexts` are by TLS_MIN_VERSION, and empty without TLS."""
-        self._relay = relay
-        self._contexts = contexts
+        self._relay, self._contexts = relay, contexts
         self._connections: set[Connection] = set()
         self._is_stopping = False
         # A connection needs a file descriptor, and perhaps a second to reach Microsoft.
         limit = raise_open_files(2 * relay.config.max_connections + 2 * SPARE_FILES)
         self._client_files = limit - min(SPARE_FILES, limit / 2)
 
-    async def run(self, sockets: list[tuple[socket.socket, bool]],
-                  stop: asyncio.Event) -> None:
-        """Serve on bound sockets until `stop`; True marks a socket for implicit TLS."""
+    async def run(self, sockets: Sockets, stop: asyncio.Event) -> None:
+        """Serve on bound sockets until `stop`, then let messages in flight finish."""
         servers = []
         for sock, implicit_tls in sockets:
             accept = functools.partial(self._accept, implicit_tls)
@@ -5315,9 +5301,9 @@ class Server:
             # each failure. If no file descriptor is left, 1 keeps that to one line.
             servers.append(await asyncio.start_server(accept, sock=sock, backlog=1))
             sock.listen(BACKLOG)
-            log_event(logging.INFO, "-", "listening", address=sock.getsockname()[0],
-                      port=sock.getsockname()[1], tls="implicit" if implicit_tls else
-                      "starttls" if self._contexts else "off")
+            tls = "implicit" if implicit_tls else "starttls" if self._contexts else "off"
+            address, port, *_ = sock.getsockname()
+            log_event(logging.INFO, "-", "listening", address=address, port=port, tls=tls)
         await stop.wait()
         self._is_stopping = True
         log_event(logging.INFO, "-", "stopping", connections=len(self._connections))
@@ -5351,14 +5337,14 @@ class Server:
 
     def _accept(self, implicit_tls: bool, reader: asyncio.StreamReader,
                 writer: asyncio.StreamWriter) -> None:
+        """Start to serve a new connection, or refuse it if it exceeds a limit."""
         sock = writer.get_extra_info("socket")
         with contextlib.suppress(OSError):      # without it some replies take 40 ms more
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = writer.get_extra_info("peername")
         address = parse_address(peer[0]) if peer else None
-        client = str(address or "unknown")
-        problem = self._limit_reached(client_prefix(address), sock.fileno())
-        if problem:
+        client = address or "unknown"
+        if problem := self._limit_reached(client_prefix(address), sock.fileno()):
             if not implicit_tls:
                 writer.write(bytes(Reply(421, "4.7.0", f"{problem}; try again later")))
             writer.close()
@@ -5369,8 +5355,7 @@ class Server:
                                 implicit_tls=implicit_tls)
         connection.is_stopping = self._is_stopping      # if asyncio accepted it before
         self._connections.add(connection)
-        connection.task.add_done_callback(
-            lambda task: self._connections.discard(connection))
+        connection.task.add_done_callback(lambda _: self._connections.discard(connection))
         anonymous = connection.policy.anonymous
         log_event(logging.INFO, connection.session_id, "connected", client=client,
                   port=writer.get_extra_info("sockname")[1],
@@ -5378,20 +5363,18 @@ class Server:
 
     def _limit_reached(self, prefix: bytes, file: int) -> str:
         """Return the limit that a new connection exceeds, as a sentence, or ""."""
-        config = self._relay.config
         if file >= self._client_files:
             return "Too many connections for the limit of open files"
-        if len(self._connections) >= config.max_connections:
+        if len(self._connections) >= self._relay.config.max_connections:
             return "Too many connections"
-        limit = config.max_connections_per_client
-        if len(self._connections) >= limit <= sum(
-                connection.client_prefix == prefix for connection in self._connections):
+        prefixes = [connection.client_prefix for connection in self._connections]
+        if prefixes.count(prefix) >= self._relay.config.max_connections_per_client:
             return "Too many connections from your address"
         return ""
 
 
-def open_listeners(config: Config) -> list[tuple[socket.socket, bool]]:
-    """Open the ports; True marks a port for implicit TLS. Raises StartError."""
+def open_listeners(config: Config) -> Sockets:
+    """Open the ports. Raises StartError."""
     sockets = [(_listen(config, "SMTP_PORT", config.smtp_port), False)]
     if config.smtps_port:
         sockets.append((_listen(config, "SMTPS_PORT", config.smtps_port), True))
@@ -5419,17 +5402,16 @@ def drop_privileges(user: str) -> None:
         return
     try:
         entry = pwd.getpwnam(user)
+        if os.geteuid() == 0:
+            os.initgroups(user, entry.pw_gid)
+            os.setgid(entry.pw_gid)
+            os.setuid(entry.pw_uid)
+        else:
+            log_event(logging.INFO, "-", "run-as-ignored", run_as=user,
+                      reason="not started as root")
     except (AttributeError, KeyError):      # AttributeError: this system has no users
         raise ConfigError(f"RUN_AS={user!r}: must be the name of a user of this system, or "
                           "empty") from None
-    if os.geteuid() != 0:
-        log_event(logging.INFO, "-", "run-as-ignored", run_as=user,
-                  reason="not started as root")
-        return
-    try:
-        os.initgroups(user, entry.pw_gid)
-        os.setgid(entry.pw_gid)
-        os.setuid(entry.pw_uid)
     except OSError as error:
         raise StartError(f"RUN_AS={user}: cannot become this user: {error.strerror}; start "
                          "as another user, with RUN_AS empty") from None
@@ -5466,25 +5448,23 @@ def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> 
         signal.signal(number, handle)
 
 
-def run(config: Config, on_listening: Callable[[int], None] | None = None,
-        microsoft: Any = None) -> None:
-    """Serve until a signal. Raises ConfigError and StartError.
+def serve(environ: Mapping[str, str], arguments: argparse.Namespace,
+          microsoft: Any = None) -> None:
+    """Run the relay until a signal. Raises ConfigError, StartError."""
+    config = Config.from_environ(environ)
+    with logging_to_stderr(config.log_level):
+        handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has started yet
+        contexts = make_tls_contexts(config)
+        relay = Relay(config, microsoft)
+        sockets = open_listeners(config)
+        drop_privileges(config.run_as)
+        relay.accounts_file.check_access()
+        if microsoft:
+            microsoft.print_instructions(config, sockets[0][0].getsockname()[1])
+        asyncio.run(_run(relay, Server(relay, contexts), sockets))
 
-    `on_listening` gets the port; `microsoft` is for the demo, see Relay.
-    """
-    handle_signals(lambda: sys.exit(0), lambda: None)   # nothing has started yet
-    contexts = make_tls_contexts(config)
-    relay = Relay(config, microsoft)
-    sockets = open_listeners(config)
-    drop_privileges(config.run_as)
-    relay.accounts_file.check_access()
-    if on_listening:
-        on_listening(sockets[0][0].getsockname()[1])
-    asyncio.run(_run(relay, contexts, sockets))
 
-
-async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
-               sockets: list[tuple[socket.socket, bool]]) -> None:
+async def _run(relay: Relay, server: Server, sockets: Sockets) -> None:
     loop = asyncio.get_running_loop()
     # Called for errors outside of tasks, such as accept() without free file descriptors.
     loop.set_exception_handler(lambda _, context: log_event(
@@ -5498,7 +5478,7 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
             # With it any signal wakes the loop, even just before the loop sleeps.
             loop.add_signal_handler(signal.SIGTERM, stop.set)
         handle_signals(lambda: soon(stop.set), lambda: soon(accounts_file.request_reload))
-        await Server(relay, contexts).run(sockets, stop)
+        await server.run(sockets, stop)
     finally:
         relay.close()
     log_event(logging.INFO, "-", "stopped")
@@ -5511,13 +5491,11 @@ async def _run(relay: Relay, contexts: Mapping[str, ssl.SSLContext],
 # everything up to the HTTP request can be tried without an account at Microsoft. It turns
 # TLS, RUN_AS and the queue off. It listens on 127.0.0.1 unless LISTEN_ADDRESS is set.
 
-DEMO_USER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
+OUTBOX = pathlib.Path("outbox")
 
 
 class DemoMicrosoft:
     """A replacement for Tokens and GraphClient that saves messages as files."""
-
-    folder = pathlib.Path("outbox")
 
     async def get(self, application: Application, deadline: float) -> str:
         """Accept a login: return a token, as Tokens.get() does."""
@@ -5526,7 +5504,7 @@ class DemoMicrosoft:
     async def send(self, application: Application, message: PreparedMessage,
                    message_id: str, deadline: float, *, is_live: bool) -> HttpResponse:
         """Save a message of any size as it would be sent. Raises DeliveryError."""
-        path = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{message_id}.eml"
+        path = OUTBOX / f"{time.strftime('%Y%m%d-%H%M%S')}-{message_id}.eml"
         edited = message.edited
         try:
             await result_before(deadline, run_in_thread(lambda: path.write_bytes(
@@ -5536,36 +5514,20 @@ class DemoMicrosoft:
         print(f"{path}: {edited.size} bytes from {quote_value(edited.mailbox)}", flush=True)
         return HttpResponse(202, {}, b"")
 
-
-def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
-    """Run the relay with an outbox instead of Microsoft. Raises ConfigError, StartError."""
-    try:
-        DemoMicrosoft.folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise StartError(f"cannot create the folder outbox: {error.strerror}") from None
-    config = Config.from_environ({
-        **environ, "TLS_SOURCE": "off", "REQUIRE_TLS": "false", "SMTPS_PORT": "0",
-        "RUN_AS": "", "SPOOL_DIRECTORY": "",
-        "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"})
-    with logging_to_stderr(config.log_level):
-        run(config, functools.partial(_print_instructions, config), DemoMicrosoft())
-
-
-def _print_instructions(config: Config, port: int) -> None:
-    """Print how to log in, and commands that send a first message."""
-    user = config.username_delimiter.join(DEMO_USER)
-    address = config.listen_address
-    host = "127.0.0.1" if address in ("localhost", "0.0.0.0", "::") else address
-    in_url = f"[{host}]" if ":" in host else host
-    credentials = f"{urllib.parse.quote(user, safe='')}:demo"
-    print(f"""\
+    def print_instructions(self, config: Config, port: int) -> None:
+        """Print how to log in, and commands that send a first message."""
+        ids = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
+        user, address = config.username_delimiter.join(ids), config.listen_address
+        host = "127.0.0.1" if address in ("localhost", "0.0.0.0", "::") else address
+        in_url = f"[{host}]" if ":" in host else host
+        print(f"""\
 The relay listens on {address} port {port}, without TLS, and saves messages in outbox/.
 For a printer, start it with LISTEN_ADDRESS=0.0.0.0. Log in with any password and user name
 {user}
 Send a first message from another terminal:
 
   printf 'Subject: Hello\\n\\nIt works.\\n' | curl \\
-    smtp://{credentials}@{in_url}:{port} \\
+    smtp://{urllib.parse.quote(user, safe='')}:demo@{in_url}:{port} \\
     --mail-from scanner@example.com --mail-rcpt you@example.com --upload-file -
 
 or, without curl:
@@ -5574,8 +5536,19 @@ or, without curl:
   s.login('{user}', 'demo'); \\
   s.sendmail('scanner@example.com', 'you@example.com', 'Subject: Hello\\n\\nIt works.')"
 
-Stop with Ctrl-C.
-""", flush=True)
+Stop with Ctrl-C.\n""", flush=True)
+
+
+def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
+    """Run the relay with an outbox instead of Microsoft. Raises ConfigError, StartError."""
+    try:
+        OUTBOX.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StartError(f"cannot create the folder outbox: {error.strerror}") from None
+    address = environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"
+    values = {**environ, "LISTEN_ADDRESS": address, "TLS_SOURCE": "off", "SMTPS_PORT": "0",
+              "REQUIRE_TLS": "false", "RUN_AS": "", "SPOOL_DIRECTORY": ""}
+    serve(values, arguments, DemoMicrosoft())
 
 
 # ---------------------------------------------------------------------------
@@ -5588,14 +5561,23 @@ Stop with Ctrl-C.
 # All of it is code that the server uses, too. _receive() plays a client that has logged in
 # under TLS as TENANT@CLIENT, so settings of accounts do not apply.
 
-def explain(config: Config, message: bytes, sender: str, recipients: Iterable[str]) -> bool:
-    """Print what the relay would do; return whether it would send the message."""
+def explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
+    """Print what the relay would do with the message in a file. Raises ConfigError."""
+    if not "".join([arguments.sender, *arguments.recipients]).isprintable():
+        raise ConfigError("an address contains control characters")
     try:
-        envelope = _receive(config, message, sender, recipients)
+        message = pathlib.Path(arguments.file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{arguments.file}: cannot be read: {error.strerror}") from None
+    # The terminal may be unable to show all characters of a header.
+    sys.stdout.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]
+    config = Config.from_environ(environ)
+    try:
+        envelope = _receive(config, message, arguments.sender, arguments.recipients)
         edited, draft = prepare_message(envelope, Account().as_principal(config), config)
     except RelayError as error:
         print(f"Refused: {error.reply}")
-        return False
+        return 1
     print(f"Sent by:  {escape_unprintable(edited.mailbox)}\nSent to:")
     for header_field in split_header(edited.header).find(*_ADDRESS_FIELDS):
         label = header_field.label.decode()
@@ -5611,30 +5593,28 @@ def explain(config: Config, message: bytes, sender: str, recipients: Iterable[st
         inline = ", inline" if attachment.content_id else ""
         print(f"  {escape_unprintable(attachment.name)}  ({attachment.part.media_type}, "
               f"{attachment.size} bytes, {upload}{inline})")
-    return True
+    return 0
 
 
-def _receive(config: Config, message: bytes, sender: str,
-             recipients: Iterable[str]) -> Envelope:
-    """Pass a message through a Session. Raises RelayError with the first refusal."""
-    session = Session(config, "explain", on_refusal=_raise_refusal)
+def _receive(config: Config, data: bytes, sender: str, recipients: list[str]) -> Envelope:
+    """Pass the message through a Session. Raises RelayError with the first refusal."""
+    def fail(error: RelayError) -> None:
+        raise error
+
+    session = Session(config, "explain", on_refusal=fail)
     session.tls_started()
     session.authenticated(Account().as_principal(config, username="explain"))
     utf8 = "" if "".join([sender, *recipients]).isascii() else " SMTPUTF8"
-    lines = ["EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(message)}{utf8}",
+    lines = ["EHLO explain", f"MAIL FROM:<{sender}> SIZE={len(data)}{utf8}",
              *(f"RCPT TO:<{recipient}>" for recipient in recipients), "DATA", ""]
     session.receive("\r\n".join(lines).encode("utf-8", "surrogateescape"))
-    if message:     # the last line of a file can end with LF or without any line end
-        message = message.removesuffix(b"\n").removesuffix(b"\r") + b"\r\n"
-    session.receive(b"." * message.startswith(b".") + message.replace(b"\r\n.", b"\r\n.."))
+    if data:        # the last line of a file can end with LF or without any line end
+        data = data.removesuffix(b"\n").removesuffix(b"\r") + b"\r\n"
+    session.receive(b"." * data.startswith(b".") + data.replace(b"\r\n.", b"\r\n.."))
     session.receive(b".\r\n")
     event = session.next_event()
-    assert isinstance(event, Deliver)   # _raise_refusal() has raised for any other outcome
+    assert isinstance(event, Deliver)   # fail() has raised for any other outcome
     return event.envelope
-
-
-def _raise_refusal(error: RelayError) -> None:
-    raise error
 
 
 def _edits(before: bytes, after: bytes) -> Iterator[str]:
@@ -5657,8 +5637,8 @@ def escape_unprintable(text: str) -> str:
 # ---------------------------------------------------------------------------
 # §22  Command line
 #
-# A function for each command. It gets the environment and the parsed arguments, prints its
-# result, and returns the exit status:
+# A function for each command; serve(), demo() and explain() are above. It gets the
+# environment and the parsed arguments, prints its result, and returns the exit status:
 #
 #   0, None   success
 #   1         StartError: a file, a port or the network cannot be used
@@ -5666,27 +5646,6 @@ def escape_unprintable(text: str) -> str:
 #   2         ConfigError: a setting, an argument or ACCOUNTS_FILE is wrong
 #
 # main() turns the two errors into a line on standard error and their status.
-
-def serve(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
-    """Run the relay. Raises ConfigError, StartError."""
-    config = Config.from_environ(environ)
-    with logging_to_stderr(config.log_level):
-        run(config)
-
-
-def run_explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
-    """Explain the message in a file. Raises ConfigError."""
-    if not "".join([arguments.sender, *arguments.recipients]).isprintable():
-        raise ConfigError("an address contains control characters")
-    try:
-        message = pathlib.Path(arguments.file).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{arguments.file}: cannot be read: {error.strerror}") from None
-    # The terminal may be unable to show all characters of a header.
-    sys.stdout.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]
-    config = Config.from_environ(environ)
-    return 0 if explain(config, message, arguments.sender, arguments.recipients) else 1
-
 
 def print_hash(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Print the hash of a password, from a prompt or a pipe. Raises ConfigError."""
@@ -5723,8 +5682,7 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
     if arguments.match is None:
         print("\n\n".join(map(describe_account, file.accounts)))
         return
-    address = parse_address(arguments.match)
-    if address is None:
+    if not (address := parse_address(arguments.match)):
         raise ConfigError(f"{arguments.match!r} is not an IP address")
     policy = file.accounts.match_address(address, config)
     anonymous = f"as [{policy.anonymous.account.name}]" if policy.anonymous else "no"
@@ -5760,9 +5718,8 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
     files = QueueFiles(config)
     try:
         os.listdir(files.queue)     # glob() in read_all() hides an error of the folder
-        messages = [(path, message) for folder in (files.queue, files.failed)
-                    for path, message in files.read_all(folder)
-                    if wanted in (None, path.stem)]
+        messages = [item for folder in (files.queue, files.failed)
+                    for item in files.read_all(folder) if wanted in (None, item[0].stem)]
         messages.sort(key=lambda item: item[1].queued_at if item[1] else math.inf)
         if not messages:
             print("There is no such message." if wanted else "The queue is empty.")
@@ -5815,21 +5772,17 @@ def build_parser() -> argparse.ArgumentParser:
                "HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE work as in other programs.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(run=serve)
-    _add_commands(parser.add_subparsers(metavar="command"))
-    return parser
+    commands = parser.add_subparsers(metavar="command")
 
-
-def _add_commands(commands: Any) -> None:
-    """Add the commands; `commands` is what add_subparsers() returns."""
     def add(name: str, run: Callable[..., object], text: str) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command = commands.add_parser(name, help=text,
+                                      description=f"{text[0].upper()}{text[1:]}.")
         command.set_defaults(run=run)
         return command
 
     add("serve", serve, "run the relay (default)")
     add("demo", demo, "try the relay without an account; it saves messages to outbox/")
-    command = add("explain", run_explain, "show what the relay would do with a message, "
+    command = add("explain", explain, "show what the relay would do with a message, "
                   "without any network; exit status 0: send, 1: refuse, 2: error")
     command.add_argument("file", metavar="FILE.eml")
     command.add_argument("--from", dest="sender", metavar="ADDRESS", required=True,
@@ -5848,6 +5801,7 @@ def _add_commands(commands: Any) -> None:
     command.add_argument("action", nargs="?", default="list",
                          choices=("list", "show", "retry", "drop"))
     command.add_argument("id", nargs="?", metavar="ID")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
