@@ -78,7 +78,7 @@ Contents (search for the number; each section uses only those above it)
     §16  Queue                      QueueManager: messages that wait, on disk
     §17  Delivery                   Delivery: from the end of DATA to the reply
     §18  TLS                        the relay's own certificate
-    §19  Server                     Relay, Connection, Server, run
+    §19  Server                     Relay, Connection, Server, serve
     §20  Demo                       an outbox in place of Microsoft
     §21  Explain                    what the relay would do with a message
     §22  Command line               main
