@@ -3873,10 +3873,9 @@ MailboxKey = tuple[str, str, str]       # tenant, client, mailbox: Graph's limit
 
 
 class MailboxLimiter:
-    """Limits how many messages are sent from a mailbox at once: first come, first served.
+    """Limits the messages sent from a mailbox at once: clients first, in their order.
 
-    A message from the queue gets a slot only if no client waits for a slot. The queue sends
-    the messages of a mailbox one by one, so it never holds more than one slot.
+    The queue sends the messages of a mailbox one by one, so it holds at most one slot.
     """
 
     def __init__(self) -> None:
@@ -3925,24 +3924,18 @@ class GraphClient:
     """Sends messages; Microsoft Graph v1.0, "user: sendMail", "message: send"."""
 
     def __init__(self, config: Config, pool: HttpPool, tokens: Tokens) -> None:
-        self._config = config
-        self._pool = pool
-        self._tokens = tokens
+        self._config, self._pool, self._tokens = config, pool, tokens
         # A limiter lives as long as a message holds or waits for one of its slots.
         self._limiters: weakref.WeakValueDictionary[MailboxKey, MailboxLimiter] = (
             weakref.WeakValueDictionary())
         self._resume_at: Cache[MailboxKey, float] = Cache()     # time.monotonic()
 
     async def send(self, application: Application, message: PreparedMessage,
-                   message_id: str, deadline: float, *, is_live: bool = False
-                   ) -> HttpResponse:
-        """Send a message and return the 202 response. Raises RelayError.
-
-        `is_live` messages, for which a client waits, go before the others.
-        """
+                   message_id: str, deadline: float, is_live: bool = False) -> HttpResponse:
+        """Send a message, first if a client waits for it (`is_live`). Raises RelayError."""
         edited = message.edited
-        # A request that is cut off at the deadline may have sent the message. So none
-        # starts in the last part of the time.
+        # A request that is cut off at the deadline may have sent the message. Therefore no
+        # request starts in the last part of the time.
         send_before = deadline - MIN_TIME_LEFT * self._config.upstream_timeout
         key = self._key((application.tenant, application.client, edited.mailbox.lower()))
         context = RequestContext(application, edited.mailbox, message_id, deadline,
@@ -3952,10 +3945,10 @@ class GraphClient:
             try:
                 if message.draft:
                     return await self._send_draft(context, message.draft)
-                return await self._perform(context, GraphOperation.SEND, self._request(
-                    context, "sendMail", edited.as_base64, headers={
+                return await self._call(
+                    context, GraphOperation.SEND, "sendMail", edited.as_base64, headers={
                         "Content-Type": "text/plain",
-                        "Content-Length": str((edited.size + 2) // 3 * 4)}))
+                        "Content-Length": str((edited.size + 2) // 3 * 4)})
             except TimeoutError as error:       # in a thread that decodes an attachment
                 raise UpstreamUnavailable(error) from None
 
@@ -3966,54 +3959,41 @@ class GraphClient:
     def _key(self, key: MailboxKey) -> MailboxKey:
         return self._tokens.resolve(key[0]), key[1], key[2]
 
-    # Large messages.
-
     async def _send_draft(self, context: RequestContext, draft: Draft) -> HttpResponse:
         """Create a draft, attach the files and send it; delete it if anything fails."""
         # The response repeats the text, and may escape each character with six bytes.
-        response = await self._perform(context, GraphOperation.CREATE, self._request(
-            context, "messages", draft.content,
-            max_bytes=MAX_RESPONSE_BODY + 6 * len(draft.content)))
-        draft_id = parse_draft_id(response)
+        draft_id = parse_draft_id(await self._call(
+            context, GraphOperation.CREATE, "messages", draft.content,
+            MAX_RESPONSE_BODY + 6 * len(draft.content)))
         if not draft_id:
             raise UpstreamUnavailable("a draft without an ID")
         path = f"messages/{urllib.parse.quote(draft_id, safe='')}"
         try:
             for attachment in draft.attachments:
                 await self._attach(context, f"{path}/attachments", attachment)
-            return await self._perform(context, GraphOperation.SEND_DRAFT,
-                                       self._request(context, f"{path}/send"))
+            return await self._call(context, GraphOperation.SEND_DRAFT, f"{path}/send")
         except BaseException:
             await self._discard(context, path)
             raise
 
-    async def _attach(self, context: RequestContext, path: str,
-                      attachment: Attachment) -> None:
-        """Attach a file: a small file in one request, a large file by upload session."""
-        if not attachment.is_large:
-            await self._perform(context, GraphOperation.ATTACH,
-                                self._request(context, path, attachment.as_json))
+    async def _attach(self, context: RequestContext, path: str, file: Attachment) -> None:
+        """Attach a file: a small file in one request, a large file in chunks."""
+        if not file.is_large:
+            await self._call(context, GraphOperation.ATTACH, path, file.as_json)
             return
-        item = {"attachmentType": "file", "size": attachment.size,
-                **attachment.properties()}
-        response = await self._perform(context, GraphOperation.ATTACH, self._request(
-            context, f"{path}/createUploadSession",
+        item = {"attachmentType": "file", "size": file.size, **file.properties()}
+        url = parse_upload_url(await self._call(
+            context, GraphOperation.ATTACH, f"{path}/createUploadSession",
             json.dumps({"AttachmentItem": item}).encode()))
-        url = parse_upload_url(response)
         if url[:5] != self._config.graph_endpoint[:5]:      # only tests use http:
             raise UpstreamUnavailable("an upload session without a usable URL")
-        await self._upload(context, url, attachment)
-
-    async def _upload(self, context: RequestContext, url: str,
-                      attachment: Attachment) -> None:
-        """Send a file in chunks. The URL holds a secret, so the token is not sent."""
-        chunks, begin = filter(None, attachment.part.iter_decoded()), 0
-        while begin < attachment.size:
+        chunks, begin = filter(None, file.part.iter_decoded()), 0
+        while begin < file.size:
             chunk = await result_before(context.deadline, run_in_thread(
                 functools.partial(next, chunks, b"")))
             end = begin + len(chunk)
             headers = {"Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
-                       "Content-Range": f"bytes {begin}-{end - 1}/{attachment.size}"}
+                       "Content-Range": f"bytes {begin}-{end - 1}/{file.size}"}
             response = await self._perform(context, GraphOperation.UPLOAD,
                                            HttpRequest("PUT", url, headers, chunk))
             if parse_next_range(response) not in (None, end):
@@ -4024,51 +4004,47 @@ class GraphClient:
         """Delete a draft that was not sent, or log that it is left in the mailbox."""
         deadline = time.monotonic() + DISCARD_TIMEOUT
         context = dataclasses.replace(context, deadline=deadline, send_before=deadline)
-        facts: dict[str, object] = {"problem": "the relay stops"}
         try:
-            await self._perform(context, GraphOperation.DELETE,
-                                self._request(context, path, method="DELETE"))
-            facts = {}
+            await self._call(context, GraphOperation.DELETE, path)
         except RelayError as error:
-            facts = {"reply": error.reply, **error.facts}
-        finally:
-            if facts:
-                log_event(logging.WARNING, context.message_id, "draft-left",
-                          mailbox=context.mailbox, **facts)
+            log_event(logging.WARNING, context.message_id, "draft-left",
+                      mailbox=context.mailbox, reply=error.reply, **error.facts)
+        except BaseException:
+            log_event(logging.WARNING, context.message_id, "draft-left",
+                      mailbox=context.mailbox, problem="the relay stops")
+            raise
 
-    # Requests.
-
-    def _request(self, context: RequestContext, path: str, body: Body = b"", *,
-                 method: str = "POST", headers: Any = (),
-                 max_bytes: int = MAX_RESPONSE_BODY) -> HttpRequest:
+    async def _call(self, context: RequestContext, operation: GraphOperation, path: str,
+                    body: Body = b"", max_bytes: int = MAX_RESPONSE_BODY, *,
+                    headers: Any = ()) -> HttpResponse:
+        """Send a request for something in the mailbox. Raises RelayError."""
         mailbox = urllib.parse.quote(context.mailbox, safe="")
-        return HttpRequest(
-            method, f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",
+        return await self._perform(context, operation, HttpRequest(
+            "DELETE" if operation is GraphOperation.DELETE else "POST",
+            f"{self._config.graph_endpoint}/v1.0/users/{mailbox}/{path}",
             {**({"Content-Type": "application/json"} if body else {}),
              "Accept": "application/json", "User-Agent": USER_AGENT,
-             "client-request-id": context.message_id, **dict(headers)}, body, max_bytes)
+             "client-request-id": context.message_id, **dict(headers)}, body, max_bytes))
 
     async def _perform(self, context: RequestContext, operation: GraphOperation,
                        request: HttpRequest) -> HttpResponse:
         """Send a request, and retry as the table above says. Raises RelayError."""
-        has_new_token, draft_delays = False, iter(DRAFT_RETRY_DELAYS)
+        token, has_new_token, draft_delays = "", False, iter(DRAFT_RETRY_DELAYS)
         while True:
             throttled = self.throttled_for(context.key)
             # Deleting is not delayed, or the draft would be left in the mailbox.
             if throttled and operation is not GraphOperation.DELETE:
                 if time.monotonic() + throttled >= context.send_before:
-                    raise TemporaryError(_THROTTLED.text, _THROTTLED.code,
-                                         _THROTTLED.status)
+                    raise TemporaryError(_THROTTLED.text, status=_THROTTLED.status)
                 await asyncio.sleep(throttled)
                 continue
-            token, headers = "", request.headers
-            if operation is not GraphOperation.UPLOAD:
+            if operation is not GraphOperation.UPLOAD:      # its URL holds a secret instead
                 token = await self._tokens.get(context.application, context.deadline)
-                headers = {**headers, "Authorization": f"Bearer {token}"}
+                request = dataclasses.replace(request, headers={
+                    **request.headers, "Authorization": f"Bearer {token}"})
             if time.monotonic() >= context.send_before:
                 raise UpstreamUnavailable("no time is left")
-            response = await self._pool.send(dataclasses.replace(request, headers=headers),
-                                             context.deadline)
+            response = await self._pool.send(request, context.deadline)
             if response.status in operation.value:
                 return response
             if response.status == 401 and token and not has_new_token:
@@ -4107,10 +4083,9 @@ def _throttle_delay(response: HttpResponse) -> float:
 #     queue/ID.tmp              a state that is being written
 #     failed/ID.eml, ID.json    a message that failed
 #
-# A message is queued as soon as its ID.json is in queue/: ID.json is written last and
-# removed first. The client gets 250 when both files are on the disk. The relay removes them
-# after Microsoft has accepted the message. So after a crash a message is queued, or it was
-# sent, or both: at least once.
+# A message is queued while its ID.json is in queue/: ID.json is written last and removed
+# first. The client gets 250 when both files are on the disk. The relay removes them after
+# Microsoft has accepted the message. So after a crash it is queued, or sent, or both.
 #
 # Each mailbox has a queue and a task of its own, which sends one message at a time: the
 # message with the fewest attempts, then the oldest. So a message that always fails does not
@@ -4136,9 +4111,8 @@ class QueueFiles:
         self._lock: IO[str] | None = None
         self._deadlines: set[float] = set()     # of messages that are being written
         self._changed_ids: list[str] = []       # as reported by the command line
-        # The directory's size: counting it for each message would take too long.
         self._size_lock = threading.Lock()
-        self._size, self._count_at = math.inf, -math.inf
+        self._size, self._count_at = math.inf, -math.inf    # counting each time is slow
 
     def open(self) -> list[QueuedMessage]:
         """Lock the directory and return the waiting messages. Raises StartError."""
@@ -4177,8 +4151,7 @@ class QueueFiles:
             if message and path.with_suffix(".eml").exists():
                 messages.append(message)
                 continue
-            log_event(logging.ERROR, path.stem, "quarantined",
-                      file=self.failed / path.name,
+            log_event(logging.ERROR, path.stem, "quarantined", file=self.failed / path.name,
                       problem="it has no .eml" if message else "it is damaged")
             for source in (path.with_suffix(".eml"), path):
                 with contextlib.suppress(FileNotFoundError):
@@ -4220,8 +4193,7 @@ class QueueFiles:
             deadline: float, is_cancelled: Callable[[], bool]) -> None:
         """Store a message so that a crash does not lose it.
 
-        After the deadline, or if cancelled, the client was told that the message is not
-        queued. Then it must not stay.
+        If it is late or cancelled, the client was told otherwise, so it must not stay.
         """
         if min(self._deadlines, default=deadline) < time.monotonic():
             # Messages would fill the memory while they wait for the disk.
@@ -4289,8 +4261,6 @@ class QueueFiles:
         for suffix in (".json", ".eml"):
             _move(self.failed / f"{message.id}{suffix}", self.queue)
 
-    # The command line changes messages while the relay runs.
-
     def notify(self, message_id: str) -> None:
         """Tell the running relay that the command line has changed a message."""
         path = self._path / "lock"
@@ -4332,19 +4302,17 @@ def _move(path: pathlib.Path, directory: pathlib.Path) -> None:
     _sync(path.parent)
 
 
+@dataclass(eq=False)
 class MailboxQueue:
     """The messages of a mailbox, and the task that sends them."""
 
-    task: asyncio.Task[None]
-
-    def __init__(self, delay: float) -> None:
-        """Create it; the task waits for `delay` seconds first."""
-        self.messages: dict[str, QueuedMessage] = {}        # by ID
-        self.failures = int(delay > 0)          # in a row
-        self.resume_at = time.monotonic() + delay
-        self.wake = asyncio.Event()
-        self.is_sending = False
-        self.is_without_secret = False          # and the log says so
+    resume_at: float            # of the next attempt, time.monotonic()
+    failures: int               # in a row
+    messages: dict[str, QueuedMessage] = field(default_factory=dict)    # by ID
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    is_sending: bool = False
+    is_without_secret: bool = False     # and the log says so
+    task: asyncio.Task[None] = field(init=False)
 
     def resume(self) -> None:
         """End the delay."""
@@ -4363,14 +4331,9 @@ class QueueManager:
 
     def __init__(self, config: Config, graph: GraphClient, accounts_file: AccountsFile,
                  memory: MemoryBudget, name: str) -> None:
-        """Create it for the machine called `name`; start() reads the files."""
-        self._config = config
-        self._graph = graph
-        self._accounts_file = accounts_file
-        self._memory = memory
-        self._name = name
-        self._files = QueueFiles(config)
-        self._mailboxes: dict[tuple[str, str, str], MailboxQueue] = {}
+        self._config, self._graph, self._accounts_file = config, graph, accounts_file
+        self._memory, self._name, self._files = memory, name, QueueFiles(config)
+        self._mailboxes: dict[MailboxKey, MailboxQueue] = {}
         # Secrets that devices gave, by tenant and client, as long as a message needs them.
         self._applications: dict[tuple[str, str], Application] = {}
         self._is_stopping = False
@@ -4401,12 +4364,11 @@ class QueueManager:
     def remember_secret(self, application: Application) -> None:
         """Keep the secret that a device gave, if a waiting message needs it."""
         key = application.tenant, application.client
-        mailboxes = [mailbox for other, mailbox in self._mailboxes.items()
-                     if other[:2] == key]
-        if application.relay_holds_secret or not mailboxes:
+        queues = [mailbox for other, mailbox in self._mailboxes.items() if other[:2] == key]
+        if application.relay_holds_secret or not queues:
             return
         if key not in self._applications:       # the delays were due to another secret
-            for mailbox in mailboxes:
+            for mailbox in queues:
                 mailbox.resume()
         self._applications[key] = application
 
@@ -4421,8 +4383,7 @@ class QueueManager:
             delay = self._graph.throttled_for(message.key) or backoff(1)
             message.next_attempt_at = time.time() + delay
         deadline = time.monotonic() + DISK_TIMEOUT      # add() keeps it, unless it hangs
-        # The thread asks this event. If it asked the future, the future would hold itself
-        # and the message.
+        # If the thread asked the future instead, the future would hold the message.
         cancelled = threading.Event()
         try:
             await result_before(deadline + GRACE, run_in_thread(functools.partial(
@@ -4442,28 +4403,26 @@ class QueueManager:
         """Add a stored message to its mailbox's queue; a new queue waits first."""
         mailbox = self._mailboxes.get(message.key)
         if not mailbox:
-            mailbox = self._mailboxes[message.key] = MailboxQueue(delay)
+            mailbox = MailboxQueue(time.monotonic() + delay, int(delay > 0))
+            self._mailboxes[message.key] = mailbox
             mailbox.task = asyncio.ensure_future(self._run_mailbox(message.key, mailbox))
         mailbox.messages.setdefault(message.id, message)
         mailbox.wake.set()
         return mailbox
 
-    # The task of a mailbox.
-
-    async def _run_mailbox(self, key: tuple[str, str, str], mailbox: MailboxQueue) -> None:
+    async def _run_mailbox(self, key: MailboxKey, mailbox: MailboxQueue) -> None:
         """Send the messages of a mailbox until there are no more."""
         while mailbox.messages and not self._is_stopping:
             mailbox.wake.clear()
-            delay = mailbox.resume_at - time.monotonic()
+            delay = max(0.0, mailbox.resume_at - time.monotonic())
             try:
-                message = self._next_message(mailbox) if delay <= 0 else None
+                message = None if delay else self._next_message(mailbox)
                 if message:
                     await self._attempt(mailbox, message)
                 else:
-                    await asyncio.wait_for(mailbox.wake.wait(), min(delay, MAX_SLEEP)
-                                           if delay > 0 else MAX_SLEEP)
-            except asyncio.TimeoutError:
-                pass
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(mailbox.wake.wait(),
+                                               min(delay or MAX_SLEEP, MAX_SLEEP))
             except Exception:           # or nothing would be sent any more
                 log.error("%s internal-error", key[2], exc_info=True)
                 mailbox.resume_at = time.monotonic() + MIN_BACKOFF
@@ -4482,8 +4441,7 @@ class QueueManager:
                       waiting=len(mailbox.messages),
                       problem=f"the secret is unknown until {message.login} logs in")
         mailbox.is_without_secret = not ready
-        return min(ready, key=lambda message: (message.attempts, message.queued_at),
-                   default=None)
+        return min(ready, key=lambda item: (item.attempts, item.queued_at), default=None)
 
     def _is_expired(self, message: QueuedMessage) -> bool:
         return time.time() >= message.queued_at + self._config.spool_lifetime
@@ -4530,12 +4488,10 @@ class QueueManager:
 
     async def _send(self, mailbox: MailboxQueue, message: QueuedMessage,
                     application: Application) -> None:
-        config = self._config
+        total = self._config.max_memory_for_messages
         # Leave enough memory for the largest message of a client, or half of all.
-        self._memory.check(message.size + min(
-            config.max_memory_for_messages // 2,
-            config.max_memory_for_messages - config.size_limit))
-        deadline = time.monotonic() + config.upstream_timeout
+        self._memory.check(message.size + min(total // 2, total - self._config.size_limit))
+        deadline = time.monotonic() + self._config.upstream_timeout
         self._memory.reserve(message.size)
         try:
             prepared = await result_before(deadline, run_in_thread(lambda: as_stored(
@@ -4546,8 +4502,7 @@ class QueueManager:
         message.is_sent, mailbox.failures = True, 0
         log_event(logging.INFO, message.id, "sent", sender=message.mailbox,
                   recipients=len(message.recipients), size=message.size,
-                  attempts=message.attempts,
-                  request_id=response.headers.get("request-id"),
+                  attempts=message.attempts, request_id=response.headers.get("request-id"),
                   queued_seconds=time.time() - message.queued_at)
 
     async def _defer(self, mailbox: MailboxQueue, message: QueuedMessage, reason: str,
@@ -4567,10 +4522,9 @@ class QueueManager:
         with contextlib.suppress(OSError):      # the next attempt saves the state
             await self._on_disk(self._files.save, self._files.path(message), message)
 
-    async def _fail(self, mailbox: MailboxQueue, message: QueuedMessage,
-                    reason: str) -> None:
+    async def _fail(self, mailbox: MailboxQueue, message: QueuedMessage, text: str) -> None:
         """End the attempts: send a bounce, and move the message to failed/."""
-        failed = dataclasses.replace(message, reason=reason, bounce_sent=False)
+        failed = dataclasses.replace(message, reason=text, bounce_sent=False)
         try:
             if message.reverse_path and not message.bounce_sent:
                 await self._send_bounce(failed)
@@ -4578,16 +4532,15 @@ class QueueManager:
             await self._on_disk(self._files.fail, failed)
         except FileNotFoundError:
             self._drop(mailbox, message)
-            return
         except (OSError, TemporaryError) as error:
             log_event(logging.ERROR, message.id, "queue-failed", problem=error)
             mailbox.resume_at = time.monotonic() + MIN_BACKOFF
-            return
-        mailbox.messages.pop(message.id, None)
-        log_event(logging.ERROR, message.id, "failed", sender=message.mailbox,
-                  recipients=len(message.recipients), size=message.size,
-                  attempts=message.attempts, reply=reason,
-                  remedy="see `spool show`, fix the cause, then `spool retry`")
+        else:
+            mailbox.messages.pop(message.id, None)
+            log_event(logging.ERROR, message.id, "failed", sender=message.mailbox,
+                      recipients=len(message.recipients), size=message.size,
+                      attempts=message.attempts, reply=text,
+                      remedy="see `spool show`, fix the cause, then `spool retry`")
 
     async def _send_bounce(self, message: QueuedMessage) -> None:
         """Queue a bounce to the sender of a message. Raises OSError and TemporaryError."""
@@ -4608,8 +4561,6 @@ class QueueManager:
     async def _on_disk(self, call: Callable[..., T], *arguments: object) -> T:
         return await result_before(time.monotonic() + DISK_TIMEOUT,
                                    run_in_thread(functools.partial(call, *arguments)))
-
-    # Changes by the command line.
 
     async def _watch(self) -> None:
         """Apply the changes that the command line makes; run until cancelled."""
@@ -4651,15 +4602,9 @@ class QueueManager:
 SMALL_MESSAGE = 65_536          # bytes; a message up to this is edited without a thread,
 SMALL_HEADER = 2048             # if the header ends within this; hostile headers took 9 ms
 MAX_REMEMBERED = 50_000         # accepted messages; some 20 MB
+Accepted = tuple[str, str]      # the ID of an accepted message, and the text of its reply
 # The fields of RFC 5322 that identify a message, if they are not empty.
 _IDENTITY = re.compile(rb"^(Message-ID|Date)[ \t]*:(?:(?:\r\n)?[ \t])*[^\s]", re.I | re.M)
-
-
-class Accepted(NamedTuple):
-    """An accepted message, as DuplicateGuard remembers it."""
-
-    message_id: str
-    text: str               # of the reply
 
 
 class DuplicateGuard:
@@ -4677,8 +4622,7 @@ class DuplicateGuard:
 
     def digest(self, principal: Principal, envelope: Envelope, header: bytes) -> bytes:
         """Hash account, envelope and content; return b"" for an unrecognizable message."""
-        if not self._window or len({match[1].lower()
-                                    for match in _IDENTITY.finditer(header)}) < 2:
+        if not self._window or len(set(map(bytes.lower, _IDENTITY.findall(header)))) < 2:
             return b""
         digest = hashlib.sha256(repr((
             principal.account.name, principal.application.tenant,
@@ -4706,7 +4650,7 @@ class DuplicateGuard:
     def remember(self, digest: bytes, message_id: str, text: str) -> None:
         """Remember that a message was accepted with this reply."""
         if digest:
-            self._accepted.put(digest, Accepted(message_id, text), self._window)
+            self._accepted.put(digest, (message_id, text), self._window)
 
 
 class Outcome(NamedTuple):
@@ -4723,29 +4667,24 @@ class Delivery:
 
     def __init__(self, config: Config, graph: GraphClient,
                  queue_manager: QueueManager | None) -> None:
-        self._config = config
-        self._graph = graph
-        self._queue = queue_manager
+        self._config, self._graph, self._queue = config, graph, queue_manager
         self._duplicates = DuplicateGuard(config.duplicate_window)
 
-    async def deliver(self, principal: Principal, envelope: Envelope,
-                      session_id: str) -> str:
+    async def deliver(self, principal: Principal, envelope: Envelope, session: str) -> str:
         """Send or queue a message; return the text of the reply. Raises RelayError."""
         message_id, started = str(uuid.uuid4()), time.monotonic()
         deadline = started + self._config.upstream_timeout
         facts: dict[str, object] = {
-            "session": session_id, "account": principal.account.name or None,
+            "session": session, "account": principal.account.name or None,
             "sender": envelope.reverse_path, "recipients": len(envelope.recipients),
             "size": len(envelope.message)}
         try:
             message, digest = await self._prepare(principal, envelope, deadline)
-            facts.update(sender=message.edited.mailbox, size=message.edited.size)
-            if message.draft:
-                facts["attachments"] = len(message.draft.attachments)
+            facts.update(sender=message.edited.mailbox, size=message.edited.size,
+                         attachments=message.draft and len(message.draft.attachments))
             async with self._duplicates.claim(digest, deadline) as accepted:
                 if accepted:
-                    outcome = Outcome("repeated", accepted.text,
-                                      {"first": accepted.message_id})
+                    outcome = Outcome("repeated", accepted[1], {"first": accepted[0]})
                 else:
                     outcome = await self._send(principal, envelope, message, message_id,
                                                deadline)
@@ -4804,12 +4743,11 @@ class Delivery:
                 self._queue.remember_secret(application)
             return Outcome("sent", f"Accepted by Microsoft 365, id {message_id}",
                            {"request_id": response.headers.get("request-id")})
-        edited, return_path = message.edited, envelope.reverse_path
-        if return_path:                 # the bounce goes to a mailbox that exists
-            return_path = principal.account.from_email or return_path
+        edited, account, sender = message.edited, principal.account, envelope.reverse_path
+        sender = sender and (account.from_email or sender)      # a mailbox that exists
         queued = QueuedMessage(
-            message_id, principal.account.name, application.tenant, application.client,
-            edited.mailbox, return_path, list(envelope.recipients.values()),
+            message_id, account.name, application.tenant, application.client,
+            edited.mailbox, sender, list(envelope.recipients.values()),
             len(edited.header), edited.size, False, time.time(), 1, 0.0, reason)
         try:
             await self._queue.put(queued, [edited.header, edited.body], application)
@@ -4826,10 +4764,10 @@ class Delivery:
 # from Azure Key Vault (TLS_SOURCE=keyvault). The relay reads it once, at start, because the
 # user of RUN_AS may be unable to read the key. A renewed certificate needs a restart.
 #
-# An account can set `tls_min_version` for its networks, and ACCOUNTS_FILE can change while
-# the relay runs. Therefore there is an SSLContext for each TLS version from the start, and
-# the server picks one for each connection.
+# While the relay runs, an account can set `tls_min_version` for its networks. So there is
+# an SSLContext for each TLS version, and the server picks one for each connection.
 
+OPENSSL_TIMEOUT = 10.0          # seconds for one run of the openssl command
 TLS_VERSIONS: Mapping[str, ssl.TLSVersion] = {
     "1.0": ssl.TLSVersion.TLSv1, "1.1": ssl.TLSVersion.TLSv1_1,
     "1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -4842,39 +4780,28 @@ TLS_PROBLEMS: Mapping[str, str] = {
     "HTTP_REQUEST": "the client sent an HTTP request",
     "WRONG_VERSION_NUMBER": "the client did not start TLS; for SMTPS_PORT set the device "
                             "to SSL/TLS, not to STARTTLS or no encryption",
-    **dict.fromkeys(
-        ("TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
-         "SSLV3_ALERT_BAD_CERTIFICATE"),
-        "the client does not trust the relay's certificate; import it on the device"),
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the relay's certificate has expired",
-}
+    **dict.fromkeys(("TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+                     "SSLV3_ALERT_BAD_CERTIFICATE"), "the client does not trust the "
+                    "relay's certificate; import it on the device"),
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the relay's certificate has expired"}
 
 # HTTP status of Key Vault -> what the administrator can do.
 VAULT_REMEDIES: Mapping[int, str] = {
     401: "the relay's identity belongs to another tenant than the vault",
     403: "give the relay's identity the role Key Vault Secrets User, and allow the relay "
          "in the vault's firewall",
-    404: "there is no such certificate",
-}
+    404: "there is no such certificate"}
 
-OPENSSL_TIMEOUT = 10.0          # seconds for one run of the openssl command
-
-# X509_V_FLAG_PARTIAL_CHAIN (ssl names it only from Python 3.10 on) accepts a certificate
-# without its root, X509_V_FLAG_NO_CHECK_TIME an expired one.
-_ANY_CERTIFICATE = 0x80000 | 0x200000
-
-# From Python 3.11 on asyncio gives each TLS connection a receive buffer of 256 KiB. A TLS
-# record has at most 16 KiB, and most connections are idle.
+# Since Python 3.11 asyncio has a 256 KiB buffer for each TLS connection; a record has 16.
 _protocol: Any = getattr(getattr(asyncio, "sslproto", None), "SSLProtocol", None)
 if hasattr(_protocol, "max_size"):
     _protocol.max_size = 16384
 
 
 def make_tls_contexts(config: Config) -> dict[str, ssl.SSLContext]:
-    """Load the relay's certificate; return contexts by their minimum version.
+    """Load the certificate; return contexts by minimum version; {} if TLS_SOURCE=off.
 
-    A version that OpenSSL lacks is left out. If TLS_SOURCE=off, the dict is empty. Raises
-    ConfigError, StartError.
+    A version that OpenSSL lacks is left out. Raises ConfigError, StartError.
     """
     if config.tls_source == "off":
         return {}
@@ -4900,7 +4827,7 @@ def _load_contexts(config: Config, cert_path: str, key_path: str, cert_name: str
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert_path)
     contexts = {config.tls_min_version: _make_context(config, config.tls_min_version)}
     for version in TLS_VERSIONS:
-        with contextlib.suppress(ssl.SSLError, ValueError):     # OpenSSL lacks this version
+        with contextlib.suppress(ssl.SSLError, ValueError):     # a version OpenSSL lacks
             contexts.setdefault(version, _make_context(config, version))
     for context in contexts.values():
         with _pem_errors(key_name, "key"):
@@ -4917,9 +4844,8 @@ def _make_context(config: Config, version: str) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_RENEGOTIATION
     ciphers = config.tls_cipher_suite
     if {version, config.tls_min_version} & {"1.0", "1.1"} and "@SECLEVEL" not in ciphers:
-        # OpenSSL 3 has these versions only at security level 0, because their handshake
-        # uses SHA-1. If TLS_MIN_VERSION is one of them, the certificate can be as old, and
-        # the contexts of the newer versions must load it too.
+        # OpenSSL 3 has these versions only at security level 0: their handshake uses SHA-1.
+        # If TLS_MIN_VERSION is one of them, all contexts must accept a certificate as old.
         ciphers = f"{ciphers or 'DEFAULT'}:@SECLEVEL=0"
     if ciphers:
         try:
@@ -4947,14 +4873,14 @@ def _pem_errors(name: str, content: str) -> Iterator[None]:
 
 
 def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, float]:
-    """Return the start and the end of a server certificate's validity, in Unix time.
+    """Return start and end of a server certificate's validity in Unix time, or (0, inf).
 
     The ssl module shows a certificate only after a handshake, so this does one in memory.
-    Returns (0, inf) if the handshake fails.
     """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
-    client.verify_flags |= _ANY_CERTIFICATE
+    # X509_V_FLAG_PARTIAL_CHAIN: the root may be missing; NO_CHECK_TIME: it may be expired.
+    client.verify_flags |= 0x80000 | 0x200000
     client.load_verify_locations(cert_path)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
@@ -4972,11 +4898,7 @@ def certificate_dates(context: ssl.SSLContext, cert_path: str) -> tuple[float, f
 
 
 def pfx_to_pem(pfx: bytes) -> bytes:
-    """Convert a PKCS#12 file without a password to PEM: key, certificate, chain.
-
-    The ssl module cannot read PKCS#12, so the openssl command converts it, through pipes:
-    the key is not written to disk. Raises ValueError.
-    """
+    """Convert PKCS#12 to PEM without writing the key to disk. Raises ValueError."""
     for legacy in ["-legacy"], []:      # OpenSSL 3 needs it for RC2; 1.1 does not know it
         command = ["openssl", "pkcs12", "-nodes", "-passin", "pass:", *legacy]
         try:
@@ -5001,17 +4923,15 @@ async def fetch_certificate(config: Config, name: str) -> bytes:
     The vault's secret with the name of the certificate holds both. Microsoft, "Get Secret
     (Key Vault REST API)" and "About Azure Key Vault certificates".
     """
-    pool = HttpPool(config.endpoints)
-    try:
-        response = await AzureClient(config, pool, Tokens(config, pool)).get(
-            f"{config.azure_key_vault_url}/secrets/{config.azure_key_vault_cert_name}"
-            "?api-version=7.4", CLOUDS[config.azure_cloud].vault,
-            {"Accept": "application/json"}, time.monotonic() + config.upstream_timeout)
-    except TemporaryError as error:
-        raise StartError(f"{name}: {printable_ascii(str(error))}"
-                         f"{format_fields(error.facts)}") from None
-    finally:
-        pool.close()
+    with contextlib.closing(HttpPool(config.endpoints)) as pool:
+        try:
+            response = await AzureClient(config, pool, Tokens(config, pool)).get(
+                f"{config.azure_key_vault_url}/secrets/{config.azure_key_vault_cert_name}"
+                "?api-version=7.4", CLOUDS[config.azure_cloud].vault,
+                {"Accept": "application/json"}, time.monotonic() + config.upstream_timeout)
+        except TemporaryError as error:
+            raise StartError(f"{name}: {printable_ascii(str(error))}"
+                             f"{format_fields(error.facts)}") from None
     value = response.json().get("value")
     if response.status != 200 or not isinstance(value, str):
         remedy = VAULT_REMEDIES.get(response.status, "try again later")
