@@ -3989,8 +3989,7 @@ class GraphClient:
             raise UpstreamUnavailable("an upload session without a usable URL")
         chunks, begin = filter(None, file.part.iter_decoded()), 0
         while begin < file.size:
-            chunk = await result_before(context.deadline, run_in_thread(
-                functools.partial(next, chunks, b"")))
+            chunk = await result_before(context.deadline, run_in_thread(next, chunks, b""))
             end = begin + len(chunk)
             headers = {"Content-Type": "application/octet-stream", "User-Agent": USER_AGENT,
                        "Content-Range": f"bytes {begin}-{end - 1}/{file.size}"}
@@ -4386,8 +4385,8 @@ class QueueManager:
         # If the thread asked the future instead, the future would hold the message.
         cancelled = threading.Event()
         try:
-            await result_before(deadline + GRACE, run_in_thread(functools.partial(
-                self._files.add, message, parts, deadline, cancelled.is_set)))
+            await result_before(deadline + GRACE, run_in_thread(
+                self._files.add, message, parts, deadline, cancelled.is_set))
         except OSError as error:
             raise TemporaryError(
                 "Insufficient system storage, cannot queue the message; try again later",
@@ -4560,7 +4559,7 @@ class QueueManager:
 
     async def _on_disk(self, call: Callable[..., T], *arguments: object) -> T:
         return await result_before(time.monotonic() + DISK_TIMEOUT,
-                                   run_in_thread(functools.partial(call, *arguments)))
+                                   run_in_thread(call, *arguments))
 
     async def _watch(self) -> None:
         """Apply the changes that the command line makes; run until cancelled."""
