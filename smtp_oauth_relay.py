@@ -1161,9 +1161,8 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 #     output()            takes the replies that are ready
 #
 # and answers each event but Close: StartTls by tls_started(), Authenticate by
-# authenticated() or refuse(), Deliver by delivered() or refuse(). Until then the session
-# processes no further input. So pipelined commands wait, and the replies to a group of them
-# leave together (RFC 2920 section 3.2).
+# authenticated() or refuse(), Deliver by delivered() or refuse(). Until then further input
+# waits, so the replies to pipelined commands leave together (RFC 2920 section 3.2).
 #
 #     CONNECTED --EHLO--> READY --MAIL--> MAIL --RCPT--> RCPT --DATA--> (content)
 #         ^                 ^---------------RSET, EHLO, end of content------'
@@ -1264,13 +1263,10 @@ class Session:
                  memory: MemoryBudget | None = None,
                  on_line: Callable[[str, object], None] = lambda mark, line: None,
                  on_refusal: Callable[[RelayError], None] = lambda error: None) -> None:
-        """Create a session for a server called `name`.
-
-        `on_line` gets each line with "<" or ">" for the debug log, without credentials.
-        `on_refusal` gets each error of the client that is not the same as the last error.
-        """
+        # `on_line` gets each line with "<" or ">" for the debug log, without credentials.
+        # `on_refusal` gets each error of the client that is not the same as the last error.
         self._config = config
-        self._name = name
+        self._name = name               # of the server
         self._policy = policy or Accounts().match_address(None, config)
         self._memory = memory or MemoryBudget(config.max_memory_for_messages)
         self._on_line = on_line
@@ -1466,18 +1462,17 @@ class Session:
                 raise ProtocolError(f"Unsupported parameter of MAIL: {name}", 555, "5.5.4")
             if not re.fullmatch(MAIL_PARAMETERS[name], value or "", re.I):
                 raise ProtocolError(f"Invalid value of {name}")
-        envelope = Envelope(mailbox, allow_utf8="SMTPUTF8" in parameters)
-        self._check_ascii(mailbox, envelope)
+        self._envelope = Envelope(mailbox, allow_utf8="SMTPUTF8" in parameters)
+        self._check_ascii(mailbox)
         self.principal.check_reverse_path(mailbox)
         size = int(parameters.get("SIZE") or 0)
         self._check_size(size)
         self._memory.check(size)
-        self._envelope = envelope
         self._phase = Phase.MAIL
         return Reply(250, "2.1.0", "Sender ok")
 
-    def _check_ascii(self, mailbox: str, envelope: Envelope) -> None:
-        if not envelope.allow_utf8 and not mailbox.isascii():
+    def _check_ascii(self, mailbox: str) -> None:
+        if not self._envelope.allow_utf8 and not mailbox.isascii():
             raise ProtocolError("This address requires MAIL with SMTPUTF8", 553, "5.6.7")
 
     def _rcpt(self, argument: str) -> Reply:
@@ -1487,7 +1482,7 @@ class Session:
             raise ProtocolError("RCPT has no parameters here", 555, "5.5.4")
         if not mailbox:
             raise ProtocolError("A recipient must have an address", 501, "5.1.3")
-        self._check_ascii(mailbox, self._envelope)
+        self._check_ascii(mailbox)
         self.principal.account.check(mailbox, "allowed_recipients")
         recipients = self._envelope.recipients
         key = normalize_mailbox(mailbox)
@@ -1670,20 +1665,17 @@ COMMANDS: Mapping[str, Command] = {
     "EXPN":     Command(Reply(502, "5.5.1", "Command not implemented", cost=10)),
     "HELP":     Command(Session._help),
     "NOOP":     Command(Reply(250, "2.0.0", "Ok")),
-    "QUIT":     Command(Session._quit, argument=False),
-}
+    "QUIT":     Command(Session._quit, argument=False)}
 
 MAIL_PARAMETERS: Mapping[str, str] = {      # a pattern for the value
     "SIZE":     "[0-9]{1,20}",              # RFC 1870 section 3
     "BODY":     "7BIT|8BITMIME",
     "SMTPUTF8": "",
-    "AUTH":     ".+",                       # ignored, RFC 4954 section 5
-}
+    "AUTH":     ".+"}                       # ignored, RFC 4954 section 5
 
 AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
     "PLAIN": (b"",),
-    "LOGIN": (b"Username:", b"Password:"),      # devices compare them letter by letter
-}
+    "LOGIN": (b"Username:", b"Password:")}      # devices compare them letter by letter
 
 
 # ---------------------------------------------------------------------------
@@ -2085,18 +2077,14 @@ _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
 
 # Media type of a part that a draft cannot hold -> the reason, for NotConvertible.
 UNSUPPORTED_TYPES: Mapping[str, str] = {
-    "multipart/signed": "is signed",
-    "multipart/encrypted": "is encrypted",
-    "application/pgp-encrypted": "is encrypted",
+    "multipart/signed": "is signed", "multipart/encrypted": "is encrypted",
+    "multipart/report": "is a report", "application/pgp-encrypted": "is encrypted",
+    "multipart/digest": "is a digest", "text/calendar": "is a calendar invitation",
     "application/pkcs7-mime": "is signed or encrypted",
     "application/x-pkcs7-mime": "is signed or encrypted",
     "application/ms-tnef": "is in Outlook's own format",
-    "multipart/report": "is a report",
-    "multipart/digest": "is a digest",
-    "text/calendar": "is a calendar invitation",
     "message/partial": "is a part of another message",
-    "message/external-body": "has an attachment that is stored elsewhere",
-}
+    "message/external-body": "has an attachment that is stored elsewhere"}
 # These types are supported as an attachment: a signed invoice, a date to save.
 SUPPORTED_AS_FILE = ("application/pkcs7-mime", "application/x-pkcs7-mime", "text/calendar")
 IMPORTANCE = {"high": "high", "urgent": "high", "1": "high", "2": "high",
@@ -2168,11 +2156,9 @@ class Part:
 
 
 def _decode_base64(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode base64 in chunks. Raises NotConvertible.
-
-    Bytes outside the alphabet are ignored, RFC 2045 section 6.8. Data after the padding is
-    an error, because programs differ in what they make of it.
-    """
+    """Decode base64 in chunks. Raises NotConvertible."""
+    # Bytes outside the alphabet are ignored, RFC 2045 section 6.8. Data after the padding
+    # is an error, because programs differ in what they make of it.
     rest, is_ended = b"", False
     for chunk in itertools.chain(chunks, [b"="]):       # the padding can be missing
         data, padding, after = chunk.translate(None, _NOT_BASE64).partition(b"=")
@@ -2283,13 +2269,12 @@ def _parse_part(header: Header, message: bytes | bytearray, begin: int, end: int
     parameters = _parameters(fields, "content-type")
     name = (_parameters(fields, "content-disposition").get("filename")
             or parameters.get("name", ""))
-    file_name = _decode_header_text(name, "_").encode("utf-8", "replace").decode()
+    name = _decode_header_text(name, "_")[-MAX_FILE_NAME:].encode(errors="replace").decode()
     match = _MEDIA_TYPE.match(fields.get("content-type", "") or "text/plain")
     unknown = "application/octet-stream" if encoding == "base64" else "text/plain"
-    return Part(message, begin, end,
-                f"{match[1]}/{match[2]}".lower() if match else unknown, parameters,
-                _first_word(fields.get("content-disposition", "")) == "attachment",
-                file_name[-MAX_FILE_NAME:],
+    media_type = f"{match[1]}/{match[2]}".lower() if match else unknown
+    return Part(message, begin, end, media_type, parameters,
+                _first_word(fields.get("content-disposition", "")) == "attachment", name,
                 fields.get("content-id", "").strip(" \t<>"), encoding)
 
 
@@ -2422,10 +2407,8 @@ def _decode_words(match: re.Match[str]) -> str:
 
 
 def _draft_properties(header: Header, mailbox: str) -> dict[str, Any]:
-    """Return the header as properties of a Graph message; other fields are lost.
-
-    A repeated field counts once, but the addresses of repeated fields are joined.
-    """
+    """Return the header as properties of a Graph message; other fields are lost."""
+    # Addresses of repeated fields are joined; of other repeated fields the first counts.
     def people(name: bytes) -> list[dict[str, Any]]:
         delivers = name in _ADDRESS_FIELDS      # so Graph must read it as the relay does
         return [_recipient_json(address) for field in header.find(name) for address in (
@@ -2503,11 +2486,10 @@ class HttpResponse:
 
     def json(self) -> dict[str, Any]:
         """Return the body as a JSON object; anything else becomes an empty dict."""
-        try:
-            value = json.loads(self.body)
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(value := json.loads(self.body), dict):
+                return value
+        return {}
 
     def retry_after(self, now: float) -> float | None:
         """Return the seconds to wait from `now` (Unix time), or None; RFC 9110 10.2.3."""
@@ -2530,11 +2512,10 @@ def _string(values: object, name: str) -> str:
 
 def _number(value: object) -> float:
     """Return a number, which can be given as text; anything else becomes 0."""
-    try:
-        number = float(value)           # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-    return number if math.isfinite(number) else 0.0
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(number := float(value)):       # type: ignore[arg-type]
+            return number
+    return 0.0
 
 
 # Errors of Entra ID that say nothing about the credential, by error and by AADSTS number.
@@ -2555,8 +2536,7 @@ AADSTS_REMEDIES: Mapping[int, str] = {
     53003: "blocked by Conditional Access; allow the relay's IP address in the policy",
     70011: "invalid scope; check GRAPH_ENDPOINT",
     500011: "Graph not found in the tenant; check GRAPH_ENDPOINT",
-    90038: "the tenant is in another national cloud; check AZURE_AUTHORITY_HOST",
-}
+    90038: "the tenant is in another national cloud; check AZURE_AUTHORITY_HOST"}
 
 
 def parse_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
@@ -2646,20 +2626,14 @@ GRAPH_CODES: Mapping[str, GraphFailure] = {
                     _MAILBOX_NOT_FOUND),
     "errorinvalidrecipients": GraphFailure(
         DeliveryError, 550, "5.1.3", "Bad recipient address for Microsoft 365", 0),
-    "errormessagesizeexceeded": _TOO_LARGE,
-    "errorquotaexceeded": _MAILBOX_FULL,
-    "erroritemnotfound": _SERVICE_ERROR,    # the draft has disappeared
-}
+    "errormessagesizeexceeded": _TOO_LARGE, "errorquotaexceeded": _MAILBOX_FULL,
+    "erroritemnotfound": _SERVICE_ERROR}    # the draft has disappeared
 GRAPH_STATUSES: Mapping[int, GraphFailure] = {
     401: GraphFailure(TemporaryError, 451, "4.7.0",
                       "Microsoft 365 did not accept the token; try again later"),
-    403: _ACCESS_DENIED,
-    404: _MAILBOX_NOT_FOUND,
+    403: _ACCESS_DENIED, 404: _MAILBOX_NOT_FOUND,
     408: _SERVICE_ERROR,        # the request arrived too slowly, RFC 9110 section 15.5.9
-    413: _TOO_LARGE,
-    429: _THROTTLED,
-    507: _MAILBOX_FULL,
-}
+    413: _TOO_LARGE, 429: _THROTTLED, 507: _MAILBOX_FULL}
 
 
 class GraphOperation(enum.Enum):
@@ -2681,8 +2655,8 @@ def graph_error(response: HttpResponse, mailbox: str,
     failure = GRAPH_STATUSES.get(status, _SERVICE_ERROR if status >= 500 else
                                  _MESSAGE_REFUSED if status >= 400 else _UNKNOWN_RESPONSE)
     by_code = GRAPH_CODES.get(code.lower(), failure)
-    if (400 <= status < 500 and status not in (401, 429)
-            or status >= 500 and by_code in (_TOO_LARGE, _MAILBOX_FULL)):
+    if (400 <= status < 500 and status not in (401, 429)) or (
+            status >= 500 and by_code in (_TOO_LARGE, _MAILBOX_FULL)):
         failure = by_code
     if failure is _ACCESS_DENIED and operation in (
             GraphOperation.CREATE, GraphOperation.ATTACH, GraphOperation.DELETE):
@@ -2729,8 +2703,7 @@ TABLE_REMEDIES: Mapping[str, str] = {
     "AuthorizationPermissionMismatch": "give the relay's identity the role Storage Table "
                                        "Data Reader (takes minutes), or the SAS sp=r",
     "AuthorizationFailure": "blocked by the storage account's firewall, or by the SAS",
-    "AuthenticationFailed": "the SAS has expired, or the identity is of another tenant",
-}
+    "AuthenticationFailed": "the SAS has expired, or the identity is of another tenant"}
 _TABLE_UNAVAILABLE = "Temporary lookup failure in the table of accounts; try again later"
 
 
