@@ -1129,9 +1129,8 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 #     output()            takes the replies that are ready
 #
 # and answers each event but Close: StartTls by tls_started(), Authenticate by
-# authenticated() or refuse(), Deliver by delivered() or refuse(). Until then the session
-# processes no further input. So pipelined commands wait, and the replies to a group of them
-# leave together (RFC 2920 section 3.2).
+# authenticated() or refuse(), Deliver by delivered() or refuse(). Until then further input
+# waits, so the replies to pipelined commands leave together (RFC 2920 section 3.2).
 #
 #     CONNECTED --EHLO--> READY --MAIL--> MAIL --RCPT--> RCPT --DATA--> (content)
 #         ^                 ^---------------RSET, EHLO, end of content------'
@@ -1168,6 +1167,7 @@ class Envelope:
     reverse_path: str
     recipients: dict[str, str] = field(default_factory=dict)    # by normalized mailbox
     message: bytes | bytearray = field(default=b"", repr=False)
+    allow_utf8: bool = False    # MAIL had the parameter SMTPUTF8
 
 
 class StartTls(NamedTuple):
@@ -1231,13 +1231,10 @@ class Session:
                  memory: MemoryBudget | None = None,
                  on_line: Callable[[str, object], None] = lambda mark, line: None,
                  on_refusal: Callable[[RelayError], None] = lambda error: None) -> None:
-        """Create a session for a server called `name`.
-
-        `on_line` gets each line with "<" or ">" for the debug log, without credentials.
-        `on_refusal` gets each error of the client that is not the same as the last error.
-        """
+        # `on_line` gets each line with "<" or ">" for the debug log, without credentials.
+        # `on_refusal` gets each error of the client that is not the same as the last error.
         self._config = config
-        self._name = name
+        self._name = name               # of the server
         self._policy = policy or Accounts().match_address(None, config)
         self._memory = memory or MemoryBudget(config.max_memory_for_messages)
         self._on_line = on_line
@@ -1246,7 +1243,7 @@ class Session:
         self.principal = self._policy.anonymous         # None until a login is accepted
         self.holds_message = False      # content arrives, or waits for its delivery
         self._phase = Phase.CONNECTED
-        self._read = self._read_command
+        self._read: Callable[[], bool] | None = self._read_command     # None: wait
         self._event: Event | None = None
         self._buffer = bytearray()      # received and not yet processed
         self._eof = False
@@ -1256,14 +1253,11 @@ class Session:
         self._cost = 0                  # toward MAX_COST
         self._last_refusal: Reply | None = None
         self._envelope = Envelope("")
-        self._allow_utf8 = False
         self._content = bytearray()     # of a message; its size is reserved in _memory
         self._skip = 0                  # bytes before it: the CRLF that _data() inserted
         self._refusal: RelayError | None = None         # if set, content is discarded
         self._mechanism = ""
         self._responses: list[bytes] = []               # to AUTH challenges
-
-    # Methods for input and output.
 
     def greet(self) -> None:
         """Send the greeting. RFC 5321 section 4.2: the domain comes first."""
@@ -1276,7 +1270,7 @@ class Session:
 
     def next_event(self) -> Event | None:
         """Process the input; return what the caller must do, or None to read more."""
-        while self._event is None and self._read():
+        while self._event is None and self._read and self._read():
             pass
         event, self._event = self._event, None
         return event
@@ -1302,7 +1296,6 @@ class Session:
         self._memory.release(len(self._content))
         self._content = bytearray()
         self._envelope = Envelope("")
-        self._allow_utf8 = False
         self.holds_message = False
         if self._phase is not Phase.CONNECTED:
             self._phase = Phase.READY
@@ -1334,21 +1327,13 @@ class Session:
 
     # Readers: process one unit of the input; return False if it is incomplete.
 
-    def _wait(self) -> bool:
-        """Read nothing until the caller answers the event."""
-        return False
-
     def _read_command(self) -> bool:
-        if (not self.secure and not self._commands
-                and self._buffer.startswith(_CLIENT_HELLO)):
+        if self._buffer.startswith(_CLIENT_HELLO) and not (self.secure or self._commands):
             self._close("the client starts with TLS: set it to STARTTLS, or to the port of "
                         "SMTPS_PORT")
             return False
         is_auth = self._buffer[:5].upper() == b"AUTH "
         return self._read_line(self._command, MAX_AUTH if is_auth else MAX_COMMAND)
-
-    def _read_auth(self) -> bool:
-        return self._read_line(self._auth_response, MAX_AUTH)
 
     def _read_line(self, handler: Callable[[str], Reply | None], limit: int) -> bool:
         """Pass a line to a handler; only CRLF ends a line, RFC 5321 section 2.3.8."""
@@ -1362,11 +1347,14 @@ class Session:
             if self._eof:
                 self._close("the client closed the connection")
             return False
-        line = bytes(self._buffer[:end])
+        line = self._buffer[:end].decode("utf-8", "surrogateescape")
         del self._buffer[:end + 2]
         self._commands += 1
         try:
-            reply = handler(_decode_line(line))
+            if _CONTROLS.search(line):
+                raise ProtocolError("A command must end in CRLF and contain no control "
+                                    "characters", 500, "5.5.2")
+            reply = handler(line)
         except RelayError as error:
             self._read = self._read_command         # an error ends the AUTH exchange
             reply = self._log_refusal(error)
@@ -1379,30 +1367,31 @@ class Session:
         end = self._buffer.find(_END_OF_DATA)
         # A suffix that may begin the end mark stays in the buffer, a lone CR too. So no
         # CRLF is split between two parts, and _with_crlf() sees whole lines.
-        partial = (size for size in (4, 3, 2, 1)
-                   if self._buffer.endswith(_END_OF_DATA[:size]))
+        partial = (n for n in (4, 3, 2, 1) if self._buffer.endswith(_END_OF_DATA[:n]))
         cut = end + 2 if end >= 0 else len(self._buffer) - next(partial, 0)
-        # The client has added a dot to each line that starts with one, RFC 5321 section
-        # 4.5.2.
+        # The client doubles a dot at the start of a line, RFC 5321 section 4.5.2.
         part = self._buffer[:cut].replace(b"\r\n.", b"\r\n")
         del self._buffer[:cut]
         self._content_bytes += cut
         if part and not self._refusal:
             self._store_content(_with_crlf(part[self._skip:]))
             self._skip = 0
-        if end >= 0:
-            del self._buffer[:3]
-            self._end_content()
-            return True
-        if self._eof:
-            self._close("the client closed the connection within a message")
-        return False
+        if end < 0:
+            if self._eof:
+                self._close("the client closed the connection within a message")
+            return False
+        del self._buffer[:3]
+        if self._refusal:
+            self._resume(self._log_refusal(self._refusal))
+        else:
+            self._envelope.message = self._content      # no copy, because it may be large
+            self._emit(Deliver(self._envelope))
+        return True
 
     def _store_content(self, part: bytearray) -> None:
         """Append a part of the content, or decide to refuse the message."""
         try:
-            if len(self._content) + len(part) > self._config.size_limit:
-                raise _too_large(self._config)
+            self._check_size(len(self._content) + len(part))
             self._memory.reserve(len(part))
             self._content += part
         except RelayError as error:
@@ -1410,12 +1399,12 @@ class Session:
             self._content = bytearray()
             self._refusal = error
 
-    def _end_content(self) -> None:
-        if self._refusal:
-            self._resume(self._log_refusal(self._refusal))
-            return
-        self._envelope.message = self._content      # no copy, because it may be large
-        self._emit(Deliver(self._envelope))
+    def _check_size(self, size: int) -> None:
+        config, limit = self._config, self._config.size_limit
+        if size > limit:
+            cause = "" if limit == config.max_message_size else " (LARGE_MESSAGES=refuse)"
+            raise DeliveryError("Message size exceeds fixed maximum message size: the "
+                                f"limit is {limit} bytes{cause}", 552, "5.3.4")
 
     # Commands, in the order of RFC 5321 section 4.1.1.
 
@@ -1423,11 +1412,10 @@ class Session:
         # Devices send any argument, and RFC 5321 section 4.1.4 forbids to refuse mail
         # because of it. RFC 2034 wants no enhanced status code in this reply.
         self._helo(argument)
-        can_log_in = self.secure or not self._policy.require_tls
         return Reply(250, "", "\n".join([
             self._name, f"SIZE {self._config.size_limit}", "PIPELINING", "8BITMIME",
             "SMTPUTF8", "ENHANCEDSTATUSCODES", *["STARTTLS"] * self._offers_tls(),
-            *["AUTH PLAIN LOGIN"] * can_log_in, "HELP"]))
+            *["AUTH PLAIN LOGIN"] * (self.secure or not self._policy.require_tls), "HELP"]))
 
     def _helo(self, argument: str) -> Reply:
         self.reset()
@@ -1442,19 +1430,17 @@ class Session:
                 raise ProtocolError(f"Unsupported parameter of MAIL: {name}", 555, "5.5.4")
             if not re.fullmatch(MAIL_PARAMETERS[name], value or "", re.I):
                 raise ProtocolError(f"Invalid value of {name}")
-        self._check_ascii(mailbox, "SMTPUTF8" in parameters)
+        self._envelope = Envelope(mailbox, allow_utf8="SMTPUTF8" in parameters)
+        self._check_ascii(mailbox)
         self.principal.check_reverse_path(mailbox)
         size = int(parameters.get("SIZE") or 0)
-        if size > self._config.size_limit:
-            raise _too_large(self._config)
+        self._check_size(size)
         self._memory.check(size)
-        self._envelope = Envelope(mailbox)
-        self._allow_utf8 = "SMTPUTF8" in parameters
         self._phase = Phase.MAIL
         return Reply(250, "2.1.0", "Sender ok")
 
-    def _check_ascii(self, mailbox: str, allow_utf8: bool) -> None:
-        if not allow_utf8 and not mailbox.isascii():
+    def _check_ascii(self, mailbox: str) -> None:
+        if not self._envelope.allow_utf8 and not mailbox.isascii():
             raise ProtocolError("This address requires MAIL with SMTPUTF8", 553, "5.6.7")
 
     def _rcpt(self, argument: str) -> Reply:
@@ -1464,7 +1450,7 @@ class Session:
             raise ProtocolError("RCPT has no parameters here", 555, "5.5.4")
         if not mailbox:
             raise ProtocolError("A recipient must have an address", 501, "5.1.3")
-        self._check_ascii(mailbox, self._allow_utf8)
+        self._check_ascii(mailbox)
         self.principal.account.check(mailbox, "allowed_recipients")
         recipients = self._envelope.recipients
         key = normalize_mailbox(mailbox)
@@ -1477,9 +1463,8 @@ class Session:
 
     def _data(self, argument: str) -> Reply:
         # The CRLF of this command can begin the end mark: an empty message is only a dot.
-        # _read_content() drops these two bytes again.
         self._buffer[:0] = b"\r\n"
-        self._skip = 2
+        self._skip = 2      # _read_content() drops these two bytes again
         self._refusal = None
         self.holds_message = True
         self._read = self._read_content
@@ -1513,7 +1498,7 @@ class Session:
             raise ProtocolError("Unrecognized authentication type; use PLAIN or LOGIN", 504,
                                 "5.5.4")
         self._responses = []
-        self._read = self._read_auth
+        self._read = functools.partial(self._read_line, self._auth_response, MAX_AUTH)
         if initial:     # "=" is an empty response, RFC 4954 section 4
             return self._auth_response("" if initial == "=" else initial)
         return self._challenge()
@@ -1541,15 +1526,15 @@ class Session:
             authorization, *responses = responses[0].split(b"\0")
         if authorization not in (b"", responses[0]):
             raise ProtocolError("Acting for another user is not supported", 501, "5.7.0")
-        try:
+        # The next error must not refer to the suppressed one, which has the password.
+        with contextlib.suppress(UnicodeDecodeError):
             return Authenticate(responses[0].decode(), responses[1].decode())
-        except UnicodeDecodeError:
-            pass            # the next error must not refer to this, which has the password
         raise ProtocolError("User name and password must be UTF-8", 501, "5.5.2")
 
     # Methods that all commands share.
 
     def _command(self, line: str) -> Reply | None:
+        """Execute a command. No other place refuses one that is out of order."""
         verb, _, argument = line.rstrip(" \t").partition(" ")
         verb = verb.upper() if verb.isascii() else verb     # U+017F would become an S
         # A line that is no command may be a password that came at the wrong time.
@@ -1561,12 +1546,6 @@ class Session:
         if verb not in COMMANDS:
             raise ProtocolError("Command not recognized", 500, "5.5.1")
         command = COMMANDS[verb]
-        self._check(command, argument)
-        handler = command.handler
-        return handler if isinstance(handler, Reply) else handler(self, argument)
-
-    def _check(self, command: Command, argument: str) -> None:
-        """Refuse a command that is out of order. No other place does this."""
         if command.secure and self._policy.require_tls and not self.secure:
             # The first sentence is RFC 3207's own text.
             raise ProtocolError("Must issue a STARTTLS command first", 530, "5.7.0")
@@ -1575,9 +1554,11 @@ class Session:
         if self._phase not in command.phases:
             raise ProtocolError("Bad sequence of commands: not allowed "
                                 f"{self._phase.value}", 503, "5.5.1")
-        if command.argument is not None and command.argument != bool(argument):
-            raise ProtocolError("Syntax error: an argument is " + (
-                "required" if command.argument else "not allowed"))
+        if command.argument not in (None, bool(argument)):
+            need = "required" if command.argument else "not allowed"
+            raise ProtocolError(f"Syntax error: an argument is {need}")
+        handler = command.handler
+        return handler if isinstance(handler, Reply) else handler(self, argument)
 
     def _offers_tls(self) -> bool:
         return not self.secure and self._config.tls_source != "off"
@@ -1606,7 +1587,7 @@ class Session:
     def _emit(self, event: Event) -> None:
         """Pass an event to the caller, and wait for the answer."""
         self._event = event
-        self._read = self._wait
+        self._read = None
 
     def _resume(self, reply: Reply | None = None) -> None:
         """Read the next command."""
@@ -1620,14 +1601,6 @@ class Session:
         self._emit(Close(reason))
 
 
-def _decode_line(line: bytes) -> str:
-    text = line.decode("utf-8", "surrogateescape")
-    if _CONTROLS.search(text):
-        raise ProtocolError("A command must end in CRLF and contain no control characters",
-                            500, "5.5.2")
-    return text
-
-
 def _with_crlf(part: bytearray) -> bytearray:
     """End each line with CRLF; Exchange would drop a lone CR or LF from the text."""
     if part.count(b"\r\n") == part.count(b"\r") == part.count(b"\n"):
@@ -1635,53 +1608,42 @@ def _with_crlf(part: bytearray) -> bytearray:
     return part.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
 
 
-def _too_large(config: Config) -> DeliveryError:
-    limit = config.size_limit
-    cause = "" if limit == config.max_message_size else " (LARGE_MESSAGES=refuse)"
-    return DeliveryError("Message size exceeds fixed maximum message size: the limit is "
-                         f"{limit} bytes{cause}", 552, "5.3.4")
-
-
 class Command(NamedTuple):
     """A row of COMMANDS; `argument`: True required, False forbidden, None optional."""
 
     handler: Callable[[Session, str], Reply | None] | Reply
-    phases: frozenset[Phase] = frozenset(Phase)
+    phases: tuple[Phase, ...] = tuple(Phase)
     argument: bool | None = None
     secure: bool = False        # only under TLS if REQUIRE_TLS is true
     login: bool = False         # only after a login, or for an anonymous client
 
 
-_READY = frozenset({Phase.READY})
-
 COMMANDS: Mapping[str, Command] = {
     "EHLO":     Command(Session._ehlo, argument=True),
     "HELO":     Command(Session._helo, argument=True),
-    "STARTTLS": Command(Session._starttls, _READY, argument=False),
-    "AUTH":     Command(Session._auth, _READY, argument=True, secure=True),
-    "MAIL":     Command(Session._mail, _READY, argument=True, secure=True, login=True),
-    "RCPT":     Command(Session._rcpt, frozenset({Phase.MAIL, Phase.RCPT}), argument=True),
-    "DATA":     Command(Session._data, frozenset({Phase.RCPT}), argument=False),
+    "STARTTLS": Command(Session._starttls, (Phase.READY,), argument=False),
+    "AUTH":     Command(Session._auth, (Phase.READY,), argument=True, secure=True),
+    "MAIL":     Command(Session._mail, (Phase.READY,), argument=True, secure=True,
+                        login=True),
+    "RCPT":     Command(Session._rcpt, (Phase.MAIL, Phase.RCPT), argument=True),
+    "DATA":     Command(Session._data, (Phase.RCPT,), argument=False),
     "RSET":     Command(Session._rset, argument=False),
     "VRFY":     Command(Reply(252, "2.5.0", "Cannot VRFY user, but will accept message and "
                                             "attempt delivery"), argument=True),
     "EXPN":     Command(Reply(502, "5.5.1", "Command not implemented", cost=10)),
     "HELP":     Command(Session._help),
     "NOOP":     Command(Reply(250, "2.0.0", "Ok")),
-    "QUIT":     Command(Session._quit, argument=False),
-}
+    "QUIT":     Command(Session._quit, argument=False)}
 
 MAIL_PARAMETERS: Mapping[str, str] = {      # a pattern for the value
     "SIZE":     "[0-9]{1,20}",              # RFC 1870 section 3
     "BODY":     "7BIT|8BITMIME",
     "SMTPUTF8": "",
-    "AUTH":     ".+",                       # ignored, RFC 4954 section 5
-}
+    "AUTH":     ".+"}                       # ignored, RFC 4954 section 5
 
 AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
     "PLAIN": (b"",),
-    "LOGIN": (b"Username:", b"Password:"),      # devices compare them letter by letter
-}
+    "LOGIN": (b"Username:", b"Password:")}      # devices compare them letter by letter
 
 
 # ---------------------------------------------------------------------------
@@ -2034,11 +1996,9 @@ def edit_message(envelope: Envelope, principal: Principal) -> EditedMessage:
 #                                                    refers to its Content-ID
 #     signed, encrypted, an invitation ...           552 5.3.4
 #
-# Text in an unknown charset or encoding is decoded as what it most likely is.
-#
-# Parts are found by their boundaries, and are decoded in chunks while they are sent. The
-# email package would need four times the size of the message as extra memory, and a second
-# of processor time for 35 MB.
+# Text in an unknown charset or encoding is decoded as what it most likely is. Parts are
+# decoded in chunks while they are sent, because the email package would need four times the
+# size of the message as extra memory, and a second of processor time for 35 MB.
 
 LARGE_ATTACHMENT = 3_130_000    # bytes; smaller files fit into one request with their JSON,
                                 # and an upload session needs at least 2,097,152
@@ -2052,8 +2012,6 @@ MAX_X_FIELDS = 5                # in a draft, the limit of Graph
 MAX_FILE_NAME = 255             # characters
 
 _NOT_BASE64 = re.sub(b"[A-Za-z0-9+/=]", b"", bytes(range(256)))
-_PART_FIELDS = frozenset({b"content-type", b"content-disposition", b"content-id",
-                          b"content-transfer-encoding"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MEDIA_TYPE = re.compile(r"\s*([\w.+-]{1,127})\s*/\s*([\w.+-]{1,127})", re.A)
 _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset=[\"']?([\w-]{1,40})", re.I)
@@ -2062,29 +2020,22 @@ _X_FIELD = re.compile(rb"x-(?!ms-exchange-)[a-z0-9-]+")
 
 # Media type of a part that a draft cannot hold -> the reason, for NotConvertible.
 UNSUPPORTED_TYPES: Mapping[str, str] = {
-    "multipart/signed": "is signed",
-    "multipart/encrypted": "is encrypted",
-    "application/pgp-encrypted": "is encrypted",
+    "multipart/signed": "is signed", "multipart/encrypted": "is encrypted",
+    "multipart/report": "is a report", "application/pgp-encrypted": "is encrypted",
+    "multipart/digest": "is a digest", "text/calendar": "is a calendar invitation",
     "application/pkcs7-mime": "is signed or encrypted",
     "application/x-pkcs7-mime": "is signed or encrypted",
     "application/ms-tnef": "is in Outlook's own format",
-    "multipart/report": "is a report",
-    "multipart/digest": "is a digest",
-    "text/calendar": "is a calendar invitation",
     "message/partial": "is a part of another message",
-    "message/external-body": "has an attachment that is stored elsewhere",
-}
+    "message/external-body": "has an attachment that is stored elsewhere"}
 # These types are supported as an attachment: a signed invoice, a date to save.
-SUPPORTED_AS_FILE = frozenset({"application/pkcs7-mime", "application/x-pkcs7-mime",
-                               "text/calendar"})
-IMPORTANCE: Mapping[str, str] = {
-    "high": "high", "urgent": "high", "1": "high", "2": "high", "normal": "normal",
-    "low": "low", "non-urgent": "low", "4": "low", "5": "low"}
+SUPPORTED_AS_FILE = ("application/pkcs7-mime", "application/x-pkcs7-mime", "text/calendar")
+IMPORTANCE = {"high": "high", "urgent": "high", "1": "high", "2": "high",
+              "normal": "normal", "low": "low", "non-urgent": "low", "4": "low", "5": "low"}
 # Codec name in Python -> the codec to use. Mail programs use the first five names for more
 # than their standard defines. The last two codecs need quadratic time.
-CHARSETS: Mapping[str, str] = {
-    "ascii": "utf-8", "iso8859-1": "cp1252", "gb2312": "gb18030", "shift-jis": "cp932",
-    "euc-kr": "cp949", "punycode": "utf-8", "idna": "utf-8"}
+CHARSETS = {"ascii": "utf-8", "iso8859-1": "cp1252", "gb2312": "gb18030",
+            "shift-jis": "cp932", "euc-kr": "cp949", "punycode": "utf-8", "idna": "utf-8"}
 # Like "replace", but written in Python: some codecs need seconds for 8 MB of errors, and
 # the interpreter can switch to other threads meanwhile.
 codecs.register_error("relay.replace",
@@ -2092,10 +2043,7 @@ codecs.register_error("relay.replace",
 
 
 class NotConvertible(DeliveryError):
-    """A message that cannot be converted to a draft without loss.
-
-    `why` is a clause about the message, such as "is signed".
-    """
+    """A message that no draft holds without loss; `why` is a clause such as "is signed"."""
 
     def __init__(self, why: str) -> None:
         super().__init__("Message size exceeds fixed limit: a message above 3 MB cannot be "
@@ -2151,11 +2099,9 @@ class Part:
 
 
 def _decode_base64(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode base64 in chunks. Raises NotConvertible.
-
-    Bytes outside the alphabet are ignored, RFC 2045 section 6.8. Data after the padding is
-    an error, because programs differ in what they make of it.
-    """
+    """Decode base64 in chunks. Raises NotConvertible."""
+    # Bytes outside the alphabet are ignored, RFC 2045 section 6.8. Data after the padding
+    # is an error, because programs differ in what they make of it.
     rest, is_ended = b"", False
     for chunk in itertools.chain(chunks, [b"="]):       # the padding can be missing
         data, padding, after = chunk.translate(None, _NOT_BASE64).partition(b"=")
@@ -2254,27 +2200,24 @@ def make_draft(message: bytes | bytearray, edited: EditedMessage) -> Draft:
 
 
 def _parse_part(header: Header, message: bytes | bytearray, begin: int, end: int) -> Part:
-    """Parse the header of a part, RFC 2045, RFC 2183 and RFC 2231.
-
-    The content goes from `begin` to `end`, after an empty line if there is one.
-    """
+    """Parse the header of the part between `begin` and `end`, RFC 2045, 2183 and 2231."""
     if message.startswith(b"\r\n", begin, end):
-        begin += 2
+        begin += 2      # the empty line after the header
     fields = email.message.Message()
-    for header_field in header.find(*_PART_FIELDS):
+    for header_field in header.find(b"content-type", b"content-disposition", b"content-id",
+                                    b"content-transfer-encoding"):
         values = _unfold(header_field)[:MAX_VALUE].split(";")[:MAX_PARAMETERS]
         fields[header_field.name.decode()] = ";".join(values)
     encoding = _first_word(fields.get("content-transfer-encoding", "") or "7bit")
     parameters = _parameters(fields, "content-type")
     name = (_parameters(fields, "content-disposition").get("filename")
             or parameters.get("name", ""))
-    file_name = _decode_header_text(name, "_").encode("utf-8", "replace").decode()
+    name = _decode_header_text(name, "_")[-MAX_FILE_NAME:].encode(errors="replace").decode()
     match = _MEDIA_TYPE.match(fields.get("content-type", "") or "text/plain")
     unknown = "application/octet-stream" if encoding == "base64" else "text/plain"
-    return Part(message, begin, end,
-                f"{match[1]}/{match[2]}".lower() if match else unknown, parameters,
-                _first_word(fields.get("content-disposition", "")) == "attachment",
-                file_name[-MAX_FILE_NAME:],
+    media_type = f"{match[1]}/{match[2]}".lower() if match else unknown
+    return Part(message, begin, end, media_type, parameters,
+                _first_word(fields.get("content-disposition", "")) == "attachment", name,
                 fields.get("content-id", "").strip(" \t<>"), encoding)
 
 
@@ -2296,10 +2239,7 @@ def _parameters(fields: email.message.Message, name: str) -> dict[str, str]:
 
 
 def _leaf_parts(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part]:
-    """Find the text and the files in a part, by the table above.
-
-    `counter` counts all parts of the message. Raises NotConvertible.
-    """
+    """List text and files of a part. `counter` counts parts. Raises NotConvertible."""
     _check_supported(part, depth)
     if next(counter) > MAX_PARTS or depth > MAX_DEPTH:
         raise NotConvertible("has too many parts")
@@ -2403,19 +2343,15 @@ def _decode_header_text(text: str, control: str = " ") -> str:
 
 def _decode_words(match: re.Match[str]) -> str:
     """Decode a sequence of encoded words, because a character can span two of them."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, email.errors.MessageError):
         return "".join(decode_text(data, charset or "")
                        for data, charset in email.header.decode_header(match[0]))
-    except (ValueError, TypeError, email.errors.MessageError):
-        return match[0]
+    return match[0]
 
 
 def _draft_properties(header: Header, mailbox: str) -> dict[str, Any]:
-    """Return the header as properties of a Graph message; other fields are lost.
-
-    The addresses of a repeated field are joined. Of any other repeated field the first
-    value counts.
-    """
+    """Return the header as properties of a Graph message; other fields are lost."""
+    # Addresses of repeated fields are joined; of other repeated fields the first counts.
     def people(name: bytes) -> list[dict[str, Any]]:
         delivers = name in _ADDRESS_FIELDS      # so Graph must read it as the relay does
         return [_recipient_json(address) for field in header.find(name) for address in (
@@ -2444,8 +2380,7 @@ def _draft_properties(header: Header, mailbox: str) -> dict[str, Any]:
 
 def _recipient_json(address: Address) -> dict[str, Any]:
     """Return an address as a recipient resource of Graph; a comment can be the name."""
-    name = (address.before.rstrip("<" + _WHITESPACE)
-            or address.after.strip(">()" + _WHITESPACE))
+    name = address.before.rstrip("< \t\r\n") or address.after.strip(">() \t\r\n")
     name = _QUOTED_TEXT.sub(lambda match: email.utils.unquote(match[0]), name)
     name = _decode_header_text(decode_text(
         " ".join(name.split()).encode("utf-8", "surrogateescape")))
@@ -2494,24 +2429,22 @@ class HttpResponse:
 
     def json(self) -> dict[str, Any]:
         """Return the body as a JSON object; anything else becomes an empty dict."""
-        try:
-            value = json.loads(self.body)
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(value := json.loads(self.body), dict):
+                return value
+        return {}
 
     def retry_after(self, now: float) -> float | None:
         """Return the seconds to wait from `now` (Unix time), or None; RFC 9110 10.2.3."""
         text = self.headers.get("retry-after", "").strip()
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
             return float(text)
-        try:
+        with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
             date = email.utils.parsedate_to_datetime(text)
             if date.tzinfo is None:     # the zone "-0000", which means UTC
                 date = date.replace(tzinfo=datetime.timezone.utc)
             return max(0.0, date.timestamp() - now)
-        except (TypeError, ValueError, IndexError, OverflowError):
-            return None
+        return None
 
 
 def _string(values: object, name: str) -> str:
@@ -2522,17 +2455,15 @@ def _string(values: object, name: str) -> str:
 
 def _number(value: object) -> float:
     """Return a number, which can be given as text; anything else becomes 0."""
-    try:
-        number = float(value)           # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-    return number if math.isfinite(number) else 0.0
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(number := float(value)):       # type: ignore[arg-type]
+            return number
+    return 0.0
 
 
 # Errors of Entra ID that say nothing about the credential, by error and by AADSTS number.
-TRANSIENT_ENTRA_ERRORS = frozenset({"temporarily_unavailable", "server_error"})
-TRANSIENT_AADSTS = frozenset({50033, 50196, 90006, 90012, 90024, 90033, 90041, 90055,
-                              90090, 90091})
+TRANSIENT_ENTRA_ERRORS = {"temporarily_unavailable", "server_error"}
+TRANSIENT_AADSTS = {50033, 50196, 90006, 90012, 90024, 90033, 90041, 90055, 90090, 90091}
 
 # AADSTS number -> error and remedy; the reply puts the number before them. Microsoft,
 # "Microsoft Entra authentication and authorization error codes".
@@ -2548,8 +2479,7 @@ AADSTS_REMEDIES: Mapping[int, str] = {
     53003: "blocked by Conditional Access; allow the relay's IP address in the policy",
     70011: "invalid scope; check GRAPH_ENDPOINT",
     500011: "Graph not found in the tenant; check GRAPH_ENDPOINT",
-    90038: "the tenant is in another national cloud; check AZURE_AUTHORITY_HOST",
-}
+    90038: "the tenant is in another national cloud; check AZURE_AUTHORITY_HOST"}
 
 
 def parse_token(response: HttpResponse, secret: str, now: float) -> tuple[str, float]:
@@ -2584,11 +2514,10 @@ def parse_token(response: HttpResponse, secret: str, now: float) -> tuple[str, f
 
 def parse_tenant_id(token: str) -> str:
     """Return a token's tenant ID, or "". Use it as a key only: no format is guaranteed."""
-    try:
+    with contextlib.suppress(LookupError, TypeError, ValueError, RecursionError):
         claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
         return decode_uuid(claims["tid"]) or ""
-    except (LookupError, TypeError, ValueError, RecursionError):
-        return ""
+    return ""
 
 
 class AccessDenied(DeliveryError):
@@ -2627,8 +2556,8 @@ _MESSAGE_REFUSED = GraphFailure(DeliveryError, 554, "5.6.0",
 _UNKNOWN_RESPONSE = GraphFailure(DeliveryError, 554, "5.3.0",
                                  "Unknown response from Microsoft 365; see the log")
 
-# Graph's error code decides for the statuses 400 to 499 except 401 and 429. The codes in
-# GRAPH_CODES_OF_ANY_STATUS decide for 500 and above, too. Otherwise the status decides.
+# Graph's error code decides for the statuses 400 to 499 except 401 and 429. _TOO_LARGE and
+# _MAILBOX_FULL decide for 500 and above, too. Otherwise the status decides.
 GRAPH_CODES: Mapping[str, GraphFailure] = {
     "erroraccessdenied": _ACCESS_DENIED,
     "errorsendasdenied": GraphFailure(
@@ -2640,29 +2569,20 @@ GRAPH_CODES: Mapping[str, GraphFailure] = {
                     _MAILBOX_NOT_FOUND),
     "errorinvalidrecipients": GraphFailure(
         DeliveryError, 550, "5.1.3", "Bad recipient address for Microsoft 365", 0),
-    "errormessagesizeexceeded": _TOO_LARGE,
-    "errorquotaexceeded": _MAILBOX_FULL,
-    "erroritemnotfound": _SERVICE_ERROR,    # the draft has disappeared
-}
-GRAPH_CODES_OF_ANY_STATUS = frozenset({"errormessagesizeexceeded", "errorquotaexceeded"})
+    "errormessagesizeexceeded": _TOO_LARGE, "errorquotaexceeded": _MAILBOX_FULL,
+    "erroritemnotfound": _SERVICE_ERROR}    # the draft has disappeared
 GRAPH_STATUSES: Mapping[int, GraphFailure] = {
     401: GraphFailure(TemporaryError, 451, "4.7.0",
                       "Microsoft 365 did not accept the token; try again later"),
-    403: _ACCESS_DENIED,
-    404: _MAILBOX_NOT_FOUND,
+    403: _ACCESS_DENIED, 404: _MAILBOX_NOT_FOUND,
     408: _SERVICE_ERROR,        # the request arrived too slowly, RFC 9110 section 15.5.9
-    413: _TOO_LARGE,
-    429: _THROTTLED,
-    507: _MAILBOX_FULL,
-}
+    413: _TOO_LARGE, 429: _THROTTLED, 507: _MAILBOX_FULL}
 
 
 class GraphOperation(enum.Enum):
-    """An operation of Graph: its description and the statuses that mean success.
+    """An operation of Graph: its description and the statuses that mean success."""
 
-    The descriptions make the values differ; an Enum makes aliases of equal values.
-    """
-
+    # The descriptions make the values differ; an Enum makes aliases of equal values.
     SEND = "send a message", 202
     CREATE = "create a draft", 200, 201
     ATTACH = "change the draft", 200, 201, 204
@@ -2671,18 +2591,19 @@ class GraphOperation(enum.Enum):
     DELETE = "delete the draft", 200, 204, 404
 
 
-# Operations that need the permission Mail.ReadWrite, and not only Mail.Send.
-NEEDS_READ_WRITE = frozenset({GraphOperation.CREATE, GraphOperation.ATTACH,
-                              GraphOperation.DELETE})
-
-
 def graph_error(response: HttpResponse, mailbox: str,
                 operation: GraphOperation = GraphOperation.SEND) -> RelayError:
     """Return the error for a response whose status is not a success of `operation`."""
-    code = _string(response.json().get("error"), "code")
-    failure = _find_failure(response.status, code.lower())
-    if failure is _ACCESS_DENIED and operation in NEEDS_READ_WRITE:
-        failure = _UPLOAD_DENIED
+    status, code = response.status, _string(response.json().get("error"), "code")
+    failure = GRAPH_STATUSES.get(status, _SERVICE_ERROR if status >= 500 else
+                                 _MESSAGE_REFUSED if status >= 400 else _UNKNOWN_RESPONSE)
+    by_code = GRAPH_CODES.get(code.lower(), failure)
+    if (400 <= status < 500 and status not in (401, 429)) or (
+            status >= 500 and by_code in (_TOO_LARGE, _MAILBOX_FULL)):
+        failure = by_code
+    if failure is _ACCESS_DENIED and operation in (
+            GraphOperation.CREATE, GraphOperation.ATTACH, GraphOperation.DELETE):
+        failure = _UPLOAD_DENIED        # Mail.Send is not enough for these
     # Later operations concern a draft, so the mailbox existed a moment ago.
     if failure is _MAILBOX_NOT_FOUND and operation not in (GraphOperation.SEND,
                                                            GraphOperation.CREATE):
@@ -2694,17 +2615,8 @@ def graph_error(response: HttpResponse, mailbox: str,
     return failure.error(
         failure.text.format(mailbox=mailbox), failure.code, failure.status,
         cost=failure.cost, level=logging.ERROR if failure is _UNKNOWN_RESPONSE else
-        logging.WARNING, facts={"status": response.status, "graph": code or None,
+        logging.WARNING, facts={"status": status, "graph": code or None,
                                 "request_id": response.headers.get("request-id")})
-
-
-def _find_failure(status: int, code: str) -> GraphFailure:
-    """Decide by an HTTP status and an error code of Graph in lower case."""
-    if status >= 400 and status not in (401, 429) and code in GRAPH_CODES and (
-            status < 500 or code in GRAPH_CODES_OF_ANY_STATUS):
-        return GRAPH_CODES[code]
-    return GRAPH_STATUSES.get(status, _SERVICE_ERROR if status >= 500 else
-                              _MESSAGE_REFUSED if status >= 400 else _UNKNOWN_RESPONSE)
 
 
 def parse_draft_id(response: HttpResponse) -> str:
@@ -2734,16 +2646,12 @@ TABLE_REMEDIES: Mapping[str, str] = {
     "AuthorizationPermissionMismatch": "give the relay's identity the role Storage Table "
                                        "Data Reader (takes minutes), or the SAS sp=r",
     "AuthorizationFailure": "blocked by the storage account's firewall, or by the SAS",
-    "AuthenticationFailed": "the SAS has expired, or the identity is of another tenant",
-}
+    "AuthenticationFailed": "the SAS has expired, or the identity is of another tenant"}
 _TABLE_UNAVAILABLE = "Temporary lookup failure in the table of accounts; try again later"
 
 
 def parse_entity(response: HttpResponse) -> dict[str, Any] | None:
-    """Return the first entity in a response, or None if the table has none.
-
-    Raises TemporaryError for every other response.
-    """
+    """Return the first entity, or None if the table has none. Raises TemporaryError."""
     data, code = response.json(), response.headers.get("x-ms-error-code", "")
     if response.status == 404 and code == "ResourceNotFound":
         return None
@@ -2755,9 +2663,8 @@ def parse_entity(response: HttpResponse) -> dict[str, Any] | None:
         if entities or "x-ms-continuation-nextpartitionkey" not in response.headers:
             return entities[0] if entities else None
         remedy = "the table is too large for a search; log in as NAME@lookup"
-    raise TemporaryError(_TABLE_UNAVAILABLE, facts={
-        "status": response.status, "table": code or None, "remedy": remedy},
-        level=logging.ERROR)
+    raise TemporaryError(_TABLE_UNAVAILABLE, level=logging.ERROR, facts={
+        "status": response.status, "table": code or None, "remedy": remedy})
 
 
 def parse_table_account(entity: Mapping[str, Any], name: str) -> Account:
@@ -2825,13 +2732,11 @@ _TYPES = list(map(type, vars(QueuedMessage("", "", "", "", "", "", [], 0, 0, Fal
 
 def parse_queued_message(text: bytes) -> QueuedMessage:
     """Return the message whose state is the content of ID.json. Raises ValueError."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         message = QueuedMessage(**json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError("it is damaged") from None
-    if list(map(type, vars(message).values())) != _TYPES:
-        raise ValueError("it is damaged")
-    return message
+        if list(map(type, vars(message).values())) == _TYPES:
+            return message
+    raise ValueError("it is damaged")
 
 
 def as_stored(content: bytes, message: QueuedMessage) -> PreparedMessage:
@@ -2846,11 +2751,7 @@ def as_stored(content: bytes, message: QueuedMessage) -> PreparedMessage:
 
 def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id: str,
                 now: float) -> bytes:
-    """Return the bounce for a failed message. `reporter` is the relay's host name.
-
-    The header follows RFC 3834 section 3. `now` is a Unix time.
-    """
-    subjects = split_header(header).find(b"subject")
+    """Return the bounce (RFC 3834 section 3) of the host `reporter`; `now` is Unix time."""
     lines = [
         f"From: Mail relay <{message.mailbox}>", f"To: <{message.reverse_path}>",
         "Subject: Undelivered mail", f"Date: {email.utils.formatdate(now)}",
@@ -2860,7 +2761,7 @@ def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id:
         f"The SMTP relay at {reporter} could not deliver this message and has stopped "
         "trying:", "",
         *(f"Subject:    {_decode_header_text(_unfold(subject))[:200]}"
-          for subject in subjects[:1]),
+          for subject in split_header(header).find(b"subject")[:1]),
         *(f"Recipient:  {recipient}" for recipient in message.recipients),
         f"Received:   {email.utils.formatdate(message.queued_at)}",
         f"Attempts:   {message.attempts}",
