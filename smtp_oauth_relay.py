@@ -167,7 +167,6 @@ class Reply(NamedTuple):
 
     `status` is the enhanced status code (RFC 3463), or "" where RFC 2034 allows none.
     """
-
     code: int
     status: str
     text: str
@@ -194,7 +193,6 @@ class RelayError(Exception):
 
     `.facts` and `.level` are for the log. INFO means that the client caused the error.
     """
-
     code = 451
     status = "4.3.0"
     cost = 1
@@ -212,7 +210,6 @@ class RelayError(Exception):
 
 class ProtocolError(RelayError):
     """The client violated RFC 5321 or an extension of it."""
-
     code = 501
     status = "5.5.4"
     cost = 10
@@ -220,7 +217,6 @@ class ProtocolError(RelayError):
 
 class AuthError(RelayError):
     """The credentials are wrong and must be changed in the device."""
-
     code = 535
     status = "5.7.8"
     cost = 34               # the third failed login ends the session
@@ -228,13 +224,11 @@ class AuthError(RelayError):
 
 class TemporaryError(RelayError):
     """The same command may succeed later."""
-
     level = logging.WARNING
 
 
 class DeliveryError(RelayError):
     """This message, or this recipient of it, will never be accepted."""
-
     code = 554
     status = "5.6.0"
 
@@ -271,7 +265,6 @@ _DOMAIN_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z
 
 class Cloud(NamedTuple):
     """The URLs of a Microsoft cloud (Microsoft, "National cloud deployments")."""
-
     authority: str
     graph: str
     vault: str              # the resource of tokens for Key Vault
@@ -300,7 +293,6 @@ def _mask_all(secret: str) -> str:
 
 class Setting(NamedTuple):
     """How to parse, explain and print a setting."""
-
     parse: Callable[[str], Any]     # raises ValueError, whose text follows "must be"
     default: str
     help: str
@@ -754,7 +746,6 @@ IpAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 @dataclass(frozen=True)
 class Application:
     """An application or identity of Entra ID, with its credential."""
-
     tenant: str
     client: str
     secret: str = field(default="", repr=False)
@@ -802,7 +793,6 @@ def _network(text: str) -> Network:
 
 class MessageOptions(NamedTuple):
     """The settings for messages of an account, with the changes that its keys make."""
-
     sender_from: str
     from_mismatch: str
     header_recipients: str
@@ -816,7 +806,6 @@ class MessageOptions(NamedTuple):
 @dataclass(frozen=True)
 class Account:
     """What a client may do, and as which application; its settings are keys of the file."""
-
     name: str = ""                  # "" for TENANT@CLIENT
     tenant_id: str = setting(
         _optional(parse_tenant), "", "Tenant of the application: its ID or a domain.")
@@ -918,7 +907,6 @@ class Account:
 
 class Principal(NamedTuple):
     """A client that may send: its account, application and options for messages."""
-
     account: Account
     application: Application
     options: MessageOptions
@@ -943,7 +931,6 @@ class Principal(NamedTuple):
 
 class ClientPolicy(NamedTuple):
     """What the address of a client decides."""
-
     anonymous: Principal | None     # the principal without login; None: login is required
     require_tls: bool
     tls_min_version: str
@@ -1153,7 +1140,6 @@ HTTP_VERBS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", 
 
 class Phase(enum.Enum):
     """The phase of a session; replies to commands out of order quote the value."""
-
     CONNECTED = "before EHLO"
     READY = "between messages"
     MAIL = "after MAIL"
@@ -1163,7 +1149,6 @@ class Phase(enum.Enum):
 @dataclass
 class Envelope:
     """A message and its SMTP envelope (RFC 5321 section 2.3.1)."""
-
     reverse_path: str
     recipients: dict[str, str] = field(default_factory=dict)    # by normalized mailbox
     message: bytes | bytearray = field(default=b"", repr=False)
@@ -1177,20 +1162,17 @@ class StartTls(NamedTuple):
 @dataclass(frozen=True)
 class Authenticate:
     """Check a user name and a password."""
-
     username: str
     password: str = field(repr=False)
 
 
 class Deliver(NamedTuple):
     """Deliver a message; its lines end in CRLF, and dot-stuffing is undone."""
-
     envelope: Envelope
 
 
 class Close(NamedTuple):
     """Send the output and close the connection; `reason` is for the log."""
-
     reason: str
 
 
@@ -1610,7 +1592,6 @@ def _with_crlf(part: bytearray) -> bytearray:
 
 class Command(NamedTuple):
     """A row of COMMANDS; `argument`: True required, False forbidden, None optional."""
-
     handler: Callable[[Session, str], Reply | None] | Reply
     phases: tuple[Phase, ...] = tuple(Phase)
     argument: bool | None = None
@@ -1713,7 +1694,6 @@ MAX_HEADER_LINES = 10_000
 @dataclass
 class Field:
     """A header field with its folded lines. A malformed line has the name b""."""
-
     name: bytes             # in lower case
     raw: bytes              # as received, with the last CRLF
     replacement: bytes      # as sent
@@ -1731,7 +1711,6 @@ class Field:
 
 class Address(NamedTuple):
     """An address of a field as the client wrote it: `before`, `mailbox`, `after`."""
-
     key: str                # the normalized mailbox; "" if that of a From is unreadable
     mailbox: str
     before: str             # display name and "<"
@@ -1743,7 +1722,6 @@ class Address(NamedTuple):
 
 class AddressList(NamedTuple):
     """The addresses of a field; empty if the field is ambiguous."""
-
     addresses: list[Address]
     is_canonical: bool = True       # separated by commas
     is_ambiguous: bool = False      # other programs can read it differently
@@ -1752,7 +1730,6 @@ class AddressList(NamedTuple):
 @dataclass
 class Header:
     """The header of a message or of a body part."""
-
     fields: list[Field]
     end: int                # offset of the rest: an empty line, or text if there is none
     is_malformed: bool      # a line is not a field, or has white space before the colon
@@ -1943,7 +1920,6 @@ def _quote_name(name: str) -> str:
 @dataclass(frozen=True)
 class EditedMessage:
     """A message to be sent by `mailbox`, with its new header."""
-
     mailbox: str
     original_header: bytes = field(repr=False)      # as received
     header: bytes = field(repr=False)               # as sent
@@ -2053,7 +2029,6 @@ class NotConvertible(DeliveryError):
 @dataclass(frozen=True)
 class Part:
     """A body part of a message: the bytes from `begin` to `end`, without its header."""
-
     message: bytes | bytearray = field(repr=False)
     begin: int
     end: int
@@ -2118,7 +2093,6 @@ def _decode_base64(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 class Attachment(NamedTuple):
     """A file of a draft. `content_id` is "" unless the body of the draft refers to it."""
-
     name: str
     part: Part
     content_id: str
@@ -2143,14 +2117,12 @@ class Attachment(NamedTuple):
 
 class Draft(NamedTuple):
     """A message resource of Graph as JSON, and its attachments."""
-
     content: bytes
     attachments: list[Attachment]
 
 
 class PreparedMessage(NamedTuple):
     """A message for Graph: a single request, or a draft if it is too large for that."""
-
     edited: EditedMessage
     draft: Draft | None = None
 
@@ -2411,7 +2383,6 @@ Body = Union[bytes, Callable[[], Union[bytes, Iterator[bytes]]]]
 @dataclass(frozen=True)
 class HttpRequest:
     """An HTTP request. If `body` is a function, each attempt calls it in its thread."""
-
     method: str
     url: str = field(repr=False)            # can hold a secret
     headers: Mapping[str, str] = field(repr=False)
@@ -2422,7 +2393,6 @@ class HttpRequest:
 @dataclass(frozen=True)
 class HttpResponse:
     """An HTTP response. Header names are in lower case; the body can be truncated."""
-
     status: int
     headers: Mapping[str, str]
     body: bytes = field(repr=False)
@@ -2526,7 +2496,6 @@ class AccessDenied(DeliveryError):
 
 class GraphFailure(NamedTuple):
     """An error to raise; {mailbox} in the text becomes the mailbox that sends."""
-
     error: type[RelayError]
     code: int
     status: str
@@ -2697,7 +2666,6 @@ def parse_table_account(entity: Mapping[str, Any], name: str) -> Account:
 @dataclass(eq=False)
 class QueuedMessage:
     """The state of a queued message. Times are Unix times."""
-
     id: str
     account: str                # section of ACCOUNTS_FILE, or ""
     tenant: str
@@ -2813,7 +2781,6 @@ def quote_value(value: object) -> str:
 
 class LogQueue(logging.handlers.QueueHandler):
     """A handler that drops lines while the queue is full, and counts them."""
-
     dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -2875,7 +2842,6 @@ IdleConnection = tuple[http.client.HTTPConnection, asyncio.TimerHandle]
 
 class UpstreamUnavailable(TemporaryError):
     """Microsoft was not reached, did not respond in time or sent a malformed response."""
-
     status = "4.4.1"
 
     def __init__(self, problem: object) -> None:
@@ -3812,7 +3778,6 @@ class MailboxLimiter:
 @dataclass(frozen=True)
 class RequestContext:
     """The facts that all requests for a message share."""
-
     application: Application
     mailbox: str
     message_id: str
@@ -4205,7 +4170,6 @@ def _move(path: pathlib.Path, directory: pathlib.Path) -> None:
 @dataclass(eq=False)
 class MailboxQueue:
     """The messages of a mailbox, and the task that sends them."""
-
     resume_at: float            # of the next attempt, time.monotonic()
     failures: int               # in a row
     messages: dict[str, QueuedMessage] = field(default_factory=dict)    # by ID
@@ -4555,7 +4519,6 @@ class DuplicateGuard:
 
 class Outcome(NamedTuple):
     """What became of a message that was accepted; `facts` are for the log."""
-
     event: str
     text: str               # of the reply
     facts: Mapping[str, object]
