@@ -4,7 +4,8 @@ r"""Accept mail over SMTP, and send it through Microsoft 365.
 Printers, scanners, NAS boxes and old applications that know only SMTP with a user name and
 a password log in here. The relay exchanges the password for an OAuth 2.0 token (client
 credentials) and sends each message through Microsoft Graph. A client gets "250" when
-Microsoft has accepted its message, or when the message is on disk in SPOOL_DIRECTORY.
+Microsoft has accepted its message, when the message is on disk in SPOOL_DIRECTORY, or when
+it repeats such a message within DUPLICATE_WINDOW.
 
     python3 smtp_oauth_relay.py demo      try it without any account
     python3 smtp_oauth_relay.py           serve, configured by environment variables
@@ -14,19 +15,20 @@ Microsoft has accepted its message, or when the message is on disk in SPOOL_DIRE
 
 What it touches: it listens on SMTP_PORT (and SMTPS_PORT), reads the two TLS files, writes
 its log to standard error, and connects to AZURE_AUTHORITY_HOST, GRAPH_ENDPOINT and the host
-that Graph names for an upload, through HTTPS_PROXY if that is set. Only if they are set:
-ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL, AZURE_KEY_VAULT_URL,
-SPOOL_DIRECTORY, and the token file or managed identity of the machine (without a proxy).
-The command openssl may run to convert a key from Key Vault. That key is for a moment in a
-file of mode 0600, or in memory where the system allows it. The demo writes to outbox/.
+that Graph names for an upload, through HTTPS_PROXY if that is set. Only if configured:
+ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL, SPOOL_DIRECTORY, and
+with TLS_SOURCE=keyvault AZURE_KEY_VAULT_URL. For a table without SAS, for Key Vault and for
+an account with `credential` it reads a token file or asks the managed identity of the
+machine, without a proxy. The command openssl may run to convert a key from Key Vault. That
+key is for a moment in memory, or in a file of mode 0600. The demo writes to outbox/.
 
     client --SMTP--> Connection --bytes--> Session        the protocol, without I/O
-                         |  events: Authenticate, Deliver
-             Authenticator <---> Delivery ---> QueueManager            on disk
-                    |                |               |
-                 Tokens          GraphClient <-------+
-                    |                |
-                    +-> HttpPool <---+ --HTTPS--> Entra ID, Microsoft Graph
+                       |    |  events: Authenticate, Deliver
+           Authenticator    Delivery --------> QueueManager            on disk
+                   |            |                 |
+                 Tokens <-- GraphClient <---------+
+                    |           |
+                    +--> HttpPool --HTTPS--> Entra ID, Microsoft Graph
 
 The path of a message. Server accepts the connection, and Accounts derive a ClientPolicy
 from the client's address: whether it needs TLS and a login. Connection moves bytes between
@@ -35,28 +37,32 @@ order. Each answer is a Reply. For all that needs I/O the session returns an eve
 StartTls, Authenticate, Deliver or Close.
 
 Authenticate goes to Authenticator. LoginLimiter counts failures. The Account comes from
-AccountsFile, or through AzureClient from AccountsTable. Tokens has Entra ID check the
-secret of its Application, and keeps tokens in a Cache. The result is a Principal.
+AccountsFile, from AccountsTable (by AzureClient) or from the user name TENANT@CLIENT. If it
+has a password, the hash decides. Otherwise the password is the secret of an Application,
+which Tokens has Entra ID check by asking for a token, kept in a Cache. If a message waits
+for that secret, QueueManager gets it. The result is a Principal.
 
 MAIL, RCPT and DATA fill an Envelope within the MemoryBudget, and Deliver passes it to
-Delivery. The Header, a list of Field with an AddressList of Address, becomes that of an
-EditedMessage. A large message is split into a tree of Part, and becomes a Draft with a list
-of Attachment. Both are in the PreparedMessage. If DuplicateGuard knows it as Accepted, the
-old reply is repeated. Else GraphClient waits for a slot of MailboxLimiter. Each
-GraphOperation is an HttpRequest, which HttpPool sends in a thread within the limits of the
-RequestContext. An HttpResponse that is not a success is a GraphFailure. If Microsoft cannot
-accept the message now, QueueManager stores it with QueueFiles as a QueuedMessage, and the
-task of a MailboxQueue retries it. The Outcome goes to the client, and by LogQueue to the
-log. Relay holds these parts together; in the demo DemoMicrosoft replaces two of them.
+Delivery. The Header is a list of Field, and To, Cc and Bcc are each an AddressList of
+Address. Their edited text and the body are an EditedMessage. A large message is split into
+a list of Part, and becomes a Draft with a list of Attachment. Both are in PreparedMessage.
+If DuplicateGuard knows it as Accepted, the old reply is repeated. Otherwise GraphClient
+waits for a slot of MailboxLimiter. Each GraphOperation becomes an HttpRequest, which
+HttpPool sends in a thread until the deadline of the RequestContext. If the HttpResponse is
+not a success, a row of GraphFailure says which error it means. If Microsoft cannot accept
+the message now, QueueManager stores it with QueueFiles as a QueuedMessage, and the task of
+a MailboxQueue retries it. The Outcome goes to the client, and by LogQueue to the log. Relay
+holds these parts together; in the demo DemoMicrosoft replaces Tokens and GraphClient.
 
-The path of a setting, HEADER_RECIPIENTS: a field of Config declares it with a Setting (or
-a default of a Cloud). from_environ() parses it, and conflicts() compares it with others.
-as_principal() copies it to MessageOptions unless the account decides, and edit_recipients()
-obeys it.
+The path of a setting, such as HEADER_RECIPIENTS: a field of Config declares it as a
+Setting, and from_environ() parses it. (A Cloud has the defaults of two other settings, and
+conflicts() refuses settings that exclude each other.) as_principal() copies it to
+MessageOptions unless the account decides, and edit_recipients() obeys it.
 
 The path of an account: AccountsFile.load() reads the file, and parse_accounts() checks its
 keys. A login finds the account by name, match_address() by network. The principal keeps it
-until the session ends. A queued message keeps only its name, which leads to the secret.
+until the session ends. A queued message keeps the names of account, tenant and client only,
+which lead to the secret.
 
 Contents (search for the number; each section uses only those above it)
 
@@ -65,7 +71,7 @@ Contents (search for the number; each section uses only those above it)
     §3   SMTP grammar               paths, parameters, base64
     §4   Accounts                   Account, Principal: what a client may do
     §5   SMTP session               Session: bytes in, events and bytes out
-    §6   Message headers            To, Cc, Bcc by the envelope; From; nothing else changes
+    §6   Message headers            To, Cc, Bcc by the envelope; From; little else
     §7   Large messages             a message as a draft with attachments
     §8   Microsoft's responses      which response means which reply
     §9   Queued messages            QueuedMessage: its state on disk; the bounce
@@ -191,7 +197,7 @@ def printable_ascii(text: str) -> str:
 class RelayError(Exception):
     """An error to report to the client, as `.reply`.
 
-    `.facts` and `.level` are for the log. INFO means that the client caused the error.
+    `.facts` and `.level` are for the log.
     """
     code = 451
     status = "4.3.0"
@@ -216,7 +222,7 @@ class ProtocolError(RelayError):
 
 
 class AuthError(RelayError):
-    """The credentials are wrong and must be changed in the device."""
+    """The login is refused, by the relay or by Entra ID."""
     code = 535
     status = "5.7.8"
     cost = 34               # the third failed login ends the session
@@ -228,7 +234,7 @@ class TemporaryError(RelayError):
 
 
 class DeliveryError(RelayError):
-    """This message, or this recipient of it, will never be accepted."""
+    """This message, or this recipient of it, is refused for good."""
     code = 554
     status = "5.6.0"
 
@@ -467,7 +473,6 @@ def parse_client(text: str) -> str:
 @dataclass(frozen=True)
 class Config:
     """The settings. Durations are in seconds, sizes in bytes."""
-
     # Server
     listen_address: str = setting(
         _optional(_address), "", "Address to listen on. Empty: all, IPv4 and IPv6.")
@@ -482,7 +487,6 @@ class Config:
     log_level: str = setting(
         _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "INFO",
         "Minimum log level. DEBUG shows the SMTP dialogue without secrets.")
-
     # TLS with devices
     tls_source: str = setting(
         _choice("file", "keyvault", "off"), "file", "Source of the relay's certificate. "
@@ -493,14 +497,13 @@ class Config:
         _tls_version, "1.2", "Minimum TLS version. Old printers need 1.0.")
     tls_cipher_suite: str = setting(_optional(_ciphers), "", "OpenSSL cipher list.")
     require_tls: bool = setting(_boolean, "true", "`true`: logins and messages need TLS.")
-
     # Logins and endpoints
     username_delimiter: str = setting(
         _choice("@", ":", "|"), "@", "Character between tenant and client in a user name.")
     accounts_file: str = setting(str, "", "INI file of accounts, by name or by network.")
     accounts_required: bool = setting(
         _boolean, "false", "`true`: TENANT@CLIENT can log in only if the Azure table lists "
-        "it. The relay starts only if it can read the table.")
+        "it. The relay then starts only if it can read the table.")
     allowed_tenants: tuple[str, ...] = setting(
         _list_of(parse_tenant), "", "Tenants that may log in as TENANT@CLIENT, separated "
         "by commas. Write each as the devices do (ID or domain). Empty: all.")
@@ -511,7 +514,6 @@ class Config:
         _endpoint, CLOUDS["global"].authority, "URL of Entra ID for tokens.", _mask_url)
     graph_endpoint: str = setting(
         _endpoint, CLOUDS["global"].graph, "URL and token scope of Graph.", _mask_url)
-
     # Azure
     azure_tables_url: str = setting(
         _optional(_table_url), "", "Azure table of accounts. A SAS is optional.", _mask_url)
@@ -531,7 +533,6 @@ class Config:
     identity_header: str = setting(_text, "", "Secret for IDENTITY_ENDPOINT.", _mask_all)
     azure_pod_identity_authority_host: str = setting(
         local_http_url, "http://169.254.169.254", "Managed identity of VMs.", _mask_url)
-
     # Messages
     sender_from: str = setting(
         _choice("envelope", "header"), "envelope",
@@ -545,7 +546,6 @@ class Config:
     large_messages: str = setting(
         _choice("upload", "refuse"), "upload", "Messages above 3 MB. `upload`: send them "
         "as drafts, which needs the permission Mail.ReadWrite. `refuse`: refuse them.")
-
     # Queue
     spool_directory: str = setting(
         str, "", "Queue directory of messages to send later. Empty: devices must retry.")
@@ -553,7 +553,6 @@ class Config:
     spool_max_bytes: int = setting(_size, "1073741824", "Size limit, with failed messages.")
     duplicate_window: int = setting(
         _integer(0, 86400), "900", "How long a duplicate is accepted but not sent. 0: off.")
-
     # Limits
     max_message_size: int = setting(
         _integer(1000, EXCHANGE_LIMIT), "36700160", "Largest message. Exchange has 35 MB.")
@@ -566,7 +565,7 @@ class Config:
     client_timeout: float = setting(_seconds, "300", "Time limit for a command or 64 KiB.")
     upstream_timeout: float = setting(
         _seconds, "60", "Time limit for a login or a message at Microsoft, with retries.")
-    shutdown_timeout: float = setting(_seconds, "25", "Time limit for messages in transit.")
+    shutdown_timeout: float = setting(_seconds, "25", "Time for messages at a stop.")
 
     @property
     def size_limit(self) -> int:
@@ -591,12 +590,12 @@ class Config:
         values, errors = {}, []
         cloud = CLOUDS.get(environ.get("AZURE_CLOUD", "").strip().lower(), CLOUDS["global"])
         defaults = {"AZURE_AUTHORITY_HOST": cloud.authority, "GRAPH_ENDPOINT": cloud.graph}
-        for name, setting in settings().items():
-            text = environ.get(name, "").strip() or defaults.get(name, setting.default)
+        for name, item in settings().items():
+            text = environ.get(name, "").strip() or defaults.get(name, item.default)
             try:
-                values[name.lower()] = setting.parse(text)
+                values[name.lower()] = item.parse(text)
             except ValueError as error:
-                errors.append(f"{name}={setting.show(text)!r}: must be {error}")
+                errors.append(f"{name}={item.show(text)!r}: must be {error}")
         config = cls(**values)
         errors = errors or list(config.conflicts(environ))
         if errors:
@@ -622,19 +621,17 @@ class Config:
             yield f"SMTP_PORT={self.smtp_port} and SMTPS_PORT={self.smtps_port}: same port"
         if self.max_memory_for_messages < self.size_limit:
             yield (f"MAX_MEMORY_FOR_MESSAGES={self.max_memory_for_messages}: must be at "
-                   f"least {self.size_limit}. Or lower MAX_MESSAGE_SIZE, or set "
-                   "LARGE_MESSAGES=refuse")
+                   f"least {self.size_limit}. Or lower MAX_MESSAGE_SIZE")
         needs_proxy = any(url.startswith("https:") for url in self.endpoints)
         for name in ("https_proxy", "HTTPS_PROXY") if needs_proxy else ():
             url = environ.get(name, "").strip()
             if url and not _PROXY.fullmatch(url):
-                yield (f"{name}={_mask_url(url)!r}: must be http://host:port, or "
-                       "http://user:password@host:port")
+                yield f"{name}={_mask_url(url)!r}: must be http://[user:password@]host:port"
 
 
 def settings() -> dict[str, Setting]:
     """Return the settings by environment variable, in the order of Config."""
-    return {name.upper(): setting for name, setting in settings_of(Config).items()}
+    return {name.upper(): item for name, item in settings_of(Config).items()}
 
 
 def settings_help() -> str:
@@ -647,9 +644,9 @@ def settings_help() -> str:
 # §3  SMTP grammar
 #
 # RFC 5321 section 4.1.2, with the UTF-8 of RFC 6531 section 3.3. Devices make some mistakes
-# that every server accepts, and so does the relay: white space may follow "FROM:" and
-# "TO:", a path may lack its angle brackets, and the argument of EHLO may be anything.
-# The constants have the names of the productions in the RFC.
+# that every server accepts, and so does the relay: spaces may follow "FROM:" and "TO:", a
+# path may lack its angle brackets, and the argument of EHLO may be anything. Most constants
+# have the name of a production in the RFC.
 
 # The classes list forbidden characters, because compiling the allowed ranges of UTF-8 would
 # double the start time. _NO_UTF8: C1, line separators, bidi overrides, surrogates.
@@ -720,7 +717,7 @@ def decode_base64(text: str) -> bytes:
 # ---------------------------------------------------------------------------
 # §4  Accounts
 #
-# An account says what a client may do, and as which application. A client logs in as
+# An account says what a device may do, and as which application. A device logs in as
 #
 #     TENANT@CLIENT      an application; the password is the application's secret
 #     NAME               an account of ACCOUNTS_FILE
@@ -735,7 +732,7 @@ MIN_PREFIX_LENGTH = {4: 8, 6: 7}    # of a network without login: 10.0.0.0/8, fc
 SECRET_KEYS = {"client_secret", "client_secret_file", "credential"}
 LIST_KEYS = {"allowed_recipients", "allowed_senders", "networks"}
 NETWORK_KEYS = ("require_tls", "tls_min_version")       # they replace a setting
-KEY_ALIASES = {"login": "authentication"}               # the key's name in version 1.0
+KEY_ALIASES = {"login": "authentication"}               # an older name, still accepted
 _HASHED = re.compile(r"scrypt\$[A-Za-z0-9_-]{22}\$[A-Za-z0-9_-]{43}")
 _mailbox = _matching(_MAILBOX, "an address such as scanner@example.com")
 
@@ -798,8 +795,8 @@ class MessageOptions(NamedTuple):
     header_recipients: str
     from_email: str
 
-    def envelope_sender(self, reverse_path: str) -> str:
-        """Return the mailbox that sends, or "" if the From field decides that."""
+    def fixed_sender(self, reverse_path: str) -> str:
+        """Return the mailbox that sends, or "" if only the From field can tell."""
         return self.from_email or (reverse_path if self.sender_from == "envelope" else "")
 
 
@@ -884,15 +881,13 @@ class Account:
         if sum(bool(getattr(self, name)) for name in SECRET_KEYS) > 1:
             yield "set one of client_secret, client_secret_file, credential"
         if self.password and not self.has_credential:
-            yield ("password: needs client_secret, client_secret_file or credential; "
-                   "without them the device's password is the application's secret")
+            yield "password: needs client_secret, client_secret_file or credential"
         if self.authentication == "required" and self.has_credential and not self.password:
             yield ("password: must be set, otherwise anyone could log in; or set "
                    "authentication = optional")
         if self.authentication == "optional":
             if not self.has_credential:
-                yield ("authentication: optional needs client_secret, client_secret_file "
-                       "or credential")
+                yield "authentication: optional needs a secret or credential"
             if not self.networks:
                 yield "authentication: optional needs networks"
             for network in self.networks:
@@ -914,12 +909,12 @@ class Principal(NamedTuple):
 
     def check_reverse_path(self, mailbox: str) -> None:
         """Check MAIL FROM, unless From decides: see sender(). Raises DeliveryError."""
-        if mailbox and self.options.envelope_sender(mailbox):
+        if mailbox and self.options.fixed_sender(mailbox):
             self.account.check(mailbox, "allowed_senders")
 
     def sender(self, reverse_path: str, from_mailboxes: list[str]) -> str:
         """Decide which mailbox sends a message. Raises DeliveryError."""
-        mailbox = self.options.envelope_sender(reverse_path)
+        mailbox = self.options.fixed_sender(reverse_path)
         if not mailbox:
             mailbox = [*from_mailboxes, reverse_path][0]
             if not mailbox:
@@ -930,7 +925,7 @@ class Principal(NamedTuple):
 
 
 class ClientPolicy(NamedTuple):
-    """What the address of a client decides."""
+    """The rules for a client, chosen by its address."""
     anonymous: Principal | None     # the principal without login; None: login is required
     require_tls: bool
     tls_min_version: str
@@ -1117,11 +1112,12 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 #
 # and answers each event but Close: StartTls by tls_started(), Authenticate by
 # authenticated() or refuse(), Deliver by delivered() or refuse(). Until then further input
-# waits, so the replies to pipelined commands leave together (RFC 2920 section 3.2).
+# waits. next_event() processes all input before it returns, so that the replies to
+# pipelined commands leave together (RFC 2920 section 3.2).
 #
 #     CONNECTED --EHLO--> READY --MAIL--> MAIL --RCPT--> RCPT --DATA--> (content)
 #         ^                 ^---------------RSET, EHLO, end of content------'
-#         '---- STARTTLS: the session forgets everything that was said before
+#         '---- STARTTLS: what was said before does not count any more
 #
 # Phase says which commands are in order, and COMMANDS has a row for each of them. The next
 # input goes to the current reader (`_read`): a command, a response to AUTH, or content.
@@ -1148,7 +1144,7 @@ class Phase(enum.Enum):
 
 @dataclass
 class Envelope:
-    """A message and its SMTP envelope (RFC 5321 section 2.3.1)."""
+    """The SMTP envelope of a message, with the message itself (RFC 5321 section 2.3.1)."""
     reverse_path: str
     recipients: dict[str, str] = field(default_factory=dict)    # by normalized mailbox
     message: bytes | bytearray = field(default=b"", repr=False)
@@ -1213,7 +1209,7 @@ class Session:
                  memory: MemoryBudget | None = None,
                  on_line: Callable[[str, object], None] = lambda mark, line: None,
                  on_refusal: Callable[[RelayError], None] = lambda error: None) -> None:
-        # `on_line` gets each line with "<" or ">" for the debug log, without credentials.
+        # `on_line` gets each command ("<") and reply (">") for the debug log.
         # `on_refusal` gets each error of the client that is not the same as the last error.
         self._config = config
         self._name = name               # of the server
@@ -1282,8 +1278,6 @@ class Session:
         if self._phase is not Phase.CONNECTED:
             self._phase = Phase.READY
 
-    # Methods that answer events.
-
     def tls_started(self) -> None:
         """Continue under TLS. RFC 3207 section 4.2: forget all that came in the clear."""
         self.secure = True
@@ -1348,7 +1342,7 @@ class Session:
         """Process the content that has arrived; only CRLF . CRLF ends it."""
         end = self._buffer.find(_END_OF_DATA)
         # A suffix that may begin the end mark stays in the buffer, a lone CR too. So no
-        # CRLF is split between two parts, and _with_crlf() sees whole lines.
+        # CRLF is split between two parts, and _with_crlf() sees whole line ends.
         partial = (n for n in (4, 3, 2, 1) if self._buffer.endswith(_END_OF_DATA[:n]))
         cut = end + 2 if end >= 0 else len(self._buffer) - next(partial, 0)
         # The client doubles a dot at the start of a line, RFC 5321 section 4.5.2.
@@ -1391,8 +1385,8 @@ class Session:
     # Commands, in the order of RFC 5321 section 4.1.1.
 
     def _ehlo(self, argument: str) -> Reply:
-        # Devices send any argument, and RFC 5321 section 4.1.4 forbids to refuse mail
-        # because of it. RFC 2034 wants no enhanced status code in this reply.
+        # Devices send any argument, and RFC 5321 section 4.1.4 forbids refusing
+        # it. RFC 2034 wants no enhanced status code in this reply.
         self._helo(argument)
         return Reply(250, "", "\n".join([
             self._name, f"SIZE {self._config.size_limit}", "PIPELINING", "8BITMIME",
@@ -1466,8 +1460,7 @@ class Session:
         if self.secure:
             raise ProtocolError("TLS already active", 503, "5.5.1")
         if not self._offers_tls():
-            raise ProtocolError("Command not implemented: this relay has no TLS", 502,
-                                "5.5.1")
+            raise ProtocolError("Command not implemented: no TLS here", 502, "5.5.1")
         self._emit(StartTls())
         return Reply(220, "2.0.0", "Ready to start TLS", cost=0)
 
@@ -1499,7 +1492,7 @@ class Session:
         return Reply(334, "", base64.b64encode(challenge).decode(), cost=0)
 
     def _credentials(self) -> Authenticate:
-        """Parse the responses: PLAIN (RFC 4616 section 2), or LOGIN of the drafts."""
+        """Parse the responses: PLAIN (RFC 4616 section 2), or LOGIN (an Internet-Draft)."""
         responses, self._responses = self._responses, []
         authorization = b""
         if self._mechanism == "PLAIN":
@@ -1513,10 +1506,8 @@ class Session:
             return Authenticate(responses[0].decode(), responses[1].decode())
         raise ProtocolError("User name and password must be UTF-8", 501, "5.5.2")
 
-    # Methods that all commands share.
-
     def _command(self, line: str) -> Reply | None:
-        """Execute a command. No other place refuses one that is out of order."""
+        """Execute a command, if the columns of COMMANDS allow it now."""
         verb, _, argument = line.rstrip(" \t").partition(" ")
         verb = verb.upper() if verb.isascii() else verb     # U+017F would become an S
         # A line that is no command may be a password that came at the wrong time.
@@ -1630,29 +1621,32 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 # ---------------------------------------------------------------------------
 # §6  Message headers
 #
-# Graph has no envelope: it delivers to the addresses in To, Cc and Bcc. The relay therefore
-# makes them match the recipients of the envelope exactly. With HEADER_RECIPIENTS=strip
+# Graph has no envelope: it delivers to the addresses in To, Cc and Bcc. With
+# HEADER_RECIPIENTS=strip the relay makes these name the recipients of the envelope, and
+# nobody else. With "keep" it only adds the missing recipients.
 #
 #     an address field that              becomes
-#     names recipients only              itself, byte for byte, but with "," for ";"
+#     names recipients only              itself, byte for byte; ";" becomes ","
 #     names other addresses too          itself without them: they go to X-Original-To, -Cc
 #     is ambiguous                       X-Original-To or -Cc as a whole
-#     is a Bcc                           part of the single Bcc, which gets the recipients
-#                                        that no field names
+#     is a Bcc                           part of a single Bcc, if there is a recipient
+#                                        that no field names: Bcc gets it
 #
 # A field is ambiguous if it is not in a form that all programs read alike. If the relay and
 # Exchange read it differently, the message could reach a stranger. If the header has a
 # malformed line, Bcc gets all recipients, because a strict reader may stop there.
 #
-# Graph also requires that From names the mailbox in the request's URL. The relay adds a
-# missing or empty From. If From names another mailbox, several or none, FROM_MISMATCH says:
+# Graph sends from the mailbox in the request's URL, and refuses another mailbox in From
+# without the permission Send As. The relay adds a missing or empty From. If From names
+# another mailbox, several or none, FROM_MISMATCH decides:
 #
 #     keep        From stays, and Microsoft decides.
 #     rewrite     From gets the mailbox and keeps the display name. The old address goes to
 #                 Reply-To. A From of several addresses or none becomes X-Original-From.
 #
 # A display name with a bare "@" is quoted, because Exchange takes it for an address.
-# Everything else stays byte for byte. The body is never copied, because it can have 150 MB.
+# Resent-Bcc and an mbox line before the header are removed, a missing empty line is added.
+# All else stays byte for byte. The body is never copied, because it can have 150 MB.
 
 # A URL at the start of a line is text: no name of an address field begins like that.
 _FIELD = re.compile(rb"((?!https?://|ftp://)[!-9;-~]+)[ \t]*:", re.I)
@@ -1781,7 +1775,7 @@ def _parse_addresses(field: Field) -> AddressList:
     """Parse an address list, RFC 5322 section 3.4; ";" counts as ",".
 
     A field is ambiguous unless it is a list in the forms of _ADDRESS, or a single group of
-    them. An ambiguous field is safe: the relay renames it, and Bcc gets its recipients.
+    them. Its addresses do not count as named, so the recipients are in Bcc.
     """
     value = field.value.strip(_WHITESPACE)
     ambiguous = AddressList([], is_ambiguous=True)
@@ -1811,13 +1805,14 @@ def _address_field(name: bytes, addresses: Iterable[Address | str]) -> bytes:
     return name + b": " + value + b"\r\n"
 
 
-def edit_recipients(header: Header, recipients: Mapping[str, str], policy: str) -> None:
-    """Make To, Cc and Bcc name the envelope's recipients; `policy` is HEADER_RECIPIENTS."""
+def edit_recipients(header: Header, recipients: Mapping[str, str],
+                    header_recipients: str) -> None:
+    """Make To, Cc and Bcc name the envelope's recipients, as HEADER_RECIPIENTS says."""
     # Resent-Bcc names hidden recipients, RFC 5322 section 3.6.6.
     for header_field in header.find(b"resent-bcc"):
         header_field.replacement = b""
     lists = [(field, _parse_addresses(field)) for field in header.find(*_ADDRESS_FIELDS)]
-    keeps_others = policy == "keep"
+    keeps_others = header_recipients == "keep"
     # With "keep" a field with ";" is not rewritten, and some programs do not split there.
     named = {address.key for _, parsed in lists if parsed.is_canonical or not keeps_others
              for address in parsed.addresses if not header.is_malformed}
@@ -1972,7 +1967,7 @@ def edit_message(envelope: Envelope, principal: Principal) -> EditedMessage:
 #                                                    refers to its Content-ID
 #     signed, encrypted, an invitation ...           552 5.3.4
 #
-# Text in an unknown charset or encoding is decoded as what it most likely is. Parts are
+# Text in an unknown charset or encoding is decoded with the most likely one. Parts are
 # decoded in chunks while they are sent, because the email package would need four times the
 # size of the message as extra memory, and a second of processor time for 35 MB.
 
@@ -1981,8 +1976,8 @@ LARGE_ATTACHMENT = 3_130_000    # bytes; smaller files fit into one request with
 UPLOAD_CHUNK = 3_932_160        # bytes before decoding; the limit of Graph is 4 MB
 MAX_PARTS = 250                 # in a message, the limit of Exchange
 MAX_DEPTH = 10                  # levels of parts within parts
-MAX_VALUE = 4096                # characters of a field of a part; more are ignored, because
-MAX_PARAMETERS = 100            # the standard library is slow, also with many parameters
+MAX_VALUE = 4096                # characters of a field of a part; the standard library is
+MAX_PARAMETERS = 100            # slow with more characters or parameters, so ignore them
 MAX_ENCODED_WORDS = 500         # in a field; more stay encoded, for the same reason
 MAX_X_FIELDS = 5                # in a draft, the limit of Graph
 MAX_FILE_NAME = 255             # characters
@@ -2153,11 +2148,13 @@ def make_draft(message: bytes | bytearray, edited: EditedMessage) -> Draft:
     content, properties = (
         json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
         for value in (body, _draft_properties(header, edited.mailbox)))
+    if any(len(field.raw) > MAX_ADDRESSES for field in header.find(*_ADDRESS_FIELDS)):
+        raise NotConvertible("has too many recipients")     # or they would be lost here
     content = b'{"body": {"contentType": "%b", "content": %b}, %b' % (
         b"HTML" if is_html else b"Text", content, properties[1:])
     if len(content) > GRAPH_REQUEST_LIMIT:
         raise NotConvertible("has a text that is too large by itself")
-    # A new object, because the functions of the module read files of the system.
+    # A new object does not know the types in files of the system, which differ.
     types = mimetypes.MimeTypes()
     attachments = []
     for number, part in enumerate((leaf for leaf in leaves if leaf is not text), 1):
@@ -2363,14 +2360,14 @@ def _recipient_json(address: Address) -> dict[str, Any]:
 # ---------------------------------------------------------------------------
 # §8  Microsoft's responses
 #
-# HTTP requests and responses as data, and the tables that decide what each response means:
+# HTTP requests and responses as data, and the tables that decide what a response means:
 #
 #     Entra ID, managed identity   parse_token    the token, or the reply to the client
 #     Microsoft Graph              graph_error    the reply to the client
 #     Azure Tables                 parse_entity   the entity of an account
 #
 # Responses are untrusted: every parser here has a defined result for malformed input.
-# A reply begins with the wording of an RFC or of Exchange and ends with a remedy.
+# A reply uses the wording of an RFC or of Exchange, if there is one, then names a remedy.
 
 MAX_RESPONSE_BODY = 65_536      # bytes, so that a response cannot fill the memory
 EXPIRY_MARGIN = 300             # seconds, as in Microsoft's own libraries
@@ -2491,7 +2488,7 @@ def parse_tenant_id(token: str) -> str:
 
 
 class AccessDenied(DeliveryError):
-    """The application has no access to the mailbox; an administrator can grant it."""
+    """The application has no access to the mailbox. The queue waits until it is granted."""
 
 
 class GraphFailure(NamedTuple):
@@ -2656,7 +2653,7 @@ def parse_table_account(entity: Mapping[str, Any], name: str) -> Account:
 #
 # The queue directory holds two files for each message:
 #
-#     ID.eml      the message exactly as Microsoft Graph gets it
+#     ID.eml      the message as edited; a large message is made a draft at each attempt
 #     ID.json     its state, a QueuedMessage
 #
 # Neither file holds a secret. To send the message, the relay finds its secret by the name
@@ -2671,7 +2668,7 @@ class QueuedMessage:
     tenant: str
     client: str
     mailbox: str                # the sender's mailbox
-    reverse_path: str           # address for the bounce; "" for no bounce
+    reverse_path: str           # where a bounce goes; "" for no bounce
     recipients: list[str]
     header_size: int            # bytes
     size: int                   # bytes, header and body
@@ -2742,11 +2739,13 @@ def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id:
 # ---------------------------------------------------------------------------
 # §10  Log
 #
-# One line is one event: time, level, log ID, event, facts.
+# One line is one event: time, level, log ID, event, facts. Exceptions: the SMTP dialogue at
+# level DEBUG, and the traceback of an internal error.
 #
 #     2026-11-23T19:45:48+0100 INFO ffe02d31 disconnected reason=quit
 #
-# WARNING and ERROR are problems that an administrator must fix; a client's mistake is INFO.
+# INFO: normal events, and mistakes of clients. WARNING: Microsoft or a limit refuses
+# something. ERROR: an administrator must act.
 # Never pass passwords, secrets, tokens or the content of messages to this section.
 
 MAX_LOGGED_TEXT = 1000          # characters of one value
@@ -2924,7 +2923,7 @@ async def wait_until_done(deadline: float, future: asyncio.Future[Any]) -> bool:
 
 
 async def result_before(deadline: float, future: asyncio.Future[T]) -> T:
-    """Return a future's result. At the deadline cancel it and raise TimeoutError."""
+    """Return a future's result. At the deadline cancel it, and raise TimeoutError."""
     try:
         if not await wait_until_done(deadline, future):
             raise TimeoutError("timed out")
@@ -3140,7 +3139,6 @@ def _origin(url: str) -> str:
 # Microsoft, "How to use managed identities for Azure resources", "... App Service".
 
 NEGATIVE_CACHE_TTL = 30.0       # seconds; a device with a wrong password keeps retrying
-MIN_TIME_LEFT = 0.1             # of UPSTREAM_TIMEOUT; with less an attempt is of no use
 MAX_CACHED = 1000               # entries of a cache
 IDENTITY_TIMEOUT = 10.0         # seconds for one attempt at a managed identity
 IDENTITY_RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)      # seconds
@@ -3182,7 +3180,7 @@ def read_secret(path: str) -> str:
 class Tokens:
     """A cache of access tokens, in which requests for the same token share one fetch.
 
-    Keys hold a keyed hash of the secret: no secret is kept, and a wrong one gets no token.
+    A key has only a keyed hash of the client secret. A wrong secret finds no token.
     """
 
     def __init__(self, config: Config, pool: HttpPool,
@@ -3327,10 +3325,10 @@ def _without_traceback(error: AuthError) -> AuthError:
 # ---------------------------------------------------------------------------
 # §13  Azure
 #
-# Azure services that the relay uses as itself, by an identity or application of its own:
-# the table of accounts here, and Key Vault in the section about TLS.
+# Azure services that the relay calls for itself, with relay_identity() or a SAS: the table
+# of accounts here, and Key Vault in the section about TLS.
 
-AZURE_RETRY_DELAYS = (1.0, 3.0)     # seconds before Azure is asked again
+AZURE_RETRY_DELAYS = (1.0, 3.0)     # seconds before each retry
 TABLE_CACHE_TTL = 60.0          # seconds; a change in the table takes effect after it
 _NO_ROW_KEY = re.compile(r"[/\\#?\x00-\x1f\x7f-\x9f]")      # characters that Azure forbids
 
@@ -3430,7 +3428,7 @@ def _spellings(value: str) -> Iterable[str]:
 # Authenticator.log_in() decides every login. It finds the account in ACCOUNTS_FILE, in the
 # Azure table or in the user name itself, and checks the password. If the device's password
 # is the application's secret, Entra ID checks it by issuing a token. A login that cannot be
-# checked now gets 454 and not 535, because a device may give up a password after 535.
+# checked now gets 454 and not 535, after which a device may give up the password.
 
 ACCOUNTS_POLL_INTERVAL = 3.0    # seconds between two checks of ACCOUNTS_FILE for changes
 MAX_FAILURES = 10               # failed logins from an address within
@@ -3441,7 +3439,8 @@ DUMMY_HASH = f"scrypt${'A' * 22}${'A' * 43}"    # no password has this hash
 
 
 def has_tls_version(version: str) -> bool:
-    """Return whether the OpenSSL of this Python has a TLS version."""
+    """Return whether the OpenSSL of this Python has a TLS version; True for ""."""
+    # The names are HAS_TLSv1, HAS_TLSv1_1 and so on.
     return getattr(ssl, "HAS_TLSv" + version.replace(".0", "").replace(".", "_"), True)
 
 
@@ -3524,7 +3523,7 @@ class AccountsFile:
                 continue
             except (ConfigError, RelayError) as error:
                 problem = str(error)
-            except Exception as error:          # noqa: BLE001 - or watching would end
+            except Exception as error:          # noqa: BLE001 - go on watching
                 problem = type(error).__name__
             for line in problem.splitlines() if problem != logged else ():
                 log_event(logging.ERROR, "-", "accounts-refused", problem=line,
@@ -3611,7 +3610,7 @@ class Authenticator:
             if isinstance(error, AuthError):
                 delay, result = self._limiter.add(address), "refused"
                 if self.policy(address).anonymous:
-                    facts["remedy"] = "no login is needed from here; disable it there"
+                    facts["remedy"] = "no login is needed from here; switch it off"
             elif not isinstance(error, TooManyFailures):
                 error = TemporaryError("Temporary authentication failure, the password may "
                                        f"be right: {error.reply.text}", 454, "4.7.0",
@@ -3661,7 +3660,7 @@ class Authenticator:
             if not account.name:
                 raise AuthError("The password is empty; it must be the client secret")
             problem = "the password is empty"
-        # Now every login costs one scrypt, or its time would tell if the account exists.
+        # Now each login costs one scrypt: its time must not tell if there is the account.
         hashed = account.password if account else ""
         is_right = await self._verify(password, hashed or DUMMY_HASH, address, deadline)
         if account is None or problem or not is_right:
@@ -3719,18 +3718,20 @@ class Authenticator:
 # §15  Graph
 #
 # GraphClient sends a message in one request (sendMail), or as a draft to which it attaches
-# the files. It retries only what cannot send a message twice, within UPSTREAM_TIMEOUT:
+# the files. By itself it retries only what cannot send a message twice:
 #
 #     401, except for an upload           once, with a new token
 #     429, 503 with Retry-After           after that time, for all messages of the mailbox
 #     404 for a new draft                 a few times: not all servers know it at once
 #     a reused connection that was closed (HttpPool does that)
 #
-# Any other error goes to the client, or the message goes to the queue: after a timeout or a
-# 504, Microsoft may have sent it already. A large message holds one slot of its mailbox for
-# all of its requests. If a request fails, the draft is deleted.
+# Any other error ends the attempt. After a timeout or a 504 Microsoft may have sent the
+# message, and the retry by the client or the queue sends it again: twice is better than
+# never. A large message holds one slot of its mailbox for all of its requests. If a request
+# after the creation of the draft fails, the draft is deleted, or the log has `draft-left`.
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox; Graph's own limit
+MIN_TIME_LEFT = 0.1             # of UPSTREAM_TIMEOUT, for the response to a request
 MIN_RETRY_DELAY = 0.5           # seconds
 MAX_RETRY_DELAY = 86400.0       # seconds; a longer Retry-After is an error of the server
 DEFAULT_RETRY_DELAY = 5.0       # seconds after a 429 without Retry-After
@@ -3815,7 +3816,7 @@ class GraphClient:
                     context, GraphOperation.SEND, "sendMail", edited.as_base64, headers={
                         "Content-Type": "text/plain",
                         "Content-Length": str((edited.size + 2) // 3 * 4)})
-            except TimeoutError as error:       # in a thread that decodes an attachment
+            except TimeoutError as error:       # of result_before() in _attach()
                 raise UpstreamUnavailable(error) from None
 
     def throttled_for(self, key: MailboxKey) -> float:
@@ -3948,16 +3949,16 @@ def _throttle_delay(response: HttpResponse) -> float:
 #     queue/ID.tmp              a state that is being written
 #     failed/ID.eml, ID.json    a message that failed
 #
-# A message is queued while its ID.json is in queue/: ID.json is written last and removed
-# first. The client gets 250 when both files are on the disk. The relay removes them after
+# A message is queued while its ID.json is in queue/: add() writes it last, remove() removes
+# it first. The client gets 250 when both files are on the disk. They are removed when
 # Microsoft has accepted the message. So after a crash it is queued, or sent, or both.
 #
 # Each mailbox has a queue and a task of its own, which sends one message at a time: the
 # message with the fewest attempts, then the oldest. So a message that always fails does not
 # block the others. After a failure the task waits (backoff) before the next attempt.
 
-MIN_BACKOFF = 60.0              # seconds after the first failure; doubled for each further
-MAX_BACKOFF = 1800.0            # failure up to this
+MIN_BACKOFF = 60.0              # seconds after a first failure; each further one doubles it
+MAX_BACKOFF = 1800.0            # seconds, the limit of the doubling
 MIN_FREE_DISK = 67_108_864      # bytes of the disk that stay free
 DISK_TIMEOUT = 10.0             # seconds for one operation of the disk
 RECOUNT_INTERVAL = 5.0          # seconds until a full directory is measured again
@@ -4025,7 +4026,7 @@ class QueueFiles:
         for path in self.queue.iterdir():
             is_orphan = path.suffix == ".eml" and not path.with_suffix(".json").exists()
             if is_orphan and f"{path.stem}.json" in failed and path.name not in failed:
-                _move(path, self.failed)        # `spool retry` was interrupted
+                _move(path, self.failed)        # `spool retry` ran meanwhile
             elif is_orphan or path.suffix == ".tmp":
                 log_event(logging.WARNING, path.stem, "removed", file=path,
                           problem="the relay ended while it wrote or deleted the message")
@@ -4056,12 +4057,9 @@ class QueueFiles:
 
     def add(self, message: QueuedMessage, parts: list[bytes | memoryview],
             deadline: float, is_cancelled: Callable[[], bool]) -> None:
-        """Store a message so that a crash does not lose it.
-
-        If it is late or cancelled, the client was told otherwise, so it must not stay.
-        """
+        """Store a message safely. If it is late or cancelled (no 250), leave nothing."""
         if min(self._deadlines, default=deadline) < time.monotonic():
-            # Messages would fill the memory while they wait for the disk.
+            # An earlier write hangs. Waiting messages would fill the memory.
             raise OSError(errno.EBUSY, "the disk does not respond")
         self._deadlines.add(deadline)
         try:
@@ -4247,7 +4245,7 @@ class QueueManager:
             delay = self._graph.throttled_for(message.key) or backoff(1)
             message.next_attempt_at = time.time() + delay
         deadline = time.monotonic() + DISK_TIMEOUT      # add() keeps it, unless it hangs
-        # If the thread asked the future instead, the future would hold the message.
+        # Not future.cancelled: the call would hold its future, and that the message.
         cancelled = threading.Event()
         try:
             await result_before(deadline + GRACE, run_in_thread(
@@ -4259,6 +4257,7 @@ class QueueManager:
                     "queue": error.strerror or str(error)}) from None
         finally:
             cancelled.set()
+        # A second bounce replaces the first here; _admit() keeps what is being sent.
         self._admit(message, delay).messages[message.id] = message
         if application and not application.relay_holds_secret:
             self._applications.setdefault(message.key[:2], application)
@@ -4287,8 +4286,8 @@ class QueueManager:
                     with contextlib.suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(mailbox.wake.wait(),
                                                min(delay or MAX_SLEEP, MAX_SLEEP))
-            except Exception:           # or nothing would be sent any more
-                log.error("%s internal-error", key[2], exc_info=True)
+            except Exception:           # so that the next message is sent
+                log.error("- internal-error mailbox=%s", quote_value(key[2]), exc_info=True)
                 mailbox.resume_at = time.monotonic() + MIN_BACKOFF
         if not mailbox.messages:
             del self._mailboxes[key]
@@ -4326,7 +4325,7 @@ class QueueManager:
         application = self._find_application(message)
         message.attempts += 1
         try:
-            if not application:         # the message has expired
+            if not application:         # chosen only because it has expired, so this fails
                 await self._defer(mailbox, message, message.reason, {})
                 return
             async with self._deliveries:
@@ -4388,6 +4387,7 @@ class QueueManager:
 
     async def _fail(self, mailbox: MailboxQueue, message: QueuedMessage, text: str) -> None:
         """End the attempts: send a bounce, and move the message to failed/."""
+        # On disk the flag is off, so that a failure after `spool retry` is bounced again.
         failed = dataclasses.replace(message, reason=text, bounce_sent=False)
         try:
             if message.reverse_path and not message.bounce_sent:
@@ -4434,7 +4434,7 @@ class QueueManager:
                 # Without a deadline: if the disk hangs, only this task waits.
                 for name, message in (await run_in_thread(self._files.changes)).items():
                     self._apply_change(name, message)
-            except Exception as error:      # noqa: BLE001 - or watching would end
+            except Exception as error:      # noqa: BLE001 - go on watching
                 log_event(logging.ERROR, "-", "queue-failed", problem=error)
                 await asyncio.sleep(MIN_BACKOFF)
 
@@ -4579,8 +4579,7 @@ class Delivery:
         try:
             return await result_before(deadline, run_in_thread(prepare))
         except TimeoutError:
-            raise TemporaryError("The message takes too long to process; try again later"
-                                 ) from None
+            raise TemporaryError("Processing takes too long; try again later") from None
 
     async def _send(self, principal: Principal, envelope: Envelope,
                     message: PreparedMessage, message_id: str, deadline: float) -> Outcome:
@@ -4607,7 +4606,8 @@ class Delivery:
             return Outcome("sent", f"Accepted by Microsoft 365, id {message_id}",
                            {"request_id": response.headers.get("request-id")})
         edited, account, sender = message.edited, principal.account, envelope.reverse_path
-        sender = sender and (account.from_email or sender)      # a mailbox that exists
+        # A bounce goes to from_email, because the device's own sender may not exist.
+        sender = sender and (account.from_email or sender)
         queued = QueuedMessage(
             message_id, account.name, application.tenant, application.client,
             edited.mailbox, sender, list(envelope.recipients.values()),
@@ -4623,12 +4623,10 @@ class Delivery:
 # ---------------------------------------------------------------------------
 # §18  TLS
 #
-# The certificate that the relay shows to devices, from two PEM files (TLS_SOURCE=file) or
-# from Azure Key Vault (TLS_SOURCE=keyvault). The relay reads it once, at start, because the
-# user of RUN_AS may be unable to read the key. A renewed certificate needs a restart.
-#
-# While the relay runs, an account can set `tls_min_version` for its networks. So there is
-# an SSLContext for each TLS version, and the server picks one for each connection.
+# The relay's own certificate comes from two PEM files or from Key Vault. It is read once at
+# start, because the user of RUN_AS may be unable to read the key: a renewed certificate
+# needs a restart. An account can set `tls_min_version` for its networks at any time, so
+# there is an SSLContext for each TLS version, and the server picks one for a connection.
 
 OPENSSL_TIMEOUT = 10.0          # seconds for one run of the openssl command
 TLS_VERSIONS: Mapping[str, ssl.TLSVersion] = {
@@ -4916,7 +4914,7 @@ class Connection:
                                 self._log_line, self._log_refusal)
         self._progress = -1             # Session.progress when the deadline was set
         self._deadline = 0.0            # for the current command
-        self._accepted_at = time.monotonic()        # the last login or message
+        self._accepted_at = time.monotonic()        # the last login, message or STARTTLS
         self.task = asyncio.ensure_future(self._run(implicit_tls))
 
     async def _run(self, implicit_tls: bool) -> None:
@@ -4943,14 +4941,14 @@ class Connection:
         await self._close()
 
     def stop(self) -> None:
-        """End the connection as soon as no message is lost by that."""
+        """End the connection as soon as this loses no message."""
         self.is_stopping = True
         # A task that has not started yet must start, because it closes the connection.
         if self.is_running and not self._session.holds_message:
             self.task.cancel()
 
     async def _serve(self) -> str:
-        """Do what the session asks for; return the reason why it ended."""
+        """Do what the session asks for; return why it ended."""
         while True:
             if self._session.holds_message:
                 pass                    # the client must get the reply to its message
@@ -5011,8 +5009,7 @@ class Connection:
 
     def _time_out(self) -> None:
         """End the session, and wake _read()."""
-        self._session.end(Reply(421, "4.4.2", "Timeout exceeded, closing connection"),
-                          "timed out")
+        self._session.end(Reply(421, "4.4.2", "Error: timeout exceeded"), "timed out")
         self._writer.transport.pause_reading()      # type: ignore[attr-defined]
         self._reader.feed_eof()                     # a reader accepts no data after EOF
 
@@ -5093,8 +5090,7 @@ class Server:
         with contextlib.suppress(NotImplementedError):      # on Windows
             for sock, _ in sockets:
                 asyncio.get_running_loop().remove_reader(sock)
-        # asyncio needs some turns of the loop to start a connection that it has accepted.
-        # After close() that would fail.
+        # Some turns of the loop, to start connections that asyncio has already accepted.
         for _ in range(3):
             await asyncio.sleep(0)
         for server in servers:
@@ -5144,9 +5140,9 @@ class Server:
                   port=writer.get_extra_info("sockname")[1],
                   account=anonymous.account.name if anonymous else None)
 
-    def _limit_reached(self, prefix: bytes, file: int) -> str:
+    def _limit_reached(self, prefix: bytes, descriptor: int) -> str:
         """Return the limit that a new connection exceeds, as a sentence, or ""."""
-        if file >= self._client_files:
+        if descriptor >= self._client_files:    # the system gives the lowest free number
             return "Too many connections for the limit of open files"
         if len(self._connections) >= self._relay.config.max_connections:
             return "Too many connections"
@@ -5190,8 +5186,7 @@ def drop_privileges(user: str) -> None:
             os.setgid(entry.pw_gid)
             os.setuid(entry.pw_uid)
         else:
-            log_event(logging.INFO, "-", "run-as-ignored", run_as=user,
-                      reason="not started as root")
+            log_event(logging.INFO, "-", "run-as-ignored", run_as=user, reason="not root")
     except (AttributeError, KeyError):      # AttributeError: this system has no users
         raise ConfigError(f"RUN_AS={user!r}: must be the name of a user of this system, or "
                           "empty") from None
@@ -5270,9 +5265,8 @@ async def _run(relay: Relay, server: Server, sockets: Sockets) -> None:
 # ---------------------------------------------------------------------------
 # §20  Demo
 #
-# The demo runs the real server, but with DemoMicrosoft in place of Tokens and GraphClient:
-# everything up to the HTTP request can be tried without an account at Microsoft. It turns
-# TLS, RUN_AS and the queue off. It listens on 127.0.0.1 unless LISTEN_ADDRESS is set.
+# The demo runs the real server with DemoMicrosoft in place of Tokens and GraphClient, and
+# without TLS, RUN_AS and queue. It listens on 127.0.0.1 unless LISTEN_ADDRESS is set.
 
 OUTBOX = pathlib.Path("outbox")
 
@@ -5280,7 +5274,8 @@ OUTBOX = pathlib.Path("outbox")
 class DemoMicrosoft:
     """A replacement for Tokens and GraphClient that saves messages as files."""
 
-    async def get(self, application: Application, deadline: float) -> str:
+    async def get(self, application: Application, deadline: float, resource: str = ""
+                  ) -> str:
         """Accept a login: return a token, as Tokens.get() does."""
         return "token"
 
@@ -5341,8 +5336,8 @@ def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
 #
 #   file --> Session --> Envelope --> prepare_message() --> printed, or the first refusal
 #
-# All of it is code that the server uses, too. _receive() plays a client that has logged in
-# under TLS as TENANT@CLIENT, so settings of accounts do not apply.
+# Session and prepare_message() are the code of the server. _receive() plays a client that
+# has logged in under TLS as TENANT@CLIENT, so settings of accounts do not apply.
 
 def explain(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
     """Print what the relay would do with the message in a file. Raises ConfigError."""
@@ -5424,7 +5419,7 @@ def escape_unprintable(text: str) -> str:
 # environment and the parsed arguments, prints its result, and returns the exit status:
 #
 #   0, None   success
-#   1         StartError: a file, a port or the network cannot be used
+#   1         StartError: a port, the network, the TLS files or the queue cannot be used
 #   1         `explain`: the relay would refuse the message; `spool`: there is no such ID
 #   2         ConfigError: a setting, an argument or ACCOUNTS_FILE is wrong
 #
@@ -5482,12 +5477,12 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
 def describe_account(account: Account) -> str:
     """Return an account as a section of ACCOUNTS_FILE, without its secrets."""
     lines = [f"[{account.name}]"]
-    for key, setting in settings_of(Account).items():
+    for key, item in settings_of(Account).items():
         value = getattr(account, key)
         text = (", ".join(map(str, value)) if isinstance(value, tuple) else
                 str(value).lower() if isinstance(value, bool) else str(value or ""))
         if text and not (key == "client_secret" and account.client_secret_file):
-            lines.append(f"{key} = {setting.show(text)}")
+            lines.append(f"{key} = {item.show(text)}")
     return "\n".join(lines)
 
 

@@ -2222,7 +2222,7 @@ class SettingTests(unittest.TestCase):
                 ({**key_vault, "AZURE_KEY_VAULT_CERT_NAME": "x"}, ".*AZURE_KEY_VAULT_URL"),
                 ({**local},), ({"HTTPS_PROXY": "http://u:p@[::1]:8080/", "https_proxy": "x:1"},),
                 ({**local, "AZURE_KEY_VAULT_URL": "https://x"}, r"HTTPS_PROXY='socks5://x'"),
-                ({**local, "AZURE_TABLES_URL": table}, "HTTPS_PROXY=.*: must be http://host:port")):
+                ({**local, "AZURE_TABLES_URL": table}, "HTTPS_PROXY=.*: must be http://.*host")):
             with self.subTest(environ):
                 try:
                     relay.Config.from_environ(environ)
@@ -2332,7 +2332,7 @@ tenant_id = {tenant} -> client_id: must be set
 {app}{pw} -> password: needs client_secret
 VALUE -> password: must be set, otherwise anyone could log in -> \
 {own} | {app}client_secret_file = /x | credential = managed-identity
-{app}{net}login = optional -> authentication: optional needs client_secret
+{app}{net}login = optional -> authentication: optional needs a secret
 {own}authentication = optional -> authentication: optional needs networks
 {net}login = optional; authentication = optional -> authentication: appears twice
 {own}login = optional; networks = VALUE -> networks: VALUE without login is an open relay \
@@ -3177,6 +3177,13 @@ class DraftTests(unittest.TestCase):
         with self.assertRaisesRegex(relay.DeliveryError, "LARGE_MESSAGES=refuse") as caught:
             relay.prepare_message(envelope, TEST_PRINCIPAL, config)
         self.assertTrue(str(caught.exception.reply).startswith("552 5.3.4 "))
+
+    def test_a_draft_with_more_recipients_than_can_be_read_is_refused(self) -> None:
+        recipients = [f"{'x' * 300}{number}@x.y" for number in range(900)]
+        with self.assertRaisesRegex(relay.NotConvertible, "has too many recipients"):
+            draft_of(b"Subject: s\n\nText", *recipients)
+        self.assertIn(b"x899@x.y", draft_of(b"Subject: s\n\nText",
+                                            *recipients[:700], recipients[-1]).content)
 
     def test_transfer_encodings_are_decoded_or_refused(self) -> None:
         for encoding, text, wanted in (
@@ -7988,6 +7995,13 @@ class DemoTests(unittest.TestCase):
                 self.assertTrue(path.read_bytes() == LARGE)
                 shutil.rmtree(path.parent)
                 self.assertRegex(client.post(), "^452 4.3.1 outbox/.*: No such ")
+
+    def test_the_demo_needs_the_azure_table_if_it_is_required(self) -> None:
+        with start_program("demo", folder=FILES.folder, ACCOUNTS_REQUIRED="true", SMTP_PORT="0",
+                           AZURE_TABLES_URL="http://127.0.0.1:9/devices") as process:
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("the table cannot be read", err)
 
     def test_an_outbox_that_cannot_be_created_ends_the_demo(self) -> None:
         folder = tempfile.mkdtemp(dir=FILES.folder)
