@@ -5,7 +5,7 @@ Printers, scanners, NAS boxes and old applications that know only SMTP with a us
 a password log in here. The relay exchanges the password for an OAuth 2.0 token (client
 credentials) and sends each message through Microsoft Graph. A client gets "250" when
 Microsoft has accepted its message, when the message is on disk in SPOOL_DIRECTORY, or when
-it repeats such a message within DUPLICATE_WINDOW.
+it repeats such a message, with the same Message-ID, within DUPLICATE_WINDOW.
 
     python3 smtp_oauth_relay.py demo      try it without any account
     python3 smtp_oauth_relay.py           serve, configured by environment variables
@@ -18,9 +18,9 @@ its log to standard error, and connects to AZURE_AUTHORITY_HOST, GRAPH_ENDPOINT 
 that Graph names for an upload, through HTTPS_PROXY if that is set. Only if configured:
 ACCOUNTS_FILE and the files of secrets that it names, AZURE_TABLES_URL, SPOOL_DIRECTORY, and
 with TLS_SOURCE=keyvault AZURE_KEY_VAULT_URL. For a table without SAS, for Key Vault and for
-an account with `credential` it reads a token file or asks the managed identity of the
-machine, without a proxy. The command openssl may run to convert a key from Key Vault. That
-key is for a moment in memory, or in a file of mode 0600. The demo writes to outbox/.
+an account with `credential` it uses AZURE_CLIENT_SECRET, a token file or the managed
+identity of the machine (without a proxy). The command openssl may run to convert a key from
+Key Vault, for a moment from a file in memory or of mode 0600. The demo writes to outbox/.
 
     client --SMTP--> Connection --bytes--> Session        the protocol, without I/O
                        |    |  events: Authenticate, Deliver
@@ -38,21 +38,21 @@ StartTls, Authenticate, Deliver or Close.
 
 Authenticate goes to Authenticator. LoginLimiter counts failures. The Account comes from
 AccountsFile, from AccountsTable (by AzureClient) or from the user name TENANT@CLIENT. If it
-has a password, the hash decides. Otherwise the password is the secret of an Application,
-which Tokens has Entra ID check by asking for a token, kept in a Cache. If a message waits
-for that secret, QueueManager gets it. The result is a Principal.
+has a credential, the hash of its password decides. Otherwise the password is the secret of
+an Application, which Tokens has Entra ID check by asking for a token, kept in a Cache. If a
+message waits for that secret, QueueManager gets it. The result is a Principal.
 
 MAIL, RCPT and DATA fill an Envelope within the MemoryBudget, and Deliver passes it to
 Delivery. The Header is a list of Field, and To, Cc and Bcc are each an AddressList of
 Address. Their edited text and the body are an EditedMessage. A large message is split into
-a list of Part, and becomes a Draft with a list of Attachment. Both are in PreparedMessage.
-If DuplicateGuard knows it as Accepted, the old reply is repeated. Otherwise GraphClient
-waits for a slot of MailboxLimiter. Each GraphOperation becomes an HttpRequest, which
-HttpPool sends in a thread until the deadline of the RequestContext. If the HttpResponse is
-not a success, a row of GraphFailure says which error it means. If Microsoft cannot accept
-the message now, QueueManager stores it with QueueFiles as a QueuedMessage, and the task of
-a MailboxQueue retries it. The Outcome goes to the client, and by LogQueue to the log. Relay
-holds these parts together; in the demo DemoMicrosoft replaces Tokens and GraphClient.
+a list of Part, and becomes a Draft with a list of Attachment. PreparedMessage has both. If
+DuplicateGuard knows the message as Accepted, the old reply is repeated. Otherwise
+GraphClient waits for a slot of MailboxLimiter. Each GraphOperation becomes an HttpRequest,
+which HttpPool sends in a thread until the deadline of the RequestContext. If the
+HttpResponse is not a success, a row of GraphFailure says which error it means. If Microsoft
+cannot accept the message now, QueueManager stores it with QueueFiles as a QueuedMessage,
+and the task of a MailboxQueue retries it. The Outcome goes to the client, and by LogQueue
+to the log. Relay holds these parts together; in the demo DemoMicrosoft replaces two.
 
 The path of a setting, such as HEADER_RECIPIENTS: a field of Config declares it as a
 Setting, and from_environ() parses it. (A Cloud has the defaults of two other settings, and
@@ -61,8 +61,7 @@ MessageOptions unless the account decides, and edit_recipients() obeys it.
 
 The path of an account: AccountsFile.load() reads the file, and parse_accounts() checks its
 keys. A login finds the account by name, match_address() by network. The principal keeps it
-until the session ends. A queued message keeps the names of account, tenant and client only,
-which lead to the secret.
+until the session ends. A queued message keeps its name, tenant and client, not its secret.
 
 Contents (search for the number; each section uses only those above it)
 
@@ -79,7 +78,7 @@ Contents (search for the number; each section uses only those above it)
     §11  HTTP                       HttpPool: requests in threads, with deadlines
     §12  Tokens                     Tokens: Entra ID and managed identities
     §13  Azure                      AccountsTable
-    §14  Authentication             Authenticator: decides every login
+    §14  Authentication             AccountsFile, Authenticator: decides every login
     §15  Graph                      GraphClient: sendMail or a draft
     §16  Queue                      QueueManager: messages that wait, on disk
     §17  Delivery                   Delivery: from the end of DATA to the reply
@@ -234,7 +233,7 @@ class TemporaryError(RelayError):
 
 
 class DeliveryError(RelayError):
-    """This message, or this recipient of it, is refused for good."""
+    """This message, or a recipient of it, is refused. The queue is not for it."""
     code = 554
     status = "5.6.0"
 
@@ -387,7 +386,7 @@ def _seconds(text: str) -> float:
     raise ValueError("a number of seconds above 0, up to 86400")
 
 
-def _address(text: str) -> str:
+def _ip_address(text: str) -> str:
     """Check an address to listen on."""
     with contextlib.suppress(ValueError):
         if text.lower() == "localhost" or ipaddress.ip_address(text):
@@ -475,7 +474,7 @@ class Config:
     """The settings. Durations are in seconds, sizes in bytes."""
     # Server
     listen_address: str = setting(
-        _optional(_address), "", "Address to listen on. Empty: all, IPv4 and IPv6.")
+        _optional(_ip_address), "", "Address to listen on. Empty: all, IPv4 and IPv6.")
     smtp_port: int = setting(_port, "8025", "Port for SMTP with STARTTLS. 0: a free port.")
     smtps_port: int = setting(_port, "0", "Port for SMTP with implicit TLS. 0: disabled.")
     server_name: str = setting(
@@ -503,7 +502,7 @@ class Config:
     accounts_file: str = setting(str, "", "INI file of accounts, by name or by network.")
     accounts_required: bool = setting(
         _boolean, "false", "`true`: TENANT@CLIENT can log in only if the Azure table lists "
-        "it. The relay then starts only if it can read the table.")
+        "it. A table that is set must be readable at start.")
     allowed_tenants: tuple[str, ...] = setting(
         _list_of(parse_tenant), "", "Tenants that may log in as TENANT@CLIENT, separated "
         "by commas. Write each as the devices do (ID or domain). Empty: all.")
@@ -643,19 +642,19 @@ def settings_help() -> str:
 # ---------------------------------------------------------------------------
 # §3  SMTP grammar
 #
-# RFC 5321 section 4.1.2, with the UTF-8 of RFC 6531 section 3.3. Devices make some mistakes
-# that every server accepts, and so does the relay: spaces may follow "FROM:" and "TO:", a
-# path may lack its angle brackets, and the argument of EHLO may be anything. Most constants
-# have the name of a production in the RFC.
+# RFC 5321 section 4.1.2, with the UTF-8 of RFC 6531 section 3.3. The relay accepts some
+# mistakes of devices, as every server does: spaces may follow "FROM:" and "TO:", a path may
+# lack its angle brackets, and the argument of EHLO may be anything. Most constants have the
+# name of a production in the RFC.
 
 # The classes list forbidden characters, because compiling the allowed ranges of UTF-8 would
-# double the start time. _NO_UTF8: C1, line separators, bidi overrides, surrogates.
-_NO_UTF8 = "\x7f-\xa0\u2028-\u202e\ud800-\udfff"
-_ATOM = rf'[^\x00- "(),.:;<>@\[\\\]{_NO_UTF8}]+'
+# double the start time. _FORBIDDEN: DEL, C1, line separators, bidi, surrogates.
+_FORBIDDEN = "\x7f-\xa0\u2028-\u202e\ud800-\udfff"
+_ATOM = rf'[^\x00- "(),.:;<>@\[\\\]{_FORBIDDEN}]+'
 _DOT_STRING = rf"{_ATOM}(?:\.{_ATOM})*"
-_QUOTED_STRING = rf'"(?:[^\x00-\x1f"\\{_NO_UTF8}]|\\[ -~])*"'
-_LET_DIG = rf"[^\x00-/:-@\[-`{{-~{_NO_UTF8}]"
-_LDH = rf"[^\x00-,./:-@\[-`{{-~{_NO_UTF8}]"
+_QUOTED_STRING = rf'"(?:[^\x00-\x1f"\\{_FORBIDDEN}]|\\[ -~])*"'
+_LET_DIG = rf"[^\x00-/:-@\[-`{{-~{_FORBIDDEN}]"
+_LDH = rf"[^\x00-,./:-@\[-`{{-~{_FORBIDDEN}]"
 _SUB_DOMAIN = rf"{_LET_DIG}(?:{_LDH}*{_LET_DIG})?"
 _DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
 _LITERAL = r"\[[0-9A-Za-z.:-]+\]"
@@ -963,7 +962,7 @@ class Accounts:
         return ClientPolicy(anonymous.as_principal(config) if anonymous else None, **values)
 
 
-def parse_address(text: str) -> IpAddress | None:
+def parse_ip_address(text: str) -> IpAddress | None:
     """Parse a client's IP address without its zone; IPv4 in IPv6 becomes IPv4."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -1112,8 +1111,8 @@ def parse_username(username: str, delimiter: str) -> tuple[str, str]:
 #
 # and answers each event but Close: StartTls by tls_started(), Authenticate by
 # authenticated() or refuse(), Deliver by delivered() or refuse(). Until then further input
-# waits. next_event() processes all input before it returns, so that the replies to
-# pipelined commands leave together (RFC 2920 section 3.2).
+# waits. next_event() processes all input up to an event, so that the replies to pipelined
+# commands leave together (RFC 2920 section 3.2).
 #
 #     CONNECTED --EHLO--> READY --MAIL--> MAIL --RCPT--> RCPT --DATA--> (content)
 #         ^                 ^---------------RSET, EHLO, end of content------'
@@ -1191,9 +1190,9 @@ class MemoryBudget:
         self.free += size
 
     def check(self, size: int) -> None:
-        """Raise TemporaryError if so many bytes are not free."""
+        """Raise TemporaryError if fewer bytes are free."""
         if size > self.free:
-            # RFC 5321's text for 452. The admin must act, so the level is not INFO.
+            # RFC 5321's text for 452.
             raise TemporaryError("Insufficient system storage; try again later", 452,
                                  "4.3.1", cost=0)
 
@@ -1586,7 +1585,7 @@ class Command(NamedTuple):
     handler: Callable[[Session, str], Reply | None] | Reply
     phases: tuple[Phase, ...] = tuple(Phase)
     argument: bool | None = None
-    secure: bool = False        # only under TLS if REQUIRE_TLS is true
+    secure: bool = False        # only under TLS, if the policy requires it
     login: bool = False         # only after a login, or for an anonymous client
 
 
@@ -1641,8 +1640,8 @@ AUTH_CHALLENGES: Mapping[str, tuple[bytes, ...]] = {
 # another mailbox, several or none, FROM_MISMATCH decides:
 #
 #     keep        From stays, and Microsoft decides.
-#     rewrite     From gets the mailbox and keeps the display name. The old address goes to
-#                 Reply-To. A From of several addresses or none becomes X-Original-From.
+#     rewrite     From gets the mailbox and keeps the display name. The old address may go
+#                 to Reply-To. A From of several addresses or none is X-Original-From too.
 #
 # A display name with a bare "@" is quoted, because Exchange takes it for an address.
 # Resent-Bcc and an mbox line before the header are removed, a missing empty line is added.
@@ -1800,7 +1799,7 @@ def _parse_addresses(field: Field) -> AddressList:
 
 
 def _address_field(name: bytes, addresses: Iterable[Address | str]) -> bytes:
-    """Write an address a line, for lines below 998 characters, RFC 5322 section 2.1.1."""
+    """Write each address on a line, below 998 characters, RFC 5322 section 2.1.1."""
     value = ",\r\n ".join(map(str, addresses)).encode("utf-8", "surrogateescape")
     return name + b": " + value + b"\r\n"
 
@@ -2035,7 +2034,7 @@ class Part:
     encoding: str
 
     @property
-    def is_text_alternative(self) -> bool:
+    def is_displayed_text(self) -> bool:
         """Return whether the part is text to be displayed, in any format."""
         return (self.media_type.startswith("text/")
                 and not self.is_attachment and not self.file_name)
@@ -2043,15 +2042,15 @@ class Part:
     @property
     def is_text(self) -> bool:
         """Return whether the part can be the body of a draft."""
-        return self.media_type in ("text/plain", "text/html") and self.is_text_alternative
+        return self.media_type in ("text/plain", "text/html") and self.is_displayed_text
 
     def iter_decoded(self) -> Iterator[bytes]:
         """Decode the part in chunks below 4 MB. Raises NotConvertible."""
         if self.encoding == "base64":
-            return _decode_base64(self._chunks())
+            return _decode_mime_base64(self._chunks())
         if self.encoding == "quoted-printable":
             return map(binascii.a2b_qp, self._chunks())
-        if self.encoding in ("7bit", "8bit", "binary") or self.is_text_alternative:
+        if self.encoding in ("7bit", "8bit", "binary") or self.is_displayed_text:
             return self._chunks()
         raise NotConvertible("has a part in an unknown encoding")
 
@@ -2068,7 +2067,7 @@ class Part:
             begin = end
 
 
-def _decode_base64(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _decode_mime_base64(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Decode base64 in chunks. Raises NotConvertible."""
     # Bytes outside the alphabet are ignored, RFC 2045 section 6.8. Data after the padding
     # is an error, because programs differ in what they make of it.
@@ -2154,7 +2153,7 @@ def make_draft(message: bytes | bytearray, edited: EditedMessage) -> Draft:
         b"HTML" if is_html else b"Text", content, properties[1:])
     if len(content) > GRAPH_REQUEST_LIMIT:
         raise NotConvertible("has a text that is too large by itself")
-    # A new object does not know the types in files of the system, which differ.
+    # A new object does not use the types in files of the system, which differ.
     types = mimetypes.MimeTypes()
     attachments = []
     for number, part in enumerate((leaf for leaf in leaves if leaf is not text), 1):
@@ -2229,7 +2228,7 @@ def _leaf_parts(part: Part, counter: Iterator[int], depth: int = 0) -> list[Part
     if part.media_type == "multipart/alternative" and texts:
         best = ([text for text in texts if text.media_type == "text/html"] or texts)[-1]
         others = texts + [child[0] for child in children
-                          if len(child) == 1 and child[0].is_text_alternative]
+                          if len(child) == 1 and child[0].is_displayed_text]
         leaves = [best] + [leaf for leaf in leaves if leaf not in others]
     return leaves
 
@@ -2488,7 +2487,7 @@ def parse_tenant_id(token: str) -> str:
 
 
 class AccessDenied(DeliveryError):
-    """The application has no access to the mailbox. The queue waits until it is granted."""
+    """No access, or no such mailbox: final for a client, but the queue retries it."""
 
 
 class GraphFailure(NamedTuple):
@@ -2682,7 +2681,7 @@ class QueuedMessage:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """The key of the mailbox queue and of Graph's limits."""
+        """The key of the mailbox queue."""
         return self.tenant, self.client, self.mailbox.lower()
 
     @property
@@ -2745,7 +2744,7 @@ def make_bounce(message: QueuedMessage, header: bytes, reporter: str, bounce_id:
 #     2026-11-23T19:45:48+0100 INFO ffe02d31 disconnected reason=quit
 #
 # INFO: normal events, and mistakes of clients. WARNING: Microsoft or a limit refuses
-# something. ERROR: an administrator must act.
+# something, or will soon. ERROR: messages or the relay itself are affected.
 # Never pass passwords, secrets, tokens or the content of messages to this section.
 
 MAX_LOGGED_TEXT = 1000          # characters of one value
@@ -3057,7 +3056,7 @@ class HttpPool:
             *retry_statuses: int, timeout: float = math.inf) -> HttpResponse:
         """Send a request. Retry after each delay on 429, 5xx and `retry_statuses`.
 
-        `timeout` limits each attempt. Raises UpstreamUnavailable.
+        `timeout` limits each attempt, and is not retried. Raises UpstreamUnavailable.
         """
         for delay in (*delays, math.inf):
             response = await self.send(request, min(deadline, time.monotonic() + timeout))
@@ -3428,10 +3427,10 @@ def _spellings(value: str) -> Iterable[str]:
 # Authenticator.log_in() decides every login. It finds the account in ACCOUNTS_FILE, in the
 # Azure table or in the user name itself, and checks the password. If the device's password
 # is the application's secret, Entra ID checks it by issuing a token. A login that cannot be
-# checked now gets 454 and not 535, after which a device may give up the password.
+# checked gets 454 or 421. After 535 a device might not use a right password again.
 
 ACCOUNTS_POLL_INTERVAL = 3.0    # seconds between two checks of ACCOUNTS_FILE for changes
-MAX_FAILURES = 10               # failed logins from an address within
+MAX_FAILURES = 10               # failed logins from an address, in FAILURE_WINDOW
 FAILURE_WINDOW = 600.0          # seconds
 FAILURE_DELAY = 0.5             # seconds before a refusal, for each failure until now
 MAX_FAILURE_DELAY = 5.0
@@ -3660,7 +3659,7 @@ class Authenticator:
             if not account.name:
                 raise AuthError("The password is empty; it must be the client secret")
             problem = "the password is empty"
-        # Now each login costs one scrypt: its time must not tell if there is the account.
+        # From here each login costs one scrypt, so that its time does not show which exist.
         hashed = account.password if account else ""
         is_right = await self._verify(password, hashed or DUMMY_HASH, address, deadline)
         if account is None or problem or not is_right:
@@ -3723,7 +3722,7 @@ class Authenticator:
 #     401, except for an upload           once, with a new token
 #     429, 503 with Retry-After           after that time, for all messages of the mailbox
 #     404 for a new draft                 a few times: not all servers know it at once
-#     a reused connection that was closed (HttpPool does that)
+#     a reused connection that broke      if the request did not go out (by HttpPool)
 #
 # Any other error ends the attempt. After a timeout or a 504 Microsoft may have sent the
 # message, and the retry by the client or the queue sends it again: twice is better than
@@ -3731,7 +3730,7 @@ class Authenticator:
 # after the creation of the draft fails, the draft is deleted, or the log has `draft-left`.
 
 REQUESTS_AT_ONCE = 4            # for an application and a mailbox; Graph's own limit
-MIN_TIME_LEFT = 0.1             # of UPSTREAM_TIMEOUT, for the response to a request
+MIN_TIME_LEFT = 0.1             # part of UPSTREAM_TIMEOUT that is kept for the response
 MIN_RETRY_DELAY = 0.5           # seconds
 MAX_RETRY_DELAY = 86400.0       # seconds; a longer Retry-After is an error of the server
 DEFAULT_RETRY_DELAY = 5.0       # seconds after a 429 without Retry-After
@@ -3743,7 +3742,7 @@ MailboxKey = tuple[str, str, str]       # tenant, client, mailbox: Graph's limit
 class MailboxLimiter:
     """Limits the messages sent from a mailbox at once: clients first, in their order.
 
-    The queue sends the messages of a mailbox one by one, so it holds at most one slot.
+    The queue sends the messages of a mailbox one by one, so it holds one slot only.
     """
 
     def __init__(self) -> None:
@@ -3898,7 +3897,7 @@ class GraphClient:
         token, has_new_token, draft_delays = "", False, iter(DRAFT_RETRY_DELAYS)
         while True:
             throttled = self.throttled_for(context.key)
-            # Deleting is not delayed, or the draft would be left in the mailbox.
+            # Deleting starts at once, or the draft would be left in the mailbox.
             if throttled and operation is not GraphOperation.DELETE:
                 if time.monotonic() + throttled >= context.send_before:
                     raise TemporaryError(_THROTTLED.text, status=_THROTTLED.status)
@@ -3951,7 +3950,7 @@ def _throttle_delay(response: HttpResponse) -> float:
 #
 # A message is queued while its ID.json is in queue/: add() writes it last, remove() removes
 # it first. The client gets 250 when both files are on the disk. They are removed when
-# Microsoft has accepted the message. So after a crash it is queued, or sent, or both.
+# Microsoft has accepted the message. After a crash it is queued, sent, both or failed.
 #
 # Each mailbox has a queue and a task of its own, which sends one message at a time: the
 # message with the fewest attempts, then the oldest. So a message that always fails does not
@@ -4110,7 +4109,7 @@ class QueueFiles:
 
     def fail(self, message: QueuedMessage) -> None:
         """Move a message to failed/."""
-        # On a full disk the old state has to do. If the state is gone, _move() raises.
+        # On a full disk keep the old state. If the state is gone, _move() raises.
         with contextlib.suppress(OSError):
             self.save(self.path(message), message)
         self.failed.mkdir(0o700, exist_ok=True)     # an admin may have removed it
@@ -4245,7 +4244,7 @@ class QueueManager:
             delay = self._graph.throttled_for(message.key) or backoff(1)
             message.next_attempt_at = time.time() + delay
         deadline = time.monotonic() + DISK_TIMEOUT      # add() keeps it, unless it hangs
-        # Not future.cancelled: the call would hold its future, and that the message.
+        # Not future.cancelled: the call would hold its future, hence the message.
         cancelled = threading.Event()
         try:
             await result_before(deadline + GRACE, run_in_thread(
@@ -4257,7 +4256,7 @@ class QueueManager:
                     "queue": error.strerror or str(error)}) from None
         finally:
             cancelled.set()
-        # A second bounce replaces the first here; _admit() keeps what is being sent.
+        # A second bounce replaces the first; _admit() alone would keep the first.
         self._admit(message, delay).messages[message.id] = message
         if application and not application.relay_holds_secret:
             self._applications.setdefault(message.key[:2], application)
@@ -4352,7 +4351,7 @@ class QueueManager:
     async def _send(self, mailbox: MailboxQueue, message: QueuedMessage,
                     application: Application) -> None:
         total = self._config.max_memory_for_messages
-        # Leave enough memory for the largest message of a client, or half of all.
+        # Keep half of all free for clients, or what the largest message leaves of it.
         self._memory.check(message.size + min(total // 2, total - self._config.size_limit))
         deadline = time.monotonic() + self._config.upstream_timeout
         self._memory.reserve(message.size)
@@ -4460,8 +4459,8 @@ class QueueManager:
 #     send        Graph; 250 when Microsoft has accepted the message
 #     queue       if Microsoft cannot accept it now; 250 when it is on the disk
 #
-# The message gets one ID here: it is in the reply and the log, it is Graph's
-# client-request-id and the name of the files in the queue.
+# The message gets one ID here: it is in the log and in the reply (of a duplicate: the first
+# ID), it is Graph's client-request-id and the name of the files in the queue.
 
 SMALL_MESSAGE = 65_536          # bytes; a message up to this is edited without a thread,
 SMALL_HEADER = 2048             # if the header ends within this; hostile headers took 9 ms
@@ -4812,7 +4811,7 @@ async def fetch_certificate(config: Config, name: str) -> bytes:
 
 @contextlib.contextmanager
 def _private_file(data: bytes) -> Iterator[str]:
-    """Provide data as a file of mode 0600, in memory or else on disk, for ssl."""
+    """Provide data as a private file for ssl, in memory or else on disk."""
     file: Any
     try:
         file = open(os.memfd_create("relay"), "wb")     # noqa: SIM115
@@ -4837,7 +4836,7 @@ def _private_file(data: bytes) -> Iterator[str]:
 
 READ_SIZE = 16384               # bytes; a TLS record has no more
 HANDSHAKE_TIMEOUT = 30.0        # seconds
-NO_PROGRESS_TIMEOUT = 3600.0    # seconds without an accepted login or message
+NO_PROGRESS_TIMEOUT = 3600.0    # seconds between messages, without an accepted login
 LINGER = 1                      # second for the last reply, and for the end of TLS
 BACKLOG = 1000                  # connections that wait to be accepted
 SPARE_FILES = 100               # file descriptors kept for connections to Microsoft
@@ -4873,7 +4872,7 @@ class Relay:
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start to watch ACCOUNTS_FILE and to send queued messages. Raises StartError."""
+        """Check the table, watch ACCOUNTS_FILE, send queued messages. Raises StartError."""
         if self.config.must_have_account and self._table:
             try:
                 await self._table.check(time.monotonic() + self.config.upstream_timeout)
@@ -5121,7 +5120,7 @@ class Server:
         with contextlib.suppress(OSError):      # without it some replies take 40 ms more
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = writer.get_extra_info("peername")
-        address = parse_address(peer[0]) if peer else None
+        address = parse_ip_address(peer[0]) if peer else None
         client = address or "unknown"
         if problem := self._limit_reached(client_prefix(address), sock.fileno()):
             if not implicit_tls:
@@ -5265,23 +5264,22 @@ async def _run(relay: Relay, server: Server, sockets: Sockets) -> None:
 # ---------------------------------------------------------------------------
 # §20  Demo
 #
-# The demo runs the real server with DemoMicrosoft in place of Tokens and GraphClient, and
-# without TLS, RUN_AS and queue. It listens on 127.0.0.1 unless LISTEN_ADDRESS is set.
+# The demo runs the real server with DemoMicrosoft in place of Tokens and GraphClient and
+# without TLS, RUN_AS, queue, table. It listens on 127.0.0.1 unless LISTEN_ADDRESS is set.
 
 OUTBOX = pathlib.Path("outbox")
 
 
 class DemoMicrosoft:
-    """A replacement for Tokens and GraphClient that saves messages as files."""
+    """Replaces Tokens.get() and GraphClient.send(): saves messages as files."""
 
-    async def get(self, application: Application, deadline: float, resource: str = ""
-                  ) -> str:
+    async def get(self, application: Application, deadline: float) -> str:
         """Accept a login: return a token, as Tokens.get() does."""
         return "token"
 
     async def send(self, application: Application, message: PreparedMessage,
                    message_id: str, deadline: float, *, is_live: bool) -> HttpResponse:
-        """Save a message of any size as it would be sent. Raises DeliveryError."""
+        """Save a message of any size, after its edits. Raises DeliveryError."""
         path = OUTBOX / f"{time.strftime('%Y%m%d-%H%M%S')}-{message_id}.eml"
         edited = message.edited
         try:
@@ -5325,7 +5323,9 @@ def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
         raise StartError(f"cannot create the folder outbox: {error.strerror}") from None
     address = environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"
     values = {**environ, "LISTEN_ADDRESS": address, "TLS_SOURCE": "off", "SMTPS_PORT": "0",
-              "REQUIRE_TLS": "false", "RUN_AS": "", "SPOOL_DIRECTORY": ""}
+              "REQUIRE_TLS": "false", **dict.fromkeys((
+                  "RUN_AS", "SPOOL_DIRECTORY", "AZURE_TABLES_URL", "ACCOUNTS_REQUIRED",
+                  "AZURE_TABLES_FORCE_USAGE"), "")}
     serve(values, arguments, DemoMicrosoft())
 
 
@@ -5460,7 +5460,7 @@ def print_accounts(environ: Mapping[str, str], arguments: argparse.Namespace) ->
     if arguments.match is None:
         print("\n\n".join(map(describe_account, file.accounts)))
         return
-    if not (address := parse_address(arguments.match)):
+    if not (address := parse_ip_address(arguments.match)):
         raise ConfigError(f"{arguments.match!r} is not an IP address")
     policy = file.accounts.match_address(address, config)
     anonymous = f"as [{policy.anonymous.account.name}]" if policy.anonymous else "no"
