@@ -1724,7 +1724,7 @@ class AddressList(NamedTuple):
 class Header:
     """The header of a message or of a body part."""
     fields: list[Field]
-    end: int                # offset of the rest: an empty line, or text if there is none
+    end: int                # offset of the rest: an empty line, or else text
     is_malformed: bool      # a line is not a field, or has white space before the colon
     # New fields come first, because a strict reader may stop at a malformed line.
     top: list[bytes] = field(default_factory=list)
