@@ -995,9 +995,9 @@ def parse_accounts(text: str, config: Config) -> tuple[list[Account], list[str]]
 
 def _syntax_errors(error: configparser.Error) -> Iterator[str]:
     """Report invalid lines by number, because the error's own text may show a secret."""
-    option = getattr(error, "option", None)
+    option = re.sub("(?s).*[^a-z_].*", "***", getattr(error, "option", None) or "")
     if option or isinstance(error, configparser.DuplicateSectionError):
-        where = f"[{getattr(error, 'section', '')}] {option or ''}".strip()
+        where = f"[{getattr(error, 'section', '')}] {option}".strip()
         yield f"line {getattr(error, 'lineno', '?')}: {where} appears twice"
         return
     for number, _ in getattr(error, "errors", None) or [(getattr(error, "lineno", "?"), 0)]:
@@ -1402,7 +1402,7 @@ class Session:
         mailbox, parameters = parse_path(argument, "FROM:")
         for name, value in parameters.items():
             if name not in MAIL_PARAMETERS:
-                raise ProtocolError(f"Unsupported parameter of MAIL: {name}", 555, "5.5.4")
+                raise ProtocolError("Unsupported parameter of MAIL", 555, "5.5.4")
             if not re.fullmatch(MAIL_PARAMETERS[name], value or "", re.I):
                 raise ProtocolError(f"Invalid value of {name}")
         self._envelope = Envelope(mailbox, allow_utf8="SMTPUTF8" in parameters)
