@@ -12,15 +12,15 @@ Helpers come first, then the tests in the order of the program's sections:
     §6, §7      RecipientTests CorpusTests FidelityTests DraftTests MemoryTests
     §8 to §10   EntraAnswerTests GraphAnswerTests QueuedMessageTests LogTests
     §11         ThreadTests HttpsTests HangTests SlowWorkTests LookUpTests
-    §12, §13    SignInTests CacheTests IdentityTests AccountLoginTests FailureTests
+    §12 to §14  LoginTests CacheTests IdentityTests AccountLoginTests FailureTests
                 ReloadTests TableTests
-    §14         SendTests LargeMessageTests DraftFaultTests SlowUploadTests LimiterTests
-    §15         SpoolTests FailedTests FullSpoolTests SlowDiskTests SpoolAccountTests
+    §15         SendTests LargeMessageTests DraftFaultTests SlowUploadTests LimiterTests
+    §16         SpoolTests FailedTests FullSpoolTests SlowDiskTests SpoolAccountTests
                 SpoolStartTests SpoolCommandTests KillTests
-    §16         VaultTests OldTlsTests NetworkTlsTests
-    §17         DuplicateTests ConnectionTests SlowReaderTests ConnectionLimitTests
+    §18         VaultTests OldTlsTests NetworkTlsTests
+    §17, §19    DuplicateTests ConnectionTests SlowReaderTests ConnectionLimitTests
                 LimitTests ShutdownTests OverloadTests ResetTests ServeTests
-    §18 to §20  DemoTests ExplainTests CommandLineTests AccountCommandTests
+    §20 to §22  DemoTests ExplainTests CommandLineTests AccountCommandTests
     the whole   FuzzTests
 
 The long-running tests (fuzz, soak, kill) and the code that runs the tests come last.
@@ -3460,7 +3460,7 @@ class MemoryTests(unittest.TestCase):
 
 
 class EntraAnswerTests(unittest.TestCase):
-    """Token responses of Entra ID are read correctly; SignInTests has the errors."""
+    """Token responses of Entra ID are read correctly; LoginTests has the errors."""
 
     def test_a_token_response_gives_the_token_and_its_lifetime(self) -> None:
         lifetimes: tuple[tuple[Any, float], ...] = (
@@ -4025,7 +4025,7 @@ TRANSIENT = (
 )
 
 
-class SignInTests(RelayCase):
+class LoginTests(RelayCase):
     """A login as TENANT@CLIENT requests a token from Entra ID."""
 
     settings = UNHURRIED
