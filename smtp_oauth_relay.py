@@ -5321,7 +5321,7 @@ def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     try:
         OUTBOX.mkdir(exist_ok=True)
     except OSError as error:
-        raise StartError(f"cannot create the folder outbox: {error.strerror}") from None
+        raise StartError(f"cannot create the directory outbox: {error.strerror}") from None
     address = environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"
     values = {**environ, "LISTEN_ADDRESS": address, "TLS_SOURCE": "off", "SMTPS_PORT": "0",
               "REQUIRE_TLS": "false", "RUN_AS": "", "SPOOL_DIRECTORY": "",
@@ -5496,9 +5496,9 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
         raise ConfigError(f"spool {action} needs the ID of a message, see `spool list`")
     files = QueueFiles(config)
     try:
-        os.listdir(files.queue)     # glob() in read_all() hides an error of the folder
-        messages = [item for folder in (files.queue, files.failed)
-                    for item in files.read_all(folder) if wanted in (None, item[0].stem)]
+        os.listdir(files.queue)     # glob() in read_all() hides an error of the directory
+        messages = [item for directory in (files.queue, files.failed)
+                    for item in files.read_all(directory) if wanted in (None, item[0].stem)]
         messages.sort(key=lambda item: item[1].queued_at if item[1] else math.inf)
         if not messages:
             print("There is no such message." if wanted else "The queue is empty.")
