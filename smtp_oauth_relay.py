@@ -5318,14 +5318,14 @@ Stop with Ctrl-C.\n""", flush=True)
 
 def demo(environ: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Run the relay with an outbox instead of Microsoft. Raises ConfigError, StartError."""
+    values = {**environ, "TLS_SOURCE": "off", "SMTPS_PORT": "0", "REQUIRE_TLS": "false",
+              "RUN_AS": "", "SPOOL_DIRECTORY": "", "AZURE_TABLES_URL": "",
+              "LISTEN_ADDRESS": environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"}
+    Config.from_environ(values)         # its errors come before the directory is created
     try:
         OUTBOX.mkdir(exist_ok=True)
     except OSError as error:
         raise StartError(f"cannot create the directory outbox: {error.strerror}") from None
-    address = environ.get("LISTEN_ADDRESS", "").strip() or "127.0.0.1"
-    values = {**environ, "LISTEN_ADDRESS": address, "TLS_SOURCE": "off", "SMTPS_PORT": "0",
-              "REQUIRE_TLS": "false", "RUN_AS": "", "SPOOL_DIRECTORY": "",
-              "AZURE_TABLES_URL": ""}
     serve(values, arguments, DemoMicrosoft())
 
 

@@ -8107,8 +8107,9 @@ class CommandLineTests(ProgramCase):
 
     def test_invalid_settings_end_with_2(self) -> None:
         for command in ((), ("serve",), ("demo",)):
-            status, _, err = self.outcome(*command, SMTP_PORT="x", LOG_LEVEL="loud")
-            self.assertEqual(status, 2)
+            with unittest.mock.patch.object(relay, "OUTBOX", FILES.folder / "early"):
+                status, _, err = self.outcome(*command, SMTP_PORT="x", LOG_LEVEL="loud")
+            self.assertEqual((status, (FILES.folder / "early").exists()), (2, False))
             self.assertIn("SMTP_PORT='x'", err)
             self.assertIn("LOG_LEVEL='loud'", err)
 
