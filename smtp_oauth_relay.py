@@ -5516,8 +5516,8 @@ def run_spool(environ: Mapping[str, str], arguments: argparse.Namespace) -> int:
                 if path.parent == files.failed:
                     files.retry(message)
                 files.notify(message.id)
-                print(f"{message.id} will be retried; if the relay lacks its secret, when "
-                      f"{message.login} logs in")
+                print(f"{message.id} will be retried now. If the relay does not know its "
+                      f"secret, it waits until {message.login} logs in")
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None
     return int(not messages and wanted is not None)

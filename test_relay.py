@@ -6567,8 +6567,8 @@ class SpoolCommandTests(SpoolCase, ProgramCase):
         for subject in "123":
             self.enqueue(client, subject, sender=f"s{subject}@example.com")
         idents = self.idents()
-        self.assertEqual(self.spool("retry", idents[b"2"]), f"{idents[b'2']} will be retried; if "
-                         f"the relay lacks its secret, when {USER} logs in\n")
+        self.assertEqual(self.spool("retry", idents[b"2"]), f"{idents[b'2']} will be retried now. "
+                         f"If the relay does not know its secret, it waits until {USER} logs in\n")
         wait_for(lambda: len(self.waiting()) == 2)
         self.assertEqual(self.subjects(), [b"2"])
         with kept_log() as kept:
