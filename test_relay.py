@@ -1937,8 +1937,7 @@ class HangCase(RelayCase):
         wait_for(lambda: not calls_under_way())
 
     def beside(self, *by_name: str, **settings: str) -> tuple[FakeMicrosoft, Running]:
-        """Return a fake and a relay that uses it for everything, also a table and an identity.
-        For the settings in `by_name` the relay has to look up its host name."""
+        """Return a fake and a relay for it; for settings `by_name` it must look up a host name."""
         fake = FakeMicrosoft()
         fake.entities["app1"] = {"tenant_id": TENANT, "client_id": CLIENT}
         self.addCleanup(lambda: self.assertEqual(fake.complaints, []))
